@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow check clean
+
+# Builds the demo model for this CPU and draws a sheet of 4-step pictures.
+demo: .venv/installed
+	$(BIN)/python -m lcm_compile.benchmarks.demo_sheet --out demo.png
+
+# Every fast test, ruff and mypy.
+test: check
+	$(BIN)/python -m pytest
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[rtx,dev]' -c constraints.txt
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info demo.png
