@@ -1,0 +1,153 @@
+"""The LCM scheduler: which timesteps a picture of N steps visits, and the arithmetic of each.
+
+Luo et al. 2023, "Latent Consistency Models", section 4 and appendix; the same schedule, rounding and
+defaults as diffusers' LCMScheduler, in NumPy and plain floats, so that running needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lcm_compile.errors import UsageError
+
+SIGMA_DATA = 0.5
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """The settings of a checkpoint that LCM sampling reads; names and defaults are diffusers' own."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    original_inference_steps: int = 50
+    clip_sample: bool = False
+    clip_sample_range: float = 1.0
+    prediction_type: str = "epsilon"
+    timestep_scaling: float = 10.0
+    rescale_betas_zero_snr: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> SchedulerSettings:
+        """From any diffusers scheduler config. ValueError where LCM can't sample with it.
+
+        A schedule without `beta_*` keys gets LCMScheduler's defaults, as `LCMScheduler.from_config` gives.
+        """
+        if config.get("thresholding"):
+            raise ValueError("dynamic thresholding is not for latent diffusion; set thresholding to false")
+        known = {field.name for field in fields(cls)}
+        values = {k: v for k, v in config.items() if k in known}
+        if values.get("trained_betas") is not None:
+            values["trained_betas"] = tuple(values["trained_betas"])
+        settings = cls(**values)
+        if settings.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction type {settings.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}"
+            )
+        alphas_cumprod(settings)
+        return settings
+
+
+def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
+    """ᾱ_t for every training timestep: float32 (num_train_timesteps,)."""
+    n = settings.num_train_timesteps
+    if settings.trained_betas is not None:
+        betas = np.asarray(settings.trained_betas, np.float64)
+    elif settings.beta_schedule == "linear":
+        betas = np.linspace(settings.beta_start, settings.beta_end, n)
+    elif settings.beta_schedule == "scaled_linear":
+        betas = np.linspace(settings.beta_start**0.5, settings.beta_end**0.5, n) ** 2
+    elif settings.beta_schedule == "squaredcos_cap_v2":
+        t = np.arange(n + 1) / n
+        alpha_bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+        betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    else:
+        raise ValueError(f"beta schedule {settings.beta_schedule!r} is not one that LCM knows")
+    alpha_bar = np.cumprod(1 - betas)
+    if settings.rescale_betas_zero_snr:  # Lin et al. 2023, arXiv 2305.08891, Algorithm 1
+        root = np.sqrt(alpha_bar)
+        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return alpha_bar.astype(np.float32)
+
+
+def boundary_scalings(timestep: int, timestep_scaling: float = 10.0) -> tuple[float, float]:
+    """c_skip and c_out of the consistency function f(x, t) = c_skip·x + c_out·x̂0."""
+    scaled = timestep * timestep_scaling
+    c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+    c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
+    return c_skip, c_out
+
+
+@dataclass(frozen=True)
+class LcmStep:
+    """One step as plain numbers; `latent`, `output` and `noise` may be any arrays that know + and *.
+
+    x̂0 = x0_latent·latent + x0_output·output
+    next = sqrt(ᾱ_prev)·(c_skip·latent + c_out·x̂0) + sqrt(1 − ᾱ_prev)·noise,
+    on the last step without the noise and with ᾱ_prev = 1.
+    """
+
+    timestep: int
+    x0_latent: float
+    x0_output: float
+    c_skip: float
+    c_out: float
+    denoised_scale: float
+    noise_scale: float
+    clip: float | None = None
+
+    def __call__(self, latent: Any, output: Any, noise: Any) -> Any:
+        x0 = latent * self.x0_latent + output * self.x0_output
+        if self.clip is not None:
+            x0 = x0.clip(-self.clip, self.clip)
+        denoised = x0 * self.c_out + latent * self.c_skip
+        if self.noise_scale == 0.0:
+            return denoised
+        return denoised * self.denoised_scale + noise * self.noise_scale
+
+
+def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
+    """The timesteps of a picture of `num_steps`, from noisy to clean; UsageError if it has too many."""
+    most = settings.original_inference_steps
+    if not 1 <= num_steps <= most:
+        raise UsageError(f"steps must be from 1 to {most}, not {num_steps}")
+    skip = settings.num_train_timesteps // most
+    origin = np.arange(1, most + 1)[::-1] * skip - 1
+    indices = np.floor(np.linspace(0, most, num=num_steps, endpoint=False)).astype(np.int64)
+    return [int(t) for t in origin[indices]]
+
+
+def x0_coefficients(prediction_type: str, root_alpha: float, root_beta: float) -> tuple[float, float]:
+    """(a, b) with x̂0 = a·latent + b·output, where latent = √ᾱ·x0 + √(1 − ᾱ)·ε."""
+    if prediction_type == "epsilon":
+        return 1 / root_alpha, -root_beta / root_alpha
+    if prediction_type == "v_prediction":
+        return root_alpha, -root_beta
+    return 0.0, 1.0
+
+
+def lcm_steps(num_steps: int, settings: SchedulerSettings) -> list[LcmStep]:
+    alphas = alphas_cumprod(settings)
+    timesteps = lcm_timesteps(num_steps, settings)
+    clip = settings.clip_sample_range if settings.clip_sample else None
+    steps = []
+    for i, t in enumerate(timesteps):
+        root_alpha, root_beta = math.sqrt(alphas[t]), math.sqrt(1 - alphas[t])
+        x0_latent, x0_output = x0_coefficients(settings.prediction_type, root_alpha, root_beta)
+        last = i == len(timesteps) - 1
+        alpha_prev = 1.0 if last else float(alphas[timesteps[i + 1]])
+        c_skip, c_out = boundary_scalings(t, settings.timestep_scaling)
+        scales = math.sqrt(alpha_prev), math.sqrt(1 - alpha_prev)
+        steps.append(LcmStep(t, x0_latent, x0_output, c_skip, c_out, *scales, clip))
+    return steps
