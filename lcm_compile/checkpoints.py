@@ -1,0 +1,321 @@
+"""A base model: a diffusers folder, found, checked and loaded.
+
+Finding and reading configs needs no torch; `load_modules` does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.errors import CheckpointError, UsageError, unknown_name
+from lcm_compile.families import FAMILIES, Family, detect_family
+from lcm_compile.scheduler import SchedulerSettings
+
+if TYPE_CHECKING:
+    import torch
+
+HUB_FILES = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a checkpoint: its config and the weight files that are read, with their variant."""
+
+    name: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...]
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusers folder of SDXL's architecture (two text encoders) or SD1.5's (one)."""
+
+    base: str
+    folder: Path
+    family: Family | None
+    components: Mapping[str, Component]
+    scheduler: SchedulerSettings
+    zero_negative_prompt: bool
+
+    @property
+    def text_encoders(self) -> list[str]:
+        return [name for name in ("text_encoder", "text_encoder_2") if name in self.components]
+
+    @property
+    def tokenizers(self) -> list[str]:
+        return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
+
+    @property
+    def architecture(self) -> str:
+        return "sdxl" if "text_encoder_2" in self.components else "sd15"
+
+    @property
+    def unet(self) -> Mapping[str, Any]:
+        return self.components["unet"].config
+
+    @property
+    def vae(self) -> Mapping[str, Any]:
+        return self.components["vae"].config
+
+    @property
+    def vae_factor(self) -> int:
+        """Picture pixels to a latent's, a side."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        size = self.unet["sample_size"]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return height * self.vae_factor, width * self.vae_factor
+
+    @property
+    def has_guidance_embedding(self) -> bool:
+        """Whether the UNet is a full LCM, which takes the guidance scale as an input."""
+        return self.unet.get("time_cond_proj_dim") is not None
+
+    def content_files(self) -> list[Path]:
+        """Every file that decides what the built engines compute and how prompts are read."""
+        files = [self.folder / "model_index.json", self.folder / "scheduler" / "scheduler_config.json"]
+        for component in self.components.values():
+            files += [self.folder / component.name / "config.json", *component.files]
+        for name in self.tokenizers:
+            files += sorted(p for p in (self.folder / name).iterdir() if p.suffix in (".json", ".txt"))
+        return files
+
+
+def find_base(base: str) -> Path:
+    """The folder of a base: a path, the demo, or a family's hub snapshot (downloaded when it is missing).
+
+    UsageError for a name that is neither a path nor a family; CheckpointError when the hub can't be had.
+    """
+    if base in FAMILIES:
+        family = FAMILIES[base]
+        return Path(family.base) if base == "demo" else download_base(family)
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(
+            f"{base} is a file; a base is a diffusers folder", "give the folder that holds model_index.json"
+        )
+    raise unknown_name("base", base, FAMILIES, "give a family name or a diffusers folder to --base")
+
+
+def download_base(family: Family) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(family.base, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise CheckpointError(
+            f"the checkpoint {family.base} is not in the hub cache and can't be downloaded: "
+            f"{first_line(error)}",
+            "check the network (or HF_HOME, HF_TOKEN), or give a diffusers folder to --base",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def open_checkpoint(base: str) -> Checkpoint:
+    """Reads and checks a base's configs; loads no weights. CheckpointError names what is missing."""
+    folder = find_base(base)
+    hint = "give --base a folder written by diffusers' save_pretrained"
+    if not (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder} is no diffusers checkpoint: it has no model_index.json", hint)
+    index = read_json(folder / "model_index.json")
+    present = [
+        name
+        for name in ("text_encoder", "text_encoder_2", "unet", "vae")
+        if isinstance(index.get(name), list) and index[name][0] is not None
+    ]
+    for name in ("text_encoder", "unet", "vae"):
+        if name not in present:
+            kind = index.get("_class_name", "an unknown pipeline")
+            raise CheckpointError(f"{folder} ({kind}) has no {name}; a Stable Diffusion base needs one", hint)
+    components = {name: find_component(folder, name) for name in present}
+    for name in present:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if name.startswith("text_encoder") and not (folder / tokenizer).is_dir():
+            raise CheckpointError(f"{folder} has no {tokenizer} folder", hint)
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    try:
+        scheduler = SchedulerSettings.from_dict(config)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"the LCM loop can't use {folder}/scheduler/scheduler_config.json: {error}"
+        ) from error
+    family = FAMILIES["demo"] if base == "demo" else detect_family(components["unet"].config)
+    zero = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in present))
+    return Checkpoint(base, folder, family, components, scheduler, zero and "text_encoder_2" in present)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", "download the checkpoint again") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read: {error}", "download the checkpoint again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object", "download the checkpoint again")
+    return data
+
+
+def find_component(folder: Path, name: str) -> Component:
+    """The config and the weight files of `folder/name`: full precision first, then the fp16 variant."""
+    config = read_json(folder / name / "config.json")
+    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
+    for variant in (None, "fp16"):
+        infix = f".{variant}" if variant else ""
+        single = folder / name / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return Component(name, config, (single,), variant)
+        for shard_index in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
+            path = folder / name / shard_index
+            if path.is_file():
+                shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+                missing = [s for s in shards if not (folder / name / s).is_file()]
+                if missing:
+                    raise CheckpointError(
+                        f"{folder / name} lacks the weight files {', '.join(missing)}",
+                        "download the checkpoint again",
+                    )
+                return Component(name, config, (path, *(folder / name / s for s in shards)), variant)
+    pickles = sorted(p.name for p in (folder / name).iterdir() if p.suffix in (".bin", ".ckpt", ".pt"))
+    if pickles:
+        raise CheckpointError(
+            f"{folder / name} has weights only as a pickle ({pickles[0]}), which is never opened",
+            "convert it: diffusers' save_pretrained(folder, safe_serialization=True)",
+        )
+    raise CheckpointError(
+        f"{folder / name} has no weights (looked for {stem}.safetensors, its fp16 variant and shards)",
+        "download the checkpoint again",
+    )
+
+
+@dataclass
+class Modules:
+    """The torch modules of a checkpoint, fp32, on the CPU, not training."""
+
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    text_encoder_2: torch.nn.Module | None = None
+
+    def named(self) -> dict[str, torch.nn.Module]:
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+def load_modules(checkpoint: Checkpoint) -> Modules:
+    """Loads every component in fp32. CheckpointError where weights are damaged or don't fit the config."""
+    return Modules(**{name: load_component(checkpoint, name) for name in checkpoint.components})
+
+
+def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+    import torch
+
+    component = checkpoint.components[name]
+    options: dict[str, Any] = {
+        "subfolder": name,
+        "variant": component.variant,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    with quiet_libraries():
+        try:
+            if name in ("unet", "vae"):
+                import diffusers
+
+                kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
+                module, info = kind.from_pretrained(
+                    checkpoint.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options
+                )
+            else:
+                import transformers
+
+                text_kind: Any = transformers.CLIPTextModel
+                if name == "text_encoder_2":
+                    text_kind = transformers.CLIPTextModelWithProjection
+                module, info = text_kind.from_pretrained(checkpoint.folder, dtype=torch.float32, **options)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint.folder / name} can't be loaded: {first_line(error)}",
+                "download the checkpoint again",
+            ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder / name} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
+            "download the checkpoint again",
+        )
+    return module.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps diffusers' and transformers' own bars and notices off the terminal while loading."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
+    diffusers_log.set_verbosity_error()
+    diffusers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(before[0])
+        diffusers_log.enable_progress_bar()
+        transformers_log.set_verbosity(before[1])
+        transformers_log.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A CLIP tokenizer as one `tokenizers` JSON, and how prompts are padded."""
+
+    json: str
+    max_length: int
+    pad_token_id: int
+    eos_token_id: int
+
+
+def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
+    """Converts vocab.json and merges.txt (the hub's files) or takes tokenizer.json."""
+    with quiet_libraries():
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / name, local_files_only=True)
+            backend = tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+        except Exception as error:
+            raise CheckpointError(
+                f"the tokenizer in {checkpoint.folder / name} can't be read: {first_line(error)}",
+                "download the checkpoint again",
+            ) from error
+    length = min(int(tokenizer.model_max_length), text_positions(checkpoint, name))
+    return TokenizerFiles(backend.to_str(), length, tokenizer.pad_token_id, tokenizer.eos_token_id)
+
+
+def text_positions(checkpoint: Checkpoint, tokenizer: str) -> int:
+    encoder = tokenizer.replace("tokenizer", "text_encoder")
+    return int(checkpoint.components[encoder].config.get("max_position_embeddings", 77))
+
+
+def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if side % checkpoint.vae_factor:
+            raise UsageError(f"{name} {side} is not a multiple of {checkpoint.vae_factor}, this VAE's factor")

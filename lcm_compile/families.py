@@ -1,0 +1,102 @@
+"""The model families: where their weights and their LCM-LoRA are, and how to tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.errors import unknown_name
+
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+SAMPLE_PROMPT = "a photograph of an astronaut riding a horse"
+
+
+@dataclass(frozen=True)
+class Family:
+    """`base` and `lcm_lora` are hub ids, or paths for the model that comes with the package.
+
+    `signature` holds the UNet settings that no other family shares. `sample_prompt` is what `run` draws
+    when it is given none, and what parity is measured on.
+    """
+
+    name: str
+    base: str
+    lcm_lora: str | None
+    description: str
+    signature: Mapping[str, Any]
+    sample_prompt: str = SAMPLE_PROMPT
+
+
+LCM_LORA_FILE = "pytorch_lora_weights.safetensors"
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family(
+            "demo",
+            str(DEMO_FOLDER / "checkpoint"),
+            str(DEMO_FOLDER / "lcm_lora.safetensors"),
+            "a small SDXL of coloured shapes, shipped with the package, 64×64",
+            {},
+            "a large red star on a striped pink background",
+        ),
+        Family(
+            "sdxl",
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            "latent-consistency/lcm-lora-sdxl",
+            "Stable Diffusion XL, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "transformer_layers_per_block": [1, 2, 10],
+                "block_out_channels": [320, 640, 1280],
+            },
+        ),
+        Family(
+            "ssd-1b",
+            "segmind/SSD-1B",
+            "latent-consistency/lcm-lora-ssd-1b",
+            "Segmind Stable Diffusion 1B, half an SDXL, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "mid_block_type": None,
+                "block_out_channels": [320, 640, 1280],
+            },
+        ),
+        Family(
+            "sd15",
+            "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "latent-consistency/lcm-lora-sdv1-5",
+            "Stable Diffusion 1.5, 512×512",
+            {"cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
+        ),
+        Family(
+            "sd21",
+            "stabilityai/stable-diffusion-2-1",
+            None,
+            "Stable Diffusion 2.1, v prediction, 768×768; has no published LCM-LoRA",
+            {"cross_attention_dim": 1024, "block_out_channels": [320, 640, 1280, 1280]},
+        ),
+    )
+}
+
+# Width of the text states that a LoRA's cross-attention reads → the bases it can be for.
+TEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.x", 2048: "SDXL or SSD-1B"}
+
+
+def find_family(name: str) -> Family:
+    if name not in FAMILIES:
+        raise unknown_name("base", name, FAMILIES, "give a family name or a diffusers folder to --base")
+    return FAMILIES[name]
+
+
+def detect_family(unet_config: Mapping[str, Any]) -> Family | None:
+    """The family whose signature this UNet has, or None."""
+
+    def matches(family: Family) -> bool:
+        return bool(family.signature) and all(unet_config.get(k) == v for k, v in family.signature.items())
+
+    return next((family for family in FAMILIES.values() if matches(family)), None)

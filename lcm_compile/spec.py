@@ -1,0 +1,155 @@
+"""What is asked for, and the types of what passes between stages. No torch, no files, no hardware."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.errors import UsageError, unknown_name
+
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The pictures that one call of the engines draws; height and width in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise UsageError(f"batch must be 1 or more, not {self.batch}")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side < 8 or side % 8:
+                raise UsageError(f"{name} must be a positive multiple of 8, not {side}")
+
+    def __str__(self) -> str:
+        return f"{self.batch}×{self.height}×{self.width}"
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """A LoRA file (or hub id) and the weight λ it is fused with."""
+
+    source: str
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraSpec:
+        """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no finite number."""
+        source, colon, last = text.rpartition(":")
+        # The colon of `C:\loras\x.safetensors`, or of a name, is no weight's.
+        if not colon or "/" in last or "\\" in last or last.endswith(".safetensors"):
+            return cls(text)
+        try:
+            weight = float(last)
+        except ValueError:
+            raise UsageError(f"LoRA weight {last!r} in {text!r} is not a number", "write PATH:0.8") from None
+        if not math.isfinite(weight):
+            raise UsageError(f"LoRA weight {last!r} in {text!r} is not finite", "write PATH:0.8")
+        if not source:
+            raise UsageError(f"no LoRA path before the weight in {text!r}", "write PATH:0.8")
+        return cls(source, weight)
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.weight:g}"
+
+
+@dataclass(frozen=True)
+class BuildSpec:
+    """One build, as asked for. None stands for the checkpoint's own default."""
+
+    base: str
+    gpu: str = "cpu"
+    lcm_lora: LoraSpec | None = None
+    no_lcm: bool = False
+    loras: tuple[LoraSpec, ...] = ()
+    height: int | None = None
+    width: int | None = None
+    batch: int = 1
+    precision: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.no_lcm and self.lcm_lora:
+            raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
+        if self.precision != "auto" and self.precision not in PRECISIONS:
+            raise unknown_name("precision", self.precision, ("auto", *PRECISIONS))
+        # The sides are checked before anything is loaded; 8 stands for a side that is not given.
+        Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
+
+    def command(self) -> str:
+        """The command line that asks for this build."""
+        words = ["lcm-compile build", f"--base {self.base}", f"--gpu {self.gpu}"]
+        if self.lcm_lora:
+            words.append(f"--lcm-lora {self.lcm_lora}")
+        if self.no_lcm:
+            words.append("--no-lcm")
+        words += [f"--lora {lora}" for lora in self.loras]
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                words.append(f"--{name} {getattr(self, name)}")
+        if self.batch != 1:
+            words.append(f"--batch {self.batch}")
+        for name in ("precision", "backend"):
+            if getattr(self, name) != "auto":
+                words.append(f"--{name} {getattr(self, name)}")
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BuildSpec:
+        values = dict(data)
+        values["lcm_lora"] = LoraSpec(**values["lcm_lora"]) if values.get("lcm_lora") else None
+        values["loras"] = tuple(LoraSpec(**lora) for lora in values.get("loras", ()))
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One array at a stage's edge. `dtype` is NumPy's name: float32 everywhere but for tokens."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    meaning: str
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
+        return cls(data["name"], tuple(data["shape"]), data["dtype"], data["meaning"])
+
+
+@dataclass(frozen=True)
+class StageContract:
+    """A static graph's inputs and outputs, in order. The pipeline reads nothing else about a stage."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> StageContract:
+        inputs, outputs = (
+            tuple(TensorSpec.from_dict(t) for t in data[side]) for side in ("inputs", "outputs")
+        )
+        return cls(data["name"], inputs, outputs)
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """A stage as a file that a backend builds from; weights over 2 GB lie beside it."""
+
+    path: Path
+    format: str  # "onnx" or "torchscript"
+    precision: str
+    contract: StageContract

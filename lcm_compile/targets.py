@@ -1,0 +1,80 @@
+"""The GPUs (and the CPU) that engines are built for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lcm_compile.errors import unknown_name
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class GpuTarget:
+    """A device by name. `compute_capability` is None for a CPU, `memory_bytes` None where it varies."""
+
+    name: str
+    description: str
+    compute_capability: str | None
+    memory_bytes: int | None
+    precisions: tuple[str, ...]
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.compute_capability is None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# The precisions are those that the device's matrix units compute; fp8 and int8 are for quantised
+# graphs. Compute capabilities: developer.nvidia.com/cuda-gpus.
+TURING = ("fp32", "fp16", "int8")
+AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
+ADA = (*AMPERE, "fp8")
+
+TARGETS: dict[str, GpuTarget] = {
+    target.name: target
+    for target in (
+        GpuTarget("cpu", "this kind of processor", None, None, ("fp32", "fp16", "bf16")),
+        GpuTarget("t4", "Tesla T4", "7.5", 16 * GIB, TURING),
+        GpuTarget("2080ti", "GeForce RTX 2080 Ti", "7.5", 11 * GIB, TURING),
+        GpuTarget("a100", "A100", "8.0", 40 * GIB, AMPERE),
+        GpuTarget("a100-80gb", "A100 80 GB", "8.0", 80 * GIB, AMPERE),
+        GpuTarget("a30", "A30", "8.0", 24 * GIB, AMPERE),
+        GpuTarget("a10", "A10", "8.6", 24 * GIB, AMPERE),
+        GpuTarget("a10g", "A10G", "8.6", 24 * GIB, AMPERE),
+        GpuTarget("a40", "A40", "8.6", 48 * GIB, AMPERE),
+        GpuTarget("a6000", "RTX A6000", "8.6", 48 * GIB, AMPERE),
+        GpuTarget("3060", "GeForce RTX 3060", "8.6", 12 * GIB, AMPERE),
+        GpuTarget("3080", "GeForce RTX 3080", "8.6", 10 * GIB, AMPERE),
+        GpuTarget("3090", "GeForce RTX 3090", "8.6", 24 * GIB, AMPERE),
+        GpuTarget("4060", "GeForce RTX 4060", "8.9", 8 * GIB, ADA),
+        GpuTarget("4070", "GeForce RTX 4070", "8.9", 12 * GIB, ADA),
+        GpuTarget("4080", "GeForce RTX 4080", "8.9", 16 * GIB, ADA),
+        GpuTarget("4090", "GeForce RTX 4090", "8.9", 24 * GIB, ADA),
+        GpuTarget("l4", "L4", "8.9", 24 * GIB, ADA),
+        GpuTarget("l40s", "L40S", "8.9", 48 * GIB, ADA),
+        GpuTarget("h100", "H100", "9.0", 80 * GIB, ADA),
+        GpuTarget("h200", "H200", "9.0", 141 * GIB, ADA),
+        GpuTarget("b200", "B200", "10.0", 180 * GIB, ADA),
+        GpuTarget("5070", "GeForce RTX 5070", "12.0", 12 * GIB, ADA),
+        GpuTarget("5080", "GeForce RTX 5080", "12.0", 16 * GIB, ADA),
+        GpuTarget("5090", "GeForce RTX 5090", "12.0", 32 * GIB, ADA),
+        GpuTarget("rtx-pro-6000", "RTX PRO 6000 Blackwell", "12.0", 96 * GIB, ADA),
+        GpuTarget("gb10", "GB10 (DGX Spark)", "12.1", 128 * GIB, ADA),
+    )
+}
+
+
+def find_target(name: str) -> GpuTarget:
+    """The target of that name, in any case and with or without spaces or dashes; UsageError otherwise."""
+
+    def plain(text: str) -> str:
+        return text.lower().replace(" ", "").replace("-", "").replace("_", "").removeprefix("rtx")
+
+    for target in TARGETS.values():
+        if plain(target.name) == plain(name):
+            return target
+    raise unknown_name("target", name, TARGETS, "lcm-compile targets")

@@ -1,0 +1,182 @@
+"""Small checkpoints and LoRAs of random weights, written in the layouts of the real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+WORDS = ["a", "red", "blue", "star", "circle", "on", "white", "large", "small", "background"]
+
+
+def write_tokenizer(folder: Path, pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
+    """A CLIP byte-level BPE tokenizer whose merges make each of WORDS one token (last id: end of text)."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    alphabet = list(bytes_to_unicode().values())
+    tokens = alphabet + [c + "</w>" for c in alphabet]
+    merges: list[str] = []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merge = f"{parts[0]} {parts[1]}"
+            parts[:2] = [parts[0] + parts[1]]
+            if merge not in merges:
+                merges.append(merge)
+                tokens.append(parts[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": pad_token,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    special = {k: v for k, v in settings.items() if k.endswith("_token")}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def text_config(tokenizer: CLIPTokenizer, hidden: int, projection: int, **kwargs) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 2,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=projection,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **kwargs,
+    )
+
+
+def tiny_vae(factor: int) -> AutoencoderKL:
+    blocks = {4: (16, 16, 32), 8: (16, 16, 32, 32)}[factor]
+    return AutoencoderKL(
+        block_out_channels=blocks,
+        down_block_types=["DownEncoderBlock2D"] * len(blocks),
+        up_block_types=["UpDecoderBlock2D"] * len(blocks),
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=0.13025,
+    )
+
+
+def lively(module: torch.nn.Module, gain: float = 1.0) -> torch.nn.Module:
+    """Random biases too, so that a bias that is lost shows in the picture."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.02)
+            elif parameter.ndim > 1:
+                parameter.mul_(gain)
+    return module.eval()
+
+
+def write_sdxl(folder: Path, seed: int = 0, factor: int = 4, prediction_type: str = "epsilon") -> Path:
+    """A checkpoint of SDXL's architecture, 64×64 pictures by default."""
+    torch.manual_seed(seed)
+    one = write_tokenizer(folder / "_1")
+    two = write_tokenizer(folder / "_2", pad_token="!")
+    unet = UNet2DConditionModel(
+        sample_size=64 // factor,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=32 + 48,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=40 + 6 * 8,
+        norm_num_groups=8,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=lively(tiny_vae(factor)),
+        text_encoder=lively(CLIPTextModel(text_config(one, 32, 32)), 4),
+        text_encoder_2=lively(CLIPTextModelWithProjection(text_config(two, 48, 40, hidden_act="gelu")), 4),
+        tokenizer=one,
+        tokenizer_2=two,
+        unet=lively(unet, 1.2),
+        scheduler=EulerDiscreteScheduler(
+            **BETAS, prediction_type=prediction_type, steps_offset=1, timestep_spacing="leading"
+        ),
+        add_watermarker=False,
+    )
+    return save(pipe, folder)
+
+
+def write_sd15(
+    folder: Path, seed: int = 0, factor: int = 8, prediction_type: str = "epsilon", **unet_kwargs
+) -> Path:
+    """A checkpoint of SD1.5's architecture (PNDM settings, convolutional projections, no pooled text)."""
+    torch.manual_seed(seed)
+    tokenizer = write_tokenizer(folder / "_1")
+    unet = UNet2DConditionModel(
+        sample_size=64 // factor,
+        block_out_channels=(32, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+        **unet_kwargs,
+    )
+    pipe = StableDiffusionPipeline(
+        vae=lively(tiny_vae(factor)),
+        text_encoder=lively(CLIPTextModel(text_config(tokenizer, 32, 32)), 4),
+        tokenizer=tokenizer,
+        unet=lively(unet, 1.2),
+        scheduler=PNDMScheduler(
+            **BETAS,
+            prediction_type=prediction_type,
+            skip_prk_steps=True,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return save(pipe, folder)
+
+
+def save(pipe, folder: Path) -> Path:
+    import shutil
+
+    pipe.save_pretrained(folder)
+    for index, name in ((1, "tokenizer"), (2, "tokenizer_2")):
+        source = folder / f"_{index}"
+        if source.exists():
+            # the hub's files: vocab.json and merges.txt, not the converted tokenizer.json
+            shutil.rmtree(folder / name)
+            source.rename(folder / name)
+    return folder
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> Path:
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path)
+    return path
