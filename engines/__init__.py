@@ -1,0 +1,78 @@
+"""Backends: each turns an exported graph into an engine for a target, and runs that engine.
+
+Every module here that BACKENDS names has the same shape:
+
+GRAPH_FORMAT              the graph it builds from
+PACKAGES                  distributions that it needs; the installed one's version goes into the key
+cannot_build(target, precision) -> str | None    why it can't build that here, or None
+cannot_run(target) -> str | None                 why its engines for that target can't run here, or None
+options(target) -> dict                          builder options; they go into the key
+build(graph, target, folder) -> Path             writes the engine file
+load(path, contract) -> Runner                   an engine, ready to run
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from lcm_compile.engines.runner import Runner
+from lcm_compile.errors import BackendError, unknown_name
+from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.targets import GpuTarget
+
+BACKENDS = {
+    "onnxruntime": "lcm_compile.engines.onnxruntime",
+    "torchscript": "lcm_compile.engines.torchscript",
+    "tensorrt-rtx": "lcm_compile.engines.tensorrt_rtx",
+    "tensorrt": "lcm_compile.engines.tensorrt",
+}
+
+
+class Backend(Protocol):
+    """What a backend module offers; the modules themselves are the implementations."""
+
+    GRAPH_FORMAT: str
+    PACKAGES: tuple[str, ...]
+
+    def cannot_build(self, target: GpuTarget, precision: str) -> str | None: ...
+    def cannot_run(self, target: GpuTarget) -> str | None: ...
+    def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
+    def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path: ...
+    def load(self, path: Path, contract: StageContract) -> Runner: ...
+
+
+def find_backend(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise unknown_name("backend", name, BACKENDS, "lcm-compile doctor")
+    return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]
+
+
+def choose_backend(target: GpuTarget, precision: str) -> str:
+    """The first backend, in the table's order, that can build for the target here.
+
+    BackendError lists every candidate with its reason when none can.
+    """
+    reasons = []
+    for name in BACKENDS:
+        reason = find_backend(name).cannot_build(target, precision)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(
+        f"no backend can build {precision} engines for {target.name} here.\n  " + "\n  ".join(reasons),
+        "lcm-compile doctor",
+    )
+
+
+def installed_version(packages: tuple[str, ...]) -> str | None:
+    """`name version` of the first installed one, without importing it."""
+    for package in packages:
+        try:
+            return f"{package} {metadata.version(package)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,50 @@
+"""What every engine looks like once it is loaded."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from lcm_compile.spec import StageContract
+
+# Whatever knows `__dlpack__` and arithmetic: NumPy arrays between CPU engines, CUDA tensors between
+# GPU engines. The pipeline only adds and multiplies them.
+Array = Any
+
+
+class Runner(ABC):
+    """An engine with its memory. Called with arrays by name, it returns arrays by name.
+
+    Inputs may be NumPy arrays or any DLPack arrays on the engine's device. An output stays valid until
+    the runner is called again.
+    """
+
+    def __init__(self, contract: StageContract) -> None:
+        self.contract = contract
+
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+
+    def to_device(self, array: np.ndarray) -> Array:
+        """The array where this engine computes; itself on a CPU."""
+        return array
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return as_numpy(array)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees the engine's memory; calling it twice is fine."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def as_numpy(array: Array) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else np.from_dlpack(array)

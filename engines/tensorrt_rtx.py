@@ -1,0 +1,61 @@
+"""TensorRT for RTX: engines for a named GPU, built on any machine, with no GPU at all."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.engines import tensorrt as shared
+from lcm_compile.engines.runner import Runner
+from lcm_compile.errors import BackendError
+from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.targets import GpuTarget
+
+GRAPH_FORMAT = "onnx"
+PACKAGES = ("tensorrt-rtx",)
+INSTALL = "pip install 'lcm-compile[rtx]'"
+CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+
+
+def cannot_build(target: GpuTarget, precision: str) -> str | None:
+    if target.is_cpu:
+        return "builds for NVIDIA GPUs only"
+    if target.compute_capability not in CAPABILITIES:
+        return (
+            f"it builds for compute capabilities {', '.join(CAPABILITIES)}; "
+            f"{target.description} is {target.compute_capability}"
+        )
+    if precision not in target.precisions:
+        return f"{target.description} does not compute in {precision}"
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return f"tensorrt_rtx is not installed; {INSTALL}"
+    return None
+
+
+def cannot_run(target: GpuTarget) -> str | None:
+    return shared.cannot_run_with("tensorrt_rtx", INSTALL, target)
+
+
+def options(target: GpuTarget) -> Mapping[str, Any]:
+    return {**shared.options(target), "compute_capabilities": [target.compute_capability]}
+
+
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    trt = importlib.import_module("tensorrt_rtx")
+
+    def configure(config: Any) -> None:
+        assert target.compute_capability is not None
+        name = "SM" + target.compute_capability.replace(".", "")
+        config.num_compute_capabilities = 1
+        # The setter returns False rather than raising; an engine for no capability would be another one.
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
+            raise BackendError(f"tensorrt_rtx {trt.__version__} refuses compute capability {name}")
+
+    return shared.build_with(trt, graph, folder, configure)
+
+
+def load(path: Path, contract: StageContract) -> Runner:
+    return shared.TensorRtRunner(importlib.import_module("tensorrt_rtx"), path, contract)
