@@ -1,0 +1,65 @@
+"""Builds the demo model for this CPU and draws a sheet of 4-step pictures with their prompts.
+
+`python -m lcm_compile.benchmarks.demo_sheet --out demo.png`
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.console import Bar, Parts, note
+from lcm_compile.images import contact_sheet
+from lcm_compile.pipeline import Request
+
+PROMPTS = (
+    "a large red star on a striped pink background",
+    "a small blue circle on a plain white background",
+    "a large green triangle on a checkered gray background",
+    "a large yellow ring on a plain black background",
+    "a small purple cross on a striped white background",
+    "a large orange square on a checkered pink background",
+    "a large blue cross on a plain gray background",
+    "a small red triangle on a checkered white background",
+    "a large purple circle on a striped black background",
+    "a red circle and a blue square on a plain white background",
+    "a green star and a yellow ring on a striped gray background",
+    "a purple triangle and a orange cross on a plain pink background",
+)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("demo.png"))
+@click.option("--seed", type=int, default=7, show_default=True)
+@click.option("--steps", type=int, default=4, show_default=True)
+def main(out: Path, seed: int, steps: int) -> None:
+    """Draws PROMPTS with the demo model."""
+    start = time.perf_counter()
+    with Parts() as parts:
+        bundle = build(BuildSpec(base="demo", gpu="cpu"), report=parts)
+    built = time.perf_counter() - start
+    totals = {"encode": 0.0, "step": 0.0, "decode": 0.0}
+    drawn = []
+    with load(bundle) as pipeline, Bar("drawing") as bar:
+        for i, prompt in enumerate(PROMPTS):
+            bar.update(i, len(PROMPTS))
+            drawing = pipeline.draw(Request(prompt, seed, steps=steps))
+            drawn.append((drawing.images()[0], prompt))
+            totals["encode"] += drawing.ms["encode"]
+            totals["step"] += sum(drawing.ms["step"])
+            totals["decode"] += drawing.ms["decode"]
+        load_ms = pipeline.load_ms
+    contact_sheet(drawn).save(out)
+    n = len(PROMPTS)
+    note(f"  bundle {bundle.folder}")
+    note(f"  build  {built:8.1f} s   load {load_ms:.0f} ms")
+    told = (f"{name} {ms / n:.0f} ms" for name, ms in totals.items())
+    note(f"  a picture of {steps} steps: {', '.join(told)}, in all {sum(totals.values()) / n:.0f} ms")
+    print(out.resolve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+from lcm_compile.cli import main
+
+main()

@@ -1,0 +1,493 @@
+"""The command. stdout is data, stderr is progress and hints.
+
+Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity gate · 130 interrupted.
+Everything heavy is imported inside the commands: `--help` costs Python and click.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+import lcm_compile
+from lcm_compile.errors import BundleError, LcmCompileError, ParityError
+
+if TYPE_CHECKING:
+    from lcm_compile.bundle import EngineBundle
+    from lcm_compile.parity import Parity
+
+GUIDANCE_HINT = 2.0
+CUT_SHOWN = 200
+
+
+def main() -> NoReturn:
+    """Runs the command and turns every error into a message and an exit code."""
+    try:
+        cli.main(prog_name="lcm-compile", standalone_mode=False)
+    except LcmCompileError as error:
+        fail(error.message, error.hint, error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted; nothing was written", None, 130)
+    except BrokenPipeError:
+        sys.stdout = None  # type: ignore[assignment]
+        sys.exit(0)
+    except OSError as error:
+        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        hint = {
+            errno.ENOSPC: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
+            errno.EDQUOT: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
+            errno.EACCES: "point --out or LCM_COMPILE_HOME at a folder you may write to",
+        }.get(error.errno or 0)
+        fail(what, hint, 1)
+    except MemoryError:
+        fail("out of memory", "close other programs, or build on a machine with more memory", 1)
+    except Exception as error:
+        fail(
+            f"internal error: {type(error).__name__}: {error}",
+            "LCM_COMPILE_DEBUG=1 shows where; please report it",
+            1,
+        )
+    sys.exit(0)
+
+
+def fail(message: str, hint: str | None, code: int) -> NoReturn:
+    if os.environ.get("LCM_COMPILE_DEBUG") == "1":
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"  try: {hint}", file=sys.stderr)
+    sys.exit(code)
+
+
+class CommandsInOrder(click.Group):
+    """Lists the commands as people use them, not by the alphabet."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=CommandsInOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(lcm_compile.__version__, prog_name="lcm-compile")
+def cli() -> None:
+    """Fuse an LCM-LoRA into Stable Diffusion, compile it for a named GPU, draw in 4 steps.
+
+    \b
+    lcm-compile build --base demo --gpu cpu
+    lcm-compile run "a large red star on a striped pink background"
+    """
+
+
+def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--quiet", is_flag=True, help="No progress and no hints.")(command)
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")(command)
+
+
+@cli.command()
+@click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
+@click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
+@click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
+@click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
+@click.option("--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated.")
+@click.option("--height", type=int, help="Pixels; default: the checkpoint's size.")
+@click.option("--width", type=int, help="Pixels; default: the checkpoint's size.")
+@click.option("--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines.")
+@click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
+@click.option("--backend", default="auto", show_default=True, help="auto, or one of lcm-compile doctor.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle; default: the store.")
+@click.option("--force", is_flag=True, help="Build even if this very bundle exists.")
+@click.option("--dry-run", is_flag=True, help="Print what would be done and why, and stop.")
+@json_option
+@quiet_option
+def build(
+    base: str,
+    gpu: str,
+    lcm_lora: str | None,
+    no_lcm: bool,
+    loras: tuple[str, ...],
+    height: int | None,
+    width: int | None,
+    batch: int,
+    precision: str,
+    backend: str,
+    out: Path | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Build a bundle of engines."""
+    from lcm_compile.console import Parts, note, print_json
+    from lcm_compile.plan import make_plan
+    from lcm_compile.spec import BuildSpec, LoraSpec
+
+    spec = BuildSpec(
+        base=base,
+        gpu=gpu,
+        lcm_lora=LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
+        no_lcm=no_lcm,
+        loras=tuple(LoraSpec.parse(lora) for lora in loras),
+        height=height,
+        width=width,
+        batch=batch,
+        precision=precision,
+        backend=backend,
+    )
+    plan = make_plan(spec, out, force)
+    if dry_run:
+        if as_json:
+            print_json(plan.to_dict())
+        else:
+            print_plan(plan)
+        return
+    note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
+    if plan.hit:
+        from lcm_compile.bundle import open_bundle
+        from lcm_compile.store import remember
+
+        remember(plan.folder)
+        bundle, seconds = open_bundle(plan.folder), 0.0
+    else:
+        from lcm_compile.compile import build as build_bundle
+
+        with Parts(quiet) as parts:
+            bundle = build_bundle(spec, out, force=force, report=parts)
+        seconds = parts.seconds
+    if as_json:
+        print_json({**describe_bundle(bundle), "hit": plan.hit, "reasons": list(plan.reasons)})
+        return
+    print(bundle.folder)
+    if not plan.hit:
+        note(f"built in {seconds:.1f} s; {told_parity(bundle.manifest.parity)}", quiet)
+
+
+def print_plan(plan: Any) -> None:
+    from lcm_compile.console import print_table
+
+    rows = [
+        ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
+        *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
+        ("target", f"{plan.target.name} ({plan.target.description})"),
+        ("backend", plan.backend_name),
+        ("shape", str(plan.shape)),
+        *((f"precision of {stage}", precision) for stage, precision in plan.precisions.items()),
+        ("bundle", str(plan.folder)),
+        ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
+    ]
+    print_table(("", "plan"), rows)
+
+
+def told_parity(figures: Any) -> str:
+    told = ", ".join(f"{name} {figure['db']:.0f} dB" for name, figure in figures.items())
+    checked = sorted({figure["checked"] for figure in figures.values()})
+    return f"parity with torch ({', '.join(checked)}): {told}"
+
+
+@cli.command()
+@click.argument("prompt", required=False)
+@click.option("--engine", type=click.Path(path_type=Path), help="A bundle's folder.")
+@click.option("--base", metavar="BASE", help="With --gpu: the bundle built for these.")
+@click.option("--gpu", metavar="TARGET", help="With --base.")
+@click.option("--negative-prompt", help="What the picture should not be; needs guidance above 1.")
+@click.option("--steps", type=int, default=4, show_default=True)
+@click.option("--guidance-scale", type=float, default=1.0, show_default=True)
+@click.option("--seed", type=int, help="Default: drawn at random and printed.")
+@click.option("--num-images", type=int, default=1, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="A file, or a folder for several pictures.")
+@json_option
+@quiet_option
+def run(
+    prompt: str | None,
+    engine: Path | None,
+    base: str | None,
+    gpu: str | None,
+    negative_prompt: str | None,
+    steps: int,
+    guidance_scale: float,
+    seed: int | None,
+    num_images: int,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw a picture."""
+    from lcm_compile.console import Bar, note, print_json
+    from lcm_compile.images import picture_paths, save_picture
+    from lcm_compile.pipeline import Request, draw_seed, load
+    from lcm_compile.scheduler import lcm_timesteps
+
+    bundle = find_bundle(engine, base, gpu)
+    settings = bundle.manifest.pipeline
+    prompt = settings.sample_prompt if prompt is None else prompt
+    lcm_timesteps(steps, settings.scheduler)
+    seed_drawn = seed is None
+    request = Request(
+        prompt, draw_seed() if seed is None else seed, negative_prompt, steps, guidance_scale, num_images
+    )
+    paths = picture_paths(out, prompt, request.seed, num_images)
+    if guidance_scale > GUIDANCE_HINT:
+        note(f"hint: LCM is at its best with guidance from 1 to 2; {guidance_scale:g} may look burnt", quiet)
+    if negative_prompt and guidance_scale <= 1:
+        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5", quiet)
+    if seed_drawn:
+        note(f"seed {request.seed}", quiet)
+    with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
+        progress = pipeline.progress(request)
+        while True:
+            try:
+                bar.update(*next(progress))
+            except StopIteration as stop:
+                drawing = stop.value
+                break
+    if drawing.cut:
+        shown = drawing.cut if len(drawing.cut) <= CUT_SHOWN else f"{drawing.cut[:CUT_SHOWN]}…"
+        note(f"warning: the prompt is over {settings.tokenizers[0].max_length} tokens; cut: {shown!r}")
+    metadata = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt or "",
+        "seed": str(request.seed),
+        "steps": str(steps),
+        "guidance_scale": f"{guidance_scale:g}",
+        "bundle": bundle.digest,
+        "software": f"lcm-compile {lcm_compile.__version__}",
+    }
+    for i, (image, path) in enumerate(zip(drawing.images(), paths, strict=True)):
+        save_picture(image, path, {**metadata, "index": str(i)})
+    if as_json:
+        print_json(
+            {
+                "images": [{"path": str(p), "seed": request.seed, "index": i} for i, p in enumerate(paths)],
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "engine": str(bundle.folder),
+                "ms": drawing.ms,
+            }
+        )
+        return
+    for path in paths:
+        print(path)
+    ms = drawing.ms
+    note(
+        f"{ms['total']:.0f} ms (encode {ms['encode']:.0f}, {len(ms['step'])} steps {sum(ms['step']):.0f}, "
+        f"decode {ms['decode']:.0f}) after {ms['load']:.0f} ms of loading",
+        quiet,
+    )
+
+
+def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> EngineBundle:
+    """The bundle that is named, or the one built or hit last that runs on this machine."""
+    from lcm_compile.bundle import open_bundle, read_manifest
+    from lcm_compile.engines import find_backend
+    from lcm_compile.store import recent
+
+    if engine is not None:
+        if base or gpu:
+            raise click.UsageError("--engine names a bundle; drop --base and --gpu")
+        return open_bundle(engine)
+    if base or gpu:
+        if not (base and gpu):
+            raise click.UsageError("--base and --gpu go together")
+        from lcm_compile.plan import make_plan
+        from lcm_compile.spec import BuildSpec
+
+        plan = make_plan(BuildSpec(base=base, gpu=gpu))
+        if plan.hit:
+            return open_bundle(plan.folder)
+        raise BundleError(
+            f"there is no bundle of {base} for {gpu}: {'; '.join(plan.reasons)}",
+            f"lcm-compile build --base {base} --gpu {gpu}, or name a bundle with --engine",
+        )
+    reasons = []
+    for folder in recent():
+        try:
+            manifest, _ = read_manifest(folder)
+        except BundleError as error:
+            reasons.append(error.message)
+            continue
+        reason = find_backend(manifest.backend).cannot_run(manifest.target)
+        if reason is None:
+            return open_bundle(folder)
+        reasons.append(f"{folder.name}: {reason}")
+    told = "\n  ".join(["no bundle here runs on this machine:", *reasons[:5]])
+    raise BundleError(
+        told if reasons else "there is no bundle yet", "lcm-compile build --base demo --gpu cpu"
+    )
+
+
+@cli.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@json_option
+@quiet_option
+def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
+    """Replay a bundle's proof on its engines here; exit 3 on a miss."""
+    from lcm_compile.console import note, print_json, print_table
+    from lcm_compile.parity import require
+    from lcm_compile.parity import verify as verify_bundle
+
+    found = find_bundle(bundle, None, None)
+    note(f"verifying {found.folder}", quiet)
+    figures = verify_bundle(found)
+    if as_json:
+        passed = all(figure.passed for figure in figures.values())
+        stages = {name: {**figure.to_dict(), "passed": figure.passed} for name, figure in figures.items()}
+        print_json({"bundle": str(found.folder), "passed": passed, "parity": stages})
+    else:
+        print_table(
+            ("stage", "dB", "needs", "checked", ""), [parity_row(name, f) for name, f in figures.items()]
+        )
+    try:
+        require(figures)
+    except ParityError as error:
+        error.hint = f"{found.manifest.spec.command()} --force"
+        raise
+
+
+def parity_row(name: str, figure: Parity) -> tuple[str, ...]:
+    passed = "ok" if figure.passed else "MISS"
+    return name, f"{figure.db:.1f}", f"{figure.floor:g}", figure.checked, passed
+
+
+@cli.command()
+@click.argument("name")
+@json_option
+def inspect(name: str, as_json: bool) -> None:
+    """Tell what a bundle holds, or where the demo model is."""
+    from lcm_compile.console import print_json, print_table
+
+    if name == "demo":
+        data = describe_demo()
+    else:
+        from lcm_compile.bundle import read_manifest
+
+        manifest, digest = read_manifest(Path(name))
+        data = describe(Path(name), manifest, digest)
+    if as_json:
+        print_json(data)
+        return
+    print_table(("", name), [(key, told(value)) for key, value in data.items()])
+
+
+def told(value: Any) -> str:
+    """A value for a person: dictionaries and lists one item a line."""
+    if isinstance(value, dict):
+        return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, dict) else str(item)
+            for item in value
+        )
+    return str(value)
+
+
+def describe_demo() -> dict[str, Any]:
+    from lcm_compile.checkpoints import open_checkpoint
+    from lcm_compile.families import FAMILIES
+
+    checkpoint = open_checkpoint("demo")
+    lora = Path(FAMILIES["demo"].lcm_lora or "")
+    files = [*checkpoint.content_files(), lora]
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "lcm_lora": str(lora),
+        "architecture": checkpoint.architecture,
+        "size": list(checkpoint.default_size),
+        "bytes": sum(path.stat().st_size for path in files),
+        "sample_prompt": FAMILIES["demo"].sample_prompt,
+    }
+
+
+def describe_bundle(bundle: EngineBundle) -> dict[str, Any]:
+    return describe(bundle.folder, bundle.manifest, bundle.digest)
+
+
+def describe(folder: Path, manifest: Any, digest: str) -> dict[str, Any]:
+    return {
+        "bundle": str(folder),
+        "digest": digest,
+        "base": manifest.spec.base,
+        "architecture": manifest.architecture,
+        "target": manifest.target.name,
+        "compute_capability": manifest.target.compute_capability,
+        "backend": manifest.backend,
+        "shape": vars(manifest.pipeline.shape),
+        "loras": [dict(lora) for lora in manifest.loras],
+        "stages": [
+            {
+                "name": stage.contract.name,
+                "precision": stage.precision,
+                "engine": stage.engine,
+                "fp32_layers": len(stage.fp32_layers),
+                "largest_activation": stage.largest_activation,
+            }
+            for stage in manifest.stages
+        ],
+        "parity": {name: dict(figure) for name, figure in manifest.parity.items()},
+        "toolchain": dict(manifest.toolchain),
+        "seconds": dict(manifest.seconds),
+        "created": manifest.created,
+    }
+
+
+@cli.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the GPUs that engines are built for."""
+    from lcm_compile.console import print_json, print_table
+    from lcm_compile.targets import GIB, TARGETS
+
+    if as_json:
+        print_json([target.to_dict() for target in TARGETS.values()])
+        return
+    print_table(
+        ("target", "device", "capability", "memory", "computes in"),
+        [
+            (
+                t.name,
+                t.description,
+                t.compute_capability or "",
+                f"{t.memory_bytes // GIB} GiB" if t.memory_bytes else "",
+                " ".join(t.precisions),
+            )
+            for t in TARGETS.values()
+        ],
+    )
+
+
+@cli.command()
+@json_option
+def doctor(as_json: bool) -> None:
+    """Find out which backends work here, by computing with each."""
+    from lcm_compile.console import print_json, print_table
+    from lcm_compile.doctor import examine
+
+    found = examine()
+    if as_json:
+        print_json([diagnosis.to_dict() for diagnosis in found])
+        return
+    print_table(
+        ("backend", "version", "runs here", "builds for", "why"),
+        [
+            (
+                d.backend,
+                (d.version or "").split(" ")[-1] or "missing",
+                "yes" if d.runs else "no",
+                f"{len(d.builds_for)} targets"
+                if len(d.builds_for) > 1
+                else "".join(d.builds_for) or "nothing",
+                d.reason,
+            )
+            for d in found
+        ],
+    )

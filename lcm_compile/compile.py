@@ -1,0 +1,234 @@
+"""The main path of a build: plan → fuse → stages → record → export → build → check → bundle."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lcm_compile
+from lcm_compile import parity
+from lcm_compile.bundle import (
+    MANIFEST,
+    BundleManifest,
+    EngineBundle,
+    PipelineSettings,
+    StageEngine,
+    TokenizerSettings,
+    list_files,
+    open_bundle,
+    publishing,
+)
+from lcm_compile.checkpoints import load_modules, load_tokenizer
+from lcm_compile.engines import find_backend, installed_version
+from lcm_compile.export import EXPORTERS, export_stage
+from lcm_compile.families import SAMPLE_PROMPT
+from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.parity import Parity, Recording
+from lcm_compile.pipeline import LcmPipeline, Request, load_tokenizers
+from lcm_compile.plan import Plan, make_plan
+from lcm_compile.spec import BuildSpec, ExportedGraph
+from lcm_compile.store import remember
+from lcm_compile.targets import TARGETS
+
+if TYPE_CHECKING:
+    from lcm_compile.stages import Stage
+
+Report = Callable[[str], None]
+
+
+class Stopwatch:
+    """Reports each part of a build as it starts, and keeps its seconds."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        self._report(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def build(
+    spec: BuildSpec,
+    out: str | Path | None = None,
+    *,
+    force: bool = False,
+    report: Report = lambda part: None,
+) -> EngineBundle:
+    """Builds a bundle, or returns the one that already holds this very build.
+
+    `out` is the bundle's folder, by default one in the user's store; `report` is told each part's name as
+    it starts. Raises UsageError, CheckpointError, LoraError, BackendError, and ParityError when the
+    engines do not draw what torch draws; nothing is published then.
+    """
+    plan = make_plan(spec, None if out is None else Path(out), force)
+    if not plan.hit:
+        with publishing(plan.folder, lambda: report("waiting for another build of this bundle")) as folder:
+            # Another process may have built it while this one waited for the lock.
+            plan = make_plan(spec, None if out is None else Path(out), force)
+            if not plan.hit:
+                build_into(folder, plan, report)
+    remember(plan.folder)
+    return open_bundle(plan.folder)
+
+
+def build_into(folder: Path, plan: Plan, report: Report) -> None:
+    """Fills an empty folder with engines, tokenizers, proof and, last, the manifest."""
+    from lcm_compile.stages import make_stages
+
+    watch = Stopwatch(report)
+    with watch.part("load the checkpoint"):
+        loras = [(read_lora(planned.path), planned.spec) for planned in plan.loras]
+        modules = load_modules(plan.checkpoint)
+    with watch.part("fuse the LoRAs"):
+        provenance = fuse_loras(modules.named(), loras)
+        del loras
+    stages = make_stages(plan.checkpoint, modules, plan.shape)
+    settings = write_tokenizers(folder, plan)
+    with watch.part("draw the reference in torch"):
+        recording = parity.record(stages, settings, folder)
+    engines, figures = [], {}
+    with tempfile.TemporaryDirectory(prefix=".graphs-", dir=folder.parent) as scratch:
+        graphs = []
+        for stage in stages:
+            engine, graph, figures[stage.name] = build_stage(
+                stage, plan, recording, folder, Path(scratch), watch
+            )
+            engines.append(engine)
+            graphs.append(graph)
+        with watch.part("check the picture"):
+            figures["picture"] = check_picture(plan, settings, folder, engines, graphs, recording)
+    parity.require(figures)
+    manifest = BundleManifest(
+        spec=plan.spec,
+        target=plan.target,
+        backend=plan.backend_name,
+        key=plan.key,
+        architecture=plan.checkpoint.architecture,
+        pipeline=settings,
+        stages=tuple(engines),
+        loras=tuple(
+            {"role": planned.role, **lora.to_dict()}
+            for planned, lora in zip(plan.loras, provenance, strict=True)
+        ),
+        parity={name: figure.to_dict() for name, figure in figures.items()},
+        proof=parity.write_proof(recording, folder),
+        toolchain=toolchain(plan),
+        seconds=watch.seconds,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    manifest = replace(manifest, files=list_files(folder))
+    text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def write_tokenizers(folder: Path, plan: Plan) -> PipelineSettings:
+    """Writes each tokenizer as one JSON, and says all that the LCM loop must know."""
+    checkpoint = plan.checkpoint
+    tokenizers = []
+    (folder / "tokenizers").mkdir()
+    for i, name in enumerate(checkpoint.tokenizers):
+        tokenizer = load_tokenizer(checkpoint, name)
+        file = f"tokenizers/{name}.json"
+        (folder / file).write_text(tokenizer.json, encoding="utf-8")
+        tokenizers.append(
+            TokenizerSettings(
+                "input_ids" if i == 0 else f"input_ids_{i + 1}",
+                file,
+                tokenizer.max_length,
+                tokenizer.pad_token_id,
+            )
+        )
+    sample = checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT
+    return PipelineSettings(
+        plan.shape, checkpoint.scheduler, tuple(tokenizers), checkpoint.zero_negative_prompt, sample
+    )
+
+
+def build_stage(
+    stage: Stage, plan: Plan, recording: Recording, folder: Path, scratch: Path, watch: Stopwatch
+) -> tuple[StageEngine, ExportedGraph, Parity]:
+    """One stage: cast, exported, built, compared with what torch computed."""
+    from lcm_compile.precision import layers_over, to_precision
+
+    precision = plan.precisions[stage.name]
+    peaks = recording.peaks[stage.name]
+    kept = layers_over(stage.module, peaks) if precision == "fp16" else set()
+    cast = replace(stage, module=to_precision(stage.module, precision, kept))
+    with watch.part(f"export {stage.name}"):
+        graph = export_stage(cast, plan.backend.GRAPH_FORMAT, precision, scratch)
+    engines = folder / "engines"
+    engines.mkdir(exist_ok=True)
+    with watch.part(f"build {stage.name}"):
+        path = plan.backend.build(graph, plan.target, engines)
+    with watch.part(f"check {stage.name}"):
+        figure = check_stage(cast, plan, graph, path, recording)
+    engine = StageEngine(
+        stage.contract,
+        path.relative_to(folder).as_posix(),
+        precision,
+        tuple(sorted(kept)),
+        max((max(pair) for pair in peaks.values()), default=None),
+    )
+    return engine, graph, figure
+
+
+def check_stage(stage: Stage, plan: Plan, graph: ExportedGraph, engine: Path, recording: Recording) -> Parity:
+    """The engine where it runs here; else the very graph it was built from, on ONNX Runtime's CPU provider.
+
+    That provider has no bf16: there the torch module that was exported is what is compared.
+    """
+    runner, checked = substitute(stage, plan, graph, engine)
+    with runner:
+        db = parity.compare_calls(runner, recording.calls[stage.name])
+    return Parity(db, parity.STAGE_FLOORS[graph.precision], checked)
+
+
+def substitute(stage: Stage | None, plan: Plan, graph: ExportedGraph, engine: Path) -> tuple[Any, str]:
+    """What stands for a stage's engine on this machine, and what to call it."""
+    if plan.backend.cannot_run(plan.target) is None:
+        return plan.backend.load(engine, graph.contract), "engine"
+    onnxruntime = find_backend("onnxruntime")
+    if graph.format == "onnx" and onnxruntime.cannot_build(TARGETS["cpu"], graph.precision) is None:
+        return onnxruntime.load(graph.path, graph.contract), "graph, on ONNX Runtime's CPU provider"
+    assert stage is not None
+    return parity.TorchRunner(stage), "torch module"
+
+
+def check_picture(
+    plan: Plan,
+    settings: PipelineSettings,
+    folder: Path,
+    engines: list[StageEngine],
+    graphs: list[ExportedGraph],
+    recording: Recording,
+) -> Parity:
+    """The sample prompt's whole picture, against torch's."""
+    runners, checked = {}, "engine"
+    for engine, graph in zip(engines, graphs, strict=True):
+        runners[engine.contract.name], checked = substitute(None, plan, graph, folder / engine.engine)
+    with LcmPipeline(settings, runners, load_tokenizers(folder, settings)) as pipeline:
+        request = Request(recording.prompt, parity.PROOF_SEED, steps=parity.PROOF_STEPS)
+        picture = parity.draw_for_proof(pipeline, request)
+    db = parity.psnr_db(recording.picture, picture)
+    return Parity(db, parity.picture_floor(plan.precisions.values()), checked)
+
+
+def toolchain(plan: Plan) -> Mapping[str, str]:
+    packages = {*EXPORTERS[plan.backend.GRAPH_FORMAT], "numpy", "tokenizers"}
+    versions = {name: str(installed_version((name,))).split(" ")[-1] for name in sorted(packages)}
+    return {
+        "lcm-compile": lcm_compile.__version__,
+        **versions,
+        plan.backend_name: str(installed_version(plan.backend.PACKAGES)).split(" ")[-1],
+    }

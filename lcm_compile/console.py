@@ -1,0 +1,121 @@
+"""What a person sees: progress on stderr, tables on stdout. Bars are drawn only on a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+
+def print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def note(text: str, quiet: bool = False) -> None:
+    if not quiet:
+        sys.stderr.write(text + "\n")
+
+
+def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Columns as wide as they need to be; the last one wraps on a terminal, and is whole in a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    cells = [list(row) for row in rows]
+    for i, name in enumerate(header):
+        last = i == len(header) - 1
+        table.add_column(name, no_wrap=not last, overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False, markup=False).print(table)
+
+
+class Parts:
+    """Reports a build's parts as they start: a live line on a terminal, one line each elsewhere.
+
+    Called with a part's name; use it as a context manager to end the last one.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._live = sys.stderr.isatty() and not quiet
+        self._start = self._began = time.perf_counter()
+        self._current: str | None = None
+        self._status: Any = None
+
+    def __call__(self, part: str) -> None:
+        self._finish()
+        self._current, self._began = part, time.perf_counter()
+        if self._live:
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            self._status = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._status.add_task(part, total=None)
+            self._status.start()
+
+    def _finish(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+        if self._current is not None:
+            seconds = time.perf_counter() - self._began
+            note(f"  {self._current:<32}{seconds:6.1f} s", self._quiet)
+            self._current = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self._finish()
+        elif self._status is not None:
+            self._status.stop()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+class Bar:
+    """A progress bar with its own text, on a terminal only."""
+
+    def __init__(self, description: str, quiet: bool = False) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty() and not quiet:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._task = self._bar.add_task(description, total=None)
+
+    def update(self, done: int, total: int, description: str | None = None) -> None:
+        if self._bar is not None:
+            options = {} if description is None else {"description": description}
+            self._bar.update(self._task, completed=done, total=total, **options)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,107 @@
+"""Which backends work on this machine, found out by building and running a small network on each."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_compile.engines import BACKENDS, Backend, find_backend, installed_version
+from lcm_compile.errors import LcmCompileError
+from lcm_compile.export import export_stage
+from lcm_compile.parity import snr_db
+from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.targets import TARGETS, GpuTarget
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """`builds_for`: targets that an engine was built for, just now; `runs`: an engine ran and was right."""
+
+    backend: str
+    version: str | None
+    builds_for: tuple[str, ...]
+    runs: bool
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Diagnosis]:
+    return [examine_backend(name) for name in BACKENDS]
+
+
+def examine_backend(name: str) -> Diagnosis:
+    """Builds for one target of each capability, and runs the engine where it can."""
+    backend = find_backend(name)
+    version = installed_version(backend.PACKAGES)
+    built: list[str] = []
+    reasons: list[str] = []
+    runs = False
+    for target in {t.compute_capability: t for t in reversed(TARGETS.values())}.values():
+        precision = "fp32" if target.is_cpu else "fp16"
+        reason = backend.cannot_build(target, precision)
+        if reason is None:
+            try:
+                db = try_backend(backend, target, precision)
+            except LcmCompileError as error:
+                reasons.append(error.message)
+                continue
+            built += [t.name for t in TARGETS.values() if t.compute_capability == target.compute_capability]
+            if db is None:
+                reasons.append(f"can't run: {backend.cannot_run(target)}")
+            else:
+                runs = True
+                reasons.insert(0, f"built and ran a small network, {db:.0f} dB from torch")
+        else:
+            reasons.append(reason)
+    order = list(TARGETS)
+    return Diagnosis(name, version, tuple(sorted(built, key=order.index)), runs, most_telling(reasons, runs))
+
+
+def most_telling(reasons: list[str], runs: bool) -> str:
+    """The reason a person needs: that it ran, else what a GPU machine of the most targets would hear."""
+    if runs or not reasons:
+        return reasons[0] if reasons else ""
+    return max(reasons, key=reasons.count)
+
+
+def try_backend(backend: Backend, target: GpuTarget, precision: str) -> float | None:
+    """Signal-to-noise of a small network's engine in dB, or None where its engines can't run here."""
+    import torch
+
+    from lcm_compile.precision import to_precision
+    from lcm_compile.stages import Stage
+
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.layer = torch.nn.Linear(16, 16)
+            with torch.no_grad():
+                for parameter in self.layer.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(self.layer(x.to(self.layer.weight.dtype))).float()
+
+    spec = TensorSpec("x", (2, 16), "float32", "input")
+    contract = StageContract("small", (spec,), (TensorSpec("y", (2, 16), "float32", "output"),))
+    module = Small().eval().requires_grad_(False)
+    x = np.linspace(-1, 1, 32, dtype=np.float32).reshape(2, 16)
+    expected = module(torch.from_numpy(x)).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        graphs, engines = Path(folder) / "graphs", Path(folder) / "engines"
+        graphs.mkdir()
+        engines.mkdir()
+        stage = Stage(contract, to_precision(module, precision))
+        graph = export_stage(stage, backend.GRAPH_FORMAT, precision, graphs)
+        path = backend.build(graph, target, engines)
+        if backend.cannot_run(target):
+            return None
+        with backend.load(path, contract) as runner:
+            return snr_db(expected, runner.to_host(runner({"x": runner.to_device(x)})["y"]))

@@ -1,0 +1,262 @@
+"""The LCM loop: prompt and seed → encode → step × N → decode → pictures.
+
+It reads stage contracts and settings, never a family or a backend; it needs neither torch nor diffusers
+unless an engine does.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from lcm_compile.bundle import EngineBundle, PipelineSettings, open_bundle
+from lcm_compile.engines import find_backend
+from lcm_compile.engines.runner import Runner
+from lcm_compile.errors import BackendError, BundleError, UsageError
+from lcm_compile.noise import TorchNoise
+from lcm_compile.scheduler import lcm_steps
+from lcm_compile.tokens import PromptTokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Arrays = dict[str, Any]
+STAGES = ("encode", "step", "decode")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the pipeline. `negative_prompt` None is not "": SDXL then conditions on zeros."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    steps: int = 4
+    guidance_scale: float = 1.0
+    num_images: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
+        if not 0.0 <= self.guidance_scale < float("inf"):
+            raise UsageError(f"guidance scale must be 0 or more, not {self.guidance_scale}")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
+
+
+@dataclass
+class Drawing:
+    """What a request became: pictures (n, height, width, 3) float32 in 0…1, and milliseconds by stage."""
+
+    pictures: np.ndarray
+    ms: dict[str, Any]
+    cut: str = ""
+
+    def images(self) -> list[Image]:
+        from PIL import Image
+
+        return [Image.fromarray((p * 255).round().astype(np.uint8)) for p in self.pictures]
+
+
+@dataclass
+class Clock:
+    """Milliseconds spent in each stage."""
+
+    encode: float = 0.0
+    step: list[float] = field(default_factory=list)
+    decode: float = 0.0
+    _start: float = field(default_factory=time.perf_counter)
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        passed, self._start = (now - self._start) * 1000, now
+        return passed
+
+
+class LcmPipeline:
+    """A context manager that owns its runners.
+
+    >>> with load("bundle/") as pipeline:
+    ...     images = pipeline("a large red star on a striped pink background", seed=7)
+    """
+
+    def __init__(
+        self,
+        settings: PipelineSettings,
+        runners: Mapping[str, Runner],
+        tokenizers: Mapping[str, PromptTokenizer],
+        load_ms: float = 0.0,
+    ) -> None:
+        self.settings = settings
+        self.runners = runners
+        self.tokenizers = tokenizers
+        self.load_ms = load_ms
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str | None = None,
+        steps: int = 4,
+        guidance_scale: float = 1.0,
+        seed: int | None = None,
+        num_images: int = 1,
+    ) -> list[Image]:
+        """Draws `num_images` PIL images; without a seed one is drawn at random.
+
+        UsageError for steps, guidance, seed or num_images out of range.
+        """
+        seed = draw_seed() if seed is None else seed
+        return self.draw(Request(prompt, seed, negative_prompt, steps, guidance_scale, num_images)).images()
+
+    def draw(self, request: Request) -> Drawing:
+        progress = self.progress(request)
+        while True:
+            try:
+                next(progress)
+            except StopIteration as stop:
+                return stop.value
+
+    def progress(self, request: Request) -> Generator[tuple[int, int], None, Drawing]:
+        """Draws, yielding (passes done, passes in all) after every stage; returns the drawing."""
+        settings, shape = self.settings, self.settings.shape
+        steps = lcm_steps(request.steps, settings.scheduler)
+        step, decode = self.runners["step"], self.runners["decode"]
+        contract = {spec.name: spec for spec in step.contract.inputs}
+        latent_shape = contract["latent"].shape[1:]
+        # A full LCM takes the guidance scale as an input; any other is guided by a second pass.
+        guided = request.guidance_scale > 1.0 and "guidance" not in contract
+        chunks = -(-request.num_images // shape.batch)
+        total = 1 + guided + chunks * (len(steps) * (1 + guided) + 1)
+        done = 0
+        start, clock = time.perf_counter(), Clock()
+
+        conditioning, cut = self.encode(request.prompt)
+        done += 1
+        yield done, total
+        unconditional: Arrays = {}
+        if guided:
+            unconditional = self.encode_negative(request.negative_prompt, conditioning)
+            done += 1
+            yield done, total
+        clock.encode = clock.lap()
+        extra: Arrays = {}
+        if "guidance" in contract:
+            extra["guidance"] = step.to_device(np.asarray([request.guidance_scale - 1], np.float32))
+
+        # One draw for all pictures at the start, one after every step but the last, from one stream:
+        # the order in which diffusers asks its generator.
+        noise = TorchNoise(request.seed)
+        draws = [noise((request.num_images, *latent_shape)) for _ in steps]
+        clock.lap()
+        pictures = []
+        for first in range(0, request.num_images, shape.batch):
+            rows = np.minimum(np.arange(first, first + shape.batch), request.num_images - 1)
+            latent = step.to_device(draws[0][rows])
+            for i, lcm_step in enumerate(steps):
+                timestep = step.to_device(np.asarray([lcm_step.timestep], np.float32))
+                inputs = {"latent": latent, "timestep": timestep, **extra}
+                output = step({**inputs, **conditioning})["prediction"]
+                done += 1
+                if guided:
+                    output = output + 0  # the runner may reuse its output memory
+                    plain = step({**inputs, **unconditional})["prediction"]
+                    output = plain + request.guidance_scale * (output - plain)
+                    done += 1
+                last = i == len(steps) - 1
+                latent = lcm_step(latent, output, None if last else step.to_device(draws[i + 1][rows]))
+                clock.step.append(clock.lap())
+                yield done, total
+            picture = decode.to_host(decode({"latent": latent})["picture"])
+            pictures.append(np.array(picture[: request.num_images - first]))
+            clock.decode += clock.lap()
+            done += 1
+            yield done, total
+        drawn = np.concatenate(pictures)
+        if not np.isfinite(drawn).all():
+            raise BackendError(
+                "the engines drew NaN: they overflow their precision on this machine",
+                "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
+            )
+        ms = {
+            "encode": clock.encode,
+            "step": clock.step,
+            "decode": clock.decode,
+            "total": (time.perf_counter() - start) * 1000,
+            "load": self.load_ms,
+        }
+        return Drawing(drawn, ms, cut)
+
+    def encode(self, prompt: str) -> tuple[Arrays, str]:
+        """The conditioning of a prompt, and the part of the prompt that did not fit."""
+        runner = self.runners["encode"]
+        tokens, cuts = {}, []
+        for name, tokenizer in self.tokenizers.items():
+            ids, cut = tokenizer(prompt)
+            tokens[name] = np.ascontiguousarray(np.broadcast_to(ids, (self.settings.shape.batch, len(ids))))
+            cuts.append(cut)
+        # Copies: the runner's output memory may be reused for the negative prompt.
+        arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
+        return {name: array + 0 for name, array in arrays.items()}, max(cuts, key=len, default="")
+
+    def encode_negative(self, negative_prompt: str | None, like: Arrays) -> Arrays:
+        if negative_prompt is None and self.settings.zero_negative_prompt:
+            return {name: array * 0 for name, array in like.items()}
+        return self.encode(negative_prompt or "")[0]
+
+    def close(self) -> None:
+        for runner in self.runners.values():
+            runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(2**32)
+
+
+def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
+    """The pipeline of a bundle, engines loaded.
+
+    BundleError: no bundle, a damaged one, or one for another GPU. BackendError: its backend is missing.
+    """
+    start = time.perf_counter()
+    if not isinstance(bundle, EngineBundle):
+        bundle = open_bundle(Path(bundle))
+    manifest = bundle.manifest
+    backend = find_backend(manifest.backend)
+    if reason := backend.cannot_run(manifest.target):
+        raise BundleError(
+            f"{bundle.folder} was built for {manifest.target.name} ({manifest.target.description}) "
+            f"and can't run here: {reason}",
+            manifest.spec.command().replace(f"--gpu {manifest.spec.gpu}", "--gpu THIS_MACHINE"),
+        )
+    runners: dict[str, Runner] = {}
+    try:
+        for stage in manifest.stages:
+            runners[stage.contract.name] = backend.load(bundle.path(stage.engine), stage.contract)
+        tokenizers = load_tokenizers(bundle.folder, manifest.pipeline)
+    except BaseException:
+        for runner in runners.values():
+            runner.close()
+        raise
+    if missing := set(STAGES) - set(runners):
+        raise BundleError(f"{bundle.folder} lacks the stages {', '.join(sorted(missing))}")
+    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms=(time.perf_counter() - start) * 1000)
+
+
+def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:
+    return {t.input: PromptTokenizer(folder / t.file, t) for t in settings.tokenizers}

@@ -1,0 +1,121 @@
+"""Where bundles live, what was used last, locks, and digests that are computed once.
+
+Everything is under one folder: LCM_COMPILE_HOME, or the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+RECENT_LIMIT = 200
+DIGESTS_LIMIT = 20_000
+# A file changed this recently could change again without its times moving: its digest is not kept.
+SETTLED_NS = 1_000_000_000
+
+
+def home() -> Path:
+    if folder := os.environ.get("LCM_COMPILE_HOME"):
+        return Path(folder).expanduser()
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lcm-compile")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file is the old one or the new one, at every moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds an exclusive lock on `path`, across processes; a killed holder lets go of it.
+
+    `waiting` is called once when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Digests:
+    """sha256 of files, remembered by device, inode, size and both times in nanoseconds.
+
+    A same-size edit whose mtime was put back still has a new ctime, and is read again.
+    """
+
+    def __init__(self) -> None:
+        self._path = home() / "digests.json"
+        self._known: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError):
+            known = json.loads(self._path.read_text(encoding="utf-8"))
+            if isinstance(known, dict):
+                self._known = known
+
+    def sha256(self, path: Path) -> str:
+        before = path.stat()
+        identity = ":".join(
+            str(x)
+            for x in (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        )
+        if identity in self._known:
+            return self._known[identity]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = path.stat()
+        unchanged = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+        settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > SETTLED_NS
+        if unchanged and settled:
+            self._new[identity] = self._known[identity] = digest
+        return digest
+
+    def save(self) -> None:
+        """Keeps what was learnt; losing it costs time, never correctness."""
+        if self._new:
+            newest = dict(list(self._known.items())[-DIGESTS_LIMIT:])
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, json.dumps(newest))
+            self._new = {}
+
+
+def bundles_folder() -> Path:
+    return home() / "bundles"
+
+
+def remember(bundle: Path) -> None:
+    """Puts a bundle first among those used last."""
+    path = home() / "recent.json"
+    bundle = bundle.resolve()
+    with contextlib.suppress(OSError), lock(home() / ".recent.lock"):
+        others = [str(p) for p in recent() if p != bundle]
+        write_atomically(path, json.dumps([str(bundle), *others][:RECENT_LIMIT], indent=1))
+
+
+def recent() -> list[Path]:
+    """Bundles that were built or hit, the last one first; those that are gone are left out."""
+    try:
+        names = json.loads((home() / "recent.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [Path(name) for name in names if (Path(name) / "manifest.json").is_file()]
