@@ -98,7 +98,8 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
     with watch.part("draw the reference in torch"):
         recording = parity.record(stages, settings, folder)
     engines, figures = [], {}
-    with tempfile.TemporaryDirectory(prefix=".graphs-", dir=folder.parent) as scratch:
+    # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
+    with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
         graphs = []
         for stage in stages:
             engine, graph, figures[stage.name] = build_stage(
