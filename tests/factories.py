@@ -180,3 +180,51 @@ def save(pipe, folder: Path) -> Path:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> Path:
     save_file({k: v.contiguous() for k, v in tensors.items()}, path)
     return path
+
+
+UNET_LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut")
+TEXT_LORA_MODULES = ("q_proj", "v_proj", "out_proj", "fc1")
+
+
+def lora_modules(pipe, text: bool) -> list[tuple[str, str, torch.nn.Module]]:
+    """(component, module, layer) of those that LoRAs are usually made for."""
+    wanted = [("unet", pipe.unet, UNET_LORA_MODULES)]
+    if text:
+        names = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipe, n, None) is not None]
+        wanted += [(name, getattr(pipe, name), TEXT_LORA_MODULES) for name in names]
+    return [
+        (component, name, layer)
+        for component, root, suffixes in wanted
+        for name, layer in root.named_modules()
+        if name.endswith(suffixes) and isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+
+
+def write_lora(
+    pipe, path: Path, layout: str, rank: int = 4, alpha: float | None = 2.0, text: bool = True, seed: int = 0
+) -> Path:
+    """A random LoRA for a pipeline's modules, in the key names of kohya's trainer or of diffusers/PEFT."""
+    generator = torch.Generator().manual_seed(seed)
+    one_encoder = getattr(pipe, "text_encoder_2", None) is None
+    kohya = {
+        "unet": "lora_unet_",
+        "text_encoder": "lora_te_" if one_encoder else "lora_te1_",
+        "text_encoder_2": "lora_te2_",
+    }
+    tensors = {}
+    for component, name, layer in lora_modules(pipe, text):
+        weight = layer.weight
+        kernel = weight.shape[2:]
+        down = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.2
+        up = torch.randn(weight.shape[0], rank, *(1 for _ in kernel), generator=generator) * 0.2
+        if component != "unet" and not name.startswith("text_model."):
+            name = f"text_model.{name}"  # as the trainers' transformers named it
+        if layout == "kohya":
+            key = kohya[component] + name.replace(".", "_")
+            tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+            if alpha is not None:
+                tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        else:
+            key = f"{component}.{name}"
+            tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+    return save_tensors(tensors, path)

@@ -1,0 +1,185 @@
+"""Pictures equal diffusers' own: same checkpoint, LoRAs, prompt, seed and steps, LCMScheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import factories
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+
+from lcm_compile import BuildSpec, LoraSpec, build, load
+from lcm_compile.parity import psnr_db
+from lcm_compile.pipeline import LcmPipeline, Request
+
+FLOOR = 65.0
+
+
+@dataclass
+class Pair:
+    """Our pipeline, and diffusers' on the same files."""
+
+    ours: LcmPipeline
+    theirs: DiffusionPipeline
+    height: int
+    width: int
+
+    def psnr(self, prompt="a large red star on white", seed=7, **options) -> list[float]:
+        drawn = self.ours.draw(Request(prompt, seed, **options)).pictures
+        images = self.theirs(
+            prompt,
+            negative_prompt=options.get("negative_prompt"),
+            num_inference_steps=options.get("steps", 4),
+            guidance_scale=options.get("guidance_scale", 1.0),
+            num_images_per_prompt=options.get("num_images", 1),
+            generator=torch.Generator("cpu").manual_seed(seed),
+            height=self.height,
+            width=self.width,
+            output_type="np",
+        ).images
+        assert drawn.shape == images.shape
+        assert images.std() > 0.02
+        return [psnr_db(a, b) for a, b in zip(images, drawn, strict=True)]
+
+
+def reference(checkpoint):
+    pipe = DiffusionPipeline.from_pretrained(checkpoint)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_checkpoint, tmp_path_factory):
+    """SDXL, 64×64, ONNX Runtime, with a kohya LoRA of UNet and text at 1 and a PEFT one at 0.6."""
+    folder = tmp_path_factory.mktemp("fused")
+    theirs = reference(sdxl_checkpoint)
+    lcm = factories.write_lora(theirs, folder / "lcm.safetensors", "kohya", seed=1)
+    style = factories.write_lora(theirs, folder / "style.safetensors", "peft", seed=2)
+    spec = BuildSpec(
+        base=str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lcm)), loras=(LoraSpec(str(style), 0.6),)
+    )
+    theirs.load_lora_weights(lcm, adapter_name="lcm")
+    theirs.load_lora_weights(style, adapter_name="style")
+    theirs.set_adapters(["lcm", "style"], [1.0, 0.6])
+    with load(build(spec, folder / "bundle")) as ours:
+        yield Pair(ours, theirs, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def sd15(sd15_checkpoint, tmp_path_factory):
+    """SD1.5, 136×104 (latents of odd sides), TorchScript, with a kohya LoRA of UNet and text at −0.5."""
+    folder = tmp_path_factory.mktemp("fused")
+    theirs = reference(sd15_checkpoint)
+    lora = factories.write_lora(theirs, folder / "lora.safetensors", "kohya", alpha=None, seed=3)
+    spec = BuildSpec(
+        base=str(sd15_checkpoint),
+        lcm_lora=LoraSpec(str(lora), -0.5),
+        height=136,
+        width=104,
+        backend="torchscript",
+    )
+    theirs.load_lora_weights(lora, adapter_name="lcm")
+    theirs.set_adapters(["lcm"], [-0.5])
+    with load(build(spec, folder / "bundle")) as ours:
+        yield Pair(ours, theirs, 136, 104)
+
+
+@pytest.fixture(params=["sdxl", "sd15"])
+def pair(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+def test_steps(pair, steps):
+    assert min(pair.psnr(steps=steps)) >= FLOOR
+
+
+def test_fifty_steps(sdxl):
+    assert min(sdxl.psnr(steps=50)) >= FLOOR
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "", "a small blue circle"])
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
+def test_guidance(pair, guidance_scale, negative_prompt):
+    assert min(pair.psnr(guidance_scale=guidance_scale, negative_prompt=negative_prompt)) >= FLOOR
+
+
+def test_guidance_and_negative_prompt_change_the_picture(pair):
+    plain = pair.ours.draw(Request("a star", 7)).pictures
+    guided = pair.ours.draw(Request("a star", 7, guidance_scale=1.5)).pictures
+    negative = pair.ours.draw(Request("a star", 7, "a blue circle", guidance_scale=1.5)).pictures
+    assert psnr_db(plain, guided) < FLOOR
+    assert psnr_db(guided, negative) < FLOOR
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 + 3])
+def test_several_pictures_from_one_seed(pair, seed):
+    assert min(pair.psnr(seed=seed, num_images=3)) >= FLOOR
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "Ein größerer Stern: ★ 🦀",
+        "a   red\n\tstar",
+        "red star " * 60,
+        "STAR, red-ish (very:1.3) 'blue'!!",
+    ],
+    ids=["empty", "unicode", "spaces", "100 tokens", "punctuation"],
+)
+def test_prompts(pair, prompt):
+    assert min(pair.psnr(prompt)) >= FLOOR
+
+
+def test_tenth_of_a_lora_would_be_seen(sdxl):
+    """The floor tells a LoRA at 0.9 of its weight from the whole."""
+    sdxl.theirs.set_adapters(["lcm", "style"], [0.9, 0.6])
+    try:
+        assert max(sdxl.psnr()) < FLOOR
+    finally:
+        sdxl.theirs.set_adapters(["lcm", "style"], [1.0, 0.6])
+
+
+def test_cut_of_a_long_prompt_is_told(pair):
+    drawing = pair.ours.draw(Request("red star " * 37 + "blue circle on white", 1))
+    assert drawing.cut == "circle on white"
+    assert pair.ours.draw(Request("red star " * 37, 1)).cut == ""
+
+
+def test_pil_images_from_python(sdxl):
+    images = sdxl.ours("a red star", seed=3, num_images=2)
+    assert [image.size for image in images] == [(64, 64), (64, 64)]
+    again = sdxl.ours("a red star", seed=3, num_images=2)
+    np.testing.assert_array_equal(np.asarray(images[1]), np.asarray(again[1]))
+    assert not np.array_equal(np.asarray(images[0]), np.asarray(images[1]))
+
+
+def test_seed_zero_is_a_seed(sdxl):
+    one, two = sdxl.ours("a star", seed=0)[0], sdxl.ours("a star", seed=0)[0]
+    assert one.tobytes() == two.tobytes()
+    assert sdxl.ours("a star")[0].tobytes() != sdxl.ours("a star")[0].tobytes()
+
+
+@pytest.fixture(scope="module")
+def full_lcm(tmp_path_factory):
+    """SD1.5 with a guidance embedding and v prediction, bundle of batch 2: no LoRA is looked for."""
+    folder = tmp_path_factory.mktemp("full")
+    base = factories.write_sd15(
+        folder / "base", factor=4, prediction_type="v_prediction", time_cond_proj_dim=16
+    )
+    spec = BuildSpec(base=str(base), batch=2, height=48, width=64, backend="torchscript")
+    with load(build(spec, folder / "bundle")) as ours:
+        yield Pair(ours, reference(base), 48, 64)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 1.5, 8.0])
+def test_full_lcm_takes_guidance_as_an_input(full_lcm, guidance_scale):
+    assert min(full_lcm.psnr(guidance_scale=guidance_scale)) >= FLOOR
+
+
+def test_batch_of_two_draws_three_pictures(full_lcm):
+    assert min(full_lcm.psnr(num_images=3)) >= FLOOR

@@ -1,0 +1,158 @@
+"""Half precision: layers that would overflow fp16 stay fp32, and the stage stays right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.engines import find_backend
+from lcm_compile.export import export_stage
+from lcm_compile.parity import STAGE_FLOORS, snr_db
+from lcm_compile.precision import FP16_LIMIT, layers_over, record_peaks, to_precision
+from lcm_compile.spec import Shape
+from lcm_compile.stages import Stage, make_stages
+from lcm_compile.targets import find_target
+
+
+def stages_of(checkpoint, change=lambda modules: None):
+    opened = open_checkpoint(str(checkpoint))
+    modules = load_modules(opened)
+    change(modules)
+    return {stage.name: stage for stage in make_stages(opened, modules, Shape(1, 64, 64))}
+
+
+def inputs_of(stage):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        torch.randn(spec.shape, generator=generator)
+        if spec.dtype == "float32"
+        else torch.randint(0, 200, spec.shape, generator=generator)
+        for spec in stage.contract.inputs
+    ]
+
+
+def loud(modules):
+    """A VAE as SDXL's own: its residual stream passes 65,504, its picture does not."""
+    with torch.no_grad():
+        decoder = modules.vae.decoder
+        for block in (decoder.up_blocks[0].resnets[0], decoder.up_blocks[1].resnets[1]):
+            block.conv2.weight.mul_(3e5 / 2)
+            block.conv2.bias.mul_(1e5)
+
+
+def test_plain_fp16_would_overflow_and_the_kept_layers_do_not(sdxl_checkpoint):
+    stage = stages_of(sdxl_checkpoint, loud)["decode"]
+    inputs = inputs_of(stage)
+    with record_peaks(stage.module) as peaks:
+        reference = stage.module(*inputs).numpy()
+    assert max(max(pair) for pair in peaks.values()) > 65_504
+    assert reference.std() > 0.01
+
+    plain = to_precision(stage.module, "fp16")(*inputs).numpy()
+    assert snr_db(reference, plain) < STAGE_FLOORS["fp16"]
+
+    kept = layers_over(stage.module, peaks)
+    every = {n for n, m in stage.module.named_modules() if not list(m.children()) and list(m.parameters())}
+    assert kept and kept < every
+    mixed = to_precision(stage.module, "fp16", kept)
+    assert snr_db(reference, mixed(*inputs).numpy()) >= STAGE_FLOORS["fp16"]
+
+
+def test_no_fp16_layer_sees_a_value_over_the_limit(sdxl_checkpoint):
+    stage = stages_of(sdxl_checkpoint, loud)["decode"]
+    inputs = inputs_of(stage)
+    with record_peaks(stage.module) as peaks:
+        stage.module(*inputs)
+    mixed = to_precision(stage.module, "fp16", layers_over(stage.module, peaks))
+    halves = {
+        n
+        for n, m in mixed.named_modules()
+        if [p for p in m.parameters(recurse=False) if p.dtype == torch.float16]
+    }
+    with record_peaks(mixed) as seen:
+        mixed(*inputs)
+    assert halves
+    assert all(max(seen[name]) <= FP16_LIMIT * 1.01 for name in halves)
+
+
+def test_mixed_graph_exports_and_keeps_its_casts(sdxl_checkpoint, tmp_path):
+    stage = stages_of(sdxl_checkpoint, loud)["decode"]
+    inputs = inputs_of(stage)
+    with record_peaks(stage.module) as peaks:
+        reference = stage.module(*inputs).numpy()
+    mixed = Stage(stage.contract, to_precision(stage.module, "fp16", layers_over(stage.module, peaks)))
+    graph = export_stage(mixed, "onnx", "fp16", tmp_path)
+    with find_backend("onnxruntime").load(graph.path, stage.contract) as runner:
+        actual = runner({"latent": inputs[0].numpy()})["picture"]
+    assert snr_db(reference, actual) >= STAGE_FLOORS["fp16"]
+    import onnx
+
+    types = {t.data_type for t in onnx.load(graph.path).graph.initializer}
+    assert {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16} <= types
+
+
+def test_rtx_builds_a_mixed_graph(sdxl_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    stage = stages_of(sdxl_checkpoint, loud)["decode"]
+    with record_peaks(stage.module) as peaks:
+        stage.module(*inputs_of(stage))
+    mixed = Stage(stage.contract, to_precision(stage.module, "fp16", layers_over(stage.module, peaks)))
+    graph = export_stage(mixed, "onnx", "fp16", tmp_path)
+    engines = tmp_path / "engines"
+    engines.mkdir()
+    path = find_backend("tensorrt-rtx").build(graph, find_target("a10"), engines)
+    assert path.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["encode", "step", "decode"])
+def test_half_stages_take_and_give_fp32(sdxl_checkpoint, name, precision):
+    stage = stages_of(sdxl_checkpoint)[name]
+    inputs = inputs_of(stage)
+    reference = stage.module(*inputs)
+    half = to_precision(stage.module, precision)(*inputs)
+    for a, b in zip(as_tuple(reference), as_tuple(half), strict=True):
+        assert b.dtype == torch.float32
+        assert snr_db(a.numpy(), b.numpy()) >= STAGE_FLOORS[precision]
+
+
+def as_tuple(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+def test_size_ids_and_latent_scaling_stay_exact_in_half_precision(sdxl_checkpoint):
+    opened = open_checkpoint(str(sdxl_checkpoint))
+    stages = {s.name: s for s in make_stages(opened, load_modules(opened), Shape(1, 1000, 1016))}
+    step = to_precision(stages["step"].module, "bf16")
+    assert step.time_ids.tolist() == [[1000, 1016, 0, 0, 1000, 1016]]
+    decode = to_precision(stages["decode"].module, "fp16")
+    assert decode.scale.unique().item() == pytest.approx(1 / 0.13025, rel=1e-6)
+
+
+def test_a_block_whose_sum_overflows_is_kept_whole():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.one(x) + self.two(x)
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.block, self.last = torch.nn.Linear(1, 1), Block(), torch.nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.last(self.block(self.first(x)) * 1e-3)
+
+    net = Net()
+    peaks = {
+        "first": (1.0, 1.0),
+        "block": (1.0, 40_000.0),
+        "block.one": (1.0, 20_000.0),
+        "block.two": (1.0, 20_000.0),
+        "last": (40.0, 1.0),
+    }
+    assert layers_over(net, peaks) == {"block.one", "block.two"}
