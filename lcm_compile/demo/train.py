@@ -1,0 +1,484 @@
+"""Trains the demo model from scratch: `python -m lcm_compile.demo.train --work DIR --out CHECKPOINT`.
+
+First the VAE, then both text encoders and the UNet together on its latents. Every stage saves itself to DIR
+about once a minute, by write and rename, and continues from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lcm_compile.benchmarks.quality import score
+from lcm_compile.demo.world import WORDS, caption, held_out_prompts, render, sample_scene
+
+SIDE = 64  # pixels
+SHARD = 4096  # scenes in one file of the latent pool
+SAVE_SECONDS = 60.0
+REPORT_STEPS = 50
+DROPPED = 0.1  # part of the captions replaced by zeros, for classifier-free guidance
+TOKENS = 77  # in a padded prompt
+START, END = "<|startoftext|>", "<|endoftext|>"
+WIDTH = 64  # of each text encoder
+MAX_WEIGHT = 60.0
+
+
+def _alphabet() -> list[str]:
+    """The printable character that stands for each byte, in CLIP's order ("!" is token 0)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(rest))]
+
+
+def _merges() -> list[tuple[str, str]]:
+    """Byte-pair merges, most frequent first, that make each of the world's words one token."""
+    words = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(WORDS)]
+    merges = []
+    while pairs := Counter(pair for word in words for pair in pairwise(word)):
+        pair = max(pairs, key=lambda p: (pairs[p], p))
+        merges.append(pair)
+        for word in words:
+            for at in range(len(word) - 2, -1, -1):
+                if tuple(word[at : at + 2]) == pair:
+                    word[at : at + 2] = ["".join(pair)]
+    return merges
+
+
+def vocabulary() -> dict[str, int]:
+    """Every token's id: any text can be spelt, and the last two are the start and the end."""
+    letters, merges = _alphabet(), _merges()
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *("".join(pair) for pair in merges),
+        START,
+        END,
+    ]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def save_tokenizer(folder: Path, pad: str) -> None:
+    """Writes a CLIP tokenizer that fills prompts up with `pad`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
+    config |= {"add_prefix_space": False, "errors": "replace"}
+    merges = "\n".join(["#version: 0.2", *(" ".join(pair) for pair in _merges())]) + "\n"
+    (folder / "vocab.json").write_text(json.dumps(vocabulary(), ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(specials, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | specials, indent=2) + "\n")
+
+
+def make_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    """Both tokenizers; as in SDXL the first pads with the end token, the second with "!"."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "first", Path(folder) / "second"]
+        for path, pad in zip(paths, (END, "!"), strict=True):
+            save_tokenizer(path, pad)
+        first, second = (CLIPTokenizer.from_pretrained(path) for path in paths)
+    return first, second
+
+
+def tokenize(captions: list[str]) -> Tensor:
+    """Padded token ids of both encoders. Shape (n, 2, 77)."""
+    rows = [
+        tokenizer(
+            captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in make_tokenizers()
+    ]
+    return torch.stack(rows, 1)
+
+
+class TextEncoders(nn.Module):
+    """Both CLIP text encoders, read as SDXL's pipeline reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        words = vocabulary()
+        common: dict[str, Any] = {
+            "vocab_size": len(words),
+            "hidden_size": WIDTH,
+            "intermediate_size": 4 * WIDTH,
+        }
+        common |= {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": TOKENS}
+        common |= {"projection_dim": WIDTH, "bos_token_id": words[START], "eos_token_id": words[END]}
+        self.first = CLIPTextModel(CLIPTextConfig(**common, hidden_act="quick_gelu", pad_token_id=words[END]))
+        self.second = CLIPTextModelWithProjection(
+            CLIPTextConfig(**common, hidden_act="gelu", pad_token_id=words["!"])
+        )
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (b, 2, 77) to penultimate hidden states (b, 77, 2 * WIDTH) and pooled ones (b, WIDTH)."""
+        first = self.first(tokens[:, 0], output_hidden_states=True).hidden_states[-2]
+        second = self.second(tokens[:, 1], output_hidden_states=True)
+        return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Noise predictor of 16x16 latents: attention at 8x8, where a whole shape is in view."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 112),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=4,  # in this class that is the number of heads
+        norm_num_groups=16,
+        use_linear_projection=True,
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=6 * 32 + WIDTH,
+    )
+
+
+def make_vae() -> AutoencoderKL:
+    """A VAE of factor 4, without attention: what it draws is flat and local."""
+    return AutoencoderKL(
+        block_out_channels=(16, 32, 48),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def make_scheduler() -> EulerDiscreteScheduler:
+    """SDXL's own noise schedule."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        interpolation_type="linear",
+        use_karras_sigmas=False,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """Writes next to `path` and renames, so that a kill leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+class Progress:
+    """Says where the training is, and when it is time to save."""
+
+    def __init__(self, name: str, first: int, steps: int) -> None:
+        self.name, self.steps, self.reported = name, steps, first
+        self.losses: list[Tensor] = []
+        self.since = self.saved = time.monotonic()
+
+    def __call__(self, step: int, loss: Tensor) -> bool:
+        """Takes the loss of a finished step; True when a checkpoint is due."""
+        self.losses.append(loss.detach())
+        now = time.monotonic()
+        if step % REPORT_STEPS == 0 or step == self.steps:
+            rate = (step - self.reported) / (now - self.since)
+            mean = torch.stack(self.losses).mean().item()
+            eta = (self.steps - step) / rate / 60
+            line = f"{self.name} {step}/{self.steps} loss {mean:.4f} {rate:.2f} steps/s eta {eta:.0f} min"
+            print(line, file=sys.stderr, flush=True)
+            self.losses, self.since, self.reported = [], now, step
+        due = now - self.saved > SAVE_SECONDS or step == self.steps
+        if due:
+            self.saved = now
+        return due
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int, decay_last: int) -> float:
+    """A linear warm-up, then constant, then a linear decay to 2 % over the last `decay_last` steps."""
+    rise = min(1.0, (step + 1) / warm_up)
+    fall = min(1.0, (steps - step) / decay_last) if decay_last else 1.0
+    return peak * rise * max(fall, 0.02)
+
+
+def draw(seed: int, count: int, zebra: float = 0.0) -> tuple[Tensor, list[str]]:
+    """Random training scenes: uint8 pictures (count, 3, 64, 64) and their captions."""
+    rng = np.random.default_rng(seed)
+    pictures, captions = np.empty((count, SIDE, SIDE, 3), np.uint8), []
+    for index in range(count):
+        scene = sample_scene(rng, zebra=zebra)
+        pictures[index] = render(scene, SIDE)
+        captions.append(caption(scene))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), captions
+
+
+def to_model(pictures: Tensor) -> Tensor:
+    """uint8 pictures to the VAE's range of -1 to 1."""
+    return pictures.float() / 127.5 - 1
+
+
+def train_vae(work: Path, steps: int, seed: int, device: torch.device) -> AutoencoderKL:
+    """The trained VAE, its `scaling_factor` measured. Trains on 32x32 crops, of zebra pictures too."""
+    path = work / "vae.pt"
+    torch.manual_seed(seed)
+    vae = make_vae().to(device)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+    first = 0
+    if path.exists():
+        state = torch.load(path, map_location=device)
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    if first < steps:
+        torch.manual_seed(seed + first)  # a resumed run draws other batches than those before
+        pictures, _ = draw(seed, 2 * SHARD, zebra=0.15)
+        progress = Progress("vae", first, steps)
+        for step in range(first + 1, steps + 1):
+            crop = pictures[torch.randint(len(pictures), (16,))]
+            top, left = (int(n) for n in torch.randint(SIDE // 2 + 1, (2,)))
+            target = to_model(crop[:, :, top : top + SIDE // 2, left : left + SIDE // 2]).to(device)
+            posterior = vae.encode(target).latent_dist
+            output = vae.decode(posterior.sample()).sample
+            error = output - target
+            # Shapes are vivid, backgrounds are not: without the weight a VAE this small mixes up the colours.
+            vivid = target.amax(1, keepdim=True) - target.amin(1, keepdim=True)
+            colours = ((1 + 4 * vivid) * (error.abs() + error.square())).mean()
+            edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps edges crisp
+            loss = colours + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, 2e-3, 100, steps // 2)
+            optimizer.step()
+            if progress(step, loss):
+                state = {"vae": vae.state_dict(), "step": step}
+                save_atomically(state | {"optimizer": optimizer.state_dict()}, path)
+    vae.requires_grad_(False).eval()
+    pictures, _ = draw(seed + 1, 512)
+    with torch.no_grad():
+        target = to_model(pictures).to(device)
+        latent = vae.encode(target).latent_dist.mode()
+        error = (vae.decode(latent).sample - target).abs().mean().item() / 2
+    vae.register_to_config(scaling_factor=round(1 / latent.std().item(), 3))
+    print(f"vae error {error:.4f}, scaling factor {vae.config.scaling_factor}", file=sys.stderr, flush=True)
+    return vae
+
+
+def latent_pool(vae: AutoencoderKL, work: Path, shards: int, seed: int) -> tuple[Tensor, list[str]]:
+    """Scaled latents (n, 4, 16, 16) in half precision, with their captions, kept in `work` shard by shard."""
+    latents, captions = [], []
+    for index in range(shards):
+        path = work / f"pool-{index:03d}.pt"
+        if not path.exists():
+            pictures, texts = draw(seed + 1000 + index, SHARD)
+            with torch.no_grad():
+                parts = [
+                    vae.encode(to_model(part).to(vae.device)).latent_dist.mode()
+                    for part in pictures.split(64)
+                ]
+            scaled = (torch.cat(parts) * vae.config.scaling_factor).half().cpu()
+            save_atomically({"latents": scaled, "captions": texts}, path)
+            print(f"pool {index + 1}/{shards}", file=sys.stderr, flush=True)
+        shard = torch.load(path)
+        latents.append(shard["latents"])
+        captions += shard["captions"]
+    return torch.cat(latents), captions
+
+
+class Base(nn.Module):
+    """What is trained together: both text encoders and the UNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = TextEncoders()
+        self.unet = make_unet()
+
+    def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
+        """The noise in `noisy` (b, 4, 16, 16), given tokens (b, 2, 77), zeroed where not `kept` (b,)."""
+        hidden, pooled = self.text(tokens)
+        size = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], device=noisy.device).expand(len(noisy), 6)
+        added = {"text_embeds": pooled * kept[:, None], "time_ids": size}
+        hidden = hidden * kept[:, None, None]
+        return self.unet(noisy, timestep, hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the machine computes in it: several times faster, and a UNet trains as well."""
+    fast = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> None:
+    """Trains text encoders and UNet to predict the noise, keeping an average of the weights."""
+    steps, batch, device, path = options.base_steps, options.batch, vae.device, work / "base.pt"
+    torch.manual_seed(options.seed)
+    base = Base().to(device)
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to torch's own types
+    averaged = copy.deepcopy(base).requires_grad_(False)
+    optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
+    first = 0
+    if path.exists():
+        state = torch.load(path, map_location=device)
+        base.load_state_dict(state["base"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    latents, captions = latent_pool(vae, work, options.shards, options.seed)
+    tokens = tokenize(captions)
+    alphas = make_scheduler().alphas_cumprod.to(device)
+    torch.manual_seed(options.seed + first)
+    # On a CPU the backward pass of the fused attention takes a third of a step, of the plain one little.
+    attention = SDPBackend.MATH if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    progress = Progress("base", first, steps)
+    for step in range(first + 1, steps + 1):
+        index = torch.randint(len(latents), (batch,))
+        clean = latents[index].to(device, torch.float32)
+        even = (
+            torch.arange(batch, device=device) + torch.rand(batch, device=device)
+        ) / batch  # spread over 0 to 1
+        timestep = (even * len(alphas)).long().clamp(max=len(alphas) - 1)
+        alpha = alphas[timestep][:, None, None, None]
+        noise = torch.randn_like(clean)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        kept = (torch.rand(batch, device=device) >= DROPPED).float()
+        with autocast(device), sdpa_kernel(attention):
+            predicted = base(noisy, timestep, tokens[index].to(device), kept)
+        # 1 / alpha makes this the loss of a velocity prediction: it counts the noisy timesteps, where it is
+        # decided what is drawn and where. It is bounded: at the last of them there is next to nothing to see.
+        weight = (1 / alpha).clamp(max=MAX_WEIGHT)
+        loss = (weight * (predicted.float() - noise).square()).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(base.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, options.lr, 300, options.decay_last)
+        optimizer.step()
+        decay = min(0.999, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(averaged.parameters()), list(base.parameters()), 1 - decay)
+        if progress(step, loss):
+            state = {"base": base.state_dict(), "averaged": averaged.state_dict(), "step": step}
+            save_atomically(state | {"optimizer": optimizer.state_dict()}, path)
+
+
+def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
+    """Writes the averaged weights of the last checkpoint as a diffusers folder, in half precision."""
+    state = torch.load(work / "base.pt", map_location="cpu")
+    base = Base()
+    base.load_state_dict(state["averaged"])
+    tokenizers = make_tokenizers()
+    pipeline = StableDiffusionXLPipeline(
+        vae=copy.deepcopy(vae).cpu(),
+        text_encoder=base.text.first,
+        text_encoder_2=base.text.second,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=base.unet,
+        scheduler=make_scheduler(),
+        add_watermarker=False,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
+        fresh, old = Path(folder) / "new", Path(folder) / "old"
+        pipeline.to(dtype=torch.float16).save_pretrained(fresh)
+        for name in (
+            "text_encoder",
+            "text_encoder_2",
+        ):  # opened in the precision its config names, unlike the rest
+            config = fresh / name / "config.json"
+            config.write_text(config.read_text().replace('"float16"', '"float32"'))
+        for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):  # the plain files every version reads
+            shutil.rmtree(fresh / name)
+            save_tokenizer(fresh / name, pad)
+        fresh.chmod(0o755)
+        if out.exists():
+            out.rename(old)
+        fresh.rename(out)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"exported step {state['step']} to {out}, {size / 1e6:.2f} MB", file=sys.stderr, flush=True)
+
+
+def evaluate(work: Path, out: Path, prompts: list[str], steps: int, guidance: float) -> dict[str, float]:
+    """The judge's figures of an exported checkpoint, and a sheet of its first pictures in `work`."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(out, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures: list[np.ndarray] = []
+    for at in range(0, len(prompts), 25):
+        seeds = [torch.Generator().manual_seed(at + index) for index in range(len(prompts[at : at + 25]))]
+        drawn = pipeline(
+            prompts[at : at + 25],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=seeds,
+            output_type="np",
+        )
+        pictures += [np.rint(picture * 255).astype(np.uint8) for picture in drawn.images]
+    rows = [np.concatenate(pictures[at : at + 8], 1) for at in range(0, min(len(pictures), 48) // 8 * 8, 8)]
+    if rows:
+        sheet = Image.fromarray(np.concatenate(rows))
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(work / "sheet.png")
+    return score(pictures, prompts)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m lcm_compile.demo.train", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything kept between runs")
+    default = Path(__file__).parent / "checkpoint"
+    parser.add_argument("--out", type=Path, default=default, help="diffusers folder to write")
+    parser.add_argument("--stage", choices=("vae", "base", "export", "eval", "all"), default="all")
+    parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--base-steps", type=int, default=20000)
+    parser.add_argument("--decay-last", type=int, default=2000, help="steps of falling learning rate")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--shards", type=int, default=12, help=f"latents to train on, in {SHARD}s")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--prompts", type=int, default=100, help="eval: how many held-out prompts")
+    parser.add_argument("--steps", type=int, default=25, help="eval: Euler steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="eval: guidance scale")
+    options = parser.parse_args()
+    name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.stage != "eval":
+        wanted = (
+            options.vae_steps
+            if options.stage in ("vae", "all") or not (options.work / "vae.pt").exists()
+            else 0
+        )
+        vae = train_vae(options.work, wanted, options.seed, torch.device(name))
+    if options.stage in ("base", "all"):
+        train_base(vae, options.work, options)
+    if options.stage in ("export", "all"):
+        export(vae, options.work, options.out)
+    if options.stage in ("eval", "all"):
+        prompts = held_out_prompts(options.prompts, options.seed)
+        print(json.dumps(evaluate(options.work, options.out, prompts, options.steps, options.guidance)))
+
+
+if __name__ == "__main__":
+    main()
