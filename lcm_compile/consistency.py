@@ -1,0 +1,122 @@
+"""The maths of latent consistency distillation (Luo et al. 2023, arXiv 2310.04378, section 4), in torch.
+
+For timesteps k apart, with a frozen teacher and a target that trails the student:
+
+    ẑ_n = DDIM step from t_{n+k} to t_n of teacher(c) + w·(teacher(c) − teacher(∅)),
+    loss = d(f_student(z_{n+k}, c, t_{n+k}), f_target(ẑ_n, c, t_n)),    f(z, c, t) = c_skip·z + c_out·ẑ0.
+
+w is the paper's guidance scale. It counts what guidance adds, so diffusers' guidance_scale is 1 + w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod, boundary_scalings
+
+HUBER_C = 1e-3
+
+# What a UNet is told beside latent and timestep: text states (b, 77, d) as encoder_hidden_states, and for
+# SDXL text_embeds (b, p) and time_ids (b, 6).
+Conditioning = dict[str, Tensor]
+# (latent, timestep, conditioning) → the UNet's raw prediction, all of one batch
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """What the maths needs of a noise schedule: ᾱ, c_skip and c_out of every timestep, each (T,)."""
+
+    alphas: Tensor
+    c_skip: Tensor
+    c_out: Tensor
+    prediction_type: str
+    skip: int
+
+    @classmethod
+    def of(cls, settings: SchedulerSettings, skip: int, device: torch.device | str = "cpu") -> Solver:
+        alphas = torch.from_numpy(alphas_cumprod(settings))
+        pairs = [boundary_scalings(t, settings.timestep_scaling) for t in range(len(alphas))]
+        c_skip, c_out = torch.tensor(pairs, dtype=torch.float32).unbind(1)
+        return cls(alphas.to(device), c_skip.to(device), c_out.to(device), settings.prediction_type, skip)
+
+    def timesteps(self) -> Tensor:
+        """The t_{n+k} that are trained, those that LCM sampling visits among them: (T / k,)."""
+        return torch.arange(1, len(self.alphas) // self.skip + 1) * self.skip - 1
+
+
+def per_picture(values: Tensor) -> Tensor:
+    """(b,) → (b, 1, 1, 1), to multiply latents with."""
+    return values[:, None, None, None]
+
+
+def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
+    """√ᾱ·z0 + √(1 − ᾱ)·ε: forward diffusion, and of ẑ0 and ε̂ a DDIM step to ᾱ (Song et al. 2020, η = 0)."""
+    alpha = per_picture(alpha)
+    return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+
+
+def clean_and_noise(
+    latent: Tensor, output: Tensor, alpha: Tensor, prediction_type: str
+) -> tuple[Tensor, Tensor]:
+    """ẑ0 and ε̂ by what the UNet predicts, so that latent = √ᾱ·ẑ0 + √(1 − ᾱ)·ε̂."""
+    root, sigma = per_picture(alpha).sqrt(), (1 - per_picture(alpha)).sqrt()
+    if prediction_type == "epsilon":
+        return (latent - sigma * output) / root, output
+    if prediction_type == "v_prediction":
+        return root * latent - sigma * output, sigma * latent + root * output
+    return output, (latent - root * output) / sigma  # "sample"
+
+
+def consistency(
+    predict: Predict, latent: Tensor, timestep: Tensor, cond: Conditioning, solver: Solver
+) -> Tensor:
+    """f(z, c, t) = c_skip·z + c_out·ẑ0, which is z itself at t = 0."""
+    output = predict(latent, timestep, cond)
+    clean, _ = clean_and_noise(latent, output, solver.alphas[timestep], solver.prediction_type)
+    return per_picture(solver.c_skip[timestep]) * latent + per_picture(solver.c_out[timestep]) * clean
+
+
+def teacher_step(
+    predict: Predict, latent: Tensor, timestep: Tensor, w: Tensor, pair: Conditioning, solver: Solver
+) -> Tensor:
+    """ẑ_n: one DDIM step of the guided teacher over `skip` timesteps, clamped at 0.
+
+    `pair` conditions 2b predictions, first those with the prompts, then those without.
+    """
+    both = predict(torch.cat([latent, latent]), torch.cat([timestep, timestep]), pair)
+    with_prompt, without = both.chunk(2)
+    # ẑ0 and ε̂ are affine in the prediction, so guiding the prediction guides both of them.
+    guided = with_prompt + per_picture(w) * (with_prompt - without)
+    clean, noise = clean_and_noise(latent, guided, solver.alphas[timestep], solver.prediction_type)
+    return add_noise(clean, noise, solver.alphas[(timestep - solver.skip).clamp(min=0)])
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float = HUBER_C) -> Tensor:
+    """Mean of √((a − b)² + c²) − c."""
+    return ((a - b).square() + c**2).sqrt().sub(c).mean()
+
+
+def distillation_loss(
+    student: Predict,
+    target: Predict,
+    teacher: Predict,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    w: Tensor,
+    pair: Conditioning,
+    solver: Solver,
+) -> Tensor:
+    """One batch's loss. clean, noise: (b, c, h, w); timestep, w: (b,); pair as in teacher_step: (2b, …)."""
+    prompts = {name: value[: len(clean)] for name, value in pair.items()}
+    latent = add_noise(clean, noise, solver.alphas[timestep])
+    with torch.no_grad():
+        previous = teacher_step(teacher, latent, timestep, w, pair, solver)
+        earlier = (timestep - solver.skip).clamp(min=0)
+        wanted = consistency(target, previous, earlier, prompts, solver)
+    return pseudo_huber(consistency(student, latent, timestep, prompts, solver), wanted)
