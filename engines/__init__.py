@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.spec import ExportedGraph, StageContract
-from lcm_compile.targets import GpuTarget
+from lcm_compile.targets import TARGETS, GpuTarget
 
 BACKENDS = {
     "onnxruntime": "lcm_compile.engines.onnxruntime",
@@ -66,6 +66,14 @@ def choose_backend(target: GpuTarget, precision: str) -> str:
         f"no backend can build {precision} engines for {target.name} here.\n  " + "\n  ".join(reasons),
         "lcm-compile doctor",
     )
+
+
+def find_target_here() -> str:
+    """The name of the first target that this machine's GPU is, or "cpu"."""
+    from lcm_compile.engines.tensorrt import gpu_here
+
+    capability = None if (here := gpu_here()) is None else here[1]
+    return next((t.name for t in TARGETS.values() if t.compute_capability == capability), "cpu")
 
 
 def installed_version(packages: tuple[str, ...]) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import BackendError
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -63,7 +63,21 @@ def load(path: Path, contract: StageContract) -> Runner:
 
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
-    return OnnxRuntimeRunner(open_session(path, session_options), contract)
+    session = open_session(path, session_options)
+    check_contract(path, "inputs", session.get_inputs(), contract.inputs)
+    check_contract(path, "outputs", session.get_outputs(), contract.outputs)
+    return OnnxRuntimeRunner(session, contract)
+
+
+def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    """BackendError unless the engine takes and gives arrays of the contract's shapes and types."""
+    types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+    has = [(list(x.shape), x.type) for x in found]
+    needs = [(list(spec.shape), types.get(spec.dtype)) for spec in specs]
+    if has != needs:
+        raise BackendError(
+            f"{path} has the {side} {has}; its contract says {needs}", "build the bundle again with --force"
+        )
 
 
 def open_session(path: Path, session_options: Any) -> Any:

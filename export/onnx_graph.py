@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -69,9 +70,9 @@ class PlainSignature(torch.nn.Module):
 
 
 @contextlib.contextmanager
-def quiet_exporter():  # type: ignore[no-untyped-def]
+def quiet_exporter() -> Iterator[None]:
     """The exporter's progress prints and notices are not for stdout, which is data."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

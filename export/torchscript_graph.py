@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,9 +13,16 @@ import torch
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import Stage
 
+# More than the code and constants of any traced stage, beside its weights.
+CODE_SIZE = 16 << 20
+
 
 def torchscript_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
     """`folder/<stage>.pt`: loads with plain `torch.jit.load`, arguments in the contract's order."""
+    size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
+    # torch.jit.save ends the whole process when the disk is full, so the room is asked for before.
+    if shutil.disk_usage(folder).free < size + CODE_SIZE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(stage.module, stage.example_inputs(), check_trace=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,14 +13,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lcm_compile.errors import BundleError, UsageError
+from lcm_compile.engines import BACKENDS
+from lcm_compile.errors import BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.scheduler import SchedulerSettings
-from lcm_compile.spec import BuildSpec, Shape, StageContract
+from lcm_compile.schema import from_json
+from lcm_compile.spec import PRECISIONS, BuildSpec, Shape, StageContract
 from lcm_compile.store import Digests, home, lock
 from lcm_compile.targets import GpuTarget
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# A disk with less than this is called full when something could not be written to it.
+LITTLE_ROOM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,10 @@ class StageEngine:
     precision: str
     fp32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {PRECISIONS}")
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,32 @@ class PipelineSettings:
 
 
 @dataclass(frozen=True)
+class Parity:
+    """One figure. `checked` says what was compared: the engine, or the graph where no engine runs here."""
+
+    db: float
+    floor: float
+    checked: str
+
+    @property
+    def passed(self) -> bool:
+        return self.db >= self.floor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "db": round(self.db, 2)}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The request whose recording `verify` replays, and the files that hold it."""
+
+    prompt: str
+    seed: int
+    steps: int
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class BundleManifest:
     spec: BuildSpec
     target: GpuTarget
@@ -68,8 +103,8 @@ class BundleManifest:
     pipeline: PipelineSettings
     stages: tuple[StageEngine, ...]
     loras: tuple[Mapping[str, Any], ...]
-    parity: Mapping[str, Mapping[str, Any]]
-    proof: Mapping[str, Any]
+    parity: Mapping[str, Parity]
+    proof: Proof
     toolchain: Mapping[str, str]
     seconds: Mapping[str, float]
     created: str
@@ -80,35 +115,8 @@ class BundleManifest:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BundleManifest:
-        """KeyError, TypeError, ValueError or UsageError for what is no manifest of this schema."""
-        values = {k: v for k, v in data.items() if k != "schema"}
-        pipeline = values["pipeline"]
-        values["spec"] = BuildSpec.from_dict(values["spec"])
-        values["target"] = GpuTarget(
-            **{**values["target"], "precisions": tuple(values["target"]["precisions"])}
-        )
-        values["pipeline"] = PipelineSettings(
-            shape=Shape(**pipeline["shape"]),
-            scheduler=SchedulerSettings.from_dict(pipeline["scheduler"]),
-            tokenizers=tuple(TokenizerSettings(**t) for t in pipeline["tokenizers"]),
-            zero_negative_prompt=pipeline["zero_negative_prompt"],
-            sample_prompt=pipeline["sample_prompt"],
-        )
-        values["stages"] = tuple(
-            StageEngine(
-                StageContract.from_dict(stage["contract"]),
-                stage["engine"],
-                stage["precision"],
-                tuple(stage["fp32_layers"]),
-                stage["largest_activation"],
-            )
-            for stage in values["stages"]
-        )
-        values["loras"] = tuple(values["loras"])
-        manifest = cls(**values)
-        if not all(isinstance(x, str) for pair in manifest.files.items() for x in pair):
-            raise TypeError("files maps paths to digests")
-        return manifest
+        """ValueError or UsageError, naming the place, for what is no manifest of this schema."""
+        return from_json(cls, {k: v for k, v in data.items() if k != "schema"})
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,9 @@ class EngineBundle:
     digest: str
 
     def path(self, name: str) -> Path:
+        """A file of the bundle; BundleError unless the manifest holds its digest."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.folder} has no {name}", "build the bundle again with --force")
         return self.folder / name
 
 
@@ -138,13 +149,15 @@ def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
     try:
         raw = path.read_bytes()
         data = json.loads(raw)
-        schema = data["schema"]
+        schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
             raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", rebuild)
         manifest = BundleManifest.from_dict(data)
-    except (ValueError, KeyError, TypeError, AttributeError, UsageError, RecursionError) as error:
-        raise BundleError(f"{path} is broken: {type(error).__name__}: {error}", rebuild) from error
-    for name in [*manifest.files, *named_files(manifest)]:
+    except (ValueError, UsageError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} is broken: {error}", rebuild) from error
+    if manifest.backend not in BACKENDS:
+        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", rebuild)
+    for name in manifest.files:
         check_inside(folder, name)
     unlisted = [name for name in named_files(manifest) if name not in manifest.files]
     if unlisted:
@@ -153,22 +166,27 @@ def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
 
 
 def named_files(manifest: BundleManifest) -> list[str]:
-    proof = manifest.proof.get("files", [])
-    if not isinstance(proof, list):
-        raise BundleError("the manifest's list of proof files is no list")
     return [
         *(stage.engine for stage in manifest.stages),
         *(tokenizer.file for tokenizer in manifest.pipeline.tokenizers),
-        *proof,
+        *manifest.proof.files,
     ]
 
 
-def check_inside(folder: Path, name: Any) -> None:
+def check_inside(folder: Path, name: str) -> None:
     """BundleError for a path that would leave the bundle, by name or by a link."""
-    plain = PurePosixPath(str(name))
-    outside = plain.is_absolute() or ".." in plain.parts or "\\" in str(name) or not str(name)
-    if outside or not (folder / plain).resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is outside the bundle")
+    plain = PurePosixPath(name)
+    outside = plain.is_absolute() or ".." in plain.parts or "\\" in name or not name
+    try:
+        outside = outside or not (folder / plain).resolve().is_relative_to(folder.resolve())
+        (folder / plain).is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, a ring of links
+        outside = True
+    if outside:
+        raise BundleError(
+            f"{folder / MANIFEST} names {name[:100]!r}, which is no place inside the bundle",
+            "do not use this bundle; get it again from whoever built it",
+        )
 
 
 def open_bundle(folder: Path) -> EngineBundle:
@@ -203,16 +221,45 @@ def list_files(folder: Path) -> dict[str, str]:
 
 def check_destination(folder: Path) -> None:
     """UsageError unless a bundle can be put there: nothing, an empty folder, or an older bundle."""
+    other = "give a new folder to --out"
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder} is a file", "give a new folder to --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise UsageError(f"--out {folder} is a file", other)
+    if folder.is_mount():
         raise UsageError(
-            f"--out {folder} is a folder with other things in it, which a bundle would replace",
-            "give a new folder to --out",
+            f"--out {folder} is where a disk is mounted, and can't be replaced", f"{folder}/bundle"
         )
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"--out {folder} can't be written", "give a folder that you may write to --out")
+    if folder.is_dir() and (foreign := foreign_files(folder)):
+        raise UsageError(
+            f"--out {folder} is a folder with other things in it, such as {foreign[0]}, "
+            "and a bundle replaces it all",
+            other,
+        )
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--out {folder} is not UTF-8, and no engine could be read there", other) from None
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--out {folder} can't be written: no folder can be made in {parent}",
+            "give a folder that you may write to --out",
+        )
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in `folder` and is no part of a bundle; of an unreadable bundle, its manifest."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_thing(path)}
+    if MANIFEST not in found:
+        return sorted(found)
+    try:
+        own = set(json.loads((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return [MANIFEST]
+    return sorted(found - own - {MANIFEST})
+
+
+def is_thing(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir()
 
 
 @contextlib.contextmanager
@@ -222,26 +269,45 @@ def publishing(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iter
     One process at a time; what a killed one left behind is removed. At every moment `folder` is the old
     bundle, none, or the whole new one.
     """
+    folder = folder.resolve()  # through links: a link would be replaced instead of what it points to
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = folder.parent / f".{folder.name}.part"
     old = folder.parent / f".{folder.name}.old"
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    with lock(home() / "locks" / name, waiting):
-        if old.exists() and not folder.exists():  # killed between the two renames below
+    name = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()[:16]
+
+    def clean_up() -> None:
+        if old.exists() and not folder.exists():  # ended between the two renames below
             old.rename(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    with lock(home() / "locks" / name, waiting):
+        clean_up()
         part.mkdir()
         try:
-            yield part
+            with full_disk_told(folder.parent):
+                yield part
             if (part / MANIFEST).is_file():
                 sync(part)
                 if folder.exists():
                     folder.rename(old)
                 part.rename(folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+            clean_up()
+
+
+@contextlib.contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Tells of a full disk as such, whatever the library that met it made of that."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        # Of this package's own errors only a backend's may come from a library that could not write.
+        foreign = isinstance(error, BackendError) or not isinstance(error, LcmCompileError)
+        if full or (foreign and shutil.disk_usage(folder).free < LITTLE_ROOM):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
+        raise
 
 
 def sync(folder: Path) -> None:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
 from lcm_compile.families import FAMILIES, Family, detect_family
+from lcm_compile.hub import fetch, first_line
 from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.spec import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +99,7 @@ def find_base(base: str) -> Path:
     if base in FAMILIES:
         family = FAMILIES[base]
         return Path(family.base) if base == "demo" else download_base(family)
-    path = Path(base).expanduser()
+    path = user_path(base)
     if path.is_dir():
         return path
     if path.exists():
@@ -108,21 +110,14 @@ def find_base(base: str) -> Path:
 
 
 def download_base(family: Family) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
-        return Path(snapshot_download(family.base, allow_patterns=HUB_FILES))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        return fetch(family.base, HUB_FILES)
+    except ConnectionError as error:
         raise CheckpointError(
-            f"the checkpoint {family.base} is not in the hub cache and can't be downloaded: "
-            f"{first_line(error)}",
-            "check the network (or HF_HOME, HF_TOKEN), or give a diffusers folder to --base",
+            f"the checkpoint {family.base} is not in the hub cache and can't be downloaded: {error}",
+            "check the network (or HF_HOME, HF_TOKEN), or give a diffusers folder to --base, "
+            f"as ./{family.name} if it is here",
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def open_checkpoint(base: str) -> Checkpoint:
@@ -135,7 +130,7 @@ def open_checkpoint(base: str) -> Checkpoint:
     present = [
         name
         for name in ("text_encoder", "text_encoder_2", "unet", "vae")
-        if isinstance(index.get(name), list) and index[name][0] is not None
+        if isinstance(index.get(name), list) and any(index[name])
     ]
     for name in ("text_encoder", "unet", "vae"):
         if name not in present:
@@ -146,16 +141,44 @@ def open_checkpoint(base: str) -> Checkpoint:
         tokenizer = name.replace("text_encoder", "tokenizer")
         if name.startswith("text_encoder") and not (folder / tokenizer).is_dir():
             raise CheckpointError(f"{folder} has no {tokenizer} folder", hint)
+    check_configs(folder, {name: component.config for name, component in components.items()})
     config = read_json(folder / "scheduler" / "scheduler_config.json")
     try:
         scheduler = SchedulerSettings.from_dict(config)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise CheckpointError(
-            f"the LCM loop can't use {folder}/scheduler/scheduler_config.json: {error}"
+            f"the LCM loop can't use {folder}/scheduler/scheduler_config.json: {error}", hint
         ) from error
     family = FAMILIES["demo"] if base == "demo" else detect_family(components["unet"].config)
     zero = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in present))
     return Checkpoint(base, folder, family, components, scheduler, zero and "text_encoder_2" in present)
+
+
+# The settings that graphs are shaped by, and how many whole numbers each may list, 0 for a plain number;
+# diffusers checks the others.
+NEEDED: dict[str, dict[str, Sequence[int]]] = {
+    "unet": {"in_channels": [0], "cross_attention_dim": [0], "sample_size": [0, 2]},
+    "vae": {"latent_channels": [0], "block_out_channels": range(1, 9)},
+    "text_encoder_2": {"projection_dim": [0]},
+}
+
+
+def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """CheckpointError for a setting that is missing or senseless, or a UNet that is for another task."""
+    for name in NEEDED.keys() & configs.keys():
+        for key, lengths in NEEDED[name].items():
+            value = configs[name].get(key)
+            length, numbers = (len(value), value) if isinstance(value, list) else (0, [value])
+            if length not in lengths or not all(type(n) is int and n > 0 for n in numbers):
+                raise CheckpointError(
+                    f"{folder / name}/config.json: {key} is {value!r}", "download the checkpoint again"
+                )
+    takes, gives = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
+    if takes != gives:
+        raise CheckpointError(
+            f"{folder} does not draw from text alone: its unet takes {takes} channels, its vae gives {gives}",
+            "give a text-to-image base to --base",
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,9 +205,10 @@ def find_component(folder: Path, name: str) -> Component:
         for shard_index in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
             path = folder / name / shard_index
             if path.is_file():
-                shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+                weight_map = read_json(path).get("weight_map")
+                shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
                 missing = [s for s in shards if not (folder / name / s).is_file()]
-                if missing:
+                if missing or not shards:
                     raise CheckpointError(
                         f"{folder / name} lacks the weight files {', '.join(missing)}",
                         "download the checkpoint again",

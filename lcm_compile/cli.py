@@ -7,6 +7,7 @@ Everything heavy is imported inside the commands: `--help` costs Python and clic
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import traceback
@@ -21,14 +22,17 @@ from lcm_compile.errors import BundleError, LcmCompileError, ParityError
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
-    from lcm_compile.parity import Parity
 
 GUIDANCE_HINT = 2.0
 CUT_SHOWN = 200
+LOSSES_MEANT = 50
+NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where things are written"
 
 
 def main() -> NoReturn:
     """Runs the command and turns every error into a message and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as the bytes they came in as
     try:
         cli.main(prog_name="lcm-compile", standalone_mode=False)
     except LcmCompileError as error:
@@ -46,12 +50,18 @@ def main() -> NoReturn:
         hint = {
             errno.ENOSPC: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
             errno.EDQUOT: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
-            errno.EACCES: "point --out or LCM_COMPILE_HOME at a folder you may write to",
+            errno.EACCES: NO_ACCESS,
+            errno.EPERM: NO_ACCESS,
+            errno.EROFS: NO_ACCESS,
+            errno.ENOTDIR: NO_ACCESS,
+            errno.EEXIST: NO_ACCESS,
+            errno.ENAMETOOLONG: "give a shorter name",
         }.get(error.errno or 0)
         fail(what, hint, 1)
-    except MemoryError:
-        fail("out of memory", "close other programs, or build on a machine with more memory", 1)
     except Exception as error:
+        # torch and ONNX Runtime have no error of their own for it.
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            fail("out of memory", "ask for less: a smaller size, batch or number of pictures", 1)
         fail(
             f"internal error: {type(error).__name__}: {error}",
             "LCM_COMPILE_DEBUG=1 shows where; please report it",
@@ -131,6 +141,7 @@ def build(
     """Build a bundle of engines."""
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.plan import make_plan
+    from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec, LoraSpec
 
     spec = BuildSpec(
@@ -160,39 +171,20 @@ def build(
         remember(plan.folder)
         bundle, seconds = open_bundle(plan.folder), 0.0
     else:
-        from lcm_compile.compile import build as build_bundle
+        from lcm_compile.compile import build_planned
 
         with Parts(quiet) as parts:
-            bundle = build_bundle(spec, out, force=force, report=parts)
+            plan, bundle = build_planned(spec, out, force, parts)
         seconds = parts.seconds
+        if plan.hit:
+            note(f"hit: another process built it; {'; '.join(plan.reasons)}", quiet)
     if as_json:
-        print_json({**describe_bundle(bundle), "hit": plan.hit, "reasons": list(plan.reasons)})
+        described = describe_bundle(bundle.folder, bundle.manifest, bundle.digest)
+        print_json({**described, "hit": plan.hit, "reasons": list(plan.reasons)})
         return
     print(bundle.folder)
     if not plan.hit:
         note(f"built in {seconds:.1f} s; {told_parity(bundle.manifest.parity)}", quiet)
-
-
-def print_plan(plan: Any) -> None:
-    from lcm_compile.console import print_table
-
-    rows = [
-        ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
-        *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
-        ("target", f"{plan.target.name} ({plan.target.description})"),
-        ("backend", plan.backend_name),
-        ("shape", str(plan.shape)),
-        *((f"precision of {stage}", precision) for stage, precision in plan.precisions.items()),
-        ("bundle", str(plan.folder)),
-        ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
-    ]
-    print_table(("", "plan"), rows)
-
-
-def told_parity(figures: Any) -> str:
-    told = ", ".join(f"{name} {figure['db']:.0f} dB" for name, figure in figures.items())
-    checked = sorted({figure["checked"] for figure in figures.values()})
-    return f"parity with torch ({', '.join(checked)}): {told}"
 
 
 @cli.command()
@@ -296,19 +288,10 @@ def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> Engin
         if base or gpu:
             raise click.UsageError("--engine names a bundle; drop --base and --gpu")
         return open_bundle(engine)
+    if base and gpu:
+        return find_bundle_of(base, gpu)
     if base or gpu:
-        if not (base and gpu):
-            raise click.UsageError("--base and --gpu go together")
-        from lcm_compile.plan import make_plan
-        from lcm_compile.spec import BuildSpec
-
-        plan = make_plan(BuildSpec(base=base, gpu=gpu))
-        if plan.hit:
-            return open_bundle(plan.folder)
-        raise BundleError(
-            f"there is no bundle of {base} for {gpu}: {'; '.join(plan.reasons)}",
-            f"lcm-compile build --base {base} --gpu {gpu}, or name a bundle with --engine",
-        )
+        raise click.UsageError("--base and --gpu go together")
     reasons = []
     for folder in recent():
         try:
@@ -326,15 +309,59 @@ def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> Engin
     )
 
 
+def find_bundle_of(base: str, gpu: str) -> EngineBundle:
+    """The bundle built or hit last of a base, whatever was fused into it, for a target.
+
+    BundleError where what it was built from has changed since: no stale engine is run by its base's name.
+    """
+    from lcm_compile.bundle import open_bundle, read_manifest
+    from lcm_compile.plan import make_plan
+    from lcm_compile.spec import BuildSpec
+    from lcm_compile.store import recent
+    from lcm_compile.targets import find_target
+
+    target = find_target(gpu).name
+    for folder in recent():
+        try:
+            manifest, _ = read_manifest(folder)
+        except BundleError:
+            continue
+        if manifest.target.name == target and same_base(manifest.spec.base, base):
+            try:
+                plan = make_plan(manifest.spec, folder)
+            except LcmCompileError:  # the base or a LoRA is gone: the bundle is all there is
+                return open_bundle(folder)
+            if not plan.hit:
+                told = "\n  ".join(plan.reasons)
+                raise BundleError(
+                    f"the bundle of {base} for {target} is out of date; what is there now {told}",
+                    manifest.spec.command(),
+                )
+            return open_bundle(folder)
+    raise BundleError(
+        f"there is no bundle of {base} for {target}",
+        f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --engine",
+    )
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two words for a base are the same name, or lead to the same folder."""
+    try:
+        return one == other or Path(one).samefile(other)
+    except OSError:
+        return False
+
+
 @cli.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @json_option
 @quiet_option
 def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
     """Replay a bundle's proof on its engines here; exit 3 on a miss."""
-    from lcm_compile.console import note, print_json, print_table
+    from lcm_compile.console import note, print_json
     from lcm_compile.parity import require
     from lcm_compile.parity import verify as verify_bundle
+    from lcm_compile.reports import print_parity
 
     found = find_bundle(bundle, None, None)
     note(f"verifying {found.folder}", quiet)
@@ -344,9 +371,7 @@ def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
         stages = {name: {**figure.to_dict(), "passed": figure.passed} for name, figure in figures.items()}
         print_json({"bundle": str(found.folder), "passed": passed, "parity": stages})
     else:
-        print_table(
-            ("stage", "dB", "needs", "checked", ""), [parity_row(name, f) for name, f in figures.items()]
-        )
+        print_parity(figures)
     try:
         require(figures)
     except ParityError as error:
@@ -354,17 +379,13 @@ def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
         raise
 
 
-def parity_row(name: str, figure: Parity) -> tuple[str, ...]:
-    passed = "ok" if figure.passed else "MISS"
-    return name, f"{figure.db:.1f}", f"{figure.floor:g}", figure.checked, passed
-
-
 @cli.command()
 @click.argument("name")
 @json_option
 def inspect(name: str, as_json: bool) -> None:
     """Tell what a bundle holds, or where the demo model is."""
-    from lcm_compile.console import print_json, print_table
+    from lcm_compile.console import print_json
+    from lcm_compile.reports import describe_bundle, describe_demo, print_description
 
     if name == "demo":
         data = describe_demo()
@@ -372,72 +393,11 @@ def inspect(name: str, as_json: bool) -> None:
         from lcm_compile.bundle import read_manifest
 
         manifest, digest = read_manifest(Path(name))
-        data = describe(Path(name), manifest, digest)
+        data = describe_bundle(Path(name), manifest, digest)
     if as_json:
         print_json(data)
         return
-    print_table(("", name), [(key, told(value)) for key, value in data.items()])
-
-
-def told(value: Any) -> str:
-    """A value for a person: dictionaries and lists one item a line."""
-    if isinstance(value, dict):
-        return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
-    if isinstance(value, list):
-        return "\n".join(
-            ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, dict) else str(item)
-            for item in value
-        )
-    return str(value)
-
-
-def describe_demo() -> dict[str, Any]:
-    from lcm_compile.checkpoints import open_checkpoint
-    from lcm_compile.families import FAMILIES
-
-    checkpoint = open_checkpoint("demo")
-    lora = Path(FAMILIES["demo"].lcm_lora or "")
-    files = [*checkpoint.content_files(), lora]
-    return {
-        "checkpoint": str(checkpoint.folder),
-        "lcm_lora": str(lora),
-        "architecture": checkpoint.architecture,
-        "size": list(checkpoint.default_size),
-        "bytes": sum(path.stat().st_size for path in files),
-        "sample_prompt": FAMILIES["demo"].sample_prompt,
-    }
-
-
-def describe_bundle(bundle: EngineBundle) -> dict[str, Any]:
-    return describe(bundle.folder, bundle.manifest, bundle.digest)
-
-
-def describe(folder: Path, manifest: Any, digest: str) -> dict[str, Any]:
-    return {
-        "bundle": str(folder),
-        "digest": digest,
-        "base": manifest.spec.base,
-        "architecture": manifest.architecture,
-        "target": manifest.target.name,
-        "compute_capability": manifest.target.compute_capability,
-        "backend": manifest.backend,
-        "shape": vars(manifest.pipeline.shape),
-        "loras": [dict(lora) for lora in manifest.loras],
-        "stages": [
-            {
-                "name": stage.contract.name,
-                "precision": stage.precision,
-                "engine": stage.engine,
-                "fp32_layers": len(stage.fp32_layers),
-                "largest_activation": stage.largest_activation,
-            }
-            for stage in manifest.stages
-        ],
-        "parity": {name: dict(figure) for name, figure in manifest.parity.items()},
-        "toolchain": dict(manifest.toolchain),
-        "seconds": dict(manifest.seconds),
-        "created": manifest.created,
-    }
+    print_description(name, data)
 
 
 @cli.command()
@@ -491,3 +451,40 @@ def doctor(as_json: bool) -> None:
             for d in found
         ],
     )
+
+
+@cli.command()
+@click.option("--base", required=True, metavar="BASE", help="The teacher: demo, a family or a folder.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The LoRA's .safetensors.")
+@click.option("--data", metavar="DIR|demo", help="Captioned pictures; for the demo base: its own world.")
+@click.option("--rank", type=int, default=64, show_default=True)
+@click.option("--steps", type=int, default=1000, show_default=True)
+@click.option("--skip", type=int, default=20, show_default=True, help="Timesteps that one solver step spans.")
+@click.option("--guidance-min", type=float, default=3.0, show_default=True)
+@click.option("--guidance-max", type=float, default=15.0, show_default=True)
+@click.option("--batch", type=int, default=12, show_default=True)
+@click.option("--lr", type=float, default=1e-4, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+@quiet_option
+def distill(out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Teach a base to draw in a few steps: an LCM-LoRA of your own."""
+    from lcm_compile.console import Bar, note, print_json
+    from lcm_compile.distill import DistillSpec
+    from lcm_compile.distill import distill as distill_lora
+
+    spec = DistillSpec(**options)
+    progress = distill_lora(spec, out)
+    losses: list[float] = []
+    with Bar("distilling", quiet) as bar:
+        for done in progress:
+            losses.append(done.loss)
+            recent = sum(losses[-LOSSES_MEANT:]) / len(losses[-LOSSES_MEANT:])
+            bar.update(done.step, done.total, f"loss {recent:.4f}")
+            if done.step % LOSSES_MEANT == 0 and not sys.stderr.isatty():
+                note(f"step {done.step}/{done.total} loss {recent:.4f}", quiet)
+    if as_json:
+        print_json({"lcm_lora": str(out), "steps": spec.steps, "loss": losses})
+    else:
+        print(out)
+        note(f"lcm-compile build --base {spec.base} --gpu cpu --lcm-lora {out}", quiet)

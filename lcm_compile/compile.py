@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from lcm_compile.bundle import (
     PipelineSettings,
     StageEngine,
     TokenizerSettings,
+    full_disk_told,
     list_files,
     open_bundle,
     publishing,
@@ -33,6 +33,7 @@ from lcm_compile.lora import fuse_loras, read_lora
 from lcm_compile.parity import Parity, Recording
 from lcm_compile.pipeline import LcmPipeline, Request, load_tokenizers
 from lcm_compile.plan import Plan, make_plan
+from lcm_compile.schema import json_text
 from lcm_compile.spec import BuildSpec, ExportedGraph
 from lcm_compile.store import remember
 from lcm_compile.targets import TARGETS
@@ -71,15 +72,21 @@ def build(
     it starts. Raises UsageError, CheckpointError, LoraError, BackendError, and ParityError when the
     engines do not draw what torch draws; nothing is published then.
     """
-    plan = make_plan(spec, None if out is None else Path(out), force)
+    return build_planned(spec, None if out is None else Path(out), force, report)[1]
+
+
+def build_planned(
+    spec: BuildSpec, out: Path | None, force: bool, report: Report
+) -> tuple[Plan, EngineBundle]:
+    """`build`, with the plan that was followed: a hit too where another process built it meanwhile."""
+    plan = make_plan(spec, out, force)
     if not plan.hit:
-        with publishing(plan.folder, lambda: report("waiting for another build of this bundle")) as folder:
-            # Another process may have built it while this one waited for the lock.
-            plan = make_plan(spec, None if out is None else Path(out), force)
+        with publishing(plan.folder, lambda: report("wait for another build of this bundle")) as folder:
+            plan = make_plan(spec, out, force)
             if not plan.hit:
                 build_into(folder, plan, report)
     remember(plan.folder)
-    return open_bundle(plan.folder)
+    return plan, open_bundle(plan.folder)
 
 
 def build_into(folder: Path, plan: Plan, report: Report) -> None:
@@ -99,7 +106,8 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
         recording = parity.record(stages, settings, folder)
     engines, figures = [], {}
     # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
-    with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
+    graphs_folder = tempfile.TemporaryDirectory(prefix="graphs-", dir=folder)
+    with graphs_folder as scratch, full_disk_told(folder.parent):
         graphs = []
         for stage in stages:
             engine, graph, figures[stage.name] = build_stage(
@@ -122,15 +130,14 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
             {"role": planned.role, **lora.to_dict()}
             for planned, lora in zip(plan.loras, provenance, strict=True)
         ),
-        parity={name: figure.to_dict() for name, figure in figures.items()},
+        parity=figures,
         proof=parity.write_proof(recording, folder),
         toolchain=toolchain(plan),
         seconds=watch.seconds,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     manifest = replace(manifest, files=list_files(folder))
-    text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(json_text(manifest.to_dict(), indent=1), encoding="utf-8")
 
 
 def write_tokenizers(folder: Path, plan: Plan) -> PipelineSettings:

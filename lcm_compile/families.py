@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
             str(DEMO_FOLDER / "checkpoint"),
             str(DEMO_FOLDER / "lcm_lora.safetensors"),
             "a small SDXL of coloured shapes, shipped with the package, 64×64",
-            {},
+            {"cross_attention_dim": 128, "block_out_channels": [64, 112]},
             "a large red star on a striped pink background",
         ),
         Family(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcm_compile.errors import UsageError
+from lcm_compile.errors import LcmCompileError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -75,6 +75,10 @@ def save_picture(image: Image, path: Path, settings: Mapping[str, str]) -> None:
         else:
             image.save(part, format={".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"), quality=95)
         part.replace(path)
+    except OSError as error:
+        raise LcmCompileError(
+            f"{path} can't be written: {error.strerror or error}", "give another --out"
+        ) from error
     finally:
         part.unlink(missing_ok=True)
 

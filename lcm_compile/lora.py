@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import LoraError
 from lcm_compile.families import LCM_LORA_FILE, TEXT_WIDTHS, Family
-from lcm_compile.spec import LoraSpec
+from lcm_compile.hub import fetch
+from lcm_compile.spec import LoraSpec, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +35,7 @@ PEFT_KEY = re.compile(
     r"(?:(lora_A|lora\.down|lora_linear_layer\.down|lora_B|lora\.up|lora_linear_layer\.up)"
     r"(?:\.default)?\.weight|(alpha))"
 )
+DOWN = re.compile(r"lora_A|down")
 
 
 @dataclass
@@ -84,7 +87,7 @@ class LoraProvenance:
 
 
 def find_lora(spec: LoraSpec) -> Path:
-    path = Path(spec.source).expanduser()
+    path = user_path(spec.source)
     if path.is_dir() and (path / LCM_LORA_FILE).is_file():
         path = path / LCM_LORA_FILE
     if path.is_dir():
@@ -103,38 +106,45 @@ def find_lcm_lora(family: Family | None, base: str) -> Path:
         raise LoraError(f"no LCM-LoRA is known for {base}: its UNet is of no known family", other)
     if family.lcm_lora is None:
         raise LoraError(f"no LCM-LoRA is published for {family.description.split(',')[0]}", other)
-    if Path(family.lcm_lora).is_absolute():
-        return Path(family.lcm_lora)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(family.lcm_lora, LCM_LORA_FILE))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise LoraError(
-            f"the LCM-LoRA {family.lcm_lora} is not in the hub cache and can't be downloaded", other
-        ) from error
+    path = Path(family.lcm_lora)
+    if not path.is_absolute():
+        try:
+            path = fetch(family.lcm_lora, [LCM_LORA_FILE]) / LCM_LORA_FILE
+        except ConnectionError as error:
+            raise LoraError(
+                f"the LCM-LoRA {family.lcm_lora} is not in the hub cache and can't be downloaded: {error}",
+                other,
+            ) from error
+    if not path.is_file():
+        raise LoraError(f"the LCM-LoRA {path} is missing", other)
+    return path
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """A safetensors file's tensors and metadata. LoraError for anything else; a pickle is never opened."""
-    with path.open("rb") as file:
-        head = file.read(16)
-    if not head:
-        raise LoraError(f"{path} is empty", "download it again")
-    if head[:2] == b"PK" or head[:1] == b"\x80":
-        raise LoraError(
-            f"{path} is a pickle, whatever its name; opening one can run any code, so it is never opened",
-            "get the LoRA as .safetensors",
-        )
     from safetensors import SafetensorError, safe_open
+
+    if path.stat().st_size == 0:
+        raise LoraError(f"{path} is empty", "download it again")
 
     try:
         with safe_open(path, framework="pt") as handle:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             return tensors, handle.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
+        # Asked only now: the length that a safetensors file begins with may look like a pickle too.
+        if looks_like_pickle(path):
+            raise LoraError(
+                f"{path} is a pickle, whatever its name; opening one can run any code, so it is never opened",
+                "get the LoRA as .safetensors",
+            ) from error
         raise LoraError(f"{path} is no whole safetensors file: {error}", "download it again") from error
+
+
+def looks_like_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(2)
+    return head == b"PK" or head[:1] == b"\x80"
 
 
 def read_lora(path: Path) -> Lora:
@@ -162,12 +172,12 @@ def read_lora(path: Path) -> Lora:
             continue
         layer = layers.setdefault((component, module), LoraLayer(component, module))
         layer.keys.append(key)
-        if part == "alpha":
-            layer.alpha = float(tensor)
-        elif part in ("lora_down.weight", "lora_A", "lora.down", "lora_linear_layer.down"):
-            layer.down = tensor
-        else:
-            layer.up = tensor
+        side = "alpha" if part == "alpha" else "down" if DOWN.search(part) else "up"
+        if getattr(layer, side) is not None:
+            raise LoraError(f"{path} updates {module} twice: {some(layer.keys)}", "save the LoRA again")
+        if tensor.numel() == 0 or (tensor.numel() > 1 if side == "alpha" else tensor.ndim < 2):
+            raise LoraError(f"{path}: {key} has the shape {list(tensor.shape)}", "download it again")
+        setattr(layer, side, float(tensor) if side == "alpha" else tensor)
     made_for = guess_base(tensors)
     if unknown:
         raise LoraError(
@@ -188,25 +198,24 @@ def read_lora(path: Path) -> Lora:
 def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], path: Path) -> None:
     """Takes α from the adapter settings that diffusers writes into a PEFT file's metadata."""
     try:
-        adapter = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
-        raise LoraError(f"{path}: its adapter metadata is not JSON", "save the LoRA again") from error
-    for layer in layers:
-        settings = {
-            key.removeprefix(f"{layer.component}."): value
-            for key, value in adapter.items()
-            if key.startswith(f"{layer.component}.")
-        }
-        if settings.get("use_dora"):
-            raise LoraError(f"{path} is a DoRA, which can't be fused yet")
-        if layer.alpha is not None or "lora_alpha" not in settings:
-            continue
-        patterns = settings.get("alpha_pattern") or {}
-        matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?{name}", layer.module)]
-        layer.alpha = float(matched[0] if matched else settings["lora_alpha"])
-        if settings.get("use_rslora"):  # Kalajdzievski 2023: α/√r in place of α/r
-            assert layer.down is not None
-            layer.alpha *= layer.down.shape[0] ** 0.5
+        adapter = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        for layer in layers:
+            prefix = f"{layer.component}."
+            settings = {k.removeprefix(prefix): v for k, v in adapter.items() if k.startswith(prefix)}
+            if settings.get("use_dora"):
+                raise LoraError(f"{path} is a DoRA, which can't be fused yet", "get it as a plain LoRA")
+            if layer.alpha is not None or "lora_alpha" not in settings:
+                continue
+            patterns = dict(settings.get("alpha_pattern") or {})
+            matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?{name}", layer.module)]
+            layer.alpha = float(matched[0] if matched else settings["lora_alpha"])
+            if not math.isfinite(layer.alpha):
+                raise ValueError(f"alpha is {layer.alpha}")
+            if settings.get("use_rslora"):  # Kalajdzievski 2023: α/√r in place of α/r
+                assert layer.down is not None
+                layer.alpha *= layer.down.shape[0] ** 0.5
+    except (ValueError, TypeError, re.error) as error:
+        raise LoraError(f"{path}: its adapter metadata is broken: {error}", "save the LoRA again") from error
 
 
 def guess_base(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -214,7 +223,7 @@ def guess_base(tensors: Mapping[str, torch.Tensor]) -> str:
     widths = {
         int(tensor.shape[1])
         for key, tensor in tensors.items()
-        if re.search(r"attn2[._](to_k|to_v)\.(lora_down|lora_A|lora\.down)", key)
+        if tensor.ndim > 1 and re.search(r"attn2[._](to_k|to_v)\.(lora_down|lora_A|lora\.down)", key)
     }
     if len(widths) == 1:
         width = widths.pop()
@@ -303,7 +312,7 @@ def fuse_loras(
                 largest = max(largest, float(delta.abs().max()))
                 weight += spec.weight * delta
             if largest == 0.0:
-                raise LoraError(f"{lora.path} changes nothing: every update in it is zero")
+                raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
             ranks = sorted({layer.down.shape[0] for layer, _ in pairs if layer.down is not None})
             provenance.append(
                 LoraProvenance(spec.source, spec.weight, lora.sha256, lora.layout, len(pairs), tuple(ranks))

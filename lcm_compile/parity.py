@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, PipelineSettings
+from lcm_compile.bundle import EngineBundle, Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import BundleError, ParityError
-from lcm_compile.pipeline import LcmPipeline, Request, load, load_tokenizers
+from lcm_compile.pipeline import REBUILD, LcmPipeline, Request, load, load_tokenizers
+from lcm_compile.spec import StageContract
 
 if TYPE_CHECKING:
     from lcm_compile.stages import Stage
@@ -35,22 +37,6 @@ PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0}
 FLAT = 0.01
 PROOF_SEED = 0
 PROOF_STEPS = 4
-
-
-@dataclass(frozen=True)
-class Parity:
-    """One figure. `checked` says what was compared: the engine, or the graph where no engine runs here."""
-
-    db: float
-    floor: float
-    checked: str
-
-    @property
-    def passed(self) -> bool:
-        return self.db >= self.floor
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "db": round(self.db, 2)}
 
 
 Call = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
@@ -160,7 +146,7 @@ def require(figures: Mapping[str, Parity]) -> None:
         raise ParityError(f"the engines do not compute what torch does: {told}", "try --precision fp32")
 
 
-def write_proof(recording: Recording, folder: Path) -> dict[str, Any]:
+def write_proof(recording: Recording, folder: Path) -> Proof:
     """Keeps the recording in `folder/proof`, for `verify` to replay on any machine; returns its index."""
     proof = folder / "proof"
     proof.mkdir()
@@ -179,23 +165,36 @@ def write_proof(recording: Recording, folder: Path) -> dict[str, Any]:
         )
     )
     files += ["proof/picture.npz", "proof/activations.json"]
-    return {"prompt": recording.prompt, "seed": PROOF_SEED, "steps": PROOF_STEPS, "files": files}
+    return Proof(recording.prompt, PROOF_SEED, PROOF_STEPS, tuple(files))
 
 
-def read_calls(path: Path) -> list[Call]:
-    """The calls that write_proof kept. BundleError where the file holds none."""
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; BundleError where it is none. Pickled objects are never loaded."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            calls: dict[int, Call] = {}
-            for key in data.files:
-                index, side, name = key.split(".", 2)
-                call = calls.setdefault(int(index), ({}, {}))
-                call[side == "out"][name] = data[key]
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleError(f"{path} can't be read: {error}", "build the bundle again") from error
+            return {key: data[key] for key in data.files}
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path} can't be read: {error}", REBUILD) from error
+
+
+def read_calls(path: Path, contract: StageContract) -> list[Call]:
+    """The calls that write_proof kept. BundleError unless the file holds some, all as in the contract."""
+    arrays = read_arrays(path)
+    calls: list[Call] = []
+    while any(key.startswith(f"{len(calls)}.") for key in arrays):
+        sides: list[dict[str, np.ndarray]] = []
+        for side, specs in (("in", contract.inputs), ("out", contract.outputs)):
+            found = {spec.name: arrays.get(f"{len(calls)}.{side}.{spec.name}") for spec in specs}
+            wrong = [s.name for s in specs if getattr(found[s.name], "shape", None) != s.shape]
+            if wrong:
+                raise BundleError(
+                    f"{path} does not fit the {contract.name} stage's {', '.join(wrong)}", REBUILD
+                )
+            sides.append({name: array for name, array in found.items() if array is not None})
+        calls.append((sides[0], sides[1]))
     if not calls:
-        raise BundleError(f"{path} proves nothing: it holds no recorded call", "build the bundle again")
-    return [calls[i] for i in sorted(calls)]
+        raise BundleError(f"{path} proves nothing: it holds no recorded call", REBUILD)
+    return calls
 
 
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
@@ -205,13 +204,14 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
     figures = {}
     with load(bundle) as pipeline:
         for name, runner in pipeline.runners.items():
-            db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz")))
+            db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
             figures[name] = Parity(db, STAGE_FLOORS[precisions[name]], "engine")
-        with np.load(bundle.path("proof/picture.npz"), allow_pickle=False) as data:
-            reference = data["picture"]
         proof = manifest.proof
-        request = Request(proof["prompt"], proof["seed"], steps=proof["steps"])
-        db = psnr_db(reference, pipeline.draw(request).pictures[0])
+        picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
+        reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
+        if reference is None or reference.shape != picture.shape:
+            raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)
+        db = psnr_db(reference, picture)
         figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
     return figures
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lcm_compile.bundle import EngineBundle, PipelineSettings, open_bundle
-from lcm_compile.engines import find_backend
+from lcm_compile.engines import find_backend, find_target_here
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, BundleError, UsageError
 from lcm_compile.noise import TorchNoise
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Any]
 STAGES = ("encode", "step", "decode")
+REBUILD = "build the bundle again with --force"
 
 
 @dataclass(frozen=True)
@@ -239,11 +240,14 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
     manifest = bundle.manifest
     backend = find_backend(manifest.backend)
     if reason := backend.cannot_run(manifest.target):
+        here = find_target_here()
+        rebuilt = replace(manifest.spec, gpu=here, precision="auto", backend="auto")
         raise BundleError(
             f"{bundle.folder} was built for {manifest.target.name} ({manifest.target.description}) "
-            f"and can't run here: {reason}",
-            manifest.spec.command().replace(f"--gpu {manifest.spec.gpu}", "--gpu THIS_MACHINE"),
+            f"and can't run on this machine ({here}): {reason}",
+            f"copy it to a machine with that GPU, or build for this one: {rebuilt.command()}",
         )
+    check_stages(bundle)
     runners: dict[str, Runner] = {}
     try:
         for stage in manifest.stages:
@@ -253,9 +257,34 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
         for runner in runners.values():
             runner.close()
         raise
-    if missing := set(STAGES) - set(runners):
-        raise BundleError(f"{bundle.folder} lacks the stages {', '.join(sorted(missing))}")
     return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms=(time.perf_counter() - start) * 1000)
+
+
+def check_stages(bundle: EngineBundle) -> None:
+    """BundleError unless the contracts are those of an LCM loop and fit each other."""
+    settings = bundle.manifest.pipeline
+    contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
+    if tuple(contracts) != STAGES:
+        raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
+    encode, step, decode = (
+        ({spec.name: spec.shape for spec in contract.inputs}, {s.name: s.shape for s in contract.outputs})
+        for contract in contracts.values()
+    )
+    shape, latent = settings.shape, step[0].get("latent", ())
+    tokens = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
+    own = {"latent": latent, "timestep": (1,), "guidance": (1,)}
+    wanted = [
+        (encode[0], tokens),
+        (step[0], {name: {**own, **encode[1]}.get(name) for name in step[0]}),
+        (step[1], {"prediction": latent}),
+        (decode[0], {"latent": latent}),
+        (decode[1], {"picture": (shape.batch, shape.height, shape.width, 3)}),
+    ]
+    for has, needs in wanted:
+        if has != needs or "timestep" not in step[0] or latent[:1] != (shape.batch,):
+            raise BundleError(
+                f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD
+            )
 
 
 def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:

@@ -18,6 +18,7 @@ from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.export import EXPORTERS
+from lcm_compile.families import FAMILIES
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.pipeline import STAGES
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
@@ -25,6 +26,9 @@ from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import GpuTarget, find_target
 
 REASONS_SHOWN = 8
+NAME_LENGTH = 40
+# How the names of those inputs begin that a command line chooses.
+ASKED = ("LoRA", "backend", "precision", "shape", "target")
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         **engine_key(backend_name, backend, target),
     }
     digests.save()
-    folder = out if out is not None else bundles_folder() / bundle_name(spec, key)
+    folder = out if out is not None else bundles_folder() / bundle_name(spec, checkpoint, target, key)
     hit, reasons = explain(key, folder, spec, force)
     return Plan(
         spec, checkpoint, loras, target, backend_name, shape, precisions, key, folder, hit, tuple(reasons)
@@ -172,9 +176,10 @@ def code_digest(digests: Digests) -> str:
     return hashlib.sha256("".join(digests.sha256(path) for path in files).encode()).hexdigest()[:16]
 
 
-def bundle_name(spec: BuildSpec, key: Mapping[str, str]) -> str:
-    base = "".join(c if c.isalnum() else "-" for c in Path(spec.base).name) or "base"
-    return f"{base}-{spec.gpu.lower()}-{key_digest(key)[:16]}"
+def bundle_name(spec: BuildSpec, checkpoint: Checkpoint, target: GpuTarget, key: Mapping[str, str]) -> str:
+    name = spec.base if spec.base in FAMILIES else checkpoint.folder.resolve().name
+    base = "".join(c if c.isalnum() else "-" for c in name)[:NAME_LENGTH] or "base"
+    return f"{base}-{target.name}-{key_digest(key)[:16]}"
 
 
 def explain(key: Mapping[str, str], folder: Path, spec: BuildSpec, force: bool) -> tuple[bool, list[str]]:
@@ -188,13 +193,15 @@ def explain(key: Mapping[str, str], folder: Path, spec: BuildSpec, force: bool) 
     if nearest is None:
         candidates = [
             (candidate, other.name)
-            for other in sorted(bundles_folder().glob("*"))
+            for other in sorted(bundles_folder().glob("[!.]*"))
             if (candidate := existing_key(other)) is not None
         ]
         if not candidates:
             return False, ["there is no bundle yet"]
         nearest, name = min(candidates, key=lambda c: len(differences(key, c[0])))
     changed = differences(key, nearest)
+    if not changed:
+        return False, [f"there is no bundle at {folder} yet ({name} is the same build)"]
     reasons = [f"differs from {name}:", *changed[:REASONS_SHOWN]]
     if len(changed) > REASONS_SHOWN:
         reasons.append(f"and {len(changed) - REASONS_SHOWN} more inputs")
@@ -209,13 +216,13 @@ def existing_key(folder: Path) -> dict[str, str] | None:
 
 
 def differences(new: Mapping[str, str], old: Mapping[str, str]) -> list[str]:
-    """Each input that differs, in words; digests are cut to their first digits."""
+    """Each input that differs, in words, what was asked for first; digests are cut to their first digits."""
 
     def short(value: str) -> str:
         return value[:12] if len(value) == 64 else value
 
     told = []
-    for name in sorted({*new, *old}):
+    for name in sorted({*new, *old}, key=lambda name: (not name.startswith(ASKED), name)):
         if name not in old:
             told.append(f"{name} is new ({short(new[name])})")
         elif name not in new:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lcm_compile.errors import UsageError
+from lcm_compile.schema import from_json
 
 SIGMA_DATA = 0.5
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -35,6 +36,21 @@ class SchedulerSettings:
     timestep_scaling: float = 10.0
     rescale_betas_zero_snr: bool = False
 
+    def __post_init__(self) -> None:
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}"
+            )
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise ValueError(
+                f"{self.original_inference_steps} LCM steps do not fit {self.num_train_timesteps} timesteps"
+            )
+        betas = self.trained_betas or (self.beta_start, self.beta_end)
+        if not all(0 <= beta <= 1 for beta in betas):
+            raise ValueError(f"its betas, from {betas[0]} to {betas[-1]}, are not all between 0 and 1")
+        if len(alphas_cumprod(self)) != self.num_train_timesteps:
+            raise ValueError(f"{len(betas)} betas do not fit {self.num_train_timesteps} timesteps")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -47,16 +63,7 @@ class SchedulerSettings:
         if config.get("thresholding"):
             raise ValueError("dynamic thresholding is not for latent diffusion; set thresholding to false")
         known = {field.name for field in fields(cls)}
-        values = {k: v for k, v in config.items() if k in known}
-        if values.get("trained_betas") is not None:
-            values["trained_betas"] = tuple(values["trained_betas"])
-        settings = cls(**values)
-        if settings.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
-                f"prediction type {settings.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}"
-            )
-        alphas_cumprod(settings)
-        return settings
+        return from_json(cls, {k: v for k, v in config.items() if k in known and v is not None})
 
 
 def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:

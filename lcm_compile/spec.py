@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,14 @@ from typing import Any
 from lcm_compile.errors import UsageError, unknown_name
 
 PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+def user_path(text: str) -> Path:
+    """A path as typed: `~` is the home folder, and a `~name` of nobody stays as it is."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,17 @@ class LoraSpec:
     source: str
     weight: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("a LoRA has no path", "write PATH or PATH:0.8")
+        if not math.isfinite(self.weight):
+            raise UsageError(
+                f"the weight {self.weight} of LoRA {self.source} is not finite", "write PATH:0.8"
+            )
+
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no finite number."""
+        """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no number."""
         source, colon, last = text.rpartition(":")
         # The colon of `C:\loras\x.safetensors`, or of a name, is no weight's.
         if not colon or "/" in last or "\\" in last or last.endswith(".safetensors"):
@@ -50,14 +66,10 @@ class LoraSpec:
             weight = float(last)
         except ValueError:
             raise UsageError(f"LoRA weight {last!r} in {text!r} is not a number", "write PATH:0.8") from None
-        if not math.isfinite(weight):
-            raise UsageError(f"LoRA weight {last!r} in {text!r} is not finite", "write PATH:0.8")
-        if not source:
-            raise UsageError(f"no LoRA path before the weight in {text!r}", "write PATH:0.8")
         return cls(source, weight)
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.weight:g}"
+        return f"{self.source}:{self.weight!r}"
 
 
 @dataclass(frozen=True)
@@ -85,31 +97,25 @@ class BuildSpec:
 
     def command(self) -> str:
         """The command line that asks for this build."""
-        words = ["lcm-compile build", f"--base {self.base}", f"--gpu {self.gpu}"]
+        words = ["lcm-compile", "build", "--base", self.base, "--gpu", self.gpu]
         if self.lcm_lora:
-            words.append(f"--lcm-lora {self.lcm_lora}")
+            words += ["--lcm-lora", str(self.lcm_lora)]
         if self.no_lcm:
             words.append("--no-lcm")
-        words += [f"--lora {lora}" for lora in self.loras]
+        for lora in self.loras:
+            words += ["--lora", str(lora)]
         for name in ("height", "width"):
             if getattr(self, name) is not None:
-                words.append(f"--{name} {getattr(self, name)}")
+                words += [f"--{name}", str(getattr(self, name))]
         if self.batch != 1:
-            words.append(f"--batch {self.batch}")
+            words += ["--batch", str(self.batch)]
         for name in ("precision", "backend"):
             if getattr(self, name) != "auto":
-                words.append(f"--{name} {getattr(self, name)}")
-        return " ".join(words)
+                words += [f"--{name}", getattr(self, name)]
+        return shlex.join(words)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> BuildSpec:
-        values = dict(data)
-        values["lcm_lora"] = LoraSpec(**values["lcm_lora"]) if values.get("lcm_lora") else None
-        values["loras"] = tuple(LoraSpec(**lora) for lora in values.get("loras", ()))
-        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,6 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtype: str
     meaning: str
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorSpec:
-        return cls(data["name"], tuple(data["shape"]), data["dtype"], data["meaning"])
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,6 @@ class StageContract:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> StageContract:
-        inputs, outputs = (
-            tuple(TensorSpec.from_dict(t) for t in data[side]) for side in ("inputs", "outputs")
-        )
-        return cls(data["name"], inputs, outputs)
 
 
 @dataclass(frozen=True)

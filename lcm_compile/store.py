@@ -12,8 +12,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from lcm_compile.schema import from_json
+from lcm_compile.spec import user_path
 
 RECENT_LIMIT = 200
 DIGESTS_LIMIT = 20_000
@@ -23,7 +26,7 @@ SETTLED_NS = 1_000_000_000
 
 def home() -> Path:
     if folder := os.environ.get("LCM_COMPILE_HOME"):
-        return Path(folder).expanduser()
+        return user_path(folder)
     from platformdirs import user_cache_path
 
     return user_cache_path("lcm-compile")
@@ -68,10 +71,8 @@ class Digests:
         self._path = home() / "digests.json"
         self._known: dict[str, str] = {}
         self._new: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(self._path.read_text(encoding="utf-8"))
-            if isinstance(known, dict):
-                self._known = known
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            self._known = from_json(Mapping[str, str], json.loads(self._path.read_text(encoding="utf-8")))
 
     def sha256(self, path: Path) -> str:
         before = path.stat()
@@ -115,7 +116,7 @@ def remember(bundle: Path) -> None:
 def recent() -> list[Path]:
     """Bundles that were built or hit, the last one first; those that are gone are left out."""
     try:
-        names = json.loads((home() / "recent.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        names = from_json(tuple[str, ...], json.loads((home() / "recent.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return []
     return [Path(name) for name in names if (Path(name) / "manifest.json").is_file()]

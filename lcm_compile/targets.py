@@ -31,13 +31,13 @@ class GpuTarget:
 # The precisions are those that the device's matrix units compute; fp8 and int8 are for quantised
 # graphs. Compute capabilities: developer.nvidia.com/cuda-gpus.
 TURING = ("fp32", "fp16", "int8")
-AMPERE = ("fp32", "tf32", "fp16", "bf16", "int8")
+AMPERE = ("fp32", "fp16", "bf16", "int8")
 ADA = (*AMPERE, "fp8")
 
 TARGETS: dict[str, GpuTarget] = {
     target.name: target
     for target in (
-        GpuTarget("cpu", "this kind of processor", None, None, ("fp32", "fp16", "bf16")),
+        GpuTarget("cpu", "this processor", None, None, ("fp32", "fp16", "bf16")),
         GpuTarget("t4", "Tesla T4", "7.5", 16 * GIB, TURING),
         GpuTarget("2080ti", "GeForce RTX 2080 Ti", "7.5", 11 * GIB, TURING),
         GpuTarget("a100", "A100", "8.0", 40 * GIB, AMPERE),
@@ -62,7 +62,7 @@ TARGETS: dict[str, GpuTarget] = {
         GpuTarget("5070", "GeForce RTX 5070", "12.0", 12 * GIB, ADA),
         GpuTarget("5080", "GeForce RTX 5080", "12.0", 16 * GIB, ADA),
         GpuTarget("5090", "GeForce RTX 5090", "12.0", 32 * GIB, ADA),
-        GpuTarget("rtx-pro-6000", "RTX PRO 6000 Blackwell", "12.0", 96 * GIB, ADA),
+        GpuTarget("rtx-pro-6000", "RTX PRO 6000", "12.0", 96 * GIB, ADA),
         GpuTarget("gb10", "GB10 (DGX Spark)", "12.1", 128 * GIB, ADA),
     )
 }

@@ -1,0 +1,99 @@
+"""What plans, bundles and parity figures look like, to people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.bundle import BundleManifest, Parity
+from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.console import print_table
+from lcm_compile.families import FAMILIES
+from lcm_compile.plan import Plan
+
+
+def print_plan(plan: Plan) -> None:
+    rows = [
+        ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
+        *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
+        ("target", f"{plan.target.name} ({plan.target.description})"),
+        ("backend", plan.backend_name),
+        ("shape", str(plan.shape)),
+        *((f"precision of {stage}", precision) for stage, precision in plan.precisions.items()),
+        ("bundle", str(plan.folder)),
+        ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
+    ]
+    print_table(("", "plan"), rows)
+
+
+def told_parity(figures: Mapping[str, Parity]) -> str:
+    told = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
+    checked = sorted({figure.checked for figure in figures.values()})
+    return f"parity with torch ({', '.join(checked)}): {told}"
+
+
+def print_parity(figures: Mapping[str, Parity]) -> None:
+    rows = [
+        (name, f"{f.db:.1f}", f"{f.floor:g}", f.checked, "ok" if f.passed else "MISS")
+        for name, f in figures.items()
+    ]
+    print_table(("stage", "dB", "needs", "checked", ""), rows)
+
+
+def print_description(name: str, description: Mapping[str, Any]) -> None:
+    print_table(("", name), [(key, told(value)) for key, value in description.items()])
+
+
+def told(value: Any) -> str:
+    """A value for a person: dictionaries and lists one item a line."""
+    if isinstance(value, dict):
+        return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
+    if isinstance(value, list):
+        return "\n".join(
+            ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, dict) else str(item)
+            for item in value
+        )
+    return str(value)
+
+
+def describe_demo() -> dict[str, Any]:
+    checkpoint = open_checkpoint("demo")
+    lora = Path(FAMILIES["demo"].lcm_lora or "")
+    files = [*checkpoint.content_files(), lora]
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "lcm_lora": str(lora),
+        "architecture": checkpoint.architecture,
+        "size": list(checkpoint.default_size),
+        "bytes": sum(path.stat().st_size for path in files),
+        "sample_prompt": FAMILIES["demo"].sample_prompt,
+    }
+
+
+def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict[str, Any]:
+    return {
+        "bundle": str(folder),
+        "digest": digest,
+        "base": manifest.spec.base,
+        "architecture": manifest.architecture,
+        "target": manifest.target.name,
+        "compute_capability": manifest.target.compute_capability,
+        "backend": manifest.backend,
+        "shape": vars(manifest.pipeline.shape),
+        "loras": [dict(lora) for lora in manifest.loras],
+        "stages": [
+            {
+                "name": stage.contract.name,
+                "precision": stage.precision,
+                "engine": stage.engine,
+                "fp32_layers": len(stage.fp32_layers),
+                "largest_activation": stage.largest_activation,
+            }
+            for stage in manifest.stages
+        ],
+        "parity": {name: figure.to_dict() for name, figure in manifest.parity.items()},
+        "toolchain": dict(manifest.toolchain),
+        "seconds": dict(manifest.seconds),
+        "created": manifest.created,
+    }

@@ -1,0 +1,70 @@
+"""JSON, to and from frozen dataclasses: what is read is checked against their annotations."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def json_text(data: Any, indent: int) -> str:
+    """JSON in plain letters; escaped where a path holds bytes that are no text. ValueError for NaN."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(data, indent=indent, allow_nan=False)
+    return text
+
+
+def from_json(kind: Any, value: Any, where: str = "") -> Any:
+    """`value` as a `kind`: a dataclass, tuple[X, ...], Mapping[str, X], X | None, a plain type, or Any.
+
+    ValueError names the place (`stages.0.engine`) of what is missing, unknown or of another type; whatever a
+    dataclass's own checks raise is passed on.
+    """
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return dataclass_from_json(kind, value, where)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        plain = next(argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else from_json(plain, value, where)
+    if origin is tuple:
+        items = expect(list, value, where)
+        return tuple(from_json(arguments[0], item, inside(where, i)) for i, item in enumerate(items))
+    if origin is Mapping:
+        items = expect(dict, value, where)
+        return {key: from_json(arguments[1], item, inside(where, key)) for key, item in items.items()}
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}")
+    return expect(kind, value, where)
+
+
+def dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
+    given = expect(dict, value, where)
+    known = {field.name: field for field in fields(kind)}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{inside(where, name)} is unknown")
+    for name, field in known.items():
+        if name not in given and field.default is MISSING and field.default_factory is MISSING:
+            raise ValueError(f"{inside(where, name)} is missing")
+    kinds = get_type_hints(kind)
+    return kind(**{name: from_json(kinds[name], item, inside(where, name)) for name, item in given.items()})
+
+
+def expect(kind: type, value: Any, where: str) -> Any:
+    if type(value) is not kind:  # True is an int, but no number of pixels
+        raise ValueError(f"{where or 'it'} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def inside(where: str, name: object) -> str:
+    return f"{where}.{name}" if where else str(name)

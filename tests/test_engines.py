@@ -1,0 +1,147 @@
+"""Backends: what they build, what they refuse, and how their runners take arrays."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lcm_compile import BuildSpec, build
+from lcm_compile.doctor import try_backend
+from lcm_compile.engines import BACKENDS, choose_backend, find_backend, tensorrt
+from lcm_compile.errors import BackendError, UsageError
+from lcm_compile.parity import read_calls, snr_db
+from lcm_compile.targets import TARGETS, find_target
+
+CPU = find_target("cpu")
+
+
+def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
+    manifest = a10_bundle.manifest
+    assert (manifest.target.compute_capability, manifest.backend) == ("8.6", "tensorrt-rtx")
+    for stage in manifest.stages:
+        assert stage.precision == "fp16"
+        engine = a10_bundle.path(stage.engine).read_bytes()
+        # A serialised plan, of the size of its weights, not an ONNX file under another name.
+        assert engine[:4] in (b"ftrt", b"rttr", b"trtx") or b"TRT" in engine[:4096].upper()
+        assert len(engine) > 200_000
+
+
+def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle):
+    figures = a10_bundle.manifest.parity
+    if tensorrt.gpu_here() is None:
+        assert {f.checked for f in figures.values()} == {"graph, on ONNX Runtime's CPU provider"}
+    assert all(figures[name].db >= 45 for name in ("encode", "step", "decode"))
+
+
+@pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"])
+def test_rtx_builds_for_each_capability(capability):
+    pytest.importorskip("tensorrt_rtx")
+    target = next(t for t in TARGETS.values() if t.compute_capability == capability)
+    assert choose_backend(target, "fp16") == "tensorrt-rtx"
+    try_backend(find_backend("tensorrt-rtx"), target, "fp16")
+
+
+def test_t4_has_no_bf16():
+    assert "bf16" in (find_backend("tensorrt-rtx").cannot_build(find_target("t4"), "bf16") or "")
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "b200"])
+def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
+    if tensorrt.gpu_here():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError) as caught:
+        choose_backend(find_target(name), "fp16")
+    assert all(f"{backend}: " in caught.value.message for backend in BACKENDS)
+
+
+def test_every_call_of_the_tensorrt_runner_is_in_the_real_bindings():
+    """The runner needs a GPU; the names it uses are held to the package that is installed."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    for owner, names in {
+        trt.Runtime: ["deserialize_cuda_engine"],
+        trt.ICudaEngine: ["create_execution_context", "num_io_tensors", "get_tensor_name", "get_tensor_mode"],
+        trt.IExecutionContext: ["set_tensor_address", "execute_async_v3"],
+        trt.TensorIOMode: ["INPUT", "OUTPUT"],
+    }.items():
+        assert all(hasattr(owner, name) for name in names), owner
+
+
+def test_loading_an_engine_without_a_gpu_is_a_plain_error(a10_bundle):
+    if tensorrt.gpu_here():
+        pytest.skip("there is a GPU here")
+    stage = a10_bundle.manifest.stages[2]
+    script = f"""
+from pathlib import Path
+from lcm_compile.bundle import open_bundle
+from lcm_compile.engines import find_backend
+from lcm_compile.errors import BackendError
+stage = open_bundle(Path({str(a10_bundle.folder)!r})).manifest.stages[2]
+try:
+    find_backend("tensorrt-rtx").load(Path({str(a10_bundle.path(stage.engine))!r}), stage.contract)
+except BackendError as error:
+    print("refused:", error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.startswith("refused:"), done.stderr
+
+
+@pytest.fixture(scope="module")
+def torchscript_bundle(sdxl_checkpoint, tmp_path_factory):
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript")
+    return build(spec, tmp_path_factory.mktemp("ts") / "bundle")
+
+
+def test_a_torchscript_stage_loads_without_this_package(torchscript_bundle, tmp_path):
+    contract = torchscript_bundle.manifest.stages[1].contract
+    inputs, outputs = read_calls(torchscript_bundle.path("proof/step.npz"), contract)[0]
+    np.savez(tmp_path / "in.npz", *inputs.values())
+    script = f"""
+import sys, numpy as np, torch
+step = torch.jit.load({str(torchscript_bundle.path("engines/step.pt"))!r})
+data = np.load({str(tmp_path / "in.npz")!r})
+np.save({str(tmp_path / "out.npy")!r}, step(*(torch.from_numpy(data[k]) for k in data.files)).numpy())
+assert "lcm_compile" not in sys.modules and "diffusers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    assert snr_db(outputs["prediction"], np.load(tmp_path / "out.npy")) >= 80
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "torchscript"])
+def test_runners_take_numpy_and_dlpack(name, request):
+    bundle = request.getfixturevalue("torchscript_bundle")
+    if name == "onnxruntime":
+        from lcm_compile.bundle import open_bundle
+
+        bundle = open_bundle(request.getfixturevalue("sdxl_bundle"))
+    stage = bundle.manifest.stages[2]
+    inputs, _ = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
+    with find_backend(name).load(bundle.path(stage.engine), stage.contract) as runner:
+        from_numpy = runner(inputs)["picture"]
+        from_torch = runner({k: torch.from_numpy(v) for k, v in inputs.items()})["picture"]
+    np.testing.assert_array_equal(from_numpy, from_torch)
+
+
+def test_torchscript_computes_in_bf16(sdxl_checkpoint, tmp_path):
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript", precision="bf16")
+    figures = build(spec, tmp_path / "bundle").manifest.parity
+    assert all(30 <= f.db < 80 for f in figures.values())
+
+
+def test_onnxruntime_refuses_bf16_and_gpus():
+    module = find_backend("onnxruntime")
+    assert "bf16" in (module.cannot_build(CPU, "bf16") or "")
+    assert "CPU only" in (module.cannot_build(find_target("a10"), "fp16") or "")
+
+
+def test_unknown_backend_is_told_with_the_closest():
+    with pytest.raises(UsageError, match="Did you mean 'onnxruntime'"):
+        find_backend("onnxruntim")
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "4090", "A100-80GB", "a100 80gb"])
+def test_targets_by_any_spelling(name):
+    assert find_target(name).name in ("4090", "a100-80gb")

@@ -1,0 +1,93 @@
+"""The hub out of reach: said within seconds, with both ways out; what is cached is used without it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lcm_compile.hub import SECONDS
+
+
+def cli(*words, **environment):
+    """Runs the command in a process of its own; returns what it did, and the seconds it took."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "lcm_compile", *map(os.fsencode, words)],
+        capture_output=True,
+        env={k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | environment,
+        timeout=120,
+    )
+    return done, done.stderr.decode(), time.perf_counter() - start
+
+
+NO_NETWORK = {
+    "offline": {"HF_HUB_OFFLINE": "1"},
+    "unreachable": {"HF_ENDPOINT": "http://127.0.0.1:9"},
+    "proxy gone": {"HTTPS_PROXY": "http://127.0.0.1:9"},
+}
+
+
+@pytest.mark.parametrize("network", NO_NETWORK)
+def test_hub_base_without_a_network(tmp_path, network):
+    environment = NO_NETWORK[network] | {"HF_HOME": str(tmp_path)}
+    done, err, seconds = cli("build", "--base", "sdxl", "--gpu", "cpu", **environment)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert "stabilityai/stable-diffusion-xl-base-1.0" in err and "--base" in err
+    assert "Traceback" not in err and "internal error" not in err
+    assert seconds < 20
+
+
+def test_a_network_that_never_answers_is_given_up(tmp_path):
+    """A proxy that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        script = "import lcm_compile.hub as h; h.SECONDS = 1; from lcm_compile.cli import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script, "build", "--base", "sdxl", "--gpu", "cpu"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HTTPS_PROXY": proxy, "NO_PROXY": "", "HF_HOME": str(tmp_path)},
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "timed out" in done.stderr and "Traceback" not in done.stderr
+    assert SECONDS <= 10
+
+
+@pytest.fixture
+def looks_like_sdxl(sdxl_checkpoint, tmp_path):
+    """A folder whose UNet config has SDXL's signature."""
+    folder = shutil.copytree(sdxl_checkpoint, tmp_path / "base")
+    path = folder / "unet/config.json"
+    config = json.loads(path.read_text()) | {
+        "cross_attention_dim": 2048,
+        "transformer_layers_per_block": [1, 2, 10],
+        "block_out_channels": [320, 640, 1280],
+    }
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_the_lcm_lora_of_a_family(looks_like_sdxl, tmp_path):
+    """Not to be had: both ways out are named. In the hub's cache: it is used without a network."""
+    words = ("build", "--base", looks_like_sdxl, "--gpu", "cpu", "--dry-run", "--json")
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    done, err, _ = cli(*words, **environment)
+    assert (done.returncode, done.stdout) == (1, b"")
+    for told in ("latent-consistency/lcm-lora-sdxl", "--lcm-lora", "--no-lcm"):
+        assert told in err
+    cache = tmp_path / "hf/hub/models--latent-consistency--lcm-lora-sdxl"
+    cached = cache / "snapshots" / ("a" * 40) / "pytorch_lora_weights.safetensors"
+    for path, text in ((cached, "not read by a plan"), (cache / "refs/main", "a" * 40)):
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
+    done, err, _ = cli(*words, **environment)
+    assert done.returncode == 0, err
+    assert json.loads(done.stdout)["loras"] == [{"role": "lcm", "path": str(cached), "weight": 1.0}]
