@@ -6,10 +6,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lcm_compile
 from lcm_compile import parity
@@ -27,6 +27,8 @@ from lcm_compile.bundle import (
 )
 from lcm_compile.checkpoints import load_modules, load_tokenizer
 from lcm_compile.engines import find_backend, installed_version
+from lcm_compile.engines.runner import Runner
+from lcm_compile.errors import CheckpointError
 from lcm_compile.export import EXPORTERS, export_stage
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.lora import fuse_loras, read_lora
@@ -85,6 +87,10 @@ def build_planned(
             plan = make_plan(spec, out, force)
             if not plan.hit:
                 build_into(folder, plan, report)
+                if make_plan(spec, out, force).key != plan.key:
+                    raise CheckpointError(
+                        "the base or a LoRA changed while it was being built", "build again"
+                    )
     remember(plan.folder)
     return plan, open_bundle(plan.folder)
 
@@ -104,19 +110,16 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
     settings = write_tokenizers(folder, plan)
     with watch.part("draw the reference in torch"):
         recording = parity.record(stages, settings, folder)
-    engines, figures = [], {}
+    built, figures = [], {}
     # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
     graphs_folder = tempfile.TemporaryDirectory(prefix="graphs-", dir=folder)
     with graphs_folder as scratch, full_disk_told(folder.parent):
-        graphs = []
         for stage in stages:
-            engine, graph, figures[stage.name] = build_stage(
-                stage, plan, recording, folder, Path(scratch), watch
-            )
-            engines.append(engine)
-            graphs.append(graph)
+            built.append(build_stage(stage, plan, recording, folder, Path(scratch), watch))
+            with watch.part(f"check {stage.name}"):
+                figures[stage.name] = check_stage(built[-1], plan, recording)
         with watch.part("check the picture"):
-            figures["picture"] = check_picture(plan, settings, folder, engines, graphs, recording)
+            figures["picture"] = check_picture(built, plan, recording, settings, folder)
     parity.require(figures)
     manifest = BundleManifest(
         spec=plan.spec,
@@ -125,7 +128,7 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
         key=plan.key,
         architecture=plan.checkpoint.architecture,
         pipeline=settings,
-        stages=tuple(engines),
+        stages=tuple(b.engine for b in built),
         loras=tuple(
             {"role": planned.role, **lora.to_dict()}
             for planned, lora in zip(plan.loras, provenance, strict=True)
@@ -163,10 +166,20 @@ def write_tokenizers(folder: Path, plan: Plan) -> PipelineSettings:
     )
 
 
+@dataclass(frozen=True)
+class BuiltStage:
+    """A stage in its precision, the graph it became, and the engine built from that."""
+
+    cast: Stage
+    graph: ExportedGraph
+    engine: StageEngine
+    path: Path
+
+
 def build_stage(
     stage: Stage, plan: Plan, recording: Recording, folder: Path, scratch: Path, watch: Stopwatch
-) -> tuple[StageEngine, ExportedGraph, Parity]:
-    """One stage: cast, exported, built, compared with what torch computed."""
+) -> BuiltStage:
+    """One stage: cast, exported, built."""
     from lcm_compile.precision import layers_over, to_precision
 
     precision = plan.precisions[stage.name]
@@ -179,8 +192,6 @@ def build_stage(
     engines.mkdir(exist_ok=True)
     with watch.part(f"build {stage.name}"):
         path = plan.backend.build(graph, plan.target, engines)
-    with watch.part(f"check {stage.name}"):
-        figure = check_stage(cast, plan, graph, path, recording)
     engine = StageEngine(
         stage.contract,
         path.relative_to(folder).as_posix(),
@@ -188,43 +199,37 @@ def build_stage(
         tuple(sorted(kept)),
         max((max(pair) for pair in peaks.values()), default=None),
     )
-    return engine, graph, figure
+    return BuiltStage(cast, graph, engine, path)
 
 
-def check_stage(stage: Stage, plan: Plan, graph: ExportedGraph, engine: Path, recording: Recording) -> Parity:
+def check_stage(built: BuiltStage, plan: Plan, recording: Recording) -> Parity:
+    runner, checked = runner_here(built, plan)
+    with runner:
+        db = parity.compare_calls(runner, recording.calls[built.cast.name])
+    return Parity(db, parity.STAGE_FLOORS[built.engine.precision], checked)
+
+
+def runner_here(built: BuiltStage, plan: Plan) -> tuple[Runner, str]:
     """The engine where it runs here; else the very graph it was built from, on ONNX Runtime's CPU provider.
 
-    That provider has no bf16: there the torch module that was exported is what is compared.
+    That provider has no bf16: there the torch module that was exported stands for it. Also says which.
     """
-    runner, checked = substitute(stage, plan, graph, engine)
-    with runner:
-        db = parity.compare_calls(runner, recording.calls[stage.name])
-    return Parity(db, parity.STAGE_FLOORS[graph.precision], checked)
-
-
-def substitute(stage: Stage | None, plan: Plan, graph: ExportedGraph, engine: Path) -> tuple[Any, str]:
-    """What stands for a stage's engine on this machine, and what to call it."""
+    contract = built.engine.contract
     if plan.backend.cannot_run(plan.target) is None:
-        return plan.backend.load(engine, graph.contract), "engine"
+        return plan.backend.load(built.path, contract), "engine"
     onnxruntime = find_backend("onnxruntime")
-    if graph.format == "onnx" and onnxruntime.cannot_build(TARGETS["cpu"], graph.precision) is None:
-        return onnxruntime.load(graph.path, graph.contract), "graph, on ONNX Runtime's CPU provider"
-    assert stage is not None
-    return parity.TorchRunner(stage), "torch module"
+    if onnxruntime.cannot_build(TARGETS["cpu"], built.graph.precision) is None:
+        return onnxruntime.load(built.graph.path, contract), "graph, on ONNX Runtime's CPU provider"
+    return parity.TorchRunner(built.cast), "torch module that was exported"
 
 
 def check_picture(
-    plan: Plan,
-    settings: PipelineSettings,
-    folder: Path,
-    engines: list[StageEngine],
-    graphs: list[ExportedGraph],
-    recording: Recording,
+    built: list[BuiltStage], plan: Plan, recording: Recording, settings: PipelineSettings, folder: Path
 ) -> Parity:
     """The sample prompt's whole picture, against torch's."""
     runners, checked = {}, "engine"
-    for engine, graph in zip(engines, graphs, strict=True):
-        runners[engine.contract.name], checked = substitute(None, plan, graph, folder / engine.engine)
+    for stage in built:
+        runners[stage.cast.name], checked = runner_here(stage, plan)
     with LcmPipeline(settings, runners, load_tokenizers(folder, settings)) as pipeline:
         request = Request(recording.prompt, parity.PROOF_SEED, steps=parity.PROOF_STEPS)
         picture = parity.draw_for_proof(pipeline, request)

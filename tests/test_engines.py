@@ -37,6 +37,17 @@ def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle)
     assert all(figures[name].db >= 45 for name in ("encode", "step", "decode"))
 
 
+def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
+    """ONNX Runtime's CPU provider has no bf16 kernels."""
+    pytest.importorskip("tensorrt_rtx")
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, precision="bf16")
+    manifest = build(spec, tmp_path / "bundle").manifest
+    if tensorrt.gpu_here() is None:
+        assert {f.checked for f in manifest.parity.values()} == {"torch module that was exported"}
+    assert {stage.precision for stage in manifest.stages} == {"bf16"}
+    assert all(30 <= manifest.parity[name].db < 80 for name in ("encode", "step", "decode"))
+
+
 @pytest.mark.parametrize("capability", ["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"])
 def test_rtx_builds_for_each_capability(capability):
     pytest.importorskip("tensorrt_rtx")

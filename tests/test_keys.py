@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile import BuildSpec, LoraSpec, build, compile, plan, store
 from lcm_compile.bundle import open_bundle
 from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,18 @@ def test_run_refuses_a_bundle_whose_base_has_changed(command, copy, refused):
     path.write_bytes(data)
     told = ["out of date", "base unet/diffusion_pytorch_model.safetensors changed"]
     refused(1, told, "run", "--base", copy.base, "--gpu", "cpu")
+
+
+def test_a_base_that_changes_during_the_build_is_not_published(copy, tmp_path):
+    path = Path(copy.base) / "unet" / "diffusion_pytorch_model.safetensors"
+
+    def change(part):
+        if part == "check the picture":
+            path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    with pytest.raises(CheckpointError, match="changed while it was being built"):
+        build(copy, tmp_path / "out", report=change)
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_beside_a_bundle_in_the_store(copy, tmp_path):
