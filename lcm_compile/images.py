@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LABEL_LINES = 3
+LABEL_LINES = 4
 LINE_HEIGHT = 13
 
 
