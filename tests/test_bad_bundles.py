@@ -9,10 +9,11 @@ import shutil
 import numpy as np
 import pytest
 
-from lcm_compile import cli, load
+from lcm_compile import load
 from lcm_compile.bundle import MANIFEST, list_files, read_manifest
 from lcm_compile.engines import tensorrt
 from lcm_compile.errors import BackendError, BundleError
+from lcm_compile.reports import describe_bundle
 from lcm_compile.schema import json_text
 
 FILES = ["engines/step.onnx", "tokenizers/tokenizer_2.json", "proof/step.npz"]
@@ -201,7 +202,7 @@ def test_any_place_of_the_manifest_holding_anything(sdxl_bundle, tmp_path):
                 refusals += 1
                 assert MANIFEST in error.message
             else:
-                json_text(cli.describe(tmp_path, manifest, digest), indent=1)
+                json_text(describe_bundle(tmp_path, manifest, digest), indent=1)
                 manifest.spec.command()
     assert refusals > 500
 
