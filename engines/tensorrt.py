@@ -26,7 +26,8 @@ PACKAGES = ("tensorrt", "tensorrt-cu13")
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
     if precision not in target.precisions:
         return f"{target.description} does not compute in {precision}"
-    return cannot_run(target)
+    reason = cannot_run(target)
+    return reason and f"{reason}. It builds only on the GPU that will run the engine"
 
 
 def cannot_run(target: GpuTarget) -> str | None:
@@ -54,9 +55,7 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
         return f"{package} is not installed; {install}"
     here = gpu_here()
     if here is None:
-        return (
-            f"no NVIDIA GPU here (torch sees no CUDA device); run it on a machine with {target.description}"
-        )
+        return "no NVIDIA GPU here (torch sees no CUDA device)"
     name, capability = here
     if capability != target.compute_capability:
         return (

@@ -46,15 +46,14 @@ def print_description(name: str, description: Mapping[str, Any]) -> None:
 
 
 def told(value: Any) -> str:
-    """A value for a person: dictionaries and lists one item a line."""
+    """A value for a person: dictionaries, and lists of them, one item a line."""
     if isinstance(value, dict):
         return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items()) for item in value)
     if isinstance(value, list):
-        return "\n".join(
-            ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, dict) else str(item)
-            for item in value
-        )
-    return str(value)
+        return ", ".join(map(told, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def describe_demo() -> dict[str, Any]:
