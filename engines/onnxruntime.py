@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
-from lcm_compile.errors import BackendError
+from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.targets import GpuTarget
 
@@ -75,9 +75,7 @@ def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[
     has = [(list(x.shape), x.type) for x in found]
     needs = [(list(spec.shape), types.get(spec.dtype)) for spec in specs]
     if has != needs:
-        raise BackendError(
-            f"{path} has the {side} {has}; its contract says {needs}", "build the bundle again with --force"
-        )
+        raise BackendError(f"{path} has the {side} {has}; its contract says {needs}", REBUILD)
 
 
 def open_session(path: Path, session_options: Any) -> Any:
@@ -88,7 +86,7 @@ def open_session(path: Path, session_options: Any) -> Any:
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
-            "build the bundle again with --force",
+            REBUILD,
         ) from error
     if session.get_providers()[0] != PROVIDER:
         raise BackendError(f"asked ONNX Runtime for {PROVIDER}, got {session.get_providers()[0]}")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lcm_compile.engines.runner import Array, Runner
-from lcm_compile.errors import BackendError
+from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
@@ -200,5 +200,5 @@ def check_bindings(trt: Any, engine: Any, path: Path, contract: StageContract) -
     if sorted(found_in) != sorted(expected) or len(found_out) != len(contract.outputs):
         raise BackendError(
             f"{path} takes {found_in} and gives {len(found_out)} outputs; its contract names {expected}",
-            "build the bundle again with --force",
+            REBUILD,
         )

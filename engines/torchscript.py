@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
-from lcm_compile.errors import BackendError
+from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
@@ -47,7 +47,7 @@ def load(path: Path, contract: StageContract) -> Runner:
     except RuntimeError as error:
         raise BackendError(
             f"torch {torch.__version__} can't open {path}: {str(error).splitlines()[0]}",
-            "build the bundle again with --force",
+            REBUILD,
         ) from error
 
 

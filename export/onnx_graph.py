@@ -48,7 +48,7 @@ def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph
     path = folder / f"{contract.name}.onnx"
     size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
     program.save(path, external_data=size > INLINE_LIMIT)
-    return ExportedGraph(path, "onnx", precision, contract)
+    return ExportedGraph(path, precision, contract)
 
 
 def output_names(stage: Stage) -> list[str]:

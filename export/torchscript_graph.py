@@ -29,4 +29,4 @@ def torchscript_from_stage(stage: Stage, precision: str, folder: Path) -> Export
         frozen = torch.jit.freeze(traced.eval())
         path = folder / f"{stage.name}.pt"
         torch.jit.save(frozen, str(path))
-    return ExportedGraph(path, "torchscript", precision, stage.contract)
+    return ExportedGraph(path, precision, stage.contract)

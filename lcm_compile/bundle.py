@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcm_compile.engines import BACKENDS
-from lcm_compile.errors import BackendError, BundleError, LcmCompileError, UsageError
+from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.schema import from_json
 from lcm_compile.spec import PRECISIONS, BuildSpec, Shape, StageContract
@@ -130,7 +130,7 @@ class EngineBundle:
     def path(self, name: str) -> Path:
         """A file of the bundle; BundleError unless the manifest holds its digest."""
         if name not in self.manifest.files:
-            raise BundleError(f"{self.folder} has no {name}", "build the bundle again with --force")
+            raise BundleError(f"{self.folder} has no {name}", REBUILD)
         return self.folder / name
 
 
@@ -145,23 +145,22 @@ def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
         raise BundleError(f"there is no bundle at {folder}", "lcm-compile build --base demo --gpu cpu")
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}", "lcm-compile build --out DIR")
-    rebuild = "build the bundle again with --force"
     try:
         raw = path.read_bytes()
         data = json.loads(raw)
         schema = data.get("schema") if isinstance(data, dict) else None
         if schema != SCHEMA:
-            raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", rebuild)
+            raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", REBUILD)
         manifest = BundleManifest.from_dict(data)
     except (ValueError, UsageError, RecursionError, OSError) as error:
-        raise BundleError(f"{path} is broken: {error}", rebuild) from error
+        raise BundleError(f"{path} is broken: {error}", REBUILD) from error
     if manifest.backend not in BACKENDS:
-        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", rebuild)
+        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", REBUILD)
     for name in manifest.files:
         check_inside(folder, name)
     unlisted = [name for name in named_files(manifest) if name not in manifest.files]
     if unlisted:
-        raise BundleError(f"{path} names {unlisted[0]} but holds no digest for it", rebuild)
+        raise BundleError(f"{path} names {unlisted[0]} but holds no digest for it", REBUILD)
     return manifest, hashlib.sha256(raw).hexdigest()
 
 

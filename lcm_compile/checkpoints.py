@@ -53,6 +53,10 @@ class Checkpoint:
     def tokenizers(self) -> list[str]:
         return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
+    def text_length(self, text_encoder: str) -> int:
+        """Tokens of a padded prompt."""
+        return int(self.components[text_encoder].config.get("max_position_embeddings", 77))
+
     @property
     def architecture(self) -> str:
         return "sdxl" if "text_encoder_2" in self.components else "sd15"
@@ -149,7 +153,7 @@ def open_checkpoint(base: str) -> Checkpoint:
         raise CheckpointError(
             f"the LCM loop can't use {folder}/scheduler/scheduler_config.json: {error}", hint
         ) from error
-    family = FAMILIES["demo"] if base == "demo" else detect_family(components["unet"].config)
+    family = detect_family(components["unet"].config)
     zero = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in present))
     return Checkpoint(base, folder, family, components, scheduler, zero and "text_encoder_2" in present)
 
@@ -312,7 +316,6 @@ class TokenizerFiles:
     json: str
     max_length: int
     pad_token_id: int
-    eos_token_id: int
 
 
 def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
@@ -330,13 +333,9 @@ def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
                 f"the tokenizer in {checkpoint.folder / name} can't be read: {first_line(error)}",
                 "download the checkpoint again",
             ) from error
-    length = min(int(tokenizer.model_max_length), text_positions(checkpoint, name))
-    return TokenizerFiles(backend.to_str(), length, tokenizer.pad_token_id, tokenizer.eos_token_id)
-
-
-def text_positions(checkpoint: Checkpoint, tokenizer: str) -> int:
-    encoder = tokenizer.replace("tokenizer", "text_encoder")
-    return int(checkpoint.components[encoder].config.get("max_position_embeddings", 77))
+    encoder = name.replace("tokenizer", "text_encoder")
+    length = min(int(tokenizer.model_max_length), checkpoint.text_length(encoder))
+    return TokenizerFiles(backend.to_str(), length, tokenizer.pad_token_id)
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:

@@ -139,6 +139,7 @@ def build(
     quiet: bool,
 ) -> None:
     """Build a bundle of engines."""
+    from lcm_compile.compile import build_planned
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.plan import make_plan
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
@@ -164,27 +165,18 @@ def build(
             print_plan(plan)
         return
     note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
-    if plan.hit:
-        from lcm_compile.bundle import open_bundle
-        from lcm_compile.store import remember
-
-        remember(plan.folder)
-        bundle, seconds = open_bundle(plan.folder), 0.0
-    else:
-        from lcm_compile.compile import build_planned
-
-        with Parts(quiet) as parts:
-            plan, bundle = build_planned(spec, out, force, parts)
-        seconds = parts.seconds
-        if plan.hit:
-            note(f"hit: another process built it; {'; '.join(plan.reasons)}", quiet)
+    with Parts(quiet) as parts:
+        followed, bundle = build_planned(spec, out, force, parts)
+    if followed.hit and not plan.hit:
+        note(f"hit: another process built it; {'; '.join(followed.reasons)}", quiet)
+    plan = followed
     if as_json:
         described = describe_bundle(bundle.folder, bundle.manifest, bundle.digest)
         print_json({**described, "hit": plan.hit, "reasons": list(plan.reasons)})
         return
     print(bundle.folder)
     if not plan.hit:
-        note(f"built in {seconds:.1f} s; {told_parity(bundle.manifest.parity)}", quiet)
+        note(f"built in {parts.seconds:.1f} s; {told_parity(bundle.manifest.parity)}", quiet)
 
 
 @cli.command()
@@ -236,13 +228,7 @@ def run(
     if seed_drawn:
         note(f"seed {request.seed}", quiet)
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
-        progress = pipeline.progress(request)
-        while True:
-            try:
-                bar.update(*next(progress))
-            except StopIteration as stop:
-                drawing = stop.value
-                break
+        drawing = pipeline.draw(request, bar.update)
     if drawing.cut:
         shown = drawing.cut if len(drawing.cut) <= CUT_SHOWN else f"{drawing.cut[:CUT_SHOWN]}…"
         note(f"warning: the prompt is over {settings.tokenizers[0].max_length} tokens; cut: {shown!r}")

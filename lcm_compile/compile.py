@@ -36,7 +36,7 @@ from lcm_compile.parity import Parity, Recording
 from lcm_compile.pipeline import LcmPipeline, Request, load_tokenizers
 from lcm_compile.plan import Plan, make_plan
 from lcm_compile.schema import json_text
-from lcm_compile.spec import BuildSpec, ExportedGraph
+from lcm_compile.spec import BuildSpec, ExportedGraph, StageContract
 from lcm_compile.store import remember
 from lcm_compile.targets import TARGETS
 
@@ -107,7 +107,7 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
         provenance = fuse_loras(modules.named(), loras)
         del loras
     stages = make_stages(plan.checkpoint, modules, plan.shape)
-    settings = write_tokenizers(folder, plan)
+    settings = write_tokenizers(folder, plan, stages[0].contract)
     with watch.part("draw the reference in torch"):
         recording = parity.record(stages, settings, folder)
     built, figures = [], {}
@@ -130,7 +130,7 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
         pipeline=settings,
         stages=tuple(b.engine for b in built),
         loras=tuple(
-            {"role": planned.role, **lora.to_dict()}
+            {"role": planned.role, "sha256": planned.sha256, **lora.to_dict()}
             for planned, lora in zip(plan.loras, provenance, strict=True)
         ),
         parity=figures,
@@ -143,23 +143,16 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
     (folder / MANIFEST).write_text(json_text(manifest.to_dict(), indent=1), encoding="utf-8")
 
 
-def write_tokenizers(folder: Path, plan: Plan) -> PipelineSettings:
+def write_tokenizers(folder: Path, plan: Plan, encode: StageContract) -> PipelineSettings:
     """Writes each tokenizer as one JSON, and says all that the LCM loop must know."""
     checkpoint = plan.checkpoint
     tokenizers = []
     (folder / "tokenizers").mkdir()
-    for i, name in enumerate(checkpoint.tokenizers):
+    for name, tokens in zip(checkpoint.tokenizers, encode.inputs, strict=True):
         tokenizer = load_tokenizer(checkpoint, name)
         file = f"tokenizers/{name}.json"
         (folder / file).write_text(tokenizer.json, encoding="utf-8")
-        tokenizers.append(
-            TokenizerSettings(
-                "input_ids" if i == 0 else f"input_ids_{i + 1}",
-                file,
-                tokenizer.max_length,
-                tokenizer.pad_token_id,
-            )
-        )
+        tokenizers.append(TokenizerSettings(tokens.name, file, tokenizer.max_length, tokenizer.pad_token_id))
     sample = checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT
     return PipelineSettings(
         plan.shape, checkpoint.scheduler, tuple(tokenizers), checkpoint.zero_negative_prompt, sample

@@ -16,6 +16,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+REBUILD = "build the bundle again with --force"
+
 
 class LcmCompileError(Exception):
     exit_code = 1

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.errors import unknown_name
-
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
@@ -85,12 +83,6 @@ FAMILIES: dict[str, Family] = {
 
 # Width of the text states that a LoRA's cross-attention reads → the bases it can be for.
 TEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.x", 2048: "SDXL or SSD-1B"}
-
-
-def find_family(name: str) -> Family:
-    if name not in FAMILIES:
-        raise unknown_name("base", name, FAMILIES, "give a family name or a diffusers folder to --base")
-    return FAMILIES[name]
 
 
 def detect_family(unet_config: Mapping[str, Any]) -> Family | None:

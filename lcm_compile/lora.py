@@ -6,7 +6,6 @@ Layouts: kohya (`lora_unet_down_blocks_0_….lora_down.weight`, `lora_up`, `alph
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -65,7 +64,6 @@ class LoraLayer:
 @dataclass(frozen=True)
 class Lora:
     path: Path
-    sha256: str
     layout: str
     layers: Sequence[LoraLayer]
     made_for: str
@@ -73,11 +71,10 @@ class Lora:
 
 @dataclass(frozen=True)
 class LoraProvenance:
-    """What a bundle keeps of a LoRA that went into it."""
+    """What a bundle keeps of how a LoRA went into it."""
 
     source: str
     weight: float
-    sha256: str
     layout: str
     modules: int
     ranks: tuple[int, ...]
@@ -191,8 +188,7 @@ def read_lora(path: Path) -> Lora:
     if halves:
         raise LoraError(f"{path} lacks the other half of {some(halves)}", "download it again")
     apply_metadata(layers.values(), metadata, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Lora(path, digest, "+".join(sorted(layouts)), list(layers.values()), made_for)
+    return Lora(path, "+".join(sorted(layouts)), list(layers.values()), made_for)
 
 
 def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], path: Path) -> None:
@@ -314,7 +310,5 @@ def fuse_loras(
             if largest == 0.0:
                 raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
             ranks = sorted({layer.down.shape[0] for layer, _ in pairs if layer.down is not None})
-            provenance.append(
-                LoraProvenance(spec.source, spec.weight, lora.sha256, lora.layout, len(pairs), tuple(ranks))
-            )
+            provenance.append(LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(ranks)))
     return provenance

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import numpy as np
 from lcm_compile.bundle import EngineBundle, PipelineSettings, open_bundle
 from lcm_compile.engines import find_backend, find_target_here
 from lcm_compile.engines.runner import Runner
-from lcm_compile.errors import BackendError, BundleError, UsageError
+from lcm_compile.errors import REBUILD, BackendError, BundleError, UsageError
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import lcm_steps
 from lcm_compile.tokens import PromptTokenizer
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Arrays = dict[str, Any]
+Report = Callable[[int, int], None]
 STAGES = ("encode", "step", "decode")
-REBUILD = "build the bundle again with --force"
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,12 @@ class LcmPipeline:
         seed = draw_seed() if seed is None else seed
         return self.draw(Request(prompt, seed, negative_prompt, steps, guidance_scale, num_images)).images()
 
-    def draw(self, request: Request) -> Drawing:
+    def draw(self, request: Request, report: Report = lambda done, total: None) -> Drawing:
+        """Draws; `report` is told (passes done, passes in all) after every stage."""
         progress = self.progress(request)
         while True:
             try:
-                next(progress)
+                report(*next(progress))
             except StopIteration as stop:
                 return stop.value
 

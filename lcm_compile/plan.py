@@ -36,6 +36,7 @@ class PlannedLora:
     role: str  # "lcm" or "style"
     spec: LoraSpec
     path: Path
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,9 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
     precisions = dict.fromkeys(STAGES, precision)
     backend_name = settle_backend(spec, target, precision)
-    loras = find_loras(spec, checkpoint)
-    backend = find_backend(backend_name)
     digests = Digests()
+    loras = find_loras(spec, checkpoint, digests)
+    backend = find_backend(backend_name)
     key = {
         **export_key(checkpoint, loras, shape, precisions, backend.GRAPH_FORMAT, digests),
         **engine_key(backend_name, backend, target),
@@ -119,17 +120,17 @@ def settle_backend(spec: BuildSpec, target: GpuTarget, precision: str) -> str:
     return spec.backend
 
 
-def find_loras(spec: BuildSpec, checkpoint: Checkpoint) -> tuple[PlannedLora, ...]:
+def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
     """The LCM-LoRA first (given, or the family's own), then the styles in their order."""
-    found = []
+    found: list[tuple[str, LoraSpec, Path]] = []
     if spec.lcm_lora:
-        found.append(PlannedLora("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
+        found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
     elif not spec.no_lcm and not checkpoint.has_guidance_embedding:
         path = find_lcm_lora(checkpoint.family, spec.base)
         assert checkpoint.family is not None
-        found.append(PlannedLora("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
-    found += [PlannedLora("style", lora, find_lora(lora)) for lora in spec.loras]
-    return tuple(found)
+        found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
+    found += [("style", lora, find_lora(lora)) for lora in spec.loras]
+    return tuple(PlannedLora(role, lora, path, digests.sha256(path)) for role, lora, path in found)
 
 
 def export_key(
@@ -146,7 +147,7 @@ def export_key(
         for path in checkpoint.content_files()
     }
     for i, lora in enumerate(loras, 1):
-        key[f"LoRA {i}"] = digests.sha256(lora.path)
+        key[f"LoRA {i}"] = lora.sha256
         key[f"LoRA {i} weight"] = repr(lora.spec.weight)
     key["shape"] = str(shape)
     key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}

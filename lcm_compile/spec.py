@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
 
@@ -114,9 +113,6 @@ class BuildSpec:
                 words += [f"--{name}", getattr(self, name)]
         return shlex.join(words)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -136,15 +132,11 @@ class StageContract:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class ExportedGraph:
     """A stage as a file that a backend builds from; weights over 2 GB lie beside it."""
 
     path: Path
-    format: str  # "onnx" or "torchscript"
     precision: str
     contract: StageContract

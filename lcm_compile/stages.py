@@ -42,7 +42,7 @@ def make_stages(checkpoint: Checkpoint, modules: Modules, shape: Shape) -> list[
     tokens = tuple(
         TensorSpec(
             "input_ids" if i == 0 else f"input_ids_{i + 1}",
-            (shape.batch, int(checkpoint.components[name].config.get("max_position_embeddings", 77))),
+            (shape.batch, checkpoint.text_length(name)),
             "int64",
             f"tokens of the {'first' if i == 0 else 'second'} tokenizer",
         )
