@@ -12,8 +12,8 @@ import click
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.console import Bar, Parts, note
-from lcm_compile.images import contact_sheet
 from lcm_compile.pipeline import Request
+from lcm_compile.sheets import contact_sheet
 
 PROMPTS = (
     "a large red star on a striped pink background",

@@ -12,16 +12,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 
 import lcm_compile
-from lcm_compile.errors import BundleError, LcmCompileError, ParityError
+from lcm_compile.errors import LcmCompileError, ParityError
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
+    from lcm_compile.pipeline import Request
 
 GUIDANCE_HINT = 2.0
 CUT_SHOWN = 200
@@ -189,10 +192,13 @@ def build(
 @click.option("--guidance-scale", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, help="Default: drawn at random and printed.")
 @click.option("--num-images", type=int, default=1, show_default=True)
+@click.option("--grid", metavar="AXES", help="One sheet of every combination: steps=1..8,guidance=1,1.5.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file, or a folder for several pictures.")
 @json_option
 @quiet_option
+@click.pass_context
 def run(
+    context: click.Context,
     prompt: str | None,
     engine: Path | None,
     base: str | None,
@@ -202,45 +208,41 @@ def run(
     guidance_scale: float,
     seed: int | None,
     num_images: int,
+    grid: str | None,
     out: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Draw a picture."""
+    """Draw a picture, or with --grid a labelled sheet of many.
+
+    The axes of a grid are steps, seed, guidance and prompt=FILE (a prompt on each line): numbers as 1..8
+    or 1,1.5. The first runs across the sheet.
+    """
     from lcm_compile.console import Bar, note, print_json
     from lcm_compile.images import picture_paths, save_picture
+    from lcm_compile.lookup import find_bundle
     from lcm_compile.pipeline import Request, draw_seed, load
     from lcm_compile.scheduler import lcm_timesteps
 
     bundle = find_bundle(engine, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
-    lcm_timesteps(steps, settings.scheduler)
-    seed_drawn = seed is None
     request = Request(
         prompt, draw_seed() if seed is None else seed, negative_prompt, steps, guidance_scale, num_images
     )
+    if grid is not None:
+        refuse_both(context, grid)
+        draw_sheet(bundle, request, grid, out, as_json, quiet)
+        return
+    lcm_timesteps(steps, settings.scheduler)
     paths = picture_paths(out, prompt, request.seed, num_images)
-    if guidance_scale > GUIDANCE_HINT:
-        note(f"hint: LCM is at its best with guidance from 1 to 2; {guidance_scale:g} may look burnt", quiet)
-    if negative_prompt and guidance_scale <= 1:
-        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5", quiet)
-    if seed_drawn:
+    hint_at(request, quiet)
+    if seed is None:
         note(f"seed {request.seed}", quiet)
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
         drawing = pipeline.draw(request, bar.update)
-    if drawing.cut:
-        shown = drawing.cut if len(drawing.cut) <= CUT_SHOWN else f"{drawing.cut[:CUT_SHOWN]}…"
-        note(f"warning: the prompt is over {settings.tokenizers[0].max_length} tokens; cut: {shown!r}")
-    metadata = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt or "",
-        "seed": str(request.seed),
-        "steps": str(steps),
-        "guidance_scale": f"{guidance_scale:g}",
-        "bundle": bundle.digest,
-        "software": f"lcm-compile {lcm_compile.__version__}",
-    }
+    warn_of_cut(bundle, drawing.cut)
+    metadata = {**told(request), **made_by(bundle)}
     for i, (image, path) in enumerate(zip(drawing.images(), paths, strict=True)):
         save_picture(image, path, {**metadata, "index": str(i)})
     if as_json:
@@ -264,78 +266,80 @@ def run(
     )
 
 
-def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> EngineBundle:
-    """The bundle that is named, or the one built or hit last that runs on this machine."""
-    from lcm_compile.bundle import open_bundle, read_manifest
-    from lcm_compile.engines import find_backend
-    from lcm_compile.store import recent
+def refuse_both(context: click.Context, grid: str) -> None:
+    """UsageError for an option that sets what an axis of --grid sets too."""
+    from lcm_compile.grid import FIELDS, parse_grid
 
-    if engine is not None:
-        if base or gpu:
-            raise click.UsageError("--engine names a bundle; drop --base and --gpu")
-        return open_bundle(engine)
-    if base and gpu:
-        return find_bundle_of(base, gpu)
-    if base or gpu:
-        raise click.UsageError("--base and --gpu go together")
-    reasons = []
-    for folder in recent():
-        try:
-            manifest, _ = read_manifest(folder)
-        except BundleError as error:
-            reasons.append(error.message)
-            continue
-        reason = find_backend(manifest.backend).cannot_run(manifest.target)
-        if reason is None:
-            return open_bundle(folder)
-        reasons.append(f"{folder.name}: {reason}")
-    told = "\n  ".join(["no bundle here runs on this machine:", *reasons[:5]])
-    raise BundleError(
-        told if reasons else "there is no bundle yet", "lcm-compile build --base demo --gpu cpu"
-    )
+    for parameter in (*(FIELDS[axis.name] for axis in parse_grid(grid)), "num_images"):
+        if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE:
+            named = "PROMPT" if parameter == "prompt" else f"--{parameter.replace('_', '-')}"
+            raise click.UsageError(f"{named} and --grid can't be given together: the grid sets it")
 
 
-def find_bundle_of(base: str, gpu: str) -> EngineBundle:
-    """The bundle built or hit last of a base, whatever was fused into it, for a target.
+def draw_sheet(
+    bundle: EngineBundle, fixed: Request, grid: str, out: Path | None, as_json: bool, quiet: bool
+) -> None:
+    """Draws every combination of a grid's axes into one sheet."""
+    from lcm_compile.console import Bar, note, print_json
+    from lcm_compile.grid import draw_grid, parse_grid, requests
+    from lcm_compile.images import save_picture, sheet_path
+    from lcm_compile.pipeline import load
+    from lcm_compile.scheduler import lcm_timesteps
 
-    BundleError where what it was built from has changed since: no stale engine is run by its base's name.
-    """
-    from lcm_compile.bundle import open_bundle, read_manifest
-    from lcm_compile.plan import make_plan
-    from lcm_compile.spec import BuildSpec
-    from lcm_compile.store import recent
-    from lcm_compile.targets import find_target
-
-    target = find_target(gpu).name
-    for folder in recent():
-        try:
-            manifest, _ = read_manifest(folder)
-        except BundleError:
-            continue
-        if manifest.target.name == target and same_base(manifest.spec.base, base):
-            try:
-                plan = make_plan(manifest.spec, folder)
-            except LcmCompileError:  # the base or a LoRA is gone: the bundle is all there is
-                return open_bundle(folder)
-            if not plan.hit:
-                told = "\n  ".join(plan.reasons)
-                raise BundleError(
-                    f"the bundle of {base} for {target} is out of date; what is there now {told}",
-                    manifest.spec.command(),
-                )
-            return open_bundle(folder)
-    raise BundleError(
-        f"there is no bundle of {base} for {target}",
-        f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --engine",
-    )
+    axes = parse_grid(grid)
+    asked = requests(axes, fixed)
+    for request in asked:
+        lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
+    path = sheet_path(out, fixed.prompt)
+    hint_at(max(asked, key=lambda request: request.guidance_scale), quiet)
+    with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
+        sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
+    warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
+    save_picture(sheet, path, {**told(fixed), "grid": grid, **made_by(bundle)})
+    if as_json:
+        pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
+        print_json({"sheet": str(path), "engine": str(bundle.folder), "pictures": pictures})
+        return
+    print(path)
+    seconds = sum(drawing.ms["total"] for drawing in drawings) / 1000
+    note(f"{len(drawings)} pictures in {seconds:.1f} s", quiet)
 
 
-def same_base(one: str, other: str) -> bool:
-    """Whether two words for a base are the same name, or lead to the same folder."""
-    try:
-        return one == other or Path(one).samefile(other)
-    except OSError:
-        return False
+def hint_at(request: Request, quiet: bool) -> None:
+    """What would draw better."""
+    from lcm_compile.console import note
+
+    scale = request.guidance_scale
+    if scale > GUIDANCE_HINT:
+        note(f"hint: LCM is at its best with guidance from 1 to 2; {scale:g} may look burnt", quiet)
+    if request.negative_prompt and scale <= 1:
+        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5", quiet)
+
+
+def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
+    """Tells the end of a prompt that did not fit; that is no hint, --quiet does not silence it."""
+    from lcm_compile.console import note
+
+    if cut:
+        shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"
+        longest = bundle.manifest.pipeline.tokenizers[0].max_length
+        note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}")
+
+
+def told(request: Request) -> dict[str, str]:
+    """A request as text chunks of a PNG."""
+    return {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or "",
+        "seed": str(request.seed),
+        "steps": str(request.steps),
+        "guidance_scale": f"{request.guidance_scale:g}",
+    }
+
+
+def made_by(bundle: EngineBundle) -> dict[str, str]:
+    """What drew a picture, as text chunks of a PNG."""
+    return {"bundle": bundle.digest, "software": f"lcm-compile {lcm_compile.__version__}"}
 
 
 @cli.command()
@@ -345,6 +349,7 @@ def same_base(one: str, other: str) -> bool:
 def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
     """Replay a bundle's proof on its engines here; exit 3 on a miss."""
     from lcm_compile.console import note, print_json
+    from lcm_compile.lookup import find_bundle
     from lcm_compile.parity import require
     from lcm_compile.parity import verify as verify_bundle
     from lcm_compile.reports import print_parity

@@ -1,0 +1,97 @@
+"""Sheets of labelled pictures, on white."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LABEL_LINES = 4
+LINE_HEIGHT = 13
+GAP = 10
+INK = (40, 40, 40)
+SMALL = 128  # pixels; pictures up to it are shown twice their size
+LARGEST = 512
+SHEET_WIDTH = 8192
+
+
+def contact_sheet(pictures: Sequence[tuple[Image, str]], columns: int = 4, scale: int = 2) -> Image:
+    """Pictures in rows, each with its label under it, on white."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(size=11)
+    width, height = (side * scale for side in pictures[0][0].size)
+    gap, label = 12, LABEL_LINES * LINE_HEIGHT + 4
+    rows = -(-len(pictures) // columns)
+    size = (columns * (width + gap) + gap, rows * (height + label + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    letters = max(8, int(width / font.getlength("n")))
+    for i, (picture, text) in enumerate(pictures):
+        x = gap + i % columns * (width + gap)
+        y = gap + i // columns * (height + label + gap)
+        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y))
+        for line, words in enumerate(textwrap.wrap(text, letters)[:LABEL_LINES]):
+            draw.text((x, y + height + 2 + line * LINE_HEIGHT), words, fill=(60, 60, 60), font=font)
+    return sheet
+
+
+def grid_sheet(
+    pictures: Iterable[Image], size: tuple[int, int], across: Sequence[str], down: Sequence[str], title: str
+) -> Image:
+    """Pictures of one size, row by row under a title, with a label over each column and beside each row.
+
+    Small pictures are enlarged without smoothing, large ones shrunk: a sheet is to be looked at whole.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    small, large = ImageFont.load_default(size=12), ImageFont.load_default(size=15)
+    width, height = shown_size(size, len(across))
+    over = [wrap(text, small, width) for text in across]
+    beside = [wrap(text, small, 160) for text in down]
+    left = GAP + max(extent(text, small)[0] + GAP if text else 0 for text in beside)
+    right = left + len(across) * (width + GAP)
+    heading = wrap(title, large, right - 2 * GAP)
+    labels = GAP + (extent(heading, large)[1] + GAP if heading else 0)
+    top = labels + max(extent(text, small)[1] for text in over) + GAP // 2
+    pitch = GAP + max(height, *(extent(text, small)[1] for text in beside))
+
+    sheet = Image.new("RGB", (right, top + len(down) * pitch), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.multiline_text((GAP, GAP), heading, INK, large)
+    for column, text in enumerate(over):
+        draw.multiline_text((left + column * (width + GAP), labels), text, INK, small)
+    for row, text in enumerate(beside):
+        draw.multiline_text((GAP, top + row * pitch), text, INK, small)
+    smooth = Image.Resampling.NEAREST if width > size[0] else Image.Resampling.LANCZOS
+    for i, picture in enumerate(pictures):
+        row, column = divmod(i, len(across))
+        sheet.paste(
+            picture.resize((width, height), smooth), (left + column * (width + GAP), top + row * pitch)
+        )
+    return sheet
+
+
+def shown_size(size: tuple[int, int], columns: int) -> tuple[int, int]:
+    """How large a picture of (width, height) is on a sheet of so many columns."""
+    fits = min(LARGEST / max(size), SHEET_WIDTH / (columns * size[0]))
+    scale = 2.0 if max(size) <= SMALL else min(1.0, fits)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def wrap(text: str, font: Any, width: int) -> str:
+    """Breaks each line of a text where it would be wider than `width` pixels."""
+    letters = max(6, int(width / font.getlength("n")))
+    return "\n".join(textwrap.fill(line, letters) for line in text.split("\n"))
+
+
+def extent(text: str, font: Any) -> tuple[int, int]:
+    """Width and height of a text of several lines."""
+    from PIL import Image, ImageDraw
+
+    _, _, right, bottom = ImageDraw.Draw(Image.new("1", (1, 1))).multiline_textbbox((0, 0), text, font)
+    return math.ceil(right), math.ceil(bottom)
