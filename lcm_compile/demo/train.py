@@ -1,7 +1,8 @@
 """Trains the demo model from scratch: `python -m lcm_compile.demo.train --work DIR --out CHECKPOINT`.
 
-First the VAE, then both text encoders and the UNet together on its latents. Every stage saves itself to DIR
-about once a minute, by write and rename, and continues from there when it is started again.
+First the VAE, then its decoder alone, then both text encoders and the UNet together on its latents. Every
+stage saves itself to DIR about once a minute, by write and rename, and continues from there when it is
+started again.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import json
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,121 +29,15 @@ from lcm_compile.demo.model import (
     make_scheduler,
     make_tokenizers,
     make_unet,
-    make_vae,
     save_tokenizer,
     tokenize,
 )
-from lcm_compile.demo.world import caption, held_out_prompts, render, sample_scene
+from lcm_compile.demo.train_vae import encode, measure, train_decoder, train_vae
+from lcm_compile.demo.training import SHARD, SIDE, Progress, draw, learning_rate, save_atomically
+from lcm_compile.demo.world import held_out_prompts
 
-SIDE = 64  # pixels
-SHARD = 4096  # scenes in one file of the latent pool
-SAVE_SECONDS = 60.0
-REPORT_STEPS = 50
 DROPPED = 0.1  # part of the captions replaced by zeros, for classifier-free guidance
 MAX_WEIGHT = 60.0
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """Writes next to `path` and renames, so that a kill leaves the old file or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
-
-
-class Progress:
-    """Says where the training is, and when it is time to save."""
-
-    def __init__(self, name: str, first: int, steps: int) -> None:
-        self.name, self.steps, self.reported = name, steps, first
-        self.losses: list[Tensor] = []
-        self.since = self.saved = time.monotonic()
-
-    def __call__(self, step: int, loss: Tensor) -> bool:
-        """Takes the loss of a finished step; True when a checkpoint is due."""
-        self.losses.append(loss.detach())
-        now = time.monotonic()
-        if step % REPORT_STEPS == 0 or step == self.steps:
-            rate = (step - self.reported) / (now - self.since)
-            mean = torch.stack(self.losses).mean().item()
-            eta = (self.steps - step) / rate / 60
-            line = f"{self.name} {step}/{self.steps} loss {mean:.4f} {rate:.2f} steps/s eta {eta:.0f} min"
-            print(line, file=sys.stderr, flush=True)
-            self.losses, self.since, self.reported = [], now, step
-        due = now - self.saved > SAVE_SECONDS or step == self.steps
-        if due:
-            self.saved = now
-        return due
-
-
-def learning_rate(step: int, steps: int, peak: float, warm_up: int, decay_last: int) -> float:
-    """A linear warm-up, then constant, then a linear decay to 2 % over the last `decay_last` steps."""
-    rise = min(1.0, (step + 1) / warm_up)
-    fall = min(1.0, (steps - step) / decay_last) if decay_last else 1.0
-    return peak * rise * max(fall, 0.02)
-
-
-def draw(seed: int, count: int, zebra: float = 0.0) -> tuple[Tensor, list[str]]:
-    """Random training scenes: uint8 pictures (count, 3, 64, 64) and their captions."""
-    rng = np.random.default_rng(seed)
-    pictures, captions = np.empty((count, SIDE, SIDE, 3), np.uint8), []
-    for index in range(count):
-        scene = sample_scene(rng, zebra=zebra)
-        pictures[index] = render(scene, SIDE)
-        captions.append(caption(scene))
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), captions
-
-
-def to_model(pictures: Tensor) -> Tensor:
-    """uint8 pictures to the VAE's range of -1 to 1."""
-    return pictures.float() / 127.5 - 1
-
-
-def train_vae(work: Path, steps: int, seed: int, device: torch.device) -> AutoencoderKL:
-    """The trained VAE, its `scaling_factor` measured. Trains on 32x32 crops, of zebra pictures too."""
-    path = work / "vae.pt"
-    torch.manual_seed(seed)
-    vae = make_vae().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
-    first = 0
-    if path.exists():
-        state = torch.load(path, map_location=device)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    if first < steps:
-        torch.manual_seed(seed + first)  # a resumed run draws other batches than those before
-        pictures, _ = draw(seed, 2 * SHARD, zebra=0.15)
-        progress = Progress("vae", first, steps)
-        for step in range(first + 1, steps + 1):
-            crop = pictures[torch.randint(len(pictures), (16,))]
-            top, left = (int(n) for n in torch.randint(SIDE // 2 + 1, (2,)))
-            target = to_model(crop[:, :, top : top + SIDE // 2, left : left + SIDE // 2]).to(device)
-            posterior = vae.encode(target).latent_dist
-            output = vae.decode(posterior.sample()).sample
-            error = output - target
-            # Shapes are vivid, backgrounds are not: without the weight a VAE this small mixes up the colours.
-            vivid = target.amax(1, keepdim=True) - target.amin(1, keepdim=True)
-            colours = ((1 + 4 * vivid) * (error.abs() + error.square())).mean()
-            edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # keeps edges crisp
-            loss = colours + edges + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, 2e-3, 100, steps // 2)
-            optimizer.step()
-            if progress(step, loss):
-                state = {"vae": vae.state_dict(), "step": step}
-                save_atomically(state | {"optimizer": optimizer.state_dict()}, path)
-    vae.requires_grad_(False).eval()
-    pictures, _ = draw(seed + 1, 512)
-    with torch.no_grad():
-        target = to_model(pictures).to(device)
-        latent = vae.encode(target).latent_dist.mode()
-        error = (vae.decode(latent).sample - target).abs().mean().item() / 2
-    vae.register_to_config(scaling_factor=round(1 / latent.std().item(), 3))
-    print(f"vae error {error:.4f}, scaling factor {vae.config.scaling_factor}", file=sys.stderr, flush=True)
-    return vae
 
 
 def latent_pool(vae: AutoencoderKL, work: Path, shards: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -154,12 +47,7 @@ def latent_pool(vae: AutoencoderKL, work: Path, shards: int, seed: int) -> tuple
         path = work / f"pool-{index:03d}.pt"
         if not path.exists():
             pictures, texts = draw(seed + 1000 + index, SHARD)
-            with torch.no_grad():
-                parts = [
-                    vae.encode(to_model(part).to(vae.device)).latent_dist.mode()
-                    for part in pictures.split(64)
-                ]
-            scaled = (torch.cat(parts) * vae.config.scaling_factor).half().cpu()
+            scaled = (encode(vae, pictures) * vae.config.scaling_factor).half()
             save_atomically({"latents": scaled, "captions": texts}, path)
             print(f"pool {index + 1}/{shards}", file=sys.stderr, flush=True)
         shard = torch.load(path)
@@ -310,6 +198,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=default, help="diffusers folder to write")
     parser.add_argument("--stage", choices=("vae", "base", "export", "eval", "all"), default="all")
     parser.add_argument("--vae-steps", type=int, default=5000)
+    parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--base-steps", type=int, default=20000)
     parser.add_argument("--decay-last", type=int, default=2000, help="steps of falling learning rate")
     parser.add_argument("--batch", type=int, default=32)
@@ -324,12 +213,9 @@ def main() -> None:
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage != "eval":
-        wanted = (
-            options.vae_steps
-            if options.stage in ("vae", "all") or not (options.work / "vae.pt").exists()
-            else 0
-        )
-        vae = train_vae(options.work, wanted, options.seed, torch.device(name))
+        vae = train_vae(options.work, options.vae_steps, options.seed, torch.device(name))
+        train_decoder(vae, options.work, options.decoder_steps, options.seed)
+        measure(vae, options.seed)
     if options.stage in ("base", "all"):
         train_base(vae, options.work, options)
     if options.stage in ("export", "all"):

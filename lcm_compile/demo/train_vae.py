@@ -1,0 +1,128 @@
+"""Trains the demo model's VAE: first whole on crops, then its decoder alone on whole pictures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from lcm_compile.demo.model import make_vae
+from lcm_compile.demo.training import (
+    SHARD,
+    SIDE,
+    Progress,
+    draw,
+    learning_rate,
+    save_atomically,
+    to_model,
+)
+
+ZEBRA = 0.15  # part of the pictures in the style that the UNet does not know
+CROPS, WHOLE = 16, 8  # pictures in a batch
+LATENT_NOISE = 0.02  # of the latents' spread: what the UNet draws is near what the encoder does, not equal
+
+
+class Updates:
+    """A VAE's optimiser, which keeps itself and the weights in a file and continues from there."""
+
+    def __init__(
+        self, vae: AutoencoderKL, trained: Iterable[nn.Parameter], path: Path, steps: int, peak: float
+    ) -> None:
+        self.vae, self.trained, self.path, self.steps, self.peak = vae, list(trained), path, steps, peak
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4)
+        self.done = 0
+        if path.exists():
+            state = torch.load(path, map_location=vae.device)
+            vae.load_state_dict(state["vae"])
+            self.done = state["step"]
+            if self.done < steps:
+                self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(path.stem, self.done, steps)
+
+    def __call__(self, loss: Tensor) -> None:
+        """One step down the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.done += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.done, self.steps, self.peak, 100, self.steps // 2)
+        self.optimizer.step()
+        if self.progress(self.done, loss):
+            state = {"vae": self.vae.state_dict(), "step": self.done}
+            save_atomically(state | {"optimizer": self.optimizer.state_dict()}, self.path)
+
+
+def reconstruction_loss(output: Tensor, target: Tensor) -> Tensor:
+    """How far a decoded picture (b, 3, h, w) is from the right one, its edges counted once more."""
+    error = output - target
+    # Shapes are vivid, backgrounds are not: without the weight a VAE this small mixes up the colours.
+    vivid = target.amax(1, keepdim=True) - target.amin(1, keepdim=True)
+    colours = ((1 + 4 * vivid) * (error.abs() + error.square())).mean()
+    return colours + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+
+
+def train_vae(work: Path, steps: int, seed: int, device: torch.device) -> AutoencoderKL:
+    """The VAE, trained on 32×32 crops."""
+    vae = make_vae().to(device)
+    update = Updates(vae, vae.parameters(), work / "vae.pt", steps, 2e-3)
+    if update.done < steps:
+        torch.manual_seed(seed + update.done)  # a resumed run draws other batches than those before
+        pictures, _ = draw(seed, 2 * SHARD, zebra=ZEBRA)
+        while update.done < steps:
+            crop = pictures[torch.randint(len(pictures), (CROPS,))]
+            top, left = (int(n) for n in torch.randint(SIDE // 2 + 1, (2,)))
+            target = to_model(crop[:, :, top : top + SIDE // 2, left : left + SIDE // 2]).to(device)
+            posterior = vae.encode(target).latent_dist
+            kl = posterior.kl().mean() / posterior.mean[0].numel()
+            update(reconstruction_loss(vae.decode(posterior.sample()).sample, target) + 2e-4 * kl)
+    return vae
+
+
+def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int) -> None:
+    """Trains the decoder alone, on whole pictures: group normalisation sees other ones in crops.
+
+    The latents stay what they are, and with them whatever was trained on them.
+    """
+    vae.requires_grad_(False)
+    trained = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+    for weight in trained:
+        weight.requires_grad_(True)
+    update = Updates(vae, trained, work / "decoder.pt", steps, 1e-3)
+    if update.done < steps:
+        torch.manual_seed(seed + update.done)
+        pictures, _ = draw(seed + 2, 2 * SHARD, zebra=ZEBRA)
+        latents = encode(vae, pictures)
+        noise = LATENT_NOISE * latents.std()
+        while update.done < steps:
+            index = torch.randint(len(pictures), (WHOLE,))
+            latent = latents[index] + noise * torch.randn(WHOLE, *latents.shape[1:])
+            output = vae.decode(latent.to(vae.device)).sample
+            update(reconstruction_loss(output, to_model(pictures[index]).to(vae.device)))
+    vae.requires_grad_(False).eval()
+
+
+def measure(vae: AutoencoderKL, seed: int) -> None:
+    """Sets the VAE's `scaling_factor`, so that latents are of variance 1, and tells its error."""
+    pictures, _ = draw(seed + 1, 512)
+    latents = encode(vae, pictures)
+    with torch.no_grad():
+        parts = zip(pictures.split(64), latents.split(64), strict=True)
+        errors = [
+            (vae.decode(latent.to(vae.device)).sample.cpu() - to_model(part)).abs().mean() / 2
+            for part, latent in parts
+        ]
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 3))
+    error = torch.stack(errors).mean().item()
+    print(f"vae error {error:.4f}, scaling factor {vae.config.scaling_factor}", file=sys.stderr, flush=True)
+
+
+def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """uint8 pictures (n, 3, 64, 64) to latents (n, 4, 16, 16) that are not scaled yet, on the CPU."""
+    with torch.no_grad():
+        parts = [vae.encode(to_model(p).to(vae.device)).latent_dist.mode().cpu() for p in pictures.split(64)]
+    return torch.cat(parts)

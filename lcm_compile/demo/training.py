@@ -1,0 +1,74 @@
+"""What the demo model's trainings share: scenes, checkpoints, progress and the learning rate."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcm_compile.demo.world import caption, render, sample_scene
+
+SIDE = 64  # pixels
+SHARD = 4096  # scenes in one file of the latent pool
+SAVE_SECONDS = 60.0
+REPORT_STEPS = 50
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """Writes next to `path` and renames, so that a kill leaves the old file or the new one."""
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.replace(path)
+
+
+class Progress:
+    """Says where the training is, and when it is time to save."""
+
+    def __init__(self, name: str, first: int, steps: int) -> None:
+        self.name, self.steps, self.reported = name, steps, first
+        self.losses: list[Tensor] = []
+        self.since = self.saved = time.monotonic()
+
+    def __call__(self, step: int, loss: Tensor) -> bool:
+        """Takes the loss of a finished step; True when a checkpoint is due."""
+        self.losses.append(loss.detach())
+        now = time.monotonic()
+        if step % REPORT_STEPS == 0 or step == self.steps:
+            rate = (step - self.reported) / (now - self.since)
+            mean = torch.stack(self.losses).mean().item()
+            eta = (self.steps - step) / rate / 60
+            line = f"{self.name} {step}/{self.steps} loss {mean:.4f} {rate:.2f} steps/s eta {eta:.0f} min"
+            print(line, file=sys.stderr, flush=True)
+            self.losses, self.since, self.reported = [], now, step
+        due = now - self.saved > SAVE_SECONDS or step == self.steps
+        if due:
+            self.saved = now
+        return due
+
+
+def learning_rate(step: int, steps: int, peak: float, warm_up: int, decay_last: int) -> float:
+    """A linear warm-up, then constant, then a linear decay to 2 % over the last `decay_last` steps."""
+    rise = min(1.0, (step + 1) / warm_up)
+    fall = min(1.0, (steps - step) / decay_last) if decay_last else 1.0
+    return peak * rise * max(fall, 0.02)
+
+
+def draw(seed: int, count: int, zebra: float = 0.0) -> tuple[Tensor, list[str]]:
+    """Random training scenes: uint8 pictures (count, 3, 64, 64) and their captions."""
+    rng = np.random.default_rng(seed)
+    pictures, captions = np.empty((count, SIDE, SIDE, 3), np.uint8), []
+    for index in range(count):
+        scene = sample_scene(rng, zebra=zebra)
+        pictures[index] = render(scene, SIDE)
+        captions.append(caption(scene))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), captions
+
+
+def to_model(pictures: Tensor) -> Tensor:
+    """uint8 pictures to the VAE's range of -1 to 1."""
+    return pictures.float() / 127.5 - 1
