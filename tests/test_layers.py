@@ -29,7 +29,7 @@ LAYERS = [
     {"lookup"},
     {"compile", "doctor"},
     {"console", "images", "sheets"},
-    {"grid", "benchmarks", "demo.training"},
+    {"grid", "benchmarks", "demo.training", "demo.pictures"},
     {"demo.train_vae"},
     {"demo.train"},
     {"reports"},

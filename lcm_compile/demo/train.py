@@ -3,6 +3,9 @@
 First the VAE, then its decoder alone, then both text encoders and the UNet together on its latents. Every
 stage saves itself to DIR about once a minute, by write and rename, and continues from there when it is
 started again.
+
+With `--start CHECKPOINT --look dusk` it instead fine-tunes all weights of a trained checkpoint, but for the
+VAE's encoder, to pictures of other colours.
 """
 
 from __future__ import annotations
@@ -32,21 +35,23 @@ from lcm_compile.demo.model import (
     save_tokenizer,
     tokenize,
 )
-from lcm_compile.demo.train_vae import encode, measure, train_decoder, train_vae
+from lcm_compile.demo.train_vae import encode, mean_error, scale_latents, train_decoder, train_vae
 from lcm_compile.demo.training import SHARD, SIDE, Progress, draw, learning_rate, save_atomically
-from lcm_compile.demo.world import held_out_prompts
+from lcm_compile.demo.world import LOOKS, Look, held_out_prompts
 
 DROPPED = 0.1  # part of the captions replaced by zeros, for classifier-free guidance
 MAX_WEIGHT = 60.0
 
 
-def latent_pool(vae: AutoencoderKL, work: Path, shards: int, seed: int) -> tuple[Tensor, list[str]]:
+def latent_pool(
+    vae: AutoencoderKL, work: Path, shards: int, seed: int, look: Look
+) -> tuple[Tensor, list[str]]:
     """Scaled latents (n, 4, 16, 16) in half precision, with their captions, kept in `work` shard by shard."""
     latents, captions = [], []
     for index in range(shards):
         path = work / f"pool-{index:03d}.pt"
         if not path.exists():
-            pictures, texts = draw(seed + 1000 + index, SHARD)
+            pictures, texts = draw(seed + 1000 + index, SHARD, look)
             scaled = (encode(vae, pictures) * vae.config.scaling_factor).half()
             save_atomically({"latents": scaled, "captions": texts}, path)
             print(f"pool {index + 1}/{shards}", file=sys.stderr, flush=True)
@@ -63,6 +68,13 @@ class Base(nn.Module):
         super().__init__()
         self.text = TextEncoders()
         self.unet = make_unet()
+
+    def load(self, checkpoint: Path) -> None:
+        """Takes the weights of a checkpoint that `export` wrote."""
+        pipeline = StableDiffusionXLPipeline.from_pretrained(checkpoint, add_watermarker=False)
+        self.text.first.load_state_dict(pipeline.text_encoder.state_dict())
+        self.text.second.load_state_dict(pipeline.text_encoder_2.state_dict())
+        self.unet.load_state_dict(pipeline.unet.state_dict())
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
         """The noise in `noisy` (b, 4, 16, 16), given tokens (b, 2, 77), zeroed where not `kept` (b,)."""
@@ -84,6 +96,8 @@ def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> N
     steps, batch, device, path = options.base_steps, options.batch, vae.device, work / "base.pt"
     torch.manual_seed(options.seed)
     base = Base().to(device)
+    if options.start:
+        base.load(options.start)
     base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to torch's own types
     averaged = copy.deepcopy(base).requires_grad_(False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
@@ -94,7 +108,7 @@ def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> N
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-    latents, captions = latent_pool(vae, work, options.shards, options.seed)
+    latents, captions = latent_pool(vae, work, options.shards, options.seed, LOOKS[options.look])
     tokens = tokenize(captions)
     alphas = make_scheduler().alphas_cumprod.to(device)
     torch.manual_seed(options.seed + first)
@@ -168,17 +182,17 @@ def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
     print(f"exported step {state['step']} to {out}, {size / 1e6:.2f} MB", file=sys.stderr, flush=True)
 
 
-def evaluate(work: Path, out: Path, prompts: list[str], steps: int, guidance: float) -> dict[str, float]:
-    """The judge's figures of an exported checkpoint, and a sheet of its first pictures in `work`."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(out, add_watermarker=False)
+def evaluate(options: argparse.Namespace, prompts: list[str]) -> dict[str, float]:
+    """The judge's figures of an exported checkpoint, and a sheet of its first pictures in the work folder."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(options.out, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
     for at in range(0, len(prompts), 25):
         seeds = [torch.Generator().manual_seed(at + index) for index in range(len(prompts[at : at + 25]))]
         drawn = pipeline(
             prompts[at : at + 25],
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance,
             generator=seeds,
             output_type="np",
         )
@@ -186,8 +200,10 @@ def evaluate(work: Path, out: Path, prompts: list[str], steps: int, guidance: fl
     rows = [np.concatenate(pictures[at : at + 8], 1) for at in range(0, min(len(pictures), 48) // 8 * 8, 8)]
     if rows:
         sheet = Image.fromarray(np.concatenate(rows))
-        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(work / "sheet.png")
-    return score(pictures, prompts)
+        sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST).save(
+            options.work / "sheet.png"
+        )
+    return score(pictures, prompts, LOOKS[options.look])
 
 
 def main() -> None:
@@ -197,6 +213,8 @@ def main() -> None:
     default = Path(__file__).parent / "checkpoint"
     parser.add_argument("--out", type=Path, default=default, help="diffusers folder to write")
     parser.add_argument("--stage", choices=("vae", "base", "export", "eval", "all"), default="all")
+    parser.add_argument("--start", type=Path, help="a trained checkpoint to fine-tune")
+    parser.add_argument("--look", choices=LOOKS, default="day", help="the colours of the pictures")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--base-steps", type=int, default=20000)
@@ -212,17 +230,23 @@ def main() -> None:
     options = parser.parse_args()
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     options.work.mkdir(parents=True, exist_ok=True)
+    look = LOOKS[options.look]
     if options.stage != "eval":
-        vae = train_vae(options.work, options.vae_steps, options.seed, torch.device(name))
-        train_decoder(vae, options.work, options.decoder_steps, options.seed)
-        measure(vae, options.seed)
+        if options.start:
+            vae = AutoencoderKL.from_pretrained(options.start, subfolder="vae").to(name)
+        else:
+            vae = train_vae(options.work, options.vae_steps, options.seed, torch.device(name))
+            scale_latents(vae, options.seed)
+        train_decoder(vae, options.work, options.decoder_steps, options.seed, look)
+        error = mean_error(vae, options.seed, look)
+        print(f"vae error {error:.4f}, scaling {vae.config.scaling_factor}", file=sys.stderr, flush=True)
     if options.stage in ("base", "all"):
         train_base(vae, options.work, options)
     if options.stage in ("export", "all"):
         export(vae, options.work, options.out)
     if options.stage in ("eval", "all"):
         prompts = held_out_prompts(options.prompts, options.seed)
-        print(json.dumps(evaluate(options.work, options.out, prompts, options.steps, options.guidance)))
+        print(json.dumps(evaluate(options, prompts)))
 
 
 if __name__ == "__main__":

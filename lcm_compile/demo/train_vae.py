@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from lcm_compile.demo.training import (
     save_atomically,
     to_model,
 )
+from lcm_compile.demo.world import Look
 
 ZEBRA = 0.15  # part of the pictures in the style that the UNet does not know
 CROPS, WHOLE = 16, 8  # pictures in a batch
@@ -83,7 +83,7 @@ def train_vae(work: Path, steps: int, seed: int, device: torch.device) -> Autoen
     return vae
 
 
-def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int) -> None:
+def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int, look: Look) -> None:
     """Trains the decoder alone, on whole pictures: group normalisation sees other ones in crops.
 
     The latents stay what they are, and with them whatever was trained on them.
@@ -95,7 +95,7 @@ def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int) -> None
     update = Updates(vae, trained, work / "decoder.pt", steps, 1e-3)
     if update.done < steps:
         torch.manual_seed(seed + update.done)
-        pictures, _ = draw(seed + 2, 2 * SHARD, zebra=ZEBRA)
+        pictures, _ = draw(seed + 2, 2 * SHARD, look, ZEBRA)
         latents = encode(vae, pictures)
         noise = LATENT_NOISE * latents.std()
         while update.done < steps:
@@ -106,19 +106,19 @@ def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int) -> None
     vae.requires_grad_(False).eval()
 
 
-def measure(vae: AutoencoderKL, seed: int) -> None:
-    """Sets the VAE's `scaling_factor`, so that latents are of variance 1, and tells its error."""
-    pictures, _ = draw(seed + 1, 512)
-    latents = encode(vae, pictures)
-    with torch.no_grad():
-        parts = zip(pictures.split(64), latents.split(64), strict=True)
-        errors = [
-            (vae.decode(latent.to(vae.device)).sample.cpu() - to_model(part)).abs().mean() / 2
-            for part, latent in parts
-        ]
+def scale_latents(vae: AutoencoderKL, seed: int) -> None:
+    """Sets the VAE's `scaling_factor`, with which latents are of variance 1."""
+    latents = encode(vae, draw(seed + 1, 512)[0])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 3))
-    error = torch.stack(errors).mean().item()
-    print(f"vae error {error:.4f}, scaling factor {vae.config.scaling_factor}", file=sys.stderr, flush=True)
+
+
+def mean_error(vae: AutoencoderKL, seed: int, look: Look) -> float:
+    """The mean absolute error of decoded pictures, of 0 to 1."""
+    pictures, _ = draw(seed + 1, 512, look)
+    with torch.no_grad():
+        parts = zip(pictures.split(64), encode(vae, pictures).split(64), strict=True)
+        errors = [(vae.decode(z.to(vae.device)).sample.cpu() - to_model(p)).abs().mean() for p, z in parts]
+    return torch.stack(errors).mean().item() / 2
 
 
 def encode(vae: AutoencoderKL, pictures: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcm_compile.demo.world import caption, render, sample_scene
+from lcm_compile.demo.world import DAY, Look, caption, render, sample_scene
 
 SIDE = 64  # pixels
 SHARD = 4096  # scenes in one file of the latent pool
@@ -58,13 +58,13 @@ def learning_rate(step: int, steps: int, peak: float, warm_up: int, decay_last: 
     return peak * rise * max(fall, 0.02)
 
 
-def draw(seed: int, count: int, zebra: float = 0.0) -> tuple[Tensor, list[str]]:
+def draw(seed: int, count: int, look: Look = DAY, zebra: float = 0.0) -> tuple[Tensor, list[str]]:
     """Random training scenes: uint8 pictures (count, 3, 64, 64) and their captions."""
     rng = np.random.default_rng(seed)
     pictures, captions = np.empty((count, SIDE, SIDE, 3), np.uint8), []
     for index in range(count):
         scene = sample_scene(rng, zebra=zebra)
-        pictures[index] = render(scene, SIDE)
+        pictures[index] = render(scene, SIDE, look)
         captions.append(caption(scene))
     return torch.from_numpy(pictures).permute(0, 3, 1, 2), captions
 

@@ -48,7 +48,6 @@ WORDS = (
 )
 
 
-
 @dataclass(frozen=True)
 class Look:
     """What the names of colours and backgrounds are painted with, as RGB."""
@@ -76,6 +75,7 @@ DUSK = Look(
         "pink": (240, 170, 160),
     },
 )
+LOOKS = {look.name: look for look in (DAY, DUSK)}
 
 _THING = rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
 _CAPTION = re.compile(
