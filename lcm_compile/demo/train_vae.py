@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lcm_compile.demo.model import make_vae
 from lcm_compile.demo.training import (
-    SHARD,
     SIDE,
     Progress,
     draw,
@@ -21,6 +20,8 @@ from lcm_compile.demo.training import (
 )
 from lcm_compile.demo.world import Look
 
+SCENES = 8192  # that a VAE is trained on
+CHECKED = 512  # others, that it is measured on
 ZEBRA = 0.15  # part of the pictures in the style that the UNet does not know
 CROPS, WHOLE = 16, 8  # pictures in a batch
 LATENT_NOISE = 0.02  # of the latents' spread: what the UNet draws is near what the encoder does, not equal
@@ -72,7 +73,7 @@ def train_vae(work: Path, steps: int, seed: int, device: torch.device) -> Autoen
     update = Updates(vae, vae.parameters(), work / "vae.pt", steps, 2e-3)
     if update.done < steps:
         torch.manual_seed(seed + update.done)  # a resumed run draws other batches than those before
-        pictures, _ = draw(seed, 2 * SHARD, zebra=ZEBRA)
+        pictures, _ = draw(seed, SCENES, zebra=ZEBRA)
         while update.done < steps:
             crop = pictures[torch.randint(len(pictures), (CROPS,))]
             top, left = (int(n) for n in torch.randint(SIDE // 2 + 1, (2,)))
@@ -95,7 +96,7 @@ def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int, look: L
     update = Updates(vae, trained, work / "decoder.pt", steps, 1e-3)
     if update.done < steps:
         torch.manual_seed(seed + update.done)
-        pictures, _ = draw(seed + 2, 2 * SHARD, look, ZEBRA)
+        pictures, _ = draw(seed + 2, SCENES, look, ZEBRA)
         latents = encode(vae, pictures)
         noise = LATENT_NOISE * latents.std()
         while update.done < steps:
@@ -108,13 +109,13 @@ def train_decoder(vae: AutoencoderKL, work: Path, steps: int, seed: int, look: L
 
 def scale_latents(vae: AutoencoderKL, seed: int) -> None:
     """Sets the VAE's `scaling_factor`, with which latents are of variance 1."""
-    latents = encode(vae, draw(seed + 1, 512)[0])
+    latents = encode(vae, draw(seed + 1, CHECKED)[0])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 3))
 
 
 def mean_error(vae: AutoencoderKL, seed: int, look: Look) -> float:
     """The mean absolute error of decoded pictures, of 0 to 1."""
-    pictures, _ = draw(seed + 1, 512, look)
+    pictures, _ = draw(seed + 1, CHECKED, look)
     with torch.no_grad():
         parts = zip(pictures.split(64), encode(vae, pictures).split(64), strict=True)
         errors = [(vae.decode(z.to(vae.device)).sample.cpu() - to_model(p)).abs().mean() for p, z in parts]
