@@ -64,7 +64,9 @@ def project_imports(path):
 
 
 @pytest.mark.parametrize(
-    ("module", "path"), [s for s in sources() if s[0] not in ("__init__", "demo", "training")], ids=lambda x: str(x)[-30:]
+    ("module", "path"),
+    [s for s in sources() if s[0] not in ("__init__", "demo", "training")],
+    ids=lambda x: str(x)[-30:],
 )
 def test_imports_point_down(module, path):
     for imported in project_imports(path):

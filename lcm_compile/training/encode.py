@@ -22,6 +22,13 @@ KEPT = 1000
 Encoded = Callable[[Sequence[int]], tuple[Tensor, Conditioning]]
 
 
+def open_vae(checkpoint: Checkpoint, device: torch.device) -> Any:
+    vae: Any = load_component(checkpoint, "vae").to(device)
+    if device.type == "cuda":
+        vae.use_slicing = True  # one picture at a time: SDXL's take gigabytes each
+    return vae
+
+
 class Encoder:
     """A base's VAE and text encoders; prompts go through the very stage that bundles are built with."""
 
@@ -29,10 +36,7 @@ class Encoder:
         from tokenizers import Tokenizer
 
         self._device = device
-        self._vae: Any = load_component(checkpoint, "vae")
-        self._vae.to(device)
-        if device.type == "cuda":
-            self._vae.enable_slicing()  # one picture at a time: SDXL's take gigabytes each
+        self._vae = open_vae(checkpoint, device)
         encoders = [load_component(checkpoint, name) for name in checkpoint.text_encoders]
         encode: nn.Module = EncodeTwo(*encoders) if len(encoders) == 2 else EncodeOne(*encoders)
         self._encoder = encode.to(device)

@@ -72,11 +72,14 @@ class Machine:
 
 
 def find_machine(mixed_precision: str) -> Machine:
-    """This process, alone or among those of `accelerate launch`. UsageError for fp16 on a CPU."""
+    """This process, alone or among those of `accelerate launch` or `torchrun`.
+
+    UsageError for fp16 on a CPU.
+    """
     from accelerate import PartialState
 
-    state = PartialState()
-    device = state.device if state.device.type == "cuda" else torch.device("cpu")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    device = state.device
     if mixed_precision == "auto":  # on a CPU bf16 was only a fifth faster
         mixed_precision = "bf16" if device.type == "cuda" else "no"
     if mixed_precision == "fp16" and device.type == "cpu":
