@@ -41,7 +41,7 @@ def save_checkpoint(config: Mapping[str, Any], weights: Weights, checkpoint: Che
         unet = unet_with_guidance(config)
         unet.load_state_dict(weights)
         unet.save_pretrained(part / "unet")
-        LCMScheduler.from_pretrained(checkpoint.folder / "scheduler").save_pretrained(part / "scheduler")
+        LCMScheduler(**checkpoint.scheduler.to_dict()).save_pretrained(part / "scheduler")
         kept = ("unet", "vae", *checkpoint.text_encoders, *checkpoint.tokenizers)
         for name in kept[1:]:
             copy_component(checkpoint, name, part / name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from factories import BETAS
+from references import reference_loss
 
 from lcm_compile.scheduler import SchedulerSettings, lcm_timesteps
 from lcm_compile.training import consistency
@@ -26,37 +27,6 @@ def in_torch(function):
         return torch.from_numpy(function(latent.double().numpy(), t, c)).to(latent.dtype)
 
     return predict
-
-
-def reference_loss(student, target, teacher, z0, noise, t, w, prompt, empty, kind, k) -> float:
-    """One picture's loss in float64, in Luo et al. 2023's own form: their ε̂, f, Ψ_DDIM and guided step."""
-    beta = np.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2
-    alpha_bar = np.cumprod(1 - beta)
-    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
-    s = max(t - k, 0)
-
-    def epsilon(z, output, t):
-        return {
-            "epsilon": output,
-            "v_prediction": alpha[t] * output + sigma[t] * z,
-            "sample": (z - alpha[t] * output) / sigma[t],
-        }[kind]
-
-    def f(function, z, t):
-        z0_hat = (z - sigma[t] * epsilon(z, function(z, t, prompt), t)) / alpha[t]
-        c_skip = 0.5**2 / ((10 * t) ** 2 + 0.5**2)
-        c_out = 10 * t / np.sqrt((10 * t) ** 2 + 0.5**2)
-        return c_skip * z + c_out * z0_hat
-
-    def psi(z, condition):
-        ratio = alpha[s] / alpha[t]
-        eps = epsilon(z, teacher(z, t, condition), t)
-        return ratio * z - sigma[s] * (sigma[t] / sigma[s] * ratio - 1) * eps - z
-
-    z = alpha[t] * z0 + sigma[t] * noise
-    z_hat = z + (1 + w) * psi(z, prompt) - w * psi(z, empty)
-    difference = f(student, z, t) - f(target, z_hat, s)
-    return float(np.mean(np.sqrt(difference**2 + 0.001**2) - 0.001))
 
 
 @pytest.mark.parametrize("kind", TYPES)
