@@ -46,7 +46,7 @@ def inputs_of(pipe, samples):
     latents, pairs = [], []
     with torch.no_grad():
         for picture, caption in samples:
-            pixels = torch.from_numpy(picture)[None].permute(0, 3, 1, 2) / 127.5 - 1
+            pixels = torch.tensor(picture)[None].permute(0, 3, 1, 2) / 127.5 - 1
             latents.append(pipe.vae.encode(pixels).latent_dist.mode()[0] * pipe.vae.config.scaling_factor)
             text = pipe.encode_prompt(
                 caption, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True
