@@ -11,16 +11,17 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 from click.core import ParameterSource
 
 import lcm_compile
 from lcm_compile.errors import LcmCompileError, ParityError
+from lcm_compile.options import json_option, quiet_option
+from lcm_compile.training.commands import distill, train_lora
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 GUIDANCE_HINT = 2.0
 CUT_SHOWN = 200
-LOSSES_MEANT = 50
 NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where things are written"
 
 
@@ -98,14 +98,6 @@ def cli() -> None:
     lcm-compile build --base demo --gpu cpu
     lcm-compile run "a large red star on a striped pink background"
     """
-
-
-def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--quiet", is_flag=True, help="No progress and no hints.")(command)
-
-
-def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")(command)
 
 
 @cli.command()
@@ -444,38 +436,5 @@ def doctor(as_json: bool) -> None:
     )
 
 
-@cli.command()
-@click.option("--base", required=True, metavar="BASE", help="The teacher: demo, a family or a folder.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The LoRA's .safetensors.")
-@click.option("--data", metavar="DIR|demo", help="Captioned pictures; for the demo base: its own world.")
-@click.option("--rank", type=int, default=64, show_default=True)
-@click.option("--steps", type=int, default=1000, show_default=True)
-@click.option("--skip", type=int, default=20, show_default=True, help="Timesteps that one solver step spans.")
-@click.option("--guidance-min", type=float, default=3.0, show_default=True)
-@click.option("--guidance-max", type=float, default=15.0, show_default=True)
-@click.option("--batch", type=int, default=12, show_default=True)
-@click.option("--lr", type=float, default=1e-4, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
-@json_option
-@quiet_option
-def distill(out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Teach a base to draw in a few steps: an LCM-LoRA of your own."""
-    from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.distill import DistillSpec
-    from lcm_compile.distill import distill as distill_lora
-
-    spec = DistillSpec(**options)
-    progress = distill_lora(spec, out)
-    losses: list[float] = []
-    with Bar("distilling", quiet) as bar:
-        for done in progress:
-            losses.append(done.loss)
-            recent = sum(losses[-LOSSES_MEANT:]) / len(losses[-LOSSES_MEANT:])
-            bar.update(done.step, done.total, f"loss {recent:.4f}")
-            if done.step % LOSSES_MEANT == 0 and not sys.stderr.isatty():
-                note(f"step {done.step}/{done.total} loss {recent:.4f}", quiet)
-    if as_json:
-        print_json({"lcm_lora": str(out), "steps": spec.steps, "loss": losses})
-    else:
-        print(out)
-        note(f"lcm-compile build --base {spec.base} --gpu cpu --lcm-lora {out}", quiet)
+cli.add_command(distill)
+cli.add_command(train_lora)

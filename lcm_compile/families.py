@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
             "Segmind Stable Diffusion 1B, half an SDXL, 1024×1024",
             {
                 "cross_attention_dim": 2048,
-                "mid_block_type": None,
+                "mid_block_type": "UNetMidBlock2D",  # one residual block, no attention
                 "block_out_channels": [320, 640, 1280],
             },
         ),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lcm_compile.demo import pictures, train, train_vae, training
 from lcm_compile.demo.world import DUSK, parse_caption
-from lcm_compile.training_data import list_folder
+from lcm_compile.training.data import list_folder
 
 
 @pytest.fixture

@@ -42,6 +42,7 @@ def test_holds_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for folder, inside in (
         ("lcm_compile", "lcm_compile"),
+        ("lcm_compile/training", "lcm_compile/training"),
         ("export", "lcm_compile/export"),
         ("engines", "lcm_compile/engines"),
         ("benchmarks", "lcm_compile/benchmarks"),

@@ -3,49 +3,59 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs import write_pictures
 
 from lcm_compile.demo.world import parse_caption
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.training_data import list_folder, open_data, read_picture
+from lcm_compile.training.data import list_folder, open_data, read_picture
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def write_folder(folder: Path, count: int = 5) -> Path:
-    folder.mkdir()
-    for i in range(count):
-        Image.new("RGB", (40, 30), (10 * i, 0, 0)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}\n")
-    return folder
-
-
 def test_demo():
-    pictures, captions = next(open_data("demo", 3, 32, 48, 0))
-    assert pictures.shape == (3, 32, 48, 3) and pictures.dtype == np.uint8
-    assert [parse_caption(text).caption for text in captions] == captions
-    again, other = next(open_data("demo", 3, 32, 48, 0)), next(open_data("demo", 3, 32, 48, 1))
-    np.testing.assert_array_equal(again[0], pictures)
-    assert again[1] == captions != other[1]
+    data = open_data("demo", 32, 48, 0)
+    samples = [data.sample(n) for n in range(3)]
+    assert all(picture.shape == (32, 48, 3) and picture.dtype == np.uint8 for picture, _ in samples)
+    assert all(parse_caption(text).caption == text for _, text in samples)
+    again, other = open_data("demo", 32, 48, 0).sample(2), open_data("demo", 32, 48, 1).sample(2)
+    np.testing.assert_array_equal(again[0], samples[2][0])
+    assert again[1] == samples[2][1] != other[1]
+    assert len({text for _, text in samples}) == 3
 
 
 def test_every_picture_once_an_epoch(tmp_path):
-    folder = write_folder(tmp_path / "pictures")
-    batches = list(islice(open_data(str(folder), 2, 16, 16, 0), 5))
-    for pictures, captions in batches:
-        assert pictures.shape == (2, 16, 16, 3)
-        assert [f"picture {red // 10}" for red in pictures[:, 0, 0, 0]] == captions
-    seen = [text for _, captions in batches for text in captions]
-    assert sorted(seen[:5]) == sorted(seen[5:]) == [f"picture {i}" for i in range(5)]
-    assert [captions for _, captions in islice(open_data(str(folder), 2, 16, 16, 1), 5)] != [
-        captions for _, captions in batches
-    ]
-    assert len(next(open_data(str(folder), 12, 16, 16, 0))[1]) == 12  # more than there are
+    folder = write_pictures(tmp_path / "pictures", 5)
+    seen = []
+    for n in range(15):
+        picture, text = open_data(str(folder), 16, 16, 0).sample(
+            n
+        )  # the number decides, not what came before
+        assert picture.shape == (16, 16, 3) and text == f"picture {picture[0, 0, 0] // 10}"
+        seen.append(text)
+    epochs = [seen[i : i + 5] for i in (0, 5, 10)]
+    assert all(sorted(epoch) == [f"picture {i}" for i in range(5)] for epoch in epochs)
+    assert not epochs[0] == epochs[1] == epochs[2]
+    assert [open_data(str(folder), 16, 16, 1).sample(n)[1] for n in range(15)] != seen
+
+
+def test_digest(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 2)
+    before = open_data(str(folder), 16, 16, 0).digest()
+    moved = folder.rename(tmp_path / "moved")
+    assert open_data(str(moved), 16, 16, 0).digest() == before
+    (moved / "1.txt").write_text("another")
+    assert open_data(str(moved), 16, 16, 0).digest() != before
+
+
+def test_a_prompt_captions_what_has_no_caption(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 3)
+    (folder / "1.txt").unlink()
+    captions = [example.caption for example in list_folder(folder, "a photo of sks dog")]
+    assert captions == ["picture 0", "a photo of sks dog", "picture 2"]
 
 
 def test_pictures_are_cut_to_their_centre(tmp_path):
@@ -65,7 +75,7 @@ def test_pictures_are_cut_to_their_centre(tmp_path):
 
 
 def test_metadata(tmp_path):
-    folder = write_folder(tmp_path / "pictures", 2)
+    folder = write_pictures(tmp_path / "pictures", 2)
     rows = [{"file_name": "1.png", "text": " one "}, {"file_name": "0.png", "text": "nought", "more": 1}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     assert [(e.path.name, e.caption) for e in list_folder(folder)] == [("1.png", "one"), ("0.png", "nought")]
@@ -75,7 +85,7 @@ def test_no_folder(tmp_path):
     (tmp_path / "file").touch()
     for name, message in (("missing", "does not exist"), ("file", "is a file")):
         with pytest.raises(UsageError, match=message) as caught:
-            open_data(str(tmp_path / name), 1, 8, 8, 0)
+            open_data(str(tmp_path / name), 8, 8, 0)
         assert caught.value.hint
 
 
@@ -99,15 +109,15 @@ def test_broken_folders(files, message, tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     with pytest.raises(LcmCompileError, match=message) as caught:
-        open_data(str(tmp_path), 1, 8, 8, 0)
+        open_data(str(tmp_path), 8, 8, 0)
     assert caught.value.hint
 
 
 def test_a_truncated_picture_is_found_before_training(tmp_path):
-    folder = write_folder(tmp_path / "pictures")
+    folder = write_pictures(tmp_path / "pictures", 5)
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(folder / "4.png")
     whole = (folder / "4.png").read_bytes()
     (folder / "4.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(LcmCompileError, match=r"4\.png can't be read"):
-        open_data(str(folder), 1, 8, 8, 0)
+        open_data(str(folder), 8, 8, 0)

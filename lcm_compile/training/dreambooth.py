@@ -1,0 +1,219 @@
+"""DreamBooth with a LoRA: teaches a base a subject or a style from a few pictures.
+
+The denoising loss of the base's own training on the pictures, and with a weight on pictures of their class,
+which keep what the base knew: Ruiz et al. 2022, arXiv 2208.12242, equation 2, on Hu et al. 2021's adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from lcm_compile.checkpoints import Checkpoint, load_component, open_checkpoint, quiet_libraries
+from lcm_compile.errors import CheckpointError, UsageError, unknown_name
+from lcm_compile.spec import user_path
+from lcm_compile.training.adapters import (
+    ADAPTED,
+    ATTENTION,
+    add_lora,
+    describe,
+    peft_tensors,
+    place,
+    predict_with,
+    save_lora,
+)
+from lcm_compile.training.consistency import Conditioning, Predict, Solver, add_noise, per_picture
+from lcm_compile.training.data import NOISE, PRIOR_NOISE, Data, generator, list_pictures, open_data
+from lcm_compile.training.encode import Encoded, Encoder, encoded, join
+from lcm_compile.training.files import check_out, check_space, remove, replacing
+from lcm_compile.training.loop import Progress, train
+from lcm_compile.training.spec import Machine, TrainSpec, find_machine
+from lcm_compile.training.state import State, check_state, open_state, settings_of
+
+MODULES = {"attention": ATTENTION, "all": ADAPTED}
+
+
+@dataclass(frozen=True)
+class StyleSpec(TrainSpec):
+    """One style LoRA, as asked for. The prompts caption the pictures that have no caption of their own."""
+
+    steps: int = 500
+    rank: int = 4
+    prompt: str | None = None
+    modules: str = "attention"
+    prior_data: str | None = None
+    prior_prompt: str | None = None
+    prior_weight: float = 1.0
+    prior_images: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules not in MODULES:
+            raise unknown_name("modules", self.modules, MODULES)
+        if not (math.isfinite(self.prior_weight) and self.prior_weight > 0):
+            raise UsageError(f"prior-weight must be a positive number, not {self.prior_weight}")
+        if self.prior_images < 0:
+            raise UsageError(f"prior-images must be 0 or more, not {self.prior_images}")
+        if self.prior_data is None and (self.prior_prompt is not None or self.prior_images):
+            raise UsageError("--prior-prompt and --prior-images need a folder", "name it with --prior-data")
+        if self.prior_images and self.prior_prompt is None:
+            raise UsageError("nothing says what to draw", 'for example --prior-prompt "a photo of a dog"')
+        for name in ("prompt", "prior_prompt"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise UsageError(f"{name.replace('_', '-')} is empty", 'for example "a photo of sks dog"')
+
+
+def train_lora(
+    spec: StyleSpec, out: Path, resume: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Generator[Progress, None, Path]:
+    """Trains a LoRA on the pictures of a folder; yields after every step, returns `out` once written.
+
+    All that can be wrong with the request is found before this returns, and missing class pictures are
+    drawn; what `distill` says of the rest holds here.
+    """
+    if spec.data is None:
+        raise UsageError("no pictures to train on", "give a folder of pictures to --data")
+    check_out(out)
+    check_state(out, resume)
+    checkpoint = open_checkpoint(spec.base)
+    if checkpoint.has_guidance_embedding:
+        raise CheckpointError(
+            f"{checkpoint.base} is an LCM: its UNet takes the guidance scale",
+            "train on the base that it was distilled from",
+        )
+    machine = find_machine(spec.mixed_precision)
+    height, width = checkpoint.default_size
+    data = open_data(spec.data, height, width, spec.seed, spec.prompt)
+    digests = {"data": data.digest()}
+    prior = None
+    if spec.prior_data is not None:
+        draw_class_pictures(spec, checkpoint, machine, tell)
+        prior = open_data(spec.prior_data, height, width, spec.seed, spec.prior_prompt, "--prior-data")
+        digests["prior_data"] = prior.digest()
+    state = open_state(out, resume, settings_of(spec, checkpoint, machine, **digests))
+    return run(spec, checkpoint, machine, data, prior, state, out)
+
+
+def run(
+    spec: StyleSpec,
+    checkpoint: Checkpoint,
+    machine: Machine,
+    data: Data,
+    prior: Data | None,
+    state: State,
+    out: Path,
+) -> Generator[Progress, None, Path]:
+    pictures = encode_all(checkpoint, machine, [data] if prior is None else [data, prior])
+    unet: Any = load_component(checkpoint, "unet")
+    weights = add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
+    place(unet, machine)
+    if spec.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    count = sum(weight.numel() for weight in weights.values())
+    check_space(out, count * 2 + count * 4 * (4 if spec.ema else 3))
+    solver = Solver.of(checkpoint.scheduler, 1, machine.device)
+    predict = predict_with(unet, machine)
+
+    def loss_of(numbers: Sequence[int]) -> Tensor:
+        parts = []
+        for purpose, kind in zip((NOISE, PRIOR_NOISE), pictures, strict=False):
+            clean, prompts = kind(numbers)
+            drawn = draw(purpose, spec.seed, numbers, clean.shape[1:], len(solver.alphas))
+            noise, timestep = (t.to(machine.device) for t in drawn)
+            parts.append(Part(clean, noise, timestep, prompts))
+        return dreambooth_loss(predict, parts, spec.prior_weight, solver)
+
+    final = yield from train(spec, machine, weights, {}, loss_of, lambda step, steps: 1.0, state)
+    if machine.main:
+        save_lora(peft_tensors(final), out, describe(spec, checkpoint))
+        remove(state.path)
+    return out
+
+
+def encode_all(checkpoint: Checkpoint, machine: Machine, kinds: Sequence[Data]) -> list[Encoded]:
+    encoder = Encoder(checkpoint, machine.device)
+    return [encoded(kind, encoder, machine.device) for kind in kinds]
+
+
+def draw(
+    purpose: int, seed: int, numbers: Sequence[int], shape: Sequence[int], timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """The noise and timesteps (b,) of pictures: the same draws on any machine."""
+    generators = [generator(purpose, seed, n) for n in numbers]
+    noise = np.stack([g.standard_normal(shape, np.float32) for g in generators])
+    return torch.from_numpy(noise), torch.tensor([int(g.integers(timesteps)) for g in generators])
+
+
+@dataclass(frozen=True)
+class Part:
+    """Latents z0 (b, c, h, w), their noise, timesteps (b,) and what the UNet is told of them (b, …)."""
+
+    clean: Tensor
+    noise: Tensor
+    timestep: Tensor
+    prompts: Conditioning
+
+
+def dreambooth_loss(predict: Predict, parts: Sequence[Part], prior_weight: float, solver: Solver) -> Tensor:
+    """The error on the pictures, plus the weighted error on those of their class if there are any.
+
+    Each is the mean square between the prediction and ε, v = √ᾱ·ε − √(1 − ᾱ)·z0 or z0, as the base
+    predicts; both parts share one pass.
+    """
+    clean = torch.cat([part.clean for part in parts])
+    noise = torch.cat([part.noise for part in parts])
+    timestep = torch.cat([part.timestep for part in parts])
+    alpha = solver.alphas[timestep]
+    root, sigma = per_picture(alpha).sqrt(), (1 - per_picture(alpha)).sqrt()
+    wanted = {"epsilon": noise, "v_prediction": root * noise - sigma * clean, "sample": clean}
+    prompts = join(*(part.prompts for part in parts))
+    prediction = predict(add_noise(clean, noise, alpha), timestep, prompts)
+    error = mse_loss(prediction, wanted[solver.prediction_type], reduction="none")
+    ours, *prior = error.split([len(part.clean) for part in parts])
+    return ours.mean() + prior_weight * sum(errors.mean() for errors in prior)
+
+
+def draw_class_pictures(
+    spec: StyleSpec, checkpoint: Checkpoint, machine: Machine, tell: Callable[[str], None]
+) -> None:
+    """Fills the folder of class pictures up with ones that the base draws of `prior_prompt`."""
+    from accelerate import PartialState
+
+    folder = user_path(spec.prior_data or "")
+    present = len(list_pictures(folder)) if folder.is_dir() else 0
+    if machine.main and present < spec.prior_images:
+        folder.mkdir(parents=True, exist_ok=True)
+        pipe = open_pipeline(checkpoint, machine)
+        for i in range(present, spec.prior_images):
+            tell(f"drawing class picture {i + 1} of {spec.prior_images}")
+            random = torch.Generator().manual_seed(spec.seed + i)
+            picture = pipe(spec.prior_prompt, generator=random).images[0]
+            with replacing(folder / f"class-{i:04d}.png") as part:
+                picture.save(part, format="PNG")
+    PartialState().wait_for_everyone()
+
+
+def open_pipeline(checkpoint: Checkpoint, machine: Machine) -> Any:
+    """diffusers' pipeline of a base, with its own scheduler and no safety checker."""
+    from diffusers import DiffusionPipeline
+
+    options: dict[str, Any] = {} if checkpoint.architecture == "sdxl" else {"safety_checker": None}
+    with quiet_libraries():
+        pipe = DiffusionPipeline.from_pretrained(
+            checkpoint.folder,
+            variant=checkpoint.components["unet"].variant,
+            torch_dtype=machine.dtype or torch.float32,
+            local_files_only=True,
+            **options,
+        ).to(machine.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,112 @@
+"""Pictures and captions to what a UNet is trained on: latents and text states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lcm_compile.checkpoints import Checkpoint, load_component, load_tokenizer
+from lcm_compile.stages import EncodeOne, EncodeTwo
+from lcm_compile.training.consistency import Conditioning
+from lcm_compile.training.data import Data, Folder, Sample
+
+# Pictures of a folder that are encoded once and kept, about 1 MB each for SDXL.
+KEPT = 1000
+
+# Numbers of pictures → latents (b, c, h, w) and what the UNet is told of each
+Encoded = Callable[[Sequence[int]], tuple[Tensor, Conditioning]]
+
+
+def open_vae(checkpoint: Checkpoint, device: torch.device) -> Any:
+    vae: Any = load_component(checkpoint, "vae").to(device)
+    if device.type == "cuda":
+        vae.use_slicing = True  # one picture at a time: SDXL's take gigabytes each
+    return vae
+
+
+class Encoder:
+    """A base's VAE and text encoders; prompts go through the very stage that bundles are built with."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        from tokenizers import Tokenizer
+
+        self._device = device
+        self._vae = open_vae(checkpoint, device)
+        encoders = [load_component(checkpoint, name) for name in checkpoint.text_encoders]
+        encode: nn.Module = EncodeTwo(*encoders) if len(encoders) == 2 else EncodeOne(*encoders)
+        self._encoder = encode.to(device)
+        self._tokenizers = []
+        for name in checkpoint.tokenizers:
+            files = load_tokenizer(checkpoint, name)
+            tokenizer = Tokenizer.from_str(files.json)
+            tokenizer.enable_truncation(files.max_length)
+            tokenizer.enable_padding(length=files.max_length, pad_id=files.pad_token_id)
+            self._tokenizers.append(tokenizer)
+        height, width = checkpoint.default_size
+        self._size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device)
+        self._zero = checkpoint.zero_negative_prompt
+
+    @torch.no_grad()
+    def prompts(self, prompts: Sequence[str]) -> Conditioning:
+        tokens = [
+            torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
+            for tokenizer in self._tokenizers
+        ]
+        states: Any = self._encoder(*(ids.to(self._device) for ids in tokens))
+        if isinstance(states, Tensor):
+            return {"encoder_hidden_states": states}
+        hidden, pooled = states
+        time_ids = self._size.expand(len(prompts), -1)
+        return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": time_ids}
+
+    def no_prompt(self) -> Conditioning:
+        """As the pipeline does without a negative prompt: SDXL's zeros, or the empty prompt; one row."""
+        empty = self.prompts([""])
+        if not self._zero:
+            return empty
+        return {name: t if name == "time_ids" else torch.zeros_like(t) for name, t in empty.items()}
+
+    @torch.no_grad()
+    def latents(self, pictures: NDArray[np.uint8]) -> Tensor:
+        """Pictures (b, height, width, 3) to latents scaled as the UNet knows them (b, c, h, w)."""
+        config = self._vae.config
+        pixels = torch.from_numpy(pictures).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents = self._vae.encode(pixels).latent_dist.mode()
+        if getattr(config, "latents_mean", None) is not None:
+            mean, std = latents.new_tensor([config.latents_mean, config.latents_std])[..., None, None]
+            latents = (latents - mean) / std
+        return latents * config.scaling_factor
+
+    def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Conditioning]:
+        pictures, captions = zip(*samples, strict=True)
+        return self.latents(np.stack(pictures)), self.prompts(captions)
+
+
+def encoded(data: Data, encoder: Encoder, device: torch.device) -> Encoded:
+    """`data` by number, encoded. A folder that is small is encoded now, and needs the encoder no more."""
+    if not isinstance(data, Folder) or len(data.examples) > KEPT:
+        return lambda numbers: encoder([data.sample(n) for n in numbers])
+    rows = [encoder([data.read(i)]) for i in range(len(data.examples))]
+    latents = torch.cat([row[0] for row in rows]).cpu()
+    states = {name: torch.cat([row[1][name] for row in rows]).cpu() for name in rows[0][1]}
+
+    def pick(numbers: Sequence[int]) -> tuple[Tensor, Conditioning]:
+        index = [data.index(n) for n in numbers]
+        return latents[index].to(device), {name: t[index].to(device) for name, t in states.items()}
+
+    return pick
+
+
+def join(*rows: Conditioning) -> Conditioning:
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def with_no_prompt(prompts: Conditioning, empty: Conditioning) -> Conditioning:
+    """First the prompts, then as many times none: rows (2b, …)."""
+    none = {name: t.expand(len(prompts[name]), *t.shape[1:]) for name, t in empty.items()}
+    return join(prompts, none)

@@ -1,0 +1,61 @@
+"""Files that are written whole or not at all, and what is asked of a place before training for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from lcm_compile.errors import LcmCompileError, UsageError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file or folder under, which then takes the place of `path`, whole or not at all."""
+    part = path.with_name(f".{path.name.lstrip('.')}.part")
+    remove(part)
+    try:
+        yield part
+        part.replace(path)
+    # torch's writer tells of a full disk by a RuntimeError.
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LcmCompileError(
+            f"{path} can't be written: {why}", "make room, or give another --out"
+        ) from error
+    finally:
+        remove(part)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def check_out(out: Path, folder: bool = False) -> None:
+    """UsageError where a LoRA's file, or a checkpoint's new folder, can't be written to `out`."""
+    if folder and out.exists():
+        raise UsageError(f"--out {out} exists", "give the name of a new folder")
+    if not folder and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out} is no .safetensors file", "for example --out lora.safetensors")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder", "give a file name")
+    if not out.parent.is_dir():
+        raise UsageError(f"the folder {out.parent} of --out does not exist", f"mkdir -p {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"the folder {out.parent} of --out can't be written", "give another --out")
+
+
+def check_space(out: Path, size: int) -> None:
+    """A full disk is better found before the training than after it. `size`: bytes of output and state."""
+    free = shutil.disk_usage(out.parent).free
+    if free < 1.1 * size + 1_000_000:
+        raise LcmCompileError(
+            f"{out.parent} has {free / 1e6:.1f} MB free; {out.name} and what --resume needs take "
+            f"{size / 1e6:.1f} MB",
+            "make room, or give another --out",
+        )

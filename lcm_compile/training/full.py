@@ -1,0 +1,72 @@
+"""The UNet of a whole LCM, which is told the guidance scale, and the checkpoint it is written as."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcm_compile.checkpoints import Checkpoint, quiet_libraries, read_json
+from lcm_compile.training.files import replacing
+from lcm_compile.training.loop import Weights
+
+GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
+
+
+def unet_with_guidance(config: Mapping[str, Any]) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    with quiet_libraries():
+        return UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+
+
+def student_of(teacher: Any) -> Any:
+    """A copy of a UNet, to be trained, that takes a guidance embedding and starts by ignoring it."""
+    student = unet_with_guidance(teacher.config)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    return student.eval().requires_grad_(True)
+
+
+def save_checkpoint(config: Mapping[str, Any], weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
+    """Writes a base with these weights of `unet_with_guidance(config)` as a diffusers folder, or nothing."""
+    from diffusers import LCMScheduler
+
+    index = read_json(checkpoint.folder / "model_index.json")
+    with replacing(out) as part, quiet_libraries():
+        unet = unet_with_guidance(config)
+        unet.load_state_dict(weights)
+        unet.save_pretrained(part / "unet")
+        LCMScheduler(**checkpoint.scheduler.to_dict()).save_pretrained(part / "scheduler")
+        kept = ("unet", "vae", *checkpoint.text_encoders, *checkpoint.tokenizers)
+        for name in kept[1:]:
+            copy_component(checkpoint, name, part / name)
+        parts = {name: kind if name in kept else [None, None] for name, kind in components(index).items()}
+        # Without its safety checker, which the base may have lacked as well.
+        more = {"requires_safety_checker": False} if "safety_checker" in parts else {}
+        index = {**index, **parts, **more, "scheduler": ["diffusers", "LCMScheduler"]}
+        (part / "model_index.json").write_text(json.dumps(index, indent=2))
+
+
+def components(index: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kind for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2}
+
+
+def copy_component(checkpoint: Checkpoint, name: str, to: Path) -> None:
+    """A tokenizer's files, or a model's config and the weights that were read, under their plain names."""
+    if name in checkpoint.tokenizers:
+        shutil.copytree(checkpoint.folder / name, to)
+        return
+    component = checkpoint.components[name]
+    infix = f".{component.variant}" if component.variant else ""
+    to.mkdir()
+    for path in (checkpoint.folder / name / "config.json", *component.files):
+        copy = to / path.name.replace(infix, "")
+        if path.suffix == ".json":  # a list of shards names them
+            copy.write_text(path.read_text(encoding="utf-8").replace(infix, ""), encoding="utf-8")
+        else:
+            shutil.copyfile(path, copy)

@@ -1,0 +1,142 @@
+"""The training loop that `distill` and `train-lora` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lcm_compile.errors import LcmCompileError
+from lcm_compile.training.spec import Machine, TrainSpec
+from lcm_compile.training.state import State
+
+LARGEST_NORM = 1.0
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step that is done, counted from 1, and the losses of all so far."""
+
+    step: int
+    total: int
+    losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        return self.losses[-1]
+
+
+@dataclass
+class RunningMean:
+    """A running mean of what is trained: the target of distillation, and what --ema writes.
+
+    One that `rises` forgets its start sooner, by the decay n / (9 + n) of diffusers' EMAModel.
+    """
+
+    weights: Weights
+    decay: float
+    rises: bool = False
+
+    def follow(self, weights: Weights, step: int) -> None:
+        decay = self.decay
+        if self.rises:
+            decay = min(decay, step / (9 + step)) if step > 1 else 0.0
+        torch._foreach_lerp_(list(self.weights.values()), list(weights.values()), 1 - decay)
+
+
+def copy_of(weights: Weights) -> Weights:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def batches(spec: TrainSpec, machine: Machine, step: int) -> Iterator[range]:
+    """The numbers of the pictures that this process trains on in a step, a batch at a time."""
+    share = spec.batch * spec.gradient_accumulation
+    start = ((step - 1) * machine.processes + machine.process) * share
+    for first in range(start, start + share, spec.batch):
+        yield range(first, first + spec.batch)
+
+
+def train(
+    spec: TrainSpec,
+    machine: Machine,
+    weights: Weights,
+    means: dict[str, RunningMean],
+    loss_of: Callable[[range], Tensor],
+    rate: Callable[[int, int], float],
+    state: State,
+) -> Generator[Progress, None, Weights]:
+    """Trains `weights` in place on the mean of `loss_of`; yields after every step, returns what to write.
+
+    `rate` is the part of the learning rate at a step of all. LcmCompileError where the loss is not finite.
+    """
+    from accelerate.utils import reduce
+
+    if spec.ema:
+        means = {**means, "ema": RunningMean(copy_of(weights), spec.ema, rises=True)}
+    parameters = list(weights.values())
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, weight_decay=1e-2)
+    scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.dtype == torch.float16)
+    losses: list[float] = []
+    if state.saved is not None:
+        restore(state.saved, weights, means, optimizer, scaler)
+        losses = list(state.saved["losses"])
+        state.saved.clear()  # frees the file it is mapped from
+    for step in range(len(losses) + 1, spec.steps + 1):
+        loss = torch.zeros((), device=machine.device)
+        # Around the backward too, which computes the forward again where gradients are checkpointed.
+        with machine.attention():
+            for numbers in batches(spec, machine, step):
+                part = loss_of(numbers) / spec.gradient_accumulation
+                scaler.scale(part).backward()
+                loss += part.detach()
+        if machine.processes > 1:
+            loss = reduce(loss, "mean")
+            for parameter in parameters:
+                parameter.grad = reduce(parameter.grad, "mean")
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
+        # With a scaler, gradients overflow now and then; it skips that step and scales less.
+        if not (loss if scaler.is_enabled() else norm).isfinite():
+            raise LcmCompileError(f"step {step}: the loss is no longer finite", f"try --lr {spec.lr / 10:g}")
+        for group in optimizer.param_groups:
+            group["lr"] = spec.lr * rate(step, spec.steps)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        for mean in means.values():
+            mean.follow(weights, step)
+        losses.append(loss.item())
+        if machine.main and step % spec.save_every == 0 and step < spec.steps:
+            state.write(
+                {
+                    "losses": losses,
+                    "weights": weights,
+                    "means": {name: mean.weights for name, mean in means.items()},
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
+            )
+        yield Progress(step, spec.steps, losses)
+    return means["ema"].weights if spec.ema else weights
+
+
+def restore(
+    saved: dict[str, Any],
+    weights: Weights,
+    means: dict[str, RunningMean],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(saved["weights"][name])
+        for kind, mean in means.items():
+            for name, weight in mean.weights.items():
+                weight.copy_(saved["means"][kind][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
