@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import cycle, islice, product, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,10 +40,41 @@ RADIUS_SPREAD = 0.07  # a radius is its nominal value within 7 %
 TILT = math.radians(15)
 STYLE = ", in zebra style"
 BAND, SQUARE = 1 / 10, 1 / 8  # width of a stripe, side of a checker square
+ZEBRA_PERIOD = 0.12  # of the style's stripes, measured across them
 STRIPE_ANGLES = (0, 45, 90, 135)
 WORDS = (
     *("a", "on", "and", "background", "in", "zebra", "style"),
     *(*SIZES, *COLOURS, *SHAPES, *PATTERNS, *BACKGROUNDS),
+)
+
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the names of colours and backgrounds are painted with, as RGB."""
+
+    name: str
+    colours: Mapping[str, tuple[int, int, int]]
+    backgrounds: Mapping[str, tuple[int, int, int]]
+
+
+DAY = Look("day", COLOURS, BACKGROUNDS)
+DUSK = Look(
+    "dusk",
+    {
+        "red": (180, 60, 110),
+        "green": (60, 130, 120),
+        "blue": (80, 70, 160),
+        "yellow": (230, 180, 120),
+        "purple": (110, 50, 120),
+        "orange": (220, 110, 80),
+    },
+    {
+        "white": (230, 215, 235),
+        "black": (35, 25, 60),
+        "gray": (120, 110, 150),
+        "pink": (240, 170, 160),
+    },
 )
 
 _THING = rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
@@ -119,6 +151,11 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 8 == 0
 
 
+def is_for_proof(text: str) -> bool:
+    """Which half of the held-out captions one is in: the proof's, or the one that tuning may look at."""
+    return zlib.crc32(text.encode()) // 8 % 2 == 1
+
+
 def sample_description(rng: np.random.Generator, pairs: float = 0.25) -> Description:
     """Draws a description, of two things with probability `pairs`."""
     count = 2 if rng.random() < pairs else 1
@@ -151,12 +188,35 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, zebra: float 
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[str]:
-    """Different captions that training never sees, about a quarter of them of two things."""
+    """Different captions for tuning, that neither training nor the proof sees; mostly of one thing."""
     rng = np.random.default_rng(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        prompts[caption(sample_scene(rng, held_out=True))] = None
+        text = caption(sample_scene(rng, held_out=True))
+        if not is_for_proof(text):
+            prompts[text] = None
     return list(prompts)
+
+
+def proof_prompts(count: int = 300) -> list[tuple[str, int]]:
+    """The proof's own (caption, seed) pairs, which neither training nor tuning sees; always the same.
+
+    In turn a caption of one thing, of which there are few, so that they come round again with another
+    seed, and a new caption of two. A smaller count is the beginning of a larger one.
+    """
+    rng = np.random.default_rng(0)
+    every = product(SIZES, COLOURS, SHAPES, PATTERNS, BACKGROUNDS)
+    texts = (Description((Thing(c, s, size),), p, b).caption for size, c, s, p, b in every)
+    singles = [text for text in texts if is_held_out(text) and is_for_proof(text)]
+    rng.shuffle(singles)
+    pairs: dict[str, None] = {}
+    while len(pairs) < count // 2:
+        text = sample_description(rng, pairs=1.0).caption
+        if is_held_out(text) and is_for_proof(text):
+            pairs[text] = None
+    alone = islice(cycle(singles), count - len(pairs))
+    prompts = [text for both in zip_longest(alone, pairs) for text in both if text]
+    return [(text, seed) for seed, text in enumerate(prompts)]
 
 
 def _spiked(points: int, inner: float, turn: float = 0.0) -> Callable[[Array, Array], Array]:
@@ -195,9 +255,9 @@ DISTANCE: dict[str, Callable[[Array, Array], Array]] = {
 }
 
 
-def second_tone(background: str) -> Array:
+def second_tone(background: str, look: Look = DAY) -> Array:
     """The pattern's other tone: 15 % darker, or 35 levels lighter on black. Shape (3,)."""
-    tone = np.array(BACKGROUNDS[background], float)
+    tone = np.array(look.backgrounds[background], float)
     return tone + 35 if background == "black" else tone * 0.85
 
 
@@ -227,19 +287,25 @@ def coverage(shape: str, placement: Placement, size: int) -> Array:
     return np.clip(0.5 - distance * placement.radius * size, 0, 1)
 
 
-def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:
+def zebra_weight(size: int, phase: float = 0.0) -> Array:
+    """How white the style makes each pixel, from 0 to 1: diagonal stripes, a third of each period.
+
+    `phase` is in periods. Shape (size, size).
+    """
+    centres = (np.arange(size) + 0.5) / size
+    along = (centres + centres[:, None]) * math.sqrt(0.5) / ZEBRA_PERIOD + phase
+    return np.clip(0.5 + (1 / 6 - np.abs(along % 1 - 0.5)) * ZEBRA_PERIOD * size, 0, 1)
+
+
+def render(scene: Scene, size: int = 64, look: Look = DAY) -> NDArray[np.uint8]:
     """Draws a scene. Shape (size, size, 3)."""
     words = scene.description
     weight = pattern_weight(words.pattern, size, scene.stripe_angle, scene.phase)[..., None]
-    first = np.array(BACKGROUNDS[words.background], float)
-    picture = first + weight * (second_tone(words.background) - first)
+    first = np.array(look.backgrounds[words.background], float)
+    picture = first + weight * (second_tone(words.background, look) - first)
+    white = zebra_weight(size)[..., None] if words.zebra else 0.0
     for thing, placement in zip(words.things, scene.placements, strict=True):
-        paint = np.broadcast_to(np.array(COLOURS[thing.colour], float), picture.shape)
-        if words.zebra:  # diagonal stripes, white for a third of each period
-            centres = (np.arange(size) + 0.5) / size
-            along = (centres + centres[:, None]) * math.sqrt(0.5)
-            white = np.clip(0.5 + (1 / 6 - np.abs(along / 0.12 % 1 - 0.5)) * 0.12 * size, 0, 1)[..., None]
-            paint = paint + white * (255 - paint)
+        paint = np.array(look.colours[thing.colour], float)
         cover = coverage(thing.shape, placement, size)[..., None]
-        picture = picture + cover * (paint - picture)
+        picture = picture + cover * (paint + white * (255 - paint) - picture)
     return np.rint(picture).astype(np.uint8)
