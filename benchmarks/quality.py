@@ -6,42 +6,51 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lcm_compile.demo.world import (
-    BACKGROUNDS,
-    COLOURS,
+    DAY,
     DISTANCE,
     STRIPE_ANGLES,
+    ZEBRA_PERIOD,
     Description,
+    Look,
     parse_caption,
     pattern_weight,
     second_tone,
+    zebra_weight,
 )
 
 Picture = NDArray[np.uint8]
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-COLUMNS = ("background", "pattern", "colour", "size", "shape")
+COLUMNS = ("background", "pattern", "colour", "size", "shape", "stripes", "binding", "clean")
 NEAR_BACKGROUND = 30.0  # RGB distance from the line between the two tones
 NEAR_COLOUR = 80.0  # RGB distance from the nominal colour
 MIN_OVERLAP = 0.6  # with the best template; under it a blob is no shape
 MIN_PATTERN = 0.45  # correlation with the best pattern; under it there is none
+MIN_STRIPES = 0.7  # correlation with the style's stripes at the best phase
+MIN_CONTRAST = 0.5  # of the paint's way to white, between the middle of a stripe and the paint beside it
+MAX_OFFSET = 0.125  # of a shape from the middle of its half, where two are asked for
+MAX_GRAIN = 11.5  # RGB distance; 99 % of rendered pictures stay under it when the demo's VAE redraws them
 LARGE = 0.21  # radius, between the largest small shape and the smallest large one
 GRID, EXTENT = 40, 1.15  # cells of a shape template, and half its side for a shape of area 1
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One shape as it was read; None is what could not be recognised."""
+    """One shape as it was read; None is what could not be recognised. `x` is its centre's."""
 
     colour: str | None
     shape: str | None
     size: str
     overlap: float
+    x: float
+    striped: bool
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,36 @@ class Reading:
     background: str
     pattern: str | None
     blobs: tuple[Blob, ...]
+    grain: float
 
 
-def judge(picture: Picture) -> Reading:
-    """Reads a square picture (H, H, 3)."""
+def judge(picture: Picture, look: Look = DAY) -> Reading:
+    """Reads a square picture (H, H, 3) that was asked for in `look`."""
     pixels = picture.astype(float)
-    background = max(BACKGROUNDS, key=lambda name: np.sum(_from_tones(pixels, name)[0] < NEAR_BACKGROUND))
-    distance, tone = _from_tones(pixels, background)
-    colours = np.array(list(COLOURS.values()), float)
+    tones = {name: _from_tones(pixels, name, look) for name in look.backgrounds}
+    background = max(tones, key=lambda name: np.sum(tones[name][0] < NEAR_BACKGROUND))
+    distance, tone = tones[background]
+    colours = np.array(list(look.colours.values()), float)
     to_colours = np.linalg.norm(pixels[:, :, None] - colours, axis=-1).min(-1)
-    blobs = [_read_blob(pixels, mask) for mask in _shapes(to_colours < distance)]
-    return Reading(background, _read_pattern(tone, distance < NEAR_BACKGROUND), tuple(blobs))
+    painted = to_colours < distance
+    # Stripes cut a shape in pieces, so it is first looked for with their gaps closed.
+    white = np.linalg.norm(pixels - 255, axis=-1) < distance
+    masks = _shapes(_closed(painted | white, straight=False))
+    phases = [_zebra_phase(pixels, mask, painted) for mask in masks]
+    if not any(phase is not None for phase in phases):
+        masks = _shapes(painted)
+        phases = [None] * len(masks)
+    blobs = tuple(
+        _read_blob(pixels, mask & painted, phase, look) for mask, phase in zip(masks, phases, strict=True)
+    )
+    pattern = _read_pattern(tone, distance < NEAR_BACKGROUND)
+    palette = [
+        np.array(look.backgrounds[background], float),
+        *([] if pattern == "plain" else [second_tone(background, look)]),
+    ]
+    palette += [np.array(look.colours[blob.colour], float) for blob in blobs if blob.colour]
+    palette += [np.full(3, 255.0)] * any(blob.striped for blob in blobs)
+    return Reading(background, pattern, blobs, _grain(pixels, np.array(palette)))
 
 
 def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
@@ -71,29 +99,38 @@ def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
     """
     pairs = list(zip(reading.blobs, asked.things, strict=False))
     counted = len(reading.blobs) == len(asked.things)
-    sized = all(thing.size for thing in asked.things)
+    colour = counted and all(blob.colour == thing.colour for blob, thing in pairs)
+    size = counted and all(blob.size == thing.size for blob, thing in pairs)
+    shape = counted and all(blob.shape == thing.shape for blob, thing in pairs)
+    placed = all(
+        abs(blob.x - middle) < MAX_OFFSET for blob, middle in zip(reading.blobs, (0.25, 0.75), strict=False)
+    )
     return {
         "background": reading.background == asked.background,
         "pattern": reading.pattern == asked.pattern,
-        "colour": counted and all(blob.colour == thing.colour for blob, thing in pairs),
-        "size": (counted and all(blob.size == thing.size for blob, thing in pairs)) if sized else None,
-        "shape": counted and all(blob.shape == thing.shape for blob, thing in pairs),
+        "colour": colour,
+        "size": size if asked.things[0].size else None,
+        "shape": shape,
+        "stripes": counted and all(blob.striped == asked.zebra for blob in reading.blobs),
+        "binding": colour and shape and placed if len(asked.things) == 2 else None,
+        "clean": reading.grain < MAX_GRAIN,
     }
 
 
-def score(pictures: Iterable[Picture], prompts: Sequence[str]) -> dict[str, float]:
+def score(pictures: Iterable[Picture], prompts: Sequence[str], look: Look = DAY) -> dict[str, float]:
     """Which part of the pictures is right in each column, of those whose prompt says something of it."""
     rows = [
-        matches(judge(picture), parse_caption(text)) for picture, text in zip(pictures, prompts, strict=True)
+        matches(judge(picture, look), parse_caption(text))
+        for picture, text in zip(pictures, prompts, strict=True)
     ]
     columns = {name: [right for row in rows if (right := row[name]) is not None] for name in COLUMNS}
     return {name: sum(rights) / len(rights) for name, rights in columns.items() if rights}
 
 
-def _from_tones(pixels: Array, background: str) -> tuple[Array, Array]:
+def _from_tones(pixels: Array, background: str, look: Look) -> tuple[Array, Array]:
     """Each pixel's distance from the line between the two tones, and its place on it, 0 to 1. Both (H, H)."""
-    first = np.array(BACKGROUNDS[background], float)
-    line = second_tone(background) - first
+    first = np.array(look.backgrounds[background], float)
+    line = second_tone(background, look) - first
     place = np.clip((pixels - first) @ line / (line @ line), 0, 1)
     return np.linalg.norm(pixels - first - place[..., None] * line, axis=-1), place
 
@@ -115,13 +152,12 @@ def _pattern_templates(size: int) -> tuple[list[str], Array]:
 
 def _read_pattern(tone: Array, visible: Mask) -> str | None:
     """The pattern of the background's visible pixels; both (H, H)."""
-    seen = visible.ravel()
-    values = tone.ravel()[seen]
-    if not len(values) or np.mean(values > 0.5) < 0.15:
+    count = visible.sum()
+    if np.sum(visible & (tone > 0.5)) <= 0.15 * count:
         return "plain"
     names, templates = _pattern_templates(len(tone))
-    values = values - 0.5
-    fit = np.abs(templates[:, seen] @ values) / (np.linalg.norm(values) * math.sqrt(len(values)) + 1e-9)
+    values = np.where(visible, tone - 0.5, 0).ravel()
+    fit = np.abs(templates @ values) / (np.linalg.norm(values) * math.sqrt(count) + 1e-9)
     best = int(fit.argmax())
     return names[best] if fit[best] > MIN_PATTERN else None
 
@@ -155,22 +191,78 @@ def _connected(mask: Mask, start: tuple[int, ...]) -> Mask:
     return part
 
 
-def _read_blob(pixels: Array, mask: Mask) -> Blob:
-    """Reads the shape under a mask (H, H)."""
+def _inner(mask: Mask) -> Mask:
+    """The pixels of a mask (H, H) whose four neighbours are in it too; all of them where there are none."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    paint = np.median(pixels[inner if inner.any() else mask], axis=0)
-    far = {name: float(np.linalg.norm(paint - value)) for name, value in COLOURS.items()}
+    return inner if inner.any() else mask
+
+
+def _closed(mask: Mask, straight: bool) -> Mask:
+    """A mask (H, H) with the gaps closed that the style's stripes leave: `straight` across them, or any way."""
+    # A diagonal step is the root of 2 wide; half a pixel on both sides is neither paint nor white.
+    reach = math.ceil((ZEBRA_PERIOD / 3 * len(mask) / math.sqrt(2) + 1) / 2)
+    axes = [(0, 1)] if straight else [0, 1]
+    closed = np.pad(mask, 2 * reach)
+    for gather, axis in product((np.logical_or, np.logical_and), axes):
+        closed = gather.reduce([np.roll(closed, by, axis) for by in range(-reach, reach + 1)])
+    return closed[2 * reach : -2 * reach, 2 * reach : -2 * reach]
+
+
+@lru_cache(maxsize=8)
+def _zebra_templates(size: int) -> Array:
+    """The style's whiteness in steps of phase. Shape (n, size, size)."""
+    return np.stack([zebra_weight(size, phase) for phase in np.arange(0, 1, 1 / 12)])
+
+
+def _zebra_phase(pixels: Array, whole: Mask, painted: Mask) -> int | None:
+    """Which of `_zebra_templates` crosses the shape under a mask (H, H), or None."""
+    paint = np.median(pixels[_inner(whole & painted)], axis=0)
+    way = 255 - paint
+    inside = _inner(_closed(whole & painted, straight=True))
+    white = np.clip((pixels[inside] - paint) @ way / (way @ way), 0, 1)
+    templates = _zebra_templates(len(whole))[:, inside]
+    spread = templates.std(1) * white.std() + 1e-9
+    fit = ((templates * white).mean(1) - templates.mean(1) * white.mean()) / spread
+    best = int(fit.argmax())
+    stripe, between = white[templates[best] > 0.9], white[templates[best] < 0.1]
+    if fit[best] < MIN_STRIPES or not len(stripe) or not len(between):
+        return None
+    return best if stripe.mean() - between.mean() > MIN_CONTRAST else None
+
+
+def _read_blob(pixels: Array, mask: Mask, phase: int | None, look: Look) -> Blob:
+    """Reads the shape under a mask (H, H), crossed by the stripes of that phase."""
+    striped = phase is not None
+    bare = _zebra_templates(len(mask))[phase] < 0.05 if striped else np.ones_like(mask)
+    paint = np.median(pixels[_inner(mask) & bare], axis=0)
+    far = {name: float(np.linalg.norm(paint - value)) for name, value in look.colours.items()}
     colour = min(far, key=far.__getitem__)
     y, x = (axis + 0.5 for axis in np.nonzero(mask))
     radius = np.percentile(np.hypot(x - x.mean(), y - y.mean()), 97) / len(mask)
-    shape, overlap = _read_shape(mask, float(y.mean()), float(x.mean()))
+    shape, overlap = _read_shape(mask, bare, float(y.mean()), float(x.mean()))
     return Blob(
         colour if far[colour] < NEAR_COLOUR else None,
         shape if overlap >= MIN_OVERLAP else None,
         "large" if radius > LARGE else "small",
         overlap,
+        float(x.mean()) / len(mask),
+        striped,
     )
+
+
+def _grain(pixels: Array, palette: Array) -> float:
+    """How far the pixels away from every edge lie from the palette (n, 3): the root mean square RGB distance.
+
+    Infinite where a picture has next to no such pixels.
+    """
+    distance = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
+    lowest = highest = np.pad(distance.argmin(-1), 1, mode="edge")
+    for axis in (0, 1):
+        lowest = np.lib.stride_tricks.sliding_window_view(lowest, 3, axis).min(-1)
+        highest = np.lib.stride_tricks.sliding_window_view(highest, 3, axis).max(-1)
+    flat = lowest == highest
+    return float(np.sqrt(np.mean(distance.min(-1)[flat] ** 2))) if flat.mean() > 0.02 else math.inf
 
 
 def _grid() -> Array:
@@ -193,22 +285,41 @@ def _shape_templates() -> tuple[list[str], Array]:
     return names, np.stack(rows)
 
 
-def _read_shape(mask: Mask, centre_y: float, centre_x: float) -> tuple[str, float]:
-    """The best template for a mask (H, H), centred and scaled to area 1, and its intersection over union."""
-    scale = math.sqrt(mask.sum())
-    padded = np.pad(mask.astype(float), 1)
+def _read_shape(mask: Mask, bare: Mask, centre_y: float, centre_x: float) -> tuple[str, float]:
+    """The best template for a mask (H, H), centred and scaled to area 1, and its intersection over union.
+
+    Only the `bare` pixels count. Where some do not, the true centre and area are looked for near the mask's:
+    a stripe along its rim may be missing from it.
+    """
+    stripe = ZEBRA_PERIOD / 3 * len(mask)
+    whole = bool(bare.all())
+    shifts = (0.0,) if whole else (-stripe / 2, 0.0, stripe / 2)
+    growths = (1.0,) if whole else (0.92, 0.96, 1.0, 1.04, 1.08)
+    side = math.sqrt((mask & bare).sum() / bare.mean())
+    layers = np.pad(np.stack([mask, bare]).astype(float), ((0, 0), (1, 1), (1, 1)))
+    inside, counted = np.stack(
+        [
+            _sampled(layers, centre_y + down, centre_x + right, side * growth)
+            for down, right, growth in product(shifts, shifts, growths)
+        ],
+        axis=-1,
+    )
+    names, templates = _shape_templates()
+    shared = templates @ (inside * counted)
+    overlap = shared / (templates @ counted + (inside * counted).sum(0) - shared)
+    best = int(overlap.max(1).argmax())
+    return names[best], float(overlap[best].max())
+
+
+def _sampled(layers: Array, centre_y: float, centre_x: float, scale: float) -> Array:
+    """Padded layers (n, H + 2, H + 2) at a template's cells, as 0 and 1. Shape (n, GRID * GRID)."""
 
     def taps(centre: float) -> tuple[NDArray[np.intp], Array]:
-        position = np.clip(_grid() * scale + centre + 0.5, 0, len(mask) + 0.999)
+        position = np.clip(_grid() * scale + centre + 0.5, 0, layers.shape[1] - 1.001)
         return position.astype(int), position % 1
 
     (row, down), (column, right) = taps(centre_y), taps(centre_x)
-    upper, lower = padded[row], padded[row + 1]
+    upper, lower = layers[:, row], layers[:, row + 1]
     lines = upper + down[:, None] * (lower - upper)
-    sampled = lines[:, column] + right * (lines[:, column + 1] - lines[:, column])
-    inside = (sampled > 0.5).ravel().astype(float)
-    names, templates = _shape_templates()
-    shared = templates @ inside
-    overlap = shared / (templates.sum(1) + inside.sum() - shared)
-    best = int(overlap.argmax())
-    return names[best], float(overlap[best])
+    sampled = lines[:, :, column] + right * (lines[:, :, column + 1] - lines[:, :, column])
+    return (sampled > 0.5).reshape(len(layers), -1).astype(float)

@@ -48,7 +48,6 @@ WORDS = (
 )
 
 
-
 @dataclass(frozen=True)
 class Look:
     """What the names of colours and backgrounds are painted with, as RGB."""
