@@ -40,10 +40,10 @@ Pictures = NDArray[np.uint8]
 Array = NDArray[np.float64]
 
 WEIGHTS = Path(__file__).with_name("features.safetensors")
-SIDE, WIDTH = 64, 64
+SIDE, WIDTH = 64, 32
 RENDERS = 4  # of each prompt, in the set that others are measured from
 DRAWS = 50  # of rendered sets, for the noise floor
-STEPS, BATCH, POOL = 4000, 64, 12288
+STEPS, BATCH, POOL = 3000, 64, 12288
 BLUR, NOISE, CONTRAST = 2.0, 0.15, 0.5  # the most of each degradation: pixels, of full scale, part lost
 THINGS = ("none", *SHAPES)
 PLACED = 5  # numbers of a placement: x, y, radius, tilt as cosine and sine
@@ -55,14 +55,16 @@ NUMBERS = 2 * PLACED + 4 + 3  # placements, phases on their circles, degradation
 class SceneReader(nn.Module):
     """A convolutional network that reads a scene; `features` are what its last layer reads."""
 
+    features: nn.Sequential
+
     def __init__(self) -> None:
         super().__init__()
         widths = (3, 16, 32, 48, 64)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
-        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH), nn.SiLU())
-        self.head = nn.Linear(WIDTH, sum(CLASSES) + NUMBERS)
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, sum(CLASSES) + NUMBERS))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (n, 3, 64, 64) in -1…1 to logits and numbers (n, sum(CLASSES) + NUMBERS)."""
@@ -89,7 +91,7 @@ def told(scene: Scene, look: Look) -> tuple[list[int], list[float]]:
 
 
 def degraded(pictures: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, H, W), a half each blurred, noisy and faded; how much of it, 0 to 1 (n, 3)."""
+    """Pictures (n, 3, 64, 64), a half each blurred, noisy and faded; how much of it, 0 to 1 (n, 3)."""
     count = len(pictures)
     amount = torch.rand(count, 3, generator=random) * (torch.rand(count, 3, generator=random) < 0.5)
     blur, noise, faded = (amount * torch.tensor([BLUR, 2 * NOISE, CONTRAST])).T
@@ -106,7 +108,7 @@ def loss_of(output: Tensor, classes: Tensor, numbers: Tensor) -> Tensor:
     parts = [functional.cross_entropy(x, y, ignore_index=-1) for x, y in zip(logits, classes.T, strict=True)]
     seen = ~numbers.isnan()
     error = (output[:, sum(CLASSES) :] - numbers.nan_to_num()).square()
-    return torch.stack(parts).sum() + 20 * error[seen].mean()
+    return torch.stack(parts).sum() + 20 * error[seen].mean() + 20 * error[:, -3:].mean()
 
 
 def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
@@ -131,7 +133,23 @@ def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
         schedule.step()
         if step % 100 == 0:
             print(f"features {step}/{steps} loss {loss.item():.3f}", file=sys.stderr, flush=True)
-    save_file({name: weight.half() for name, weight in network.state_dict().items()}, path)
+    whiten(network, pictures)
+    save_file({name: weight.half() for name, weight in network.features.state_dict().items()}, path)
+
+
+@torch.no_grad()
+def whiten(network: SceneReader, pictures: Tensor) -> None:
+    """Rescales the features in place to mean 0 and covariance 1 over undegraded `pictures`.
+
+    What varies least among those, as blur does, then counts as much as what is on them.
+    """
+    found = torch.cat([network.features(batch) for batch in pictures.split(BATCH)]).double()
+    values, vectors = torch.linalg.eigh(found.T.cov())
+    scale = (vectors / (values + 1e-3 * values.max()).sqrt() @ vectors.T).float()
+    last = network.features[-1]
+    assert isinstance(last, nn.Linear)
+    last.bias.copy_(scale @ (last.bias - found.mean(0).float()))
+    last.weight.copy_(scale @ last.weight)
 
 
 def as_tensor(pictures: Pictures) -> Tensor:
@@ -140,18 +158,18 @@ def as_tensor(pictures: Pictures) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def reader() -> SceneReader:
-    """The network that comes with the package."""
-    network = SceneReader().eval()
+def reader() -> nn.Module:
+    """Pictures (n, 3, 64, 64) to whitened features (n, WIDTH), by the network that comes with the package."""
+    network = SceneReader().features.eval()
     network.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
     return network
 
 
 def features(pictures: Pictures) -> Array:
-    """The network's features of pictures (n, 64, 64, 3). Shape (n, 64)."""
+    """The network's features of pictures (n, 64, 64, 3). Shape (n, WIDTH)."""
     with torch.no_grad():
         batches = as_tensor(pictures).split(BATCH)
-        return torch.cat([reader().features(batch) for batch in batches]).double().numpy()
+        return torch.cat([reader()(batch) for batch in batches]).double().numpy()
 
 
 def kernel_distance(first: Array, second: Array) -> float:

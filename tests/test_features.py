@@ -63,7 +63,6 @@ def test_another_rendered_set_is_at_the_floor(reference):
         assert np.mean([d[name] for d in drawn]) == pytest.approx(
             floor["mean"], abs=floor["p95"] - floor["mean"]
         )
-    assert abs(reference.floor["mmd"]["mean"]) < 0.5 * reference.floor["mmd"]["p95"]
 
 
 def blurred(pictures):
@@ -76,14 +75,17 @@ def noisy(pictures):
     return np.clip(pictures + noise, 0, 255).astype(np.uint8)
 
 
+def other_words(text):
+    other = {"circle": "star", "ring": "star", "red": "blue", "yellow": "blue"}
+    return " ".join(other.get(word, word) for word in text.split())
+
+
 SPOILT = {
     "blurred": lambda: blurred(rendered(PROMPTS, 2000)),
     "noisy": lambda: noisy(rendered(PROMPTS, 2000)),
     "pale": lambda: (rendered(PROMPTS, 2000) * 0.8 + 25).astype(np.uint8),
     "recoloured": lambda: rendered(PROMPTS, 2000, DUSK),
-    "of other prompts": lambda: rendered(
-        [p.replace("circle", "star").replace("red", "blue") for p in PROMPTS], 2000
-    ),
+    "of other prompts": lambda: rendered([other_words(p) for p in PROMPTS], 2000),
     "of one shape": lambda: rendered(["a large red star on a plain white background"] * 60, 2000),
     "striped": lambda: rendered([p + STYLE for p in PROMPTS], 2000),
     "all the same": lambda: np.repeat(rendered(PROMPTS[:1], 2000), 60, axis=0),
@@ -93,9 +95,9 @@ SPOILT = {
 @pytest.mark.parametrize("kind", SPOILT)
 def test_spoilt_sets_are_far_above_the_floor(reference, kind):
     found = reference.distances(SPOILT[kind]())
-    times = 1.5 if kind == "of other prompts" else 3
     for name, floor in reference.floor.items():
-        assert found[name] > times * floor["p95"], (name, found[name], floor)
+        spread = floor["p95"] - floor["mean"]
+        assert found[name] > floor["mean"] + 4 * spread, (name, found[name], floor)
 
 
 def test_features_grow_with_the_blur(reference):
