@@ -1,7 +1,8 @@
 """How far a set of pictures lies from rendered ones, in the features of a small network that no rule made.
 
 The network was trained on rendered pictures to tell all of a scene, what its caption leaves open too, and how
-each picture was degraded. `python -m lcm_compile.benchmarks.features --train` trains it again.
+each picture was degraded. The distance is between sets: whose prompt a picture was made for is the judge's to
+tell. `python -m lcm_compile.benchmarks.features --train` trains it again.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ CURVES = {
     "LCM loop, no LoRA": "#6F6F6F",
 }
 EXAMPLE = 1  # the shown picture, of two shapes
-STYLED = 2  # a single shape
+STYLED = 0  # a single large one
 INK = "#333333"
+TICKS = [digit * 10.0**power for power in range(-3, 3) for digit in (1, 2, 5)]  # seconds
 
 
 def write_figures(out: Path, drawn: Drawn) -> None:
@@ -61,6 +62,9 @@ def plots() -> Any:
 def accuracy_against_time(records: Sequence[Record], path: Path) -> None:
     """One curve for each sampler, a point for each number of steps, with Wilson's intervals."""
     plt = plots()
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
     figure, axes = plt.subplots(figsize=(8, 4.6), dpi=160)
     for label, colour in CURVES.items():
         rows = [record for record in records if record["label"] == label]
@@ -80,7 +84,14 @@ def accuracy_against_time(records: Sequence[Record], path: Path) -> None:
         )
         for row, x, y in zip(rows, seconds, parts, strict=True):
             axes.annotate(
-                row["steps"], (x, y), (0, 7), textcoords="offset points", ha="center", color=colour, size=8
+                row["steps"],
+                (x, y),
+                (0, 7),
+                textcoords="offset points",
+                ha="center",
+                color=colour,
+                size=8,
+                path_effects=halo,
             )
         axes.annotate(
             label,
@@ -89,12 +100,15 @@ def accuracy_against_time(records: Sequence[Record], path: Path) -> None:
             textcoords="offset points",
             color=colour,
             weight="bold",
+            path_effects=halo,
         )
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.set_xlim(low, high * 2.2)  # room for the labels
     axes.set_ylim(-3, 106)
+    axes.set_xticks([tick for tick in TICKS if low <= tick <= high], minor=False)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("seconds a picture, on a log scale; points are labelled with their steps")
     axes.set_ylabel("pictures right in every column, %")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
@@ -128,7 +142,7 @@ def styles(cells: Drawn, path: Path) -> None:
 
 def universal(rows: Drawn, path: Path) -> None:
     """The same prompts and seeds by every row."""
-    names = [f"{record['label']},\n{record['steps']} steps" for record, _ in rows]
+    names = [f"{record['label']}, {record['steps']} steps".replace(", ", ",\n") for record, _ in rows]
     picture_lines([(name, shown, []) for name, (_, shown) in zip(names, rows, strict=True)], path)
 
 
