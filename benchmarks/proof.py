@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cache, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lcm_compile.benchmarks.proof_rows import PARTS, Row, requests, rows_of
 from lcm_compile.bundle import key_digest
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.demo.world import DAY, DUSK, STYLE, parse_caption, proof_prompts
+from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.plan import Plan, make_plan
 from lcm_compile.spec import BuildSpec
@@ -49,13 +49,14 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    packages = ("lcm-compile", "numpy", "onnxruntime", "torch", "diffusers")
+    packages = {"onnxruntime": find_backend("onnxruntime").PACKAGES}
+    packages |= {name: (name,) for name in ("lcm-compile", "numpy", "torch", "diffusers")}
     return {
         "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "python": platform.python_version(),
-        **{name: version(name) for name in packages},
+        **{name: installed_version(names) for name, names in packages.items()},
     }
 
 

@@ -30,7 +30,7 @@ def report(machine: Record, records: Sequence[Record]) -> str:
 
 
 def preface(machine: Record, records: Sequence[Record]) -> list[str]:
-    packages = ", ".join(f"{name} {machine[name]}" for name in ("onnxruntime", "torch", "diffusers"))
+    packages = ", ".join(machine[name] for name in ("onnxruntime", "torch", "diffusers"))
     most = max((record["count"] for record in records), default=0)
     how = f"""
         Up to {most} pictures a row, each of a caption that neither training nor tuning has seen, half of them
