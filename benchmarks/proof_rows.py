@@ -48,7 +48,7 @@ class Row:
     zebra: bool = False
     look: str = "day"
     strengths: tuple[float, ...] = ()
-    count: int = 0
+    count: int = 300
 
     @property
     def passes(self) -> int:

@@ -55,7 +55,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, its shapes from left to right."""
+    """What a picture shows, its shapes from left to right; `grain` is how uneven its flat parts are."""
 
     background: str
     pattern: str | None
@@ -83,13 +83,7 @@ def judge(picture: Picture, look: Look = DAY) -> Reading:
         _read_blob(pixels, mask & painted, phase, look) for mask, phase in zip(masks, phases, strict=True)
     )
     pattern = _read_pattern(tone, distance < NEAR_BACKGROUND)
-    palette = [
-        np.array(look.backgrounds[background], float),
-        *([] if pattern == "plain" else [second_tone(background, look)]),
-    ]
-    palette += [np.array(look.colours[blob.colour], float) for blob in blobs if blob.colour]
-    palette += [np.full(3, 255.0)] * any(blob.striped for blob in blobs)
-    return Reading(background, pattern, blobs, _grain(pixels, np.array(palette)))
+    return Reading(background, pattern, blobs, _grain(pixels, _palette(background, pattern, blobs, look)))
 
 
 def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
@@ -250,6 +244,17 @@ def _read_blob(pixels: Array, mask: Mask, phase: int | None, look: Look) -> Blob
         float(x.mean()) / len(mask),
         striped,
     )
+
+
+def _palette(background: str, pattern: str | None, blobs: tuple[Blob, ...], look: Look) -> Array:
+    """The colours that what was read is painted in. Shape (n, 3)."""
+    palette = [np.array(look.backgrounds[background], float)]
+    if pattern != "plain":
+        palette.append(second_tone(background, look))
+    palette += [np.array(look.colours[blob.colour], float) for blob in blobs if blob.colour]
+    if any(blob.striped for blob in blobs):
+        palette.append(np.full(3, 255.0))
+    return np.array(palette)
 
 
 def _grain(pixels: Array, palette: Array) -> float:
