@@ -1,11 +1,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo proof test test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
 	$(BIN)/python -m lcm_compile.benchmarks.demo_sheet --out demo.png
+
+# Measures what the demo model shows; ARGS="--style FILE --tuned DIR" for the parts that need them.
+proof: .venv/installed
+	$(BIN)/python -m lcm_compile.benchmarks.proof $(ARGS)
 
 # Every fast test, ruff and mypy.
 test: check

@@ -17,7 +17,7 @@ Draw = Callable[[Request], np.ndarray]
 
 
 def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
-    """Draws one picture (height, width, 3) float32 in 0…1, as diffusers draws with the base's own scheduler."""
+    """Draws a picture (height, width, 3), float32 in 0…1, with the base's own scheduler as diffusers does."""
     config = find_base(bundle.manifest.spec.base) / "scheduler"
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")

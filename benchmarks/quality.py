@@ -55,7 +55,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, its shapes from left to right."""
+    """What a picture shows, its shapes from left to right; `grain` is how uneven its flat parts are."""
 
     background: str
     pattern: str | None
@@ -74,7 +74,7 @@ def judge(picture: Picture, look: Look = DAY) -> Reading:
     painted = to_colours < distance
     # Stripes cut a shape in pieces, so it is first looked for with their gaps closed.
     white = np.linalg.norm(pixels - 255, axis=-1) < distance
-    masks = _shapes(_closed(painted | white, straight=False))
+    masks = [m for m in _shapes(_closed(painted | white, straight=False)) if np.any(m & painted)]
     phases = [_zebra_phase(pixels, mask, painted) for mask in masks]
     if not any(phase is not None for phase in phases):
         masks = _shapes(painted)
@@ -83,13 +83,7 @@ def judge(picture: Picture, look: Look = DAY) -> Reading:
         _read_blob(pixels, mask & painted, phase, look) for mask, phase in zip(masks, phases, strict=True)
     )
     pattern = _read_pattern(tone, distance < NEAR_BACKGROUND)
-    palette = [
-        np.array(look.backgrounds[background], float),
-        *([] if pattern == "plain" else [second_tone(background, look)]),
-    ]
-    palette += [np.array(look.colours[blob.colour], float) for blob in blobs if blob.colour]
-    palette += [np.full(3, 255.0)] * any(blob.striped for blob in blobs)
-    return Reading(background, pattern, blobs, _grain(pixels, np.array(palette)))
+    return Reading(background, pattern, blobs, _grain(pixels, _palette(background, pattern, blobs, look)))
 
 
 def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
@@ -199,13 +193,13 @@ def _inner(mask: Mask) -> Mask:
 
 
 def _closed(mask: Mask, straight: bool) -> Mask:
-    """A mask (H, H) with the gaps closed that the style's stripes leave: `straight` across them, or any way."""
+    """A mask (H, H) with the gaps closed that stripes leave: `straight` across them, or any way."""
     # A diagonal step is the root of 2 wide; half a pixel on both sides is neither paint nor white.
     reach = math.ceil((ZEBRA_PERIOD / 3 * len(mask) / math.sqrt(2) + 1) / 2)
-    axes = [(0, 1)] if straight else [0, 1]
+    axes: list[tuple[int, ...]] = [(0, 1)] if straight else [(0,), (1,)]
     closed = np.pad(mask, 2 * reach)
     for gather, axis in product((np.logical_or, np.logical_and), axes):
-        closed = gather.reduce([np.roll(closed, by, axis) for by in range(-reach, reach + 1)])
+        closed = gather.reduce([np.roll(closed, len(axis) * (by,), axis) for by in range(-reach, reach + 1)])
     return closed[2 * reach : -2 * reach, 2 * reach : -2 * reach]
 
 
@@ -235,7 +229,8 @@ def _read_blob(pixels: Array, mask: Mask, phase: int | None, look: Look) -> Blob
     """Reads the shape under a mask (H, H), crossed by the stripes of that phase."""
     striped = phase is not None
     bare = _zebra_templates(len(mask))[phase] < 0.05 if striped else np.ones_like(mask)
-    paint = np.median(pixels[_inner(mask) & bare], axis=0)
+    inner = _inner(mask) & bare
+    paint = np.median(pixels[inner if inner.any() else mask], axis=0)
     far = {name: float(np.linalg.norm(paint - value)) for name, value in look.colours.items()}
     colour = min(far, key=far.__getitem__)
     y, x = (axis + 0.5 for axis in np.nonzero(mask))
@@ -249,6 +244,17 @@ def _read_blob(pixels: Array, mask: Mask, phase: int | None, look: Look) -> Blob
         float(x.mean()) / len(mask),
         striped,
     )
+
+
+def _palette(background: str, pattern: str | None, blobs: tuple[Blob, ...], look: Look) -> Array:
+    """The colours that what was read is painted in. Shape (n, 3)."""
+    palette = [np.array(look.backgrounds[background], float)]
+    if pattern != "plain":
+        palette.append(second_tone(background, look))
+    palette += [np.array(look.colours[blob.colour], float) for blob in blobs if blob.colour]
+    if any(blob.striped for blob in blobs):
+        palette.append(np.full(3, 255.0))
+    return np.array(palette)
 
 
 def _grain(pixels: Array, palette: Array) -> float:
@@ -306,7 +312,7 @@ def _read_shape(mask: Mask, bare: Mask, centre_y: float, centre_x: float) -> tup
     )
     names, templates = _shape_templates()
     shared = templates @ (inside * counted)
-    overlap = shared / (templates @ counted + (inside * counted).sum(0) - shared)
+    overlap = shared / (templates @ counted + (inside * counted).sum(0) - shared + 1e-9)
     best = int(overlap.max(1).argmax())
     return names[best], float(overlap[best].max())
 

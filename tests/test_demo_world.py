@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -87,6 +88,42 @@ def test_held_out_prompts_are_never_trained_with() -> None:
     assert not set(prompts) & {caption(scene) for scene in scenes(3000)}
 
 
+def test_proof_prompts_are_seen_by_neither_training_nor_tuning() -> None:
+    pairs = world.proof_prompts()
+    prompts = [text for text, _ in pairs]
+    assert len(pairs) == len(set(pairs)) == 300
+    tuning = {text for seed in range(5) for text in world.held_out_prompts(150, seed)}
+    assert not set(prompts) & tuning
+    assert not set(prompts) & {caption(scene) for scene in scenes(3000)}
+    singles = [text for text in prompts if len(parse_caption(text).things) == 1]
+    assert len(singles) == 150 and 40 <= len(set(singles)) <= 60
+    assert len(set(prompts) - set(singles)) == 150
+
+
+def test_fewer_proof_prompts_are_the_first_of_more() -> None:
+    assert world.proof_prompts(41) == world.proof_prompts()[:41]
+
+
+def test_every_single_caption_is_trained_tuned_or_proven_with() -> None:
+    """The proof has all that is left: 864 captions less those that the other two may see."""
+    words = (world.SIZES, world.COLOURS, world.SHAPES, world.PATTERNS, world.BACKGROUNDS)
+    every = [f"a {z} {c} {s} on a {p} {b} background" for z, c, s, p, b in product(*words)]
+    kept = [text for text in every if world.is_held_out(text)]
+    tuning = {text for text in world.held_out_prompts(300, 1) if text in every}
+    assert set(kept) - tuning == {text for text, _ in world.proof_prompts() if text in every}
+
+
+def test_dusk_repaints_every_colour_and_keeps_the_shapes() -> None:
+    day, dusk = world.DAY, world.DUSK
+    for one, two in ((day.colours, dusk.colours), (day.backgrounds, dusk.backgrounds)):
+        assert list(one) == list(two)
+        assert all(np.linalg.norm(np.subtract(one[name], two[name])) > 15 for name in one)
+    picture = render(single("orange", "square", "striped", "pink"), look=dusk)
+    assert tuple(picture[32, 32]) == dusk.colours["orange"]
+    tones = {tuple(pixel) for pixel in picture[0]}
+    assert {(240, 170, 160), tuple(np.rint(np.multiply(0.85, (240, 170, 160))).astype(int))} <= tones
+
+
 def test_rendering_is_seeded_and_has_the_exact_colours() -> None:
     scene = single("orange", "square", "plain", "pink")
     picture = render(scene)
@@ -147,16 +184,17 @@ def test_judge_fails_exactly_the_column_that_is_wrong() -> None:
     scene = single()
     asked, reading = scene.description, judge(render(scene))
     thing = asked.things[0]
-    assert all(matches(reading, asked).values())
+    assert False not in matches(reading, asked).values()
     wrong = {
         "background": replace(asked, background="gray"),
         "pattern": replace(asked, pattern="striped"),
         "colour": replace(asked, things=(replace(thing, colour="orange"),)),
         "size": replace(asked, things=(replace(thing, size="small"),)),
+        "stripes": replace(asked, zebra=True),
         "shape": replace(asked, things=(replace(thing, shape="ring"),)),
     }
     for column, words in wrong.items():
-        assert [name for name, right in matches(reading, words).items() if not right] == [column]
+        assert [name for name, right in matches(reading, words).items() if right is False] == [column]
 
 
 def test_judge_tells_the_order_and_number_of_things() -> None:

@@ -50,6 +50,7 @@ def test_holds_every_module(wheel):
         for path in (ROOT / folder).glob("*.py"):
             assert f"{inside}/{path.name}" in names
     assert {"lcm_compile/py.typed", "lcm_compile/demo/world.py"} <= names
+    assert "lcm_compile/benchmarks/features.safetensors" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lcm_compile"}
 
 

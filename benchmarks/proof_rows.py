@@ -1,0 +1,120 @@
+"""What the proof measures: every row of its tables, as a build and how its pictures are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+
+from lcm_compile.demo.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    SHAPES,
+    SIZES,
+    STYLE,
+    Description,
+    Thing,
+    parse_caption,
+    proof_prompts,
+)
+from lcm_compile.families import FAMILIES
+from lcm_compile.pipeline import Request
+from lcm_compile.spec import BuildSpec, LoraSpec
+
+PARTS = ("steps", "guidance", "style", "universal")
+STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of either LoRA, in the style's grid
+GRID_COUNT = 40  # pictures in a cell of that grid
+GUIDANCE = 3.0  # of the base, which is at its best with it
+LCM_LORA = str(FAMILIES["demo"].lcm_lora)
+
+DEMO, BASE = BuildSpec("demo"), BuildSpec("demo", no_lcm=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting that is measured.
+
+    `negative` gives the contrary of each prompt as its negative one; `strengths` are a grid cell's λ1 and λ2.
+    """
+
+    part: str
+    label: str
+    spec: BuildSpec
+    sampler: str
+    steps: int
+    guidance: float = 1.0
+    negative: bool = False
+    zebra: bool = False
+    look: str = "day"
+    strengths: tuple[float, ...] = ()
+    count: int = 300
+
+    @property
+    def passes(self) -> int:
+        """How often a picture goes through the UNet."""
+        return self.steps * (2 if self.guidance > 1 else 1)
+
+
+def rows_of(part: str, count: int, style: str, tuned: str) -> list[Row]:
+    """The rows of one part; none where what it measures is not given."""
+    if part == "steps":
+        return [
+            *(Row(part, "LCM-LoRA", DEMO, "lcm", n, count=count) for n in (1, 2, 4, 6, 8)),
+            *(Row(part, "Euler", BASE, "euler", n, GUIDANCE, count=count) for n in (1, 4, 8, 15, 25, 50)),
+            *(Row(part, "Euler, unguided", BASE, "euler", n, count=count) for n in (1, 2, 4)),
+            *(Row(part, "LCM loop, no LoRA", BASE, "lcm", n, count=count) for n in (1, 2, 4)),
+        ]
+    if part == "guidance":
+        scales = (1.0, 1.25, 1.5, 2.0, 3.0)
+        return [Row(part, "LCM-LoRA", DEMO, "lcm", 4, scale, negative=True, count=count) for scale in scales]
+    if part == "style" and style:
+        few = min(count, GRID_COUNT)
+        return [
+            Row(part, "style and LCM", styled(style, 1.0, 1.0), "lcm", 4, zebra=True, count=count),
+            Row(part, "LCM alone", styled(style, 0.0, 1.0), "lcm", 4, zebra=True, count=count),
+            *(
+                Row(part, "grid", styled(style, *cell), "lcm", 4, zebra=True, strengths=cell, count=few)
+                for cell in product(STRENGTHS, STRENGTHS)
+            ),
+        ]
+    if part == "universal" and tuned:
+        fast, slow = BuildSpec(tuned, lcm_lora=LoraSpec(LCM_LORA)), BuildSpec(tuned, no_lcm=True)
+        return [
+            Row(part, "tuned, LCM-LoRA", fast, "lcm", 4, look="dusk", count=count),
+            Row(part, "tuned, Euler", slow, "euler", 25, GUIDANCE, look="dusk", count=count),
+            Row(part, "not tuned, LCM-LoRA", DEMO, "lcm", 4, look="dusk", count=count),
+        ]
+    return []
+
+
+def styled(style: str, one: float, two: float) -> BuildSpec:
+    """The demo with τ' = λ1·style + λ2·LCM fused into it."""
+    loras = (LoraSpec(style, one),) if one else ()
+    if two:
+        return BuildSpec("demo", lcm_lora=LoraSpec(LCM_LORA, two), loras=loras)
+    return BuildSpec("demo", no_lcm=True, loras=loras)
+
+
+def contrary(text: str) -> str:
+    """A caption that says another thing wherever `text` says one: the next of each list of names."""
+    words = parse_caption(text)
+
+    def after(name: str, names: Iterable[str]) -> str:
+        listed = list(names)
+        return listed[(listed.index(name) + 1) % len(listed)]
+
+    things = tuple(
+        Thing(after(t.colour, COLOURS), after(t.shape, SHAPES), t.size and after(t.size, SIZES))
+        for t in words.things
+    )
+    return Description(things, after(words.pattern, PATTERNS), after(words.background, BACKGROUNDS)).caption
+
+
+def requests(row: Row) -> list[Request]:
+    return [
+        Request(
+            text + STYLE * row.zebra, seed, contrary(text) if row.negative else None, row.steps, row.guidance
+        )
+        for text, seed in proof_prompts(row.count)
+    ]

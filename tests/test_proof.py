@@ -1,0 +1,125 @@
+"""The proof: its Euler loop against diffusers, its figures, and the whole of it, small."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.benchmarks import proof, proof_rows
+from lcm_compile.benchmarks.euler import euler_sampler
+from lcm_compile.benchmarks.proof_rows import Row, contrary, rows_of
+from lcm_compile.demo.world import is_held_out, parse_caption, proof_prompts
+from lcm_compile.families import FAMILIES
+from lcm_compile.parity import psnr_db
+from lcm_compile.pipeline import Request
+
+CHECKPOINT, LCM_LORA = FAMILIES["demo"].base, FAMILIES["demo"].lcm_lora
+
+
+@pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (3.0, None), (3.0, "a small blue ring")])
+def test_euler_pictures_equal_diffusers(guidance, negative):
+    theirs = DiffusionPipeline.from_pretrained(CHECKPOINT)
+    theirs.set_progress_bar_config(disable=True)
+    prompt = "a purple cross and a green triangle on a striped gray background"
+    wanted = theirs(
+        prompt,
+        negative_prompt=negative,
+        num_inference_steps=8,
+        guidance_scale=guidance,
+        generator=torch.Generator("cpu").manual_seed(5),
+        output_type="np",
+    ).images[0]
+    bundle = build(BuildSpec("demo", no_lcm=True))
+    with load(bundle) as pipeline:
+        drawn = euler_sampler(bundle, pipeline)(Request(prompt, 5, negative, 8, guidance))
+    assert psnr_db(wanted, drawn) > 50
+
+
+def test_wilsons_interval():
+    """Against the two roots of (p̂ - p)² = z² p (1 - p) / n, which define it."""
+    for right, wrong in ((9, 1), (0, 20), (300, 0), (37, 63)):
+        count = right + wrong
+        share = proof.share("1" * right + "-" * 3 + "0" * wrong)
+        part, z = right / count, 1.96
+        roots = np.roots([1 + z**2 / count, -(2 * part + z**2 / count), part**2])
+        assert share["of"] == count and share["part"] == part
+        assert [share["low"], share["high"]] == pytest.approx(sorted(roots), abs=1e-12)
+    assert proof.share("---") is None
+
+
+def test_the_contrary_shares_nothing_with_its_prompt():
+    for text, _ in proof_prompts(100):
+        asked, other = parse_caption(text), parse_caption(contrary(text))
+        assert len(asked.things) == len(other.things)
+        assert asked.background != other.background and asked.pattern != other.pattern
+        for one, two in zip(asked.things, other.things, strict=True):
+            assert one.colour != two.colour and one.shape != two.shape
+            assert (one.size is None) == (two.size is None) and (one.size is None or one.size != two.size)
+
+
+def test_rows_ask_for_the_proofs_own_prompts():
+    row = Row("style", "x", proof_rows.DEMO, "lcm", 4, zebra=True, count=20)
+    asked = proof_rows.requests(row)
+    assert [(r.prompt.removesuffix(", in zebra style"), r.seed) for r in asked] == proof_prompts(20)
+    assert all(r.prompt.endswith(", in zebra style") for r in asked)
+    assert all(is_held_out(text) for text, _ in proof_prompts(20))
+
+
+def test_parts_without_their_file_have_no_rows():
+    assert not rows_of("style", 10, "", "") and not rows_of("universal", 10, "", "")
+    assert len(rows_of("style", 10, "style.safetensors", "")) == 2 + len(proof_rows.STRENGTHS) ** 2
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Fewer cells and steps than the proof has, of every part."""
+    monkeypatch.setattr(proof_rows, "STRENGTHS", (0.0, 1.0))
+
+    def few(part, *given):
+        return [row for row in rows_of(part, *given) if row.steps <= 8]
+
+    monkeypatch.setattr(proof, "rows_of", few)
+
+
+def test_the_whole_proof(tmp_path, small, capsys, monkeypatch):
+    """The LCM-LoRA stands for a style, and the shipped base for a tuned one."""
+
+    def run(*more):
+        words = ["--out", str(tmp_path), "--count", "4", *more]
+        proof.main(words, standalone_mode=False)
+        out, err = capsys.readouterr()
+        assert out.strip() == str(tmp_path)
+        return json.loads((tmp_path / "proof.json").read_text()), err
+
+    data, err = run("--part", "steps", "--part", "style")
+    assert "style is left out" in err
+    assert {record["part"] for record in data["rows"].values()} == {"steps"}
+    data, _ = run("--style", LCM_LORA, "--tuned", CHECKPOINT)
+    rows = list(data["rows"].values())
+    assert {record["part"] for record in rows} == {"steps", "guidance", "style", "universal"}
+    assert data["prompts"] == [list(pair) for pair in proof_prompts(4)]
+    for record in rows:
+        assert len(record["seconds"]) == 4 and min(record["seconds"]) > 0
+        assert record["median_seconds"] == np.median(record["seconds"])
+        assert all(len(marks) == 4 for marks in record["verdicts"].values())
+        assert set(record["verdicts"]["binding"][1::2]) <= {"0", "1"}
+        assert record["verdicts"]["binding"][::2] == "--"
+    by_name = {(r["part"], r["label"], r["steps"], r["guidance"]): r for r in rows}
+    good, bad = by_name["steps", "LCM-LoRA", 4, 1.0], by_name["steps", "Euler", 1, 3.0]
+    assert good["right"]["all"]["part"] > bad["right"]["all"]["part"] == 0
+    assert good["distances"]["frechet"] < bad["distances"]["frechet"]
+    assert (good["passes"], bad["passes"]) == (4, 2)
+    assert by_name["universal", "not tuned, LCM-LoRA", 4, 1.0]["right"]["clean"]["part"] < 0.5
+    text = (tmp_path / "proof.md").read_text()
+    assert all(title in text for title in ("How many steps", "Guidance", "A style", "another palette"))
+    for name in ("accuracy-against-time", "steps", "styles", "universal"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 20
+    monkeypatch.setattr(proof, "build", lambda *_, **__: pytest.fail("what is known is drawn again"))
+    again, _ = run("--style", LCM_LORA, "--tuned", CHECKPOINT)
+    assert again == data
