@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python -m lcm_compile.benchmarks.demo_sheet --out demo.png
 
-# Measures what the demo model shows; ARGS="--style FILE --tuned DIR" for the parts that need them.
+# Measures what the demo model shows; ARGS="--tuned DIR" also on a base tuned to another palette.
 proof: .venv/installed
 	$(BIN)/python -m lcm_compile.benchmarks.proof $(ARGS)
 

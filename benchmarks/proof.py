@@ -172,17 +172,15 @@ def lcm_sampler(pipeline: LcmPipeline) -> Draw:
 @click.option(
     "--count", type=click.IntRange(min=2), default=300, show_default=True, help="Pictures in a row."
 )
-@click.option("--style", metavar="FILE", default="", help="A LoRA of the zebra style.")
 @click.option("--tuned", metavar="DIR", default="", help="A base tuned to the dusk palette.")
 @click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only this part, or these.")
-def main(out: Path, count: int, style: str, tuned: str, parts: tuple[str, ...]) -> None:
+def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
     """Measures the demo model and writes tables and figures to OUT."""
     path = out / "proof.json"
     stored = json.loads(path.read_text())["rows"] if path.exists() else {}
-    rows = [row for part in parts or PARTS for row in rows_of(part, count, style, tuned)]
-    for part, given, option in (("style", style, "--style FILE"), ("universal", tuned, "--tuned DIR")):
-        if part in (parts or PARTS) and not given:
-            note(f"  {part} is left out: it needs {option}")
+    rows = [row for part in parts or PARTS for row in rows_of(part, count, tuned)]
+    if "universal" in (parts or PARTS) and not tuned:
+        note("  universal is left out: it needs --tuned DIR")
     known = dict(stored)
     for key, record in measure(rows, stored):
         known[key] = record

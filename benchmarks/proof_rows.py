@@ -18,12 +18,12 @@ from lcm_compile.demo.world import (
     parse_caption,
     proof_prompts,
 )
-from lcm_compile.families import FAMILIES
+from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.pipeline import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")
-STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of either LoRA, in the style's grid
+STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of either LoRA, in the style's grid
 GRID_COUNT = 40  # pictures in a cell of that grid
 GUIDANCE = 3.0  # of the base, which is at its best with it
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
@@ -56,25 +56,25 @@ class Row:
         return self.steps * (2 if self.guidance > 1 else 1)
 
 
-def rows_of(part: str, count: int, style: str, tuned: str) -> list[Row]:
-    """The rows of one part; none where what it measures is not given."""
+def rows_of(part: str, count: int, tuned: str) -> list[Row]:
+    """The rows of one part; none of `universal` without a tuned base."""
     if part == "steps":
         return [
             *(Row(part, "LCM-LoRA", DEMO, "lcm", n, count=count) for n in (1, 2, 4, 6, 8)),
-            *(Row(part, "Euler", BASE, "euler", n, GUIDANCE, count=count) for n in (1, 4, 8, 15, 25, 50)),
+            *(Row(part, "Euler", BASE, "euler", n, GUIDANCE, count=count) for n in (1, 2, 4, 8, 15, 25, 50)),
             *(Row(part, "Euler, unguided", BASE, "euler", n, count=count) for n in (1, 2, 4)),
             *(Row(part, "LCM loop, no LoRA", BASE, "lcm", n, count=count) for n in (1, 2, 4)),
         ]
     if part == "guidance":
         scales = (1.0, 1.25, 1.5, 2.0, 3.0)
         return [Row(part, "LCM-LoRA", DEMO, "lcm", 4, scale, negative=True, count=count) for scale in scales]
-    if part == "style" and style:
+    if part == "style":
         few = min(count, GRID_COUNT)
         return [
-            Row(part, "style and LCM", styled(style, 1.0, 1.0), "lcm", 4, zebra=True, count=count),
-            Row(part, "LCM alone", styled(style, 0.0, 1.0), "lcm", 4, zebra=True, count=count),
+            Row(part, "style and LCM", styled(1.0, 1.0), "lcm", 4, zebra=True, count=count),
+            Row(part, "LCM alone", styled(0.0, 1.0), "lcm", 4, zebra=True, count=count),
             *(
-                Row(part, "grid", styled(style, *cell), "lcm", 4, zebra=True, strengths=cell, count=few)
+                Row(part, "grid", styled(*cell), "lcm", 4, zebra=True, strengths=cell, count=few)
                 for cell in product(STRENGTHS, STRENGTHS)
             ),
         ]
@@ -88,9 +88,9 @@ def rows_of(part: str, count: int, style: str, tuned: str) -> list[Row]:
     return []
 
 
-def styled(style: str, one: float, two: float) -> BuildSpec:
+def styled(one: float, two: float) -> BuildSpec:
     """The demo with τ' = λ1·style + λ2·LCM fused into it."""
-    loras = (LoraSpec(style, one),) if one else ()
+    loras = (LoraSpec(str(DEMO_STYLE), one),) if one else ()
     if two:
         return BuildSpec("demo", lcm_lora=LoraSpec(LCM_LORA, two), loras=loras)
     return BuildSpec("demo", no_lcm=True, loras=loras)

@@ -9,7 +9,7 @@ from typing import Any
 from lcm_compile.bundle import BundleManifest, Parity
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.console import print_table
-from lcm_compile.families import FAMILIES
+from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.plan import Plan
 
 
@@ -59,10 +59,11 @@ def told(value: Any) -> str:
 def describe_demo() -> dict[str, Any]:
     checkpoint = open_checkpoint("demo")
     lora = Path(FAMILIES["demo"].lcm_lora or "")
-    files = [*checkpoint.content_files(), lora]
+    files = [*checkpoint.content_files(), lora, DEMO_STYLE]
     return {
         "checkpoint": str(checkpoint.folder),
         "lcm_lora": str(lora),
+        "style_lora": str(DEMO_STYLE),
         "architecture": checkpoint.architecture,
         "size": list(checkpoint.default_size),
         "bytes": sum(path.stat().st_size for path in files),

@@ -19,7 +19,7 @@ from lcm_compile.families import FAMILIES
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import Request
 
-CHECKPOINT, LCM_LORA = FAMILIES["demo"].base, FAMILIES["demo"].lcm_lora
+CHECKPOINT = FAMILIES["demo"].base
 
 
 @pytest.mark.parametrize(("guidance", "negative"), [(1.0, None), (3.0, None), (3.0, "a small blue ring")])
@@ -71,55 +71,60 @@ def test_rows_ask_for_the_proofs_own_prompts():
     assert all(is_held_out(text) for text, _ in proof_prompts(20))
 
 
-def test_parts_without_their_file_have_no_rows():
-    assert not rows_of("style", 10, "", "") and not rows_of("universal", 10, "", "")
-    assert len(rows_of("style", 10, "style.safetensors", "")) == 2 + len(proof_rows.STRENGTHS) ** 2
+def test_rows_of_a_tuned_base_need_one():
+    assert not rows_of("universal", 10, "")
+    assert {row.spec.base for row in rows_of("universal", 10, "tuned")} == {"tuned", "demo"}
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Fewer cells and steps than the proof has, of every part."""
-    monkeypatch.setattr(proof_rows, "STRENGTHS", (0.0, 1.0))
-
-    def few(part, *given):
-        return [row for row in rows_of(part, *given) if row.steps <= 8]
-
-    monkeypatch.setattr(proof, "rows_of", few)
-
-
-def test_the_whole_proof(tmp_path, small, capsys, monkeypatch):
-    """The LCM-LoRA stands for a style, and the shipped base for a tuned one."""
+def prove(tmp_path, capsys):
+    """Runs the proof on four pictures a row; returns what it writes and tells."""
 
     def run(*more):
-        words = ["--out", str(tmp_path), "--count", "4", *more]
-        proof.main(words, standalone_mode=False)
+        proof.main(["--out", str(tmp_path), "--count", "4", *more], standalone_mode=False)
         out, err = capsys.readouterr()
         assert out.strip() == str(tmp_path)
         return json.loads((tmp_path / "proof.json").read_text()), err
 
-    data, err = run("--part", "steps", "--part", "style")
-    assert "style is left out" in err
-    assert {record["part"] for record in data["rows"].values()} == {"steps"}
-    data, _ = run("--style", LCM_LORA, "--tuned", CHECKPOINT)
-    rows = list(data["rows"].values())
-    assert {record["part"] for record in rows} == {"steps", "guidance", "style", "universal"}
+    return run
+
+
+def only(monkeypatch, chosen):
+    monkeypatch.setattr(proof, "rows_of", lambda *given: [row for row in rows_of(*given) if chosen(row)])
+
+
+def test_a_proof_tells_good_from_bad_and_draws_nothing_twice(prove, tmp_path, monkeypatch):
+    only(monkeypatch, lambda row: (row.label, row.steps) in (("LCM-LoRA", 4), ("Euler", 1)))
+    data, _ = prove("--part", "steps")
+    good, bad = data["rows"].values()
+    assert good["right"]["all"]["part"] > bad["right"]["all"]["part"] == 0
+    assert good["distances"]["frechet"] < bad["distances"]["frechet"]
+    assert (good["passes"], bad["passes"]) == (4, 2)
     assert data["prompts"] == [list(pair) for pair in proof_prompts(4)]
-    for record in rows:
+    for record in (good, bad):
         assert len(record["seconds"]) == 4 and min(record["seconds"]) > 0
         assert record["median_seconds"] == np.median(record["seconds"])
         assert all(len(marks) == 4 for marks in record["verdicts"].values())
         assert set(record["verdicts"]["binding"][1::2]) <= {"0", "1"}
         assert record["verdicts"]["binding"][::2] == "--"
-    by_name = {(r["part"], r["label"], r["steps"], r["guidance"]): r for r in rows}
-    good, bad = by_name["steps", "LCM-LoRA", 4, 1.0], by_name["steps", "Euler", 1, 3.0]
-    assert good["right"]["all"]["part"] > bad["right"]["all"]["part"] == 0
-    assert good["distances"]["frechet"] < bad["distances"]["frechet"]
-    assert (good["passes"], bad["passes"]) == (4, 2)
-    assert by_name["universal", "not tuned, LCM-LoRA", 4, 1.0]["right"]["clean"]["part"] < 0.5
+    for name in ("accuracy-against-time", "steps"):
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 20
+    monkeypatch.setattr(proof, "build", lambda *_, **__: pytest.fail("what is known is drawn again"))
+    assert prove("--part", "steps")[0] == data
+
+
+@pytest.mark.slow
+def test_every_part_of_the_proof(prove, tmp_path, monkeypatch):
+    """The shipped base stands for a tuned one."""
+    monkeypatch.setattr(proof_rows, "STRENGTHS", (0.0, 1.0))
+    only(monkeypatch, lambda row: row.steps <= 8)
+    assert "universal is left out" in prove("--part", "universal")[1]
+    data, _ = prove("--tuned", CHECKPOINT)
+    rows = list(data["rows"].values())
+    assert {record["part"] for record in rows} == {"steps", "guidance", "style", "universal"}
+    (other_look,) = (r for r in rows if r["label"] == "not tuned, LCM-LoRA")
+    assert other_look["right"]["clean"]["part"] < 0.5
     text = (tmp_path / "proof.md").read_text()
     assert all(title in text for title in ("How many steps", "Guidance", "A style", "another palette"))
     for name in ("accuracy-against-time", "steps", "styles", "universal"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 20
-    monkeypatch.setattr(proof, "build", lambda *_, **__: pytest.fail("what is known is drawn again"))
-    again, _ = run("--style", LCM_LORA, "--tuned", CHECKPOINT)
-    assert again == data

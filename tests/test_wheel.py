@@ -59,7 +59,7 @@ def test_holds_the_demo_model_under_12_mb(wheel):
     names = {i.filename.removeprefix("lcm_compile/demo/") for i in infos}
     shipped = {str(p.relative_to(ROOT / "lcm_compile/demo")) for p in weights()}
     assert shipped <= names
-    assert "lcm_lora.safetensors" in names
+    assert {"lcm_lora.safetensors", "zebra_lora.safetensors"} <= set(names)
     assert "checkpoint/model_index.json" in names
     assert sum(i.file_size for i in infos if i.filename.endswith(".safetensors")) < 12_000_000
 
