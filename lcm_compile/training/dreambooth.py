@@ -29,12 +29,13 @@ from lcm_compile.training.adapters import (
     place,
     predict_with,
     save_lora,
+    trained,
 )
 from lcm_compile.training.consistency import Conditioning, Predict, Solver, add_noise, per_picture
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, Data, generator, list_pictures, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, join
-from lcm_compile.training.files import check_out, check_space, remove, replacing
-from lcm_compile.training.loop import Progress, train
+from lcm_compile.training.files import check_out, check_space, replacing
+from lcm_compile.training.loop import Progress, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, find_machine
 from lcm_compile.training.state import State, check_state, open_state, settings_of
 
@@ -114,12 +115,13 @@ def run(
 ) -> Generator[Progress, None, Path]:
     pictures = encode_all(checkpoint, machine, [data] if prior is None else [data, prior])
     unet: Any = load_component(checkpoint, "unet")
-    weights = add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
+    add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
     place(unet, machine)
+    weights = trained(unet)
     if spec.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    count = sum(weight.numel() for weight in weights.values())
-    check_space(out, count * 2 + count * 4 * (4 if spec.ema else 3))
+    output = 2 * sum(weight.numel() for weight in weights.values())
+    check_space(out, output + state_bytes(spec, weights, means=0))
     solver = Solver.of(checkpoint.scheduler, 1, machine.device)
     predict = predict_with(unet, machine)
 
@@ -135,7 +137,7 @@ def run(
     final = yield from train(spec, machine, weights, {}, loss_of, lambda step, steps: 1.0, state)
     if machine.main:
         save_lora(peft_tensors(final), out, describe(spec, checkpoint))
-        remove(state.path)
+        state.remove()
     return out
 
 
