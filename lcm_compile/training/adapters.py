@@ -40,8 +40,8 @@ def trained(unet: nn.Module) -> Weights:
 
 
 def place(unet: Any, machine: Machine) -> None:
-    """Moves a UNet to where it computes. On a GPU frozen weights take the precision they are used in."""
-    if machine.dtype is not None and machine.device.type == "cuda":
+    """Moves a UNet to where it computes; frozen weights take the precision they are multiplied in."""
+    if machine.dtype is not None:
         for weight in unet.parameters():
             if not weight.requires_grad:
                 weight.data = weight.data.to(machine.dtype)

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.training import distill
-from lcm_compile.training.state import state_path
+from lcm_compile.training.loop import train
+from lcm_compile.training.spec import Machine, TrainSpec
+from lcm_compile.training.state import State, state_path
 
 
 def difference(one, other) -> float:
@@ -77,6 +79,20 @@ def test_fp16_needs_a_gpu(bases, tmp_path):
     with pytest.raises(UsageError, match="fp16 trains on a GPU only") as caught:
         distill.distill(settings_for(bases["sd15"], mixed_precision="fp16"), tmp_path / "lora.safetensors")
     assert caught.value.hint
+
+
+def test_fp16_scales_the_loss_and_skips_what_overflows(tmp_path):
+    """On a loss so steep that 65536 times its gradient is infinite, as the scaler starts with."""
+    weights = {"w": torch.nn.Parameter(torch.tensor(1.0))}
+    spec = TrainSpec("base", steps=4, lr=0.1)
+    state = State(tmp_path / "state", {}, None)
+    half = Machine(torch.device("cpu"), torch.float16)
+    kept, losses = [], []
+    for progress in train(spec, half, weights, {}, lambda _: weights["w"] ** 2 * 5e33, lambda *_: 1.0, state):
+        kept.append(weights["w"].item())
+        losses.append(progress.loss)
+    assert kept[0] == 1.0 and losses[1] == losses[0]
+    assert kept[-1] < 0.95 and losses[-1] < losses[0]
 
 
 # Running means ------------------------------------------------------------------------------------------
