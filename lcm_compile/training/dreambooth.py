@@ -6,6 +6,7 @@ which keep what the base knew: Ruiz et al. 2022, arXiv 2208.12242, equation 2, o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -195,11 +196,14 @@ def draw_class_pictures(
     if machine.main and present < spec.prior_images:
         folder.mkdir(parents=True, exist_ok=True)
         pipe = open_pipeline(checkpoint, machine)
-        for i in range(present, spec.prior_images):
-            tell(f"drawing class picture {i + 1} of {spec.prior_images}")
+        names = ((i, folder / f"class-{i:04d}.png") for i in itertools.count())
+        free = ((i, path) for i, path in names if not path.exists())
+        for number in range(present + 1, spec.prior_images + 1):
+            tell(f"drawing class picture {number} of {spec.prior_images}")
+            i, path = next(free)
             random = torch.Generator().manual_seed(spec.seed + i)
             picture = pipe(spec.prior_prompt, generator=random).images[0]
-            with replacing(folder / f"class-{i:04d}.png") as part:
+            with replacing(path) as part:
                 picture.save(part, format="PNG")
     PartialState().wait_for_everyone()
 

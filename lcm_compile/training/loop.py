@@ -42,6 +42,7 @@ class RunningMean:
     decay: float
     rises: bool = False
 
+    @torch.no_grad()
     def follow(self, weights: Weights, step: int) -> None:
         decay = self.decay
         if self.rises:

@@ -12,6 +12,7 @@ import torch
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.hub import first_line
 from lcm_compile.training.files import part_of, remove, replacing
 from lcm_compile.training.spec import Machine, TrainSpec
 
@@ -62,7 +63,9 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = dict(saved["settings"])
     except Exception as error:  # torch's unpickler has no error of its own
-        raise LcmCompileError(f"{path} can't be read: {error}", f"rm {path} and start again") from error
+        raise LcmCompileError(
+            f"{path} can't be read: {first_line(error)}", f"rm {path} and start again"
+        ) from error
     for name, value in settings.items():
         if before.get(name) != value:
             raise UsageError(

@@ -106,6 +106,8 @@ def test_target_trails_the_student(bases, tmp_path):
     for state in later:
         expected = {name: 0.95 * expected[name] + 0.05 * state["weights"][name] for name in expected}
         torch.testing.assert_close(state["means"]["target"], expected)
+        # or every step would hang on to the ones before it
+        assert not any(weight.requires_grad for weight in state["means"]["target"].values())
 
 
 def test_ema_is_diffusers_and_is_what_is_written(bases, tmp_path):
