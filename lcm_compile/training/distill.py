@@ -36,7 +36,7 @@ from lcm_compile.training.consistency import Conditioning, Predict, Solver, dist
 from lcm_compile.training.data import DEMO, NOISE, Data, generator, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, with_no_prompt
 from lcm_compile.training.files import check_out, check_space
-from lcm_compile.training.full import save_checkpoint, student_of, with_guidance
+from lcm_compile.training.full import save_checkpoint, student_of
 from lcm_compile.training.loop import Progress, RunningMean, Weights, copy_of, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, at_least_one, find_machine
 from lcm_compile.training.state import State, open_state, settings_of
@@ -128,7 +128,7 @@ def run(
     final = yield from train(spec, machine, weights, means, loss_of, rate, state)
     if machine.main:
         if spec.full:
-            save_checkpoint(with_guidance(unet.config), final, checkpoint, out)
+            save_checkpoint(final, checkpoint, out)
         else:
             save_lora(kohya_tensors(final, spec.rank), out, describe(spec, checkpoint))
         state.remove()

@@ -39,13 +39,13 @@ def student_of(teacher: Any) -> Any:
     return student.eval().requires_grad_(True)
 
 
-def save_checkpoint(config: Mapping[str, Any], weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
-    """Writes a base with a UNet of this config and these weights as a diffusers folder, or nothing."""
+def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
+    """Writes a base with a student's weights as its UNet, a diffusers folder, whole or not at all."""
     from diffusers import LCMScheduler
 
     index = read_json(checkpoint.folder / "model_index.json")
     with replacing(out) as part, quiet_libraries():
-        unet = empty_unet(config)
+        unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)
         unet.save_pretrained(part / "unet")
         LCMScheduler(**checkpoint.scheduler.to_dict()).save_pretrained(part / "scheduler")

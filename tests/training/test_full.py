@@ -107,6 +107,8 @@ def test_the_rest_is_the_bases(lcm, bases):
         assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
     index = json.loads((lcm / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
+    told = "".join(path.read_text() for path in lcm.rglob("*config.json"))
+    assert str(lcm.parent) not in told
 
 
 def test_the_folder_must_be_new(bases, lcm):
