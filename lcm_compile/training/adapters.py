@@ -26,14 +26,13 @@ ADAPTED = (
 PATHS = ("base", "data", "prior_data")
 
 
-def add_lora(unet: Any, rank: int, modules: Sequence[str], seed: int) -> Weights:
-    """Puts PEFT adapters of α = rank into a UNet. Their weights by name: nothing else is trained."""
+def add_lora(unet: Any, rank: int, modules: Sequence[str], seed: int) -> None:
+    """Puts PEFT adapters of α = rank into a frozen UNet: nothing else in it is trained."""
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules)))
-    return trained(unet)
 
 
 def trained(unet: nn.Module) -> Weights:
@@ -41,8 +40,8 @@ def trained(unet: nn.Module) -> Weights:
 
 
 def place(unet: Any, machine: Machine) -> None:
-    """Moves a UNet to where it computes. On a GPU frozen weights take the precision they are used in."""
-    if machine.dtype is not None and machine.device.type == "cuda":
+    """Moves a UNet to where it computes; frozen weights take the precision they are multiplied in."""
+    if machine.dtype is not None:
         for weight in unet.parameters():
             if not weight.requires_grad:
                 weight.data = weight.data.to(machine.dtype)

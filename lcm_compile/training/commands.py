@@ -77,7 +77,7 @@ def training_options(steps: int, rank: int, batch: int) -> Callable[[Any], Any]:
 
 @click.command()
 @click.option("--base", required=True, metavar="BASE", help="The teacher: demo, a family or a folder.")
-@click.option("--out", type=click.Path(path_type=Path), help="The LoRA's .safetensors; of --full a folder.")
+@click.option("--out", type=click.Path(path_type=Path), help="The LoRA's .safetensors; with --full a folder.")
 @click.option("--data", metavar="DIR|demo", help="Captioned pictures; for the demo base: its own world.")
 @click.option("--full", is_flag=True, help="Distil the whole UNet into an LCM instead of a LoRA.")
 @click.option("--skip", type=int, default=20, show_default=True, help="Timesteps that one solver step spans.")
@@ -110,7 +110,7 @@ def distill(
 @click.option("--out", type=click.Path(path_type=Path), help="The LoRA's .safetensors.")
 @click.option("--data", metavar="DIR|demo", help="16 to 50 pictures of the subject or style.")
 @click.option("--prompt", metavar="TEXT", help="The caption of pictures without one: a photo of sks dog.")
-@click.option("--modules", default="attention", show_default=True, help="attention, or all.")
+@click.option("--modules", default="attention", show_default=True, help="What adapts: attention, or all.")
 @click.option("--prior-data", metavar="DIR", help="Pictures of the class, which is not to be forgotten.")
 @click.option("--prior-prompt", metavar="TEXT", help="The caption of those without one: a photo of a dog.")
 @click.option("--prior-images", type=int, default=0, metavar="N", help="The base draws what they lack of N.")
@@ -179,7 +179,9 @@ def follow(
     except KeyboardInterrupt as stop:
         if not state_path(out).is_file():
             raise
-        error = LcmCompileError(f"interrupted; {state_path(out)} keeps most of it", "the same with --resume")
+        error = LcmCompileError(
+            f"interrupted; {state_path(out)} holds the last save", "the same with --resume"
+        )
         error.exit_code = INTERRUPTED
         raise error from stop
     if not main:

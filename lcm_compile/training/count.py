@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcm_compile.checkpoints import open_checkpoint, quiet_libraries
-from lcm_compile.training.full import unet_with_guidance
+from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.training.full import empty_unet, with_guidance
 from lcm_compile.unet_configs import UNETS
 
 
@@ -40,21 +40,12 @@ def count_lora(base: str, rank: int, endings: Sequence[str]) -> Size:
 def count_full(base: str) -> Size:
     """A whole UNet with its guidance embedding, written in single precision."""
     config = unet_config(base)
-    with torch.device("meta"):
-        count = parameters(unet_with_guidance(config))
+    count = parameters(empty_unet(with_guidance(config)))
     return Size(base, parameters(empty_unet(config)), count, 0, 4 * count)
 
 
 def unet_config(base: str) -> Mapping[str, Any]:
     return UNETS[base] if base in UNETS else open_checkpoint(base).unet
-
-
-def empty_unet(config: Mapping[str, Any]) -> nn.Module:
-    """A UNet without weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"), quiet_libraries():
-        return UNet2DConditionModel.from_config(config)
 
 
 def adapter_size(module: nn.Linear | nn.Conv2d, rank: int) -> int:

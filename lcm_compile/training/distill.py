@@ -35,9 +35,9 @@ from lcm_compile.training.adapters import (
 from lcm_compile.training.consistency import Conditioning, Predict, Solver, distillation_loss
 from lcm_compile.training.data import DEMO, NOISE, Data, generator, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, with_no_prompt
-from lcm_compile.training.files import check_out, check_space, remove
+from lcm_compile.training.files import check_out, check_space
 from lcm_compile.training.full import save_checkpoint, student_of
-from lcm_compile.training.loop import Progress, RunningMean, Weights, copy_of, train
+from lcm_compile.training.loop import Progress, RunningMean, Weights, copy_of, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, at_least_one, find_machine
 from lcm_compile.training.state import State, open_state, settings_of
 
@@ -112,9 +112,8 @@ def run(
         weights, target, networks = whole_networks(unet, spec, machine)
     else:
         weights, target, networks = lora_networks(unet, spec, machine)
-    # Of every weight the state holds it, its target, Adam's two moments and perhaps the EMA.
-    count = sum(weight.numel() for weight in weights.values())
-    check_space(out, count * (4 if spec.full else 2) + count * 4 * (5 if spec.ema else 4))
+    output = sum(weight.numel() for weight in weights.values()) * (4 if spec.full else 2)
+    check_space(out, output + state_bytes(spec, weights, means=1))
     solver = Solver.of(checkpoint.scheduler, spec.skip, machine.device)
     timesteps = solver.timesteps()
 
@@ -129,10 +128,10 @@ def run(
     final = yield from train(spec, machine, weights, means, loss_of, rate, state)
     if machine.main:
         if spec.full:
-            save_checkpoint(unet.config, final, checkpoint, out)
+            save_checkpoint(final, checkpoint, out)
         else:
             save_lora(kohya_tensors(final, spec.rank), out, describe(spec, checkpoint))
-        remove(state.path)
+        state.remove()
     return out
 
 
@@ -144,10 +143,11 @@ def prepare(checkpoint: Checkpoint, data: Data, machine: Machine) -> tuple[Encod
 
 def lora_networks(unet: Any, spec: DistillSpec, machine: Machine) -> tuple[Weights, Weights, Networks]:
     """What is trained, the start of the target's, and the three networks that are one UNet."""
-    weights = add_lora(unet, spec.rank, ADAPTED, spec.seed)
+    add_lora(unet, spec.rank, ADAPTED, spec.seed)
     place(unet, machine)
     if spec.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
+    weights = trained(unet)
     target = copy_of(weights)
     three = (
         predict_with(unet, machine),

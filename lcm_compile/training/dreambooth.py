@@ -6,6 +6,7 @@ which keep what the base knew: Ruiz et al. 2022, arXiv 2208.12242, equation 2, o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -29,12 +30,13 @@ from lcm_compile.training.adapters import (
     place,
     predict_with,
     save_lora,
+    trained,
 )
 from lcm_compile.training.consistency import Conditioning, Predict, Solver, add_noise, per_picture
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, Data, generator, list_pictures, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, join
-from lcm_compile.training.files import check_out, check_space, remove, replacing
-from lcm_compile.training.loop import Progress, train
+from lcm_compile.training.files import check_out, check_space, replacing
+from lcm_compile.training.loop import Progress, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, find_machine
 from lcm_compile.training.state import State, check_state, open_state, settings_of
 
@@ -114,12 +116,13 @@ def run(
 ) -> Generator[Progress, None, Path]:
     pictures = encode_all(checkpoint, machine, [data] if prior is None else [data, prior])
     unet: Any = load_component(checkpoint, "unet")
-    weights = add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
+    add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
     place(unet, machine)
+    weights = trained(unet)
     if spec.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    count = sum(weight.numel() for weight in weights.values())
-    check_space(out, count * 2 + count * 4 * (4 if spec.ema else 3))
+    output = 2 * sum(weight.numel() for weight in weights.values())
+    check_space(out, output + state_bytes(spec, weights, means=0))
     solver = Solver.of(checkpoint.scheduler, 1, machine.device)
     predict = predict_with(unet, machine)
 
@@ -135,7 +138,7 @@ def run(
     final = yield from train(spec, machine, weights, {}, loss_of, lambda step, steps: 1.0, state)
     if machine.main:
         save_lora(peft_tensors(final), out, describe(spec, checkpoint))
-        remove(state.path)
+        state.remove()
     return out
 
 
@@ -193,11 +196,14 @@ def draw_class_pictures(
     if machine.main and present < spec.prior_images:
         folder.mkdir(parents=True, exist_ok=True)
         pipe = open_pipeline(checkpoint, machine)
-        for i in range(present, spec.prior_images):
-            tell(f"drawing class picture {i + 1} of {spec.prior_images}")
+        names = ((i, folder / f"class-{i:04d}.png") for i in itertools.count())
+        free = ((i, path) for i, path in names if not path.exists())
+        for number in range(present + 1, spec.prior_images + 1):
+            tell(f"drawing class picture {number} of {spec.prior_images}")
+            i, path = next(free)
             random = torch.Generator().manual_seed(spec.seed + i)
             picture = pipe(spec.prior_prompt, generator=random).images[0]
-            with replacing(folder / f"class-{i:04d}.png") as part:
+            with replacing(path) as part:
                 picture.save(part, format="PNG")
     PartialState().wait_for_everyone()
 

@@ -11,10 +11,14 @@ from pathlib import Path
 from lcm_compile.errors import LcmCompileError, UsageError
 
 
+def part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name.lstrip('.')}.part")
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write a file or folder under, which then takes the place of `path`, whole or not at all."""
-    part = path.with_name(f".{path.name.lstrip('.')}.part")
+    part = part_of(path)
     remove(part)
     try:
         yield part
@@ -51,7 +55,7 @@ def check_out(out: Path, folder: bool = False) -> None:
 
 
 def check_space(out: Path, size: int) -> None:
-    """A full disk is better found before the training than after it. `size`: bytes of output and state."""
+    """A full disk is better found before the training than after it. `size`: bytes of all that is written."""
     free = shutil.disk_usage(out.parent).free
     if free < 1.1 * size + 1_000_000:
         raise LcmCompileError(

@@ -12,34 +12,41 @@ import torch
 
 from lcm_compile.checkpoints import Checkpoint, quiet_libraries, read_json
 from lcm_compile.training.files import replacing
-from lcm_compile.training.loop import Weights
+from lcm_compile.training.loop import Weights, copy_of
 
 GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
+GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
 
 
-def unet_with_guidance(config: Mapping[str, Any]) -> Any:
+def empty_unet(config: Mapping[str, Any]) -> Any:
+    """A UNet of shapes without weights, on torch's meta device."""
     from diffusers import UNet2DConditionModel
 
-    with quiet_libraries():
-        return UNet2DConditionModel.from_config({**config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    with torch.device("meta"), quiet_libraries():
+        return UNet2DConditionModel.from_config(config)
+
+
+def with_guidance(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**config, "time_cond_proj_dim": GUIDANCE_WIDTH}
 
 
 def student_of(teacher: Any) -> Any:
     """A copy of a UNet, to be trained, that takes a guidance embedding and starts by ignoring it."""
-    student = unet_with_guidance(teacher.config)
-    student.load_state_dict(teacher.state_dict(), strict=False)
-    torch.nn.init.zeros_(student.time_embedding.cond_proj.weight)
+    student = empty_unet(with_guidance(teacher.config))
+    weights = copy_of(teacher.state_dict())
+    weights[GUIDANCE_WEIGHT] = torch.zeros(student.get_parameter(GUIDANCE_WEIGHT).shape)
+    student.load_state_dict(weights, assign=True)
     return student.eval().requires_grad_(True)
 
 
-def save_checkpoint(config: Mapping[str, Any], weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
-    """Writes a base with these weights of `unet_with_guidance(config)` as a diffusers folder, or nothing."""
+def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
+    """Writes a base with a student's weights as its UNet, a diffusers folder, whole or not at all."""
     from diffusers import LCMScheduler
 
     index = read_json(checkpoint.folder / "model_index.json")
     with replacing(out) as part, quiet_libraries():
-        unet = unet_with_guidance(config)
-        unet.load_state_dict(weights)
+        unet = empty_unet(with_guidance(checkpoint.unet))
+        unet.load_state_dict(weights, assign=True)
         unet.save_pretrained(part / "unet")
         LCMScheduler(**checkpoint.scheduler.to_dict()).save_pretrained(part / "scheduler")
         kept = ("unet", "vae", *checkpoint.text_encoders, *checkpoint.tokenizers)

@@ -42,6 +42,7 @@ class RunningMean:
     decay: float
     rises: bool = False
 
+    @torch.no_grad()
     def follow(self, weights: Weights, step: int) -> None:
         decay = self.decay
         if self.rises:
@@ -51,6 +52,17 @@ class RunningMean:
 
 def copy_of(weights: Weights) -> Weights:
     return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def state_bytes(spec: TrainSpec, weights: Weights, means: int) -> int:
+    """What a state takes together with its successor, until that has taken its place.
+
+    Each holds the weights, Adam's two moments, the running means and the EMA, all in fp32.
+    """
+    if spec.steps <= spec.save_every:
+        return 0
+    copies = 3 + means + (spec.ema > 0)
+    return 2 * 4 * copies * sum(weight.numel() for weight in weights.values())
 
 
 def batches(spec: TrainSpec, machine: Machine, step: int) -> Iterator[range]:
@@ -74,8 +86,6 @@ def train(
 
     `rate` is the part of the learning rate at a step of all. LcmCompileError where the loss is not finite.
     """
-    from accelerate.utils import reduce
-
     if spec.ema:
         means = {**means, "ema": RunningMean(copy_of(weights), spec.ema, rises=True)}
     parameters = list(weights.values())
@@ -87,17 +97,7 @@ def train(
         losses = list(state.saved["losses"])
         state.saved.clear()  # frees the file it is mapped from
     for step in range(len(losses) + 1, spec.steps + 1):
-        loss = torch.zeros((), device=machine.device)
-        # Around the backward too, which computes the forward again where gradients are checkpointed.
-        with machine.attention():
-            for numbers in batches(spec, machine, step):
-                part = loss_of(numbers) / spec.gradient_accumulation
-                scaler.scale(part).backward()
-                loss += part.detach()
-        if machine.processes > 1:
-            loss = reduce(loss, "mean")
-            for parameter in parameters:
-                parameter.grad = reduce(parameter.grad, "mean")
+        loss = differentiate(spec, machine, parameters, loss_of, scaler, step)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
         # With a scaler, gradients overflow now and then; it skips that step and scales less.
@@ -123,6 +123,31 @@ def train(
             )
         yield Progress(step, spec.steps, losses)
     return means["ema"].weights if spec.ema else weights
+
+
+def differentiate(
+    spec: TrainSpec,
+    machine: Machine,
+    parameters: list[Tensor],
+    loss_of: Callable[[range], Tensor],
+    scaler: torch.amp.GradScaler,
+    step: int,
+) -> Tensor:
+    """A step's loss, the mean over its batches and all processes, with its gradients in the parameters."""
+    from accelerate.utils import reduce
+
+    loss = torch.zeros((), device=machine.device)
+    # Around the backward too, which computes the forward again where gradients are checkpointed.
+    with machine.attention():
+        for numbers in batches(spec, machine, step):
+            part = loss_of(numbers) / spec.gradient_accumulation
+            scaler.scale(part).backward()
+            loss += part.detach()
+    if machine.processes > 1:
+        loss = reduce(loss, "mean")
+        for parameter in parameters:
+            parameter.grad = reduce(parameter.grad, "mean")
+    return loss
 
 
 def restore(

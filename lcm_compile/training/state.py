@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.training.files import replacing
+from lcm_compile.hub import first_line
+from lcm_compile.training.files import part_of, remove, replacing
 from lcm_compile.training.spec import Machine, TrainSpec
 
+DIGESTED = 65536  # bytes of a file
 # Settings that change where and how a training computes, not what it learns.
 FREE = ("base", "data", "batch", "gradient_accumulation", "gradient_checkpointing", "save_every")
 
@@ -29,6 +32,10 @@ class State:
     def write(self, parts: dict[str, Any]) -> None:
         with replacing(self.path) as part:
             torch.save({"settings": self.settings, **parts}, part)
+
+    def remove(self) -> None:
+        for path in (self.path, part_of(self.path)):  # a kill may have left half a one
+            remove(path)
 
 
 def state_path(out: Path) -> Path:
@@ -56,7 +63,9 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = dict(saved["settings"])
     except Exception as error:  # torch's unpickler has no error of its own
-        raise LcmCompileError(f"{path} can't be read: {error}", f"rm {path} and start again") from error
+        raise LcmCompileError(
+            f"{path} can't be read: {first_line(error)}", f"rm {path} and start again"
+        ) from error
     for name, value in settings.items():
         if before.get(name) != value:
             raise UsageError(
@@ -66,13 +75,22 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
     return State(path, settings, saved)
 
 
+def digest_of(checkpoint: Checkpoint) -> str:
+    """Of the ends of a base's files, where weights lie: reading the whole of them would take minutes."""
+    digest = hashlib.sha256()
+    for path in checkpoint.content_files():
+        with path.open("rb") as file:
+            file.seek(-min(path.stat().st_size, DIGESTED), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
 def settings_of(spec: TrainSpec, checkpoint: Checkpoint, machine: Machine, **data: str) -> dict[str, Any]:
     """All that shapes the curve of losses: what --resume must find unchanged."""
-    files = [(str(f.relative_to(checkpoint.folder)), f.stat().st_size) for f in checkpoint.content_files()]
     return {
         **{name: value for name, value in vars(spec).items() if name not in FREE},
         "mixed_precision": str(machine.dtype),
         "pictures a step": spec.batch * spec.gradient_accumulation * machine.processes,
-        "base's files": hashlib.sha256(repr(files).encode()).hexdigest(),
+        "base": digest_of(checkpoint),
         **data,
     }

@@ -7,6 +7,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from factories import BETAS
 
+from lcm_compile.training import distill
+from lcm_compile.training.data import open_data
+
 
 def alpha_bar() -> np.ndarray:
     return np.cumprod(1 - np.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2)
@@ -85,3 +88,16 @@ def with_lora(unet: UNet2DConditionModel, adapters: dict[str, torch.Tensor]) -> 
         weight = unet.get_submodule(module).weight
         weight.data += (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
     return unet
+
+
+def reference_step(pipe, spec, numbers, networks, prediction) -> float:
+    """The loss on pictures of the demo world, with `networks(w)` as student, target and teacher."""
+    data = open_data("demo", 64, 64, spec.seed)
+    latents, pairs = inputs_of(pipe, [data.sample(n) for n in numbers])
+    timesteps = torch.arange(spec.skip - 1, 1000, spec.skip)
+    drawn = distill.draw(spec, numbers, latents[0].shape, timesteps)
+    losses = []
+    for z0, (prompt, empty), noise, t, w in zip(latents, pairs, *drawn, strict=True):
+        picture = z0, noise.double().numpy(), int(t), float(w), prompt, empty
+        losses.append(reference_loss(*networks(w), *picture, prediction, spec.skip))
+    return float(np.mean(losses))

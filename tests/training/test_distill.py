@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from references import in_numpy, reference_step, with_lora
 from runs import PIPELINES, losses_of, settings_for
 
 from lcm_compile.checkpoints import load_component, load_modules, open_checkpoint
@@ -25,9 +27,11 @@ from lcm_compile.training.adapters import (
     predict_with,
     predict_without_lora,
     save_lora,
+    trained,
 )
 from lcm_compile.training.encode import Encoder
 from lcm_compile.training.spec import Machine
+from lcm_compile.training.state import state_path
 
 CPU = Machine(torch.device("cpu"))
 
@@ -41,7 +45,8 @@ def test_three_networks_in_one_unet(bases, tmp_path):
     )
     with torch.no_grad(), CPU.attention():
         plain = unet(*inputs[:2], inputs[2]["encoder_hidden_states"]).sample
-        student = add_lora(unet, 2, ADAPTED, seed=0)
+        add_lora(unet, 2, ADAPTED, seed=0)
+        student = trained(unet)
         torch.testing.assert_close(predict_with(unet, CPU)(*inputs), plain, rtol=0, atol=0)
         other = {name: (torch.randn_like(weight) * 0.1).half().float() for name, weight in student.items()}
         target = predict_with(unet, CPU, other)(*inputs)
@@ -57,6 +62,22 @@ def test_three_networks_in_one_unet(bases, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(predict_with(fused, CPU)(*inputs), target, rtol=1e-4, atol=1e-4)
     assert [name for name, p in unet.named_parameters() if p.requires_grad] == list(student)
+
+
+@pytest.mark.parametrize(("kind", "prediction"), [("sdxl", "epsilon"), ("v", "v_prediction")])
+def test_a_step_is_the_papers(kind, prediction, bases, tmp_path):
+    """The second step's loss, with the adapters that were kept after the first."""
+    spec = settings_for(bases[kind], steps=2, save_every=1)
+    steps = distill.distill(spec, tmp_path / "lora.safetensors")
+    next(steps)
+    state = torch.load(state_path(tmp_path / "lora.safetensors"), weights_only=True)
+    loss = next(steps).loss
+    pipe = PIPELINES["sdxl" if kind == "sdxl" else "sd15"].from_pretrained(bases[kind])
+    weights = state["weights"], state["means"]["target"]
+    student, target = (in_numpy(with_lora(copy.deepcopy(pipe.unet), adapters)) for adapters in weights)
+    networks = student, target, in_numpy(pipe.unet)
+    expected = reference_step(pipe, spec, range(2, 4), lambda w: networks, prediction)
+    assert loss == pytest.approx(expected, rel=1e-3)
 
 
 # The file -----------------------------------------------------------------------------------------------

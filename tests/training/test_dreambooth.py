@@ -162,6 +162,10 @@ def test_the_base_draws_missing_class_pictures(bases, pictures, tmp_path):
     assert np.abs(np.asarray(Image.open(drawn[1]), int) - np.asarray(theirs, int)).max() <= 1
     losses_of(spec, tmp_path / "again.safetensors", tell=told.append)
     assert len(told) == 2  # there is none missing
+    first, second = (path.read_bytes() for path in drawn)
+    drawn[0].unlink()
+    losses_of(spec, tmp_path / "third.safetensors", tell=told.append)
+    assert [path.read_bytes() for path in sorted(prior.iterdir())] == [first, second]
 
 
 @pytest.mark.parametrize(

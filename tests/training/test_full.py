@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, LCMScheduler, UNet2DConditionModel
-from references import in_numpy, inputs_of, reference_loss
+from references import in_numpy, reference_step
 from runs import PIPELINES, losses_of, settings_for
 
 from lcm_compile import BuildSpec, build, load
@@ -18,8 +17,6 @@ from lcm_compile.errors import UsageError
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import Request
 from lcm_compile.training import distill
-from lcm_compile.training.consistency import Solver
-from lcm_compile.training.data import open_data
 from lcm_compile.training.full import student_of
 from lcm_compile.training.state import state_path
 
@@ -40,11 +37,6 @@ def test_a_step_is_the_papers(kind, prediction, bases, tmp_path):
     loss = next(steps).loss
 
     pipe = PIPELINES["sdxl" if kind == "sdxl" else "sd15"].from_pretrained(bases[kind])
-    numbers = range(2, 4)
-    data = open_data("demo", 64, 64, spec.seed)
-    latents, pairs = inputs_of(pipe, [data.sample(n) for n in numbers])
-    timesteps = Solver.of(open_checkpoint(spec.base).scheduler, spec.skip).timesteps()
-    noises, ts, ws = distill.draw(spec, numbers, latents[0].shape, timesteps)
 
     def unet(weights):
         model = UNet2DConditionModel.from_config({**pipe.unet.config, "time_cond_proj_dim": 256})
@@ -52,13 +44,12 @@ def test_a_step_is_the_papers(kind, prediction, bases, tmp_path):
         return model
 
     student, target = unet(state["weights"]), unet(state["means"]["target"])
-    expected = []
-    for z0, (prompt, empty), noise, t, w in zip(latents, pairs, noises, ts, ws, strict=True):
+
+    def networks(w):
         told = diffusers_embedding(w[None])[0]
-        networks = in_numpy(student, told), in_numpy(target, told), in_numpy(pipe.unet)
-        picture = z0, noise.double().numpy(), int(t), float(w), prompt, empty
-        expected.append(reference_loss(*networks, *picture, prediction, spec.skip))
-    assert loss == pytest.approx(np.mean(expected), rel=1e-3)
+        return in_numpy(student, told), in_numpy(target, told), in_numpy(pipe.unet)
+
+    assert loss == pytest.approx(reference_step(pipe, spec, range(2, 4), networks, prediction), rel=1e-3)
     assert state["weights"]["time_embedding.cond_proj.weight"].any()  # it has learnt from the guidance
 
 
@@ -116,6 +107,8 @@ def test_the_rest_is_the_bases(lcm, bases):
         assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters(), strict=True))
     index = json.loads((lcm / "model_index.json").read_text())
     assert index["safety_checker"] == [None, None]
+    told = "".join(path.read_text() for path in lcm.rglob("*config.json"))
+    assert str(lcm.parent) not in told
 
 
 def test_the_folder_must_be_new(bases, lcm):

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.training import distill
-from lcm_compile.training.state import state_path
+from lcm_compile.training.loop import train
+from lcm_compile.training.spec import Machine, TrainSpec
+from lcm_compile.training.state import State, state_path
 
 
 def difference(one, other) -> float:
@@ -79,6 +81,20 @@ def test_fp16_needs_a_gpu(bases, tmp_path):
     assert caught.value.hint
 
 
+def test_fp16_scales_the_loss_and_skips_what_overflows(tmp_path):
+    """On a loss so steep that 65536 times its gradient is infinite, as the scaler starts with."""
+    weights = {"w": torch.nn.Parameter(torch.tensor(1.0))}
+    spec = TrainSpec("base", steps=4, lr=0.1)
+    state = State(tmp_path / "state", {}, None)
+    half = Machine(torch.device("cpu"), torch.float16)
+    kept, losses = [], []
+    for progress in train(spec, half, weights, {}, lambda _: weights["w"] ** 2 * 5e33, lambda *_: 1.0, state):
+        kept.append(weights["w"].item())
+        losses.append(progress.loss)
+    assert kept[0] == 1.0 and losses[1] == losses[0]
+    assert kept[-1] < 0.95 and losses[-1] < losses[0]
+
+
 # Running means ------------------------------------------------------------------------------------------
 
 
@@ -90,6 +106,8 @@ def test_target_trails_the_student(bases, tmp_path):
     for state in later:
         expected = {name: 0.95 * expected[name] + 0.05 * state["weights"][name] for name in expected}
         torch.testing.assert_close(state["means"]["target"], expected)
+        # or every step would hang on to the ones before it
+        assert not any(weight.requires_grad for weight in state["means"]["target"].values())
 
 
 def test_ema_is_diffusers_and_is_what_is_written(bases, tmp_path):
@@ -183,7 +201,7 @@ def test_another_training_is_not_resumed(changes, name, unfinished):
 
 def test_a_changed_base_or_folder_is_not_resumed(unfinished, bases, tmp_path):
     spec, out = unfinished
-    with pytest.raises(UsageError, match="its base's files was"):
+    with pytest.raises(UsageError, match="its base was"):
         distill.distill(changed(spec, base=str(bases["v"])), out, resume=True)
     (tmp_path / "pictures" / "0.txt").write_text("something else")
     with pytest.raises(UsageError, match="its data was"):
