@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lcm_compile.demo.world import parse_caption, place, proof_prompts, render
+
 Record = Mapping[str, Any]
 Drawn = Sequence[tuple[Record, Sequence[np.ndarray]]]
 
@@ -31,6 +33,7 @@ def write_figures(out: Path, drawn: Drawn) -> None:
     if rows := parts["steps"]:
         accuracy_against_time([record for record, _ in rows], out / "accuracy-against-time.png")
         steps(rows, out / "steps.png")
+        beside(rows, out / "beside.png")
     if rows := [d for d in parts["style"] if d[0]["strengths"]]:
         styles(rows, out / "styles.png")
     if rows := parts["universal"]:
@@ -129,6 +132,19 @@ def steps(rows: Drawn, path: Path) -> None:
         told = [f"{count} step{'s' * (count > 1)}" for count, _ in found]
         lines.append((name, [picture for _, picture in found], told))
     picture_lines(lines, path)
+
+
+def beside(rows: Drawn, path: Path) -> None:
+    """What was asked for, as it is rendered, over what the base and the LCM-LoRA draw of it."""
+    wanted = {("Euler", 25): "base, Euler,\n25 steps", ("LCM-LoRA", 4): "LCM-LoRA,\n4 steps"}
+    found = {(record["label"], record["steps"]): shown for record, shown in rows}
+    drawn = {name: found[row] for row, name in wanted.items() if row in found}
+    count = max(map(len, drawn.values()), default=0)
+    rng = np.random.default_rng(0)
+    rendered = [render(place(parse_caption(text), rng)) for text, _ in proof_prompts(count)]
+    if drawn:
+        everything = {"rendered": rendered, **drawn}
+        picture_lines([(name, shown, []) for name, shown in everything.items()], path)
 
 
 def styles(cells: Drawn, path: Path) -> None:
