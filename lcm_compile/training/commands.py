@@ -115,6 +115,9 @@ def distill(
 @click.option("--prior-prompt", metavar="TEXT", help="The caption of those without one: a photo of a dog.")
 @click.option("--prior-images", type=int, default=0, metavar="N", help="The base draws what they lack of N.")
 @click.option("--prior-weight", type=float, default=1.0, show_default=True)
+@click.option(
+    "--snr-gamma", type=float, metavar="GAMMA", help="Weight timesteps by min-SNR; 1 to 5 helps a style."
+)
 @training_options(steps=500, rank=4, batch=1)
 def train_lora(
     out: Path | None, resume: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any

@@ -55,6 +55,7 @@ class StyleSpec(TrainSpec):
     prior_prompt: str | None = None
     prior_weight: float = 1.0
     prior_images: int = 0
+    snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,6 +63,9 @@ class StyleSpec(TrainSpec):
             raise unknown_name("modules", self.modules, MODULES)
         if not (math.isfinite(self.prior_weight) and self.prior_weight > 0):
             raise UsageError(f"prior-weight must be a positive number, not {self.prior_weight}")
+        gamma = self.snr_gamma
+        if gamma is not None and not (math.isfinite(gamma) and gamma > 0):
+            raise UsageError(f"snr-gamma must be a positive number, not {gamma}", "for example --snr-gamma 5")
         if self.prior_images < 0:
             raise UsageError(f"prior-images must be 0 or more, not {self.prior_images}")
         if self.prior_data is None and (self.prior_prompt is not None or self.prior_images):
@@ -133,7 +137,7 @@ def run(
             drawn = draw(purpose, spec.seed, numbers, clean.shape[1:], len(solver.alphas))
             noise, timestep = (t.to(machine.device) for t in drawn)
             parts.append(Part(clean, noise, timestep, prompts))
-        return dreambooth_loss(predict, parts, spec.prior_weight, solver)
+        return dreambooth_loss(predict, parts, spec.prior_weight, solver, spec.snr_gamma)
 
     final = yield from train(spec, machine, weights, {}, loss_of, lambda step, steps: 1.0, state)
     if machine.main:
@@ -166,11 +170,13 @@ class Part:
     prompts: Conditioning
 
 
-def dreambooth_loss(predict: Predict, parts: Sequence[Part], prior_weight: float, solver: Solver) -> Tensor:
+def dreambooth_loss(
+    predict: Predict, parts: Sequence[Part], prior_weight: float, solver: Solver, snr_gamma: float | None
+) -> Tensor:
     """The error on the pictures, plus the weighted error on those of their class if there are any.
 
     Each is the mean square between the prediction and ε, v = √ᾱ·ε − √(1 − ᾱ)·z0 or z0, as the base
-    predicts; both parts share one pass.
+    predicts, weighted by timestep where there is an `snr_gamma`; both parts share one pass.
     """
     clean = torch.cat([part.clean for part in parts])
     noise = torch.cat([part.noise for part in parts])
@@ -181,8 +187,21 @@ def dreambooth_loss(predict: Predict, parts: Sequence[Part], prior_weight: float
     prompts = join(*(part.prompts for part in parts))
     prediction = predict(add_noise(clean, noise, alpha), timestep, prompts)
     error = mse_loss(prediction, wanted[solver.prediction_type], reduction="none")
+    if snr_gamma is not None:
+        error = error * per_picture(min_snr_weight(alpha, solver.prediction_type, snr_gamma))
     ours, *prior = error.split([len(part.clean) for part in parts])
     return ours.mean() + prior_weight * sum(errors.mean() for errors in prior)
+
+
+def min_snr_weight(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor:
+    """The weight of each timestep's error: min(SNR, γ) of the error of ẑ0, SNR = ᾱ / (1 − ᾱ).
+
+    Hang et al. 2023, arXiv 2303.09556, section 3.4. A small γ counts the noisy timesteps, where it is
+    decided what is drawn, as much as those that only refine it.
+    """
+    snr = alpha / (1 - alpha)
+    of_clean = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / of_clean[prediction_type]
 
 
 def draw_class_pictures(

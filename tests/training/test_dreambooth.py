@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.training_utils import compute_snr
 from PIL import Image
 from references import alpha_bar, in_numpy, inputs_of, with_lora
 from runs import PIPELINES, write_pictures
@@ -18,7 +19,7 @@ from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
 from lcm_compile.lora import fuse_loras, match_layers, read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, open_data
-from lcm_compile.training.dreambooth import MODULES, StyleSpec, draw, train_lora
+from lcm_compile.training.dreambooth import MODULES, StyleSpec, draw, min_snr_weight, train_lora
 from lcm_compile.training.state import state_path
 
 
@@ -84,6 +85,29 @@ def test_targets_are_diffusers():
     velocity = scheduler.get_velocity(clean, noise, torch.tensor([500])).numpy()
     ours = scheduler_target("v_prediction", clean.numpy(), noise.numpy(), 500)
     np.testing.assert_allclose(ours, velocity, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 5.0])
+def test_min_snr_weights_are_diffusers(kind, gamma):
+    """As its text-to-image scripts weight their loss."""
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    timesteps = torch.arange(0, 1000, 37)
+    snr = compute_snr(scheduler, timesteps)
+    theirs = torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + (kind == "v_prediction"))
+    ours = min_snr_weight(scheduler.alphas_cumprod[timesteps], kind, gamma)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_snr_gamma_weights_the_loss(bases, pictures, tmp_path):
+    """One picture a step: its loss is that without γ times its timestep's weight."""
+    plain = settings_for(bases["sdxl"], pictures, steps=1, batch=1)
+    weighted = settings_for(bases["sdxl"], pictures, steps=1, batch=1, snr_gamma=0.5)
+    (one,), (other,) = (losses_of(spec, tmp_path / "lora.safetensors") for spec in (plain, weighted))
+    side = open_checkpoint(str(bases["sdxl"])).unet["sample_size"]
+    _, timestep = draw(NOISE, plain.seed, range(1), (4, side, side), 1000)
+    snr = alpha_bar()[int(timestep)] / (1 - alpha_bar()[int(timestep)])
+    assert other == pytest.approx(one * min(snr, 0.5) / snr, rel=1e-4)
 
 
 def test_draws_cover_every_timestep():
@@ -174,6 +198,8 @@ def test_the_base_draws_missing_class_pictures(bases, pictures, tmp_path):
         ({"modules": "every"}, "unknown modules 'every'"),
         ({"prior_weight": 0.0}, "prior-weight must be"),
         ({"prior_weight": float("nan")}, "prior-weight must be"),
+        ({"snr_gamma": 0.0}, "snr-gamma must be"),
+        ({"snr_gamma": float("inf")}, "snr-gamma must be"),
         ({"prior_images": -1}, "prior-images must be"),
         ({"prior_prompt": "a dog"}, "need a folder"),
         ({"prior_images": 3}, "need a folder"),
