@@ -35,9 +35,9 @@ def preface(machine: Record, records: Sequence[Record]) -> list[str]:
     how = f"""
         Up to {most} pictures a row, each of a caption that neither training nor tuning has seen, half of them
         of two shapes; fixed seeds. A picture is right where a rule-based judge reads in it what its caption
-        asks. *binding*: both shapes of a pair with their own colour, in their places. *clean*: no more grain
-        than the VAE leaves. *all*: right in every column; its interval is Wilson's. The number after a row's
-        name is its steps. MMD and Fréchet are distances from rendered pictures of the same prompts, in the
+        asks. *binding*: both shapes of a pair with their own colour, in their places. *clean*: no grain that
+        one sees. *all*: right in every column; its interval is Wilson's. The number after a row's name is its
+        steps. MMD and Fréchet are distances from rendered pictures of the same prompts, in the
         features of a network that reads scenes."""
     where = f"""
         Measured on {machine["cpu"]}, {machine["cores"]} cores ({machine["threads"]} threads), one picture at

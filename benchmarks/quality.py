@@ -36,7 +36,7 @@ MIN_PATTERN = 0.45  # correlation with the best pattern; under it there is none
 MIN_STRIPES = 0.7  # correlation with the style's stripes at the best phase
 MIN_CONTRAST = 0.5  # of the paint's way to white, between the middle of a stripe and the paint beside it
 MAX_OFFSET = 0.125  # of a shape from the middle of its half, where two are asked for
-MAX_GRAIN = 11.5  # RGB distance; 99 % of rendered pictures stay under it when the demo's VAE redraws them
+MAX_GRAIN = 11.5  # RGB distance, where one sees it; rendered pictures redrawn by the VAE stay under 5
 LARGE = 0.21  # radius, between the largest small shape and the smallest large one
 GRID, EXTENT = 40, 1.15  # cells of a shape template, and half its side for a shape of area 1
 

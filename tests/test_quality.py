@@ -134,7 +134,7 @@ def test_poor_pictures_are_not_clean():
 
 
 def test_what_the_vae_redraws_is_clean():
-    """Where MAX_GRAIN comes from: an engine can't draw better than this."""
+    """What grain the decoder leaves is not held against those who draw with it."""
     vae = AutoencoderKL.from_pretrained(FAMILIES["demo"].base, subfolder="vae", torch_dtype=torch.float32)
     drawn = scenes(200, seed=31)
     pictures = np.stack([render(scene) for scene in drawn])
@@ -143,4 +143,4 @@ def test_what_the_vae_redraws_is_clean():
         latents = [vae.encode(part).latent_dist.mode() for part in given.split(50)]
         redrawn = torch.cat([vae.decode(latent).sample for latent in latents])
     taken = ((redrawn.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    assert clean(list(taken), drawn) >= 0.97
+    assert clean(list(taken), drawn) == 1
