@@ -299,8 +299,8 @@ def _read_shape(mask: Mask, bare: Mask, centre_y: float, centre_x: float) -> tup
     """
     stripe = ZEBRA_PERIOD / 3 * len(mask)
     whole = bool(bare.all())
-    shifts = (0.0,) if whole else (-stripe / 2, 0.0, stripe / 2)
-    growths = (1.0,) if whole else (0.92, 0.96, 1.0, 1.04, 1.08)
+    shifts = (0.0,) if whole else tuple(stripe * part for part in (-0.5, -0.25, 0.0, 0.25, 0.5))
+    growths = (1.0,) if whole else (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12)
     side = math.sqrt((mask & bare).sum() / bare.mean())
     layers = np.pad(np.stack([mask, bare]).astype(float), ((0, 0), (1, 1), (1, 1)))
     inside, counted = np.stack(

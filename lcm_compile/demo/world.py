@@ -128,6 +128,7 @@ class Scene:
     placements: tuple[Placement, ...]
     stripe_angle: int = 0  # degrees
     phase: tuple[float, float] = (0.0, 0.0)  # in bands, or in squares along x and y
+    zebra_phase: float = 0.0  # in periods
 
 
 def caption(scene: Scene) -> str:
@@ -177,7 +178,8 @@ def place(description: Description, rng: np.random.Generator) -> Scene:
         placements.append(Placement(float(x), float(y), float(radius), float(rng.uniform(-TILT, TILT))))
     phase = rng.uniform(0, 2, 2)
     angle = int(rng.choice(STRIPE_ANGLES))
-    return Scene(description, tuple(placements), angle, (float(phase[0]), float(phase[1])))
+    zebra_phase = float(rng.random()) if description.zebra else 0.0
+    return Scene(description, tuple(placements), angle, (float(phase[0]), float(phase[1])), zebra_phase)
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, zebra: float = 0.0) -> Scene:
@@ -303,7 +305,7 @@ def render(scene: Scene, size: int = 64, look: Look = DAY) -> NDArray[np.uint8]:
     weight = pattern_weight(words.pattern, size, scene.stripe_angle, scene.phase)[..., None]
     first = np.array(look.backgrounds[words.background], float)
     picture = first + weight * (second_tone(words.background, look) - first)
-    white = zebra_weight(size)[..., None] if words.zebra else 0.0
+    white = zebra_weight(size, scene.zebra_phase)[..., None] if words.zebra else 0.0
     for thing, placement in zip(words.things, scene.placements, strict=True):
         paint = np.array(look.colours[thing.colour], float)
         cover = coverage(thing.shape, placement, size)[..., None]
