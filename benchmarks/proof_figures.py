@@ -74,6 +74,7 @@ def accuracy_against_time(records: Sequence[Record], path: Path) -> None:
         rows = [record for record in records if record["label"] == label]
         if not rows:
             continue
+        named = min(named, len(rows) - 1)
         seconds = [row["median_seconds"] for row in rows]
         right = [row["right"]["all"] for row in rows]
         parts = [100 * share["part"] for share in right]

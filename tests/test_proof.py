@@ -108,7 +108,7 @@ def test_a_proof_tells_good_from_bad_and_draws_nothing_twice(prove, tmp_path, mo
         assert set(record["verdicts"]["binding"][1::2]) <= {"0", "1"}
         assert record["verdicts"]["binding"][::2] == "--"
     for name in ("accuracy-against-time", "steps"):
-        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 20
+        assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 5, "a blank figure"
     monkeypatch.setattr(proof, "build", lambda *_, **__: pytest.fail("what is known is drawn again"))
     assert prove("--part", "steps")[0] == data
 
