@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_compile.demo.world import DAY, Look, caption, render, sample_scene
+from lcm_compile.training.files import replacing
 
 SIDE = 64  # pixels
 SHARD = 4096  # scenes in one file of the latent pool
@@ -20,10 +21,9 @@ REPORT_STEPS = 50
 
 
 def save_atomically(state: Any, path: Path) -> None:
-    """Writes next to `path` and renames, so that a kill leaves the old file or the new one."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
+    """A kill leaves the old file or the new one."""
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 class Progress:
