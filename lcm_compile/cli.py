@@ -11,6 +11,7 @@ import io
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -25,6 +26,7 @@ from lcm_compile.training.commands import distill, train_lora
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
+    from lcm_compile.grid import Axis
     from lcm_compile.pipeline import Request
 
 GUIDANCE_HINT = 2.0
@@ -223,8 +225,7 @@ def run(
         prompt, draw_seed() if seed is None else seed, negative_prompt, steps, guidance_scale, num_images
     )
     if grid is not None:
-        refuse_both(context, grid)
-        draw_sheet(bundle, request, grid, out, as_json, quiet)
+        draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json, quiet)
         return
     lcm_timesteps(steps, settings.scheduler)
     paths = picture_paths(out, prompt, request.seed, num_images)
@@ -258,27 +259,34 @@ def run(
     )
 
 
-def refuse_both(context: click.Context, grid: str) -> None:
-    """UsageError for an option that sets what an axis of --grid sets too."""
+def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
+    """The axes of --grid; UsageError for an option that sets what one of them sets too."""
     from lcm_compile.grid import FIELDS, parse_grid
 
-    for parameter in (*(FIELDS[axis.name] for axis in parse_grid(grid)), "num_images"):
+    axes = parse_grid(grid)
+    for parameter in (*(FIELDS[axis.name] for axis in axes), "num_images"):
         if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE:
             named = "PROMPT" if parameter == "prompt" else f"--{parameter.replace('_', '-')}"
             raise click.UsageError(f"{named} and --grid can't be given together: the grid sets it")
+    return axes
 
 
 def draw_sheet(
-    bundle: EngineBundle, fixed: Request, grid: str, out: Path | None, as_json: bool, quiet: bool
+    bundle: EngineBundle,
+    fixed: Request,
+    grid: str,
+    axes: Sequence[Axis],
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Draws every combination of a grid's axes into one sheet."""
     from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.grid import draw_grid, parse_grid, requests
+    from lcm_compile.grid import draw_grid, requests
     from lcm_compile.images import save_picture, sheet_path
     from lcm_compile.pipeline import load
     from lcm_compile.scheduler import lcm_timesteps
 
-    axes = parse_grid(grid)
     asked = requests(axes, fixed)
     for request in asked:
         lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
