@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from lcm_compile.demo.world import (
     parse_caption,
     pattern_weight,
     second_tone,
+    zebra_position,
     zebra_weight,
 )
 
@@ -33,7 +35,7 @@ NEAR_BACKGROUND = 30.0  # RGB distance from the line between the two tones
 NEAR_COLOUR = 80.0  # RGB distance from the nominal colour
 MIN_OVERLAP = 0.6  # with the best template; under it a blob is no shape
 MIN_PATTERN = 0.45  # correlation with the best pattern; under it there is none
-MIN_STRIPES = 0.7  # correlation with the style's stripes at the best phase
+MIN_STRIPES = 0.75  # correlation with the style's stripes
 MIN_CONTRAST = 0.5  # of the paint's way to white, between the middle of a stripe and the paint beside it
 MAX_OFFSET = 0.125  # of a shape from the middle of its half, where two are asked for
 MAX_GRAIN = 11.5  # RGB distance, where one sees it; rendered pictures redrawn by the VAE stay under 5
@@ -75,12 +77,12 @@ def judge(picture: Picture, look: Look = DAY) -> Reading:
     # Stripes cut a shape in pieces, so it is first looked for with their gaps closed.
     white = np.linalg.norm(pixels - 255, axis=-1) < distance
     masks = [m for m in _shapes(_closed(painted | white, straight=False)) if np.any(m & painted)]
-    phases = [_zebra_phase(pixels, mask, painted) for mask in masks]
-    if not any(phase is not None for phase in phases):
+    stripes = [_zebra_stripes(pixels, mask, painted) for mask in masks]
+    if all(white is None for white in stripes):
         masks = _shapes(painted)
-        phases = [None] * len(masks)
+        stripes = [None] * len(masks)
     blobs = tuple(
-        _read_blob(pixels, mask & painted, phase, look) for mask, phase in zip(masks, phases, strict=True)
+        _read_blob(pixels, mask & painted, white, look) for mask, white in zip(masks, stripes, strict=True)
     )
     pattern = _read_pattern(tone, distance < NEAR_BACKGROUND)
     return Reading(background, pattern, blobs, _grain(pixels, _palette(background, pattern, blobs, look)))
@@ -203,32 +205,39 @@ def _closed(mask: Mask, straight: bool) -> Mask:
     return closed[2 * reach : -2 * reach, 2 * reach : -2 * reach]
 
 
-@lru_cache(maxsize=8)
-def _zebra_templates(size: int) -> Array:
-    """The style's whiteness in steps of phase. Shape (n, size, size)."""
-    return np.stack([zebra_weight(size, phase) for phase in np.arange(0, 1, 1 / 12)])
+def _zebra_stripes(pixels: Array, whole: Mask, painted: Mask) -> Array | None:
+    """How white the style's stripes make each pixel near the shape under a mask (H, H), or None without any.
 
-
-def _zebra_phase(pixels: Array, whole: Mask, painted: Mask) -> int | None:
-    """Which of `_zebra_templates` crosses the shape under a mask (H, H), or None."""
+    Their direction and period are the style's; their phase is read where they are, as far as a period sees:
+    no caption says that both sides of a ring have one.
+    """
+    size = len(whole)
     paint = np.median(pixels[_inner(whole & painted)], axis=0)
     way = 255 - paint
     inside = _inner(_closed(whole & painted, straight=True))
-    white = np.clip((pixels[inside] - paint) @ way / (way @ way), 0, 1)
-    templates = _zebra_templates(len(whole))[:, inside]
-    spread = templates.std(1) * white.std() + 1e-9
-    fit = ((templates * white).mean(1) - templates.mean(1) * white.mean()) / spread
-    best = int(fit.argmax())
-    stripe, between = white[templates[best] > 0.9], white[templates[best] < 0.1]
-    if fit[best] < MIN_STRIPES or not len(stripe) or not len(between):
+    white = np.clip((pixels - paint) @ way / (way @ way), 0, 1)
+
+    def near(values: NDArray[Any]) -> NDArray[Any]:
+        return blur @ np.where(inside, values, 0) @ blur
+
+    reach = np.arange(size) - np.arange(size)[:, None]
+    blur = np.exp(-((reach / (ZEBRA_PERIOD * size)) ** 2) / 2)
+    swing = white - near(white) / np.maximum(near(inside), 1e-9)
+    # Demodulated: the angle of what the style's wave and the picture share is where the picture's is ahead.
+    shared = near(swing * np.exp(-2j * np.pi * zebra_position(size)))
+    wanted = zebra_weight(size, np.angle(shared) / (2 * np.pi) + 0.5)
+    seen, model = white[inside], wanted[inside]
+    fit = np.mean((seen - seen.mean()) * (model - model.mean())) / (seen.std() * model.std() + 1e-9)
+    stripe, between = seen[model > 0.9], seen[model < 0.1]
+    if fit < MIN_STRIPES or not len(stripe) or not len(between):
         return None
-    return best if stripe.mean() - between.mean() > MIN_CONTRAST else None
+    return wanted if stripe.mean() - between.mean() > MIN_CONTRAST else None
 
 
-def _read_blob(pixels: Array, mask: Mask, phase: int | None, look: Look) -> Blob:
-    """Reads the shape under a mask (H, H), crossed by the stripes of that phase."""
-    striped = phase is not None
-    bare = _zebra_templates(len(mask))[phase] < 0.05 if striped else np.ones_like(mask)
+def _read_blob(pixels: Array, mask: Mask, stripes: Array | None, look: Look) -> Blob:
+    """Reads the shape under a mask (H, H), crossed by those stripes."""
+    striped = stripes is not None
+    bare = stripes < 0.05 if stripes is not None else np.ones_like(mask)
     inner = _inner(mask) & bare
     paint = np.median(pixels[inner if inner.any() else mask], axis=0)
     far = {name: float(np.linalg.norm(paint - value)) for name, value in look.colours.items()}

@@ -102,6 +102,27 @@ def test_other_marks_are_no_stripes(kind):
     assert not any(blob.striped for blob in judge(striped_square(other_stripes(kind))).blobs)
 
 
+def marked_ring(weight: np.ndarray) -> np.ndarray:
+    """A large blue ring with white of `weight` (64, 64) on it."""
+    words = Description((Thing("blue", "ring", "large"),), "plain", "gray")
+    plain = render(Scene(words, (Placement(0.5, 0.5, 0.3, 0.0),))).astype(float)
+    inside = np.all(plain == DAY.colours["blue"], axis=-1)
+    return np.rint(plain + (inside * weight)[..., None] * (255 - plain)).astype(np.uint8)
+
+
+def test_the_sides_of_a_ring_may_each_have_their_own_phase():
+    left = np.arange(64) < 32
+    ring = marked_ring(np.where(left, world.zebra_weight(64), world.zebra_weight(64, 0.5)))
+    assert [blob.striped for blob in judge(ring).blobs] == [True]
+
+
+@pytest.mark.parametrize("count", [8, 12, 16])
+def test_spokes_are_no_stripes(count):
+    y, x = np.mgrid[:64, :64] - 31.5
+    spokes = np.arctan2(y, x) / (2 * np.pi) * count % 1 < 1 / 3
+    assert not any(blob.striped for blob in judge(marked_ring(spokes)).blobs)
+
+
 def pair(*things: Thing, places: tuple[float, float] = (0.25, 0.75)) -> Scene:
     spots = tuple(Placement(x, 0.5, 0.18, 0.0) for x in places)
     return Scene(Description(things, "plain", "gray"), spots)

@@ -289,13 +289,18 @@ def coverage(shape: str, placement: Placement, size: int) -> Array:
     return np.clip(0.5 - distance * placement.radius * size, 0, 1)
 
 
-def zebra_weight(size: int, phase: float = 0.0) -> Array:
+def zebra_position(size: int) -> Array:
+    """Where each pixel lies across the style's stripes, in periods. Shape (size, size)."""
+    centres = (np.arange(size) + 0.5) / size
+    return (centres + centres[:, None]) * math.sqrt(0.5) / ZEBRA_PERIOD
+
+
+def zebra_weight(size: int, phase: float | Array = 0.0) -> Array:
     """How white the style makes each pixel, from 0 to 1: diagonal stripes, a third of each period.
 
-    `phase` is in periods. Shape (size, size).
+    `phase` is in periods, the picture's or each pixel's. Shape (size, size).
     """
-    centres = (np.arange(size) + 0.5) / size
-    along = (centres + centres[:, None]) * math.sqrt(0.5) / ZEBRA_PERIOD + phase
+    along = zebra_position(size) + phase
     return np.clip(0.5 + (1 / 6 - np.abs(along % 1 - 0.5)) * ZEBRA_PERIOD * size, 0, 1)
 
 
