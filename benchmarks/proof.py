@@ -1,8 +1,8 @@
 """Measures all that the demo model is shown to prove, on this project's own engines: `make proof`.
 
-Draws the proof's prompts once for each row of its tables, judges the pictures, and writes `proof.json` (every
-time and verdict), `proof.md` and the figures. What `proof.json` already holds is not drawn again, unless the
-bundle, the settings, the judge or the machine is another.
+Draws the proof's prompts once for each row of its tables, judges the pictures, then times the rows against
+each other, and writes `proof.json` (every verdict and time), `proof.md` and the figures. What `proof.json`
+already holds is not measured again, unless the bundle, the settings, the judge or the machine is another.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cache, lru_cache
 from pathlib import Path
@@ -38,6 +39,7 @@ from lcm_compile.spec import BuildSpec
 from lcm_compile.store import home, write_atomically
 
 SHOWN = 8  # pictures of each row that are kept for the figures
+ROUNDS = 15  # of timing: each draws one picture of every row
 
 Record = dict[str, Any]
 
@@ -89,23 +91,22 @@ def shown_path(key: str) -> Path:
     return home() / "proof" / f"{key}.png"
 
 
-def drawn(row: Row, draw: Draw) -> tuple[features.Pictures, list[float]]:
-    """Every picture of a row, and the seconds of each; one more is drawn first, to warm up."""
+def drawn(row: Row, draw: Draw) -> features.Pictures:
+    """Every picture of a row."""
     asked = requests(row)
-    draw(asked[0])
-    pictures, seconds = [], []
+    pictures = []
     with Bar(f"{row.label}, {row.steps}") as bar:
         for i, request in enumerate(asked):
-            start = time.perf_counter()
-            picture = draw(request)
-            seconds.append(round(time.perf_counter() - start, 5))
-            pictures.append(np.rint(picture * 255).astype(np.uint8))
+            pictures.append(np.rint(draw(request) * 255).astype(np.uint8))
             bar.update(i + 1, len(asked))
-    return np.stack(pictures), seconds
+    return np.stack(pictures)
 
 
-def measured(row: Row, pictures: features.Pictures, seconds: list[float]) -> Record:
-    """All that is told of a row. A verdict is 1 or 0, and - where the prompt says nothing of its column."""
+def measured(row: Row, pictures: features.Pictures) -> Record:
+    """All that is told of a row but its times.
+
+    A verdict is 1 or 0, and - where the prompt says nothing of its column.
+    """
     asked = [parse_caption(request.prompt) for request in requests(row)]
     found = []
     for picture, words in zip(pictures, asked, strict=True):
@@ -120,8 +121,6 @@ def measured(row: Row, pictures: features.Pictures, seconds: list[float]) -> Rec
         "loras": [{"file": lora.path.name, "weight": lora.spec.weight} for lora in plan.loras],
         "bundle": key_digest(plan.key),
         "passes": row.passes,
-        "seconds": seconds,
-        "median_seconds": float(np.median(seconds)),
         "right": {name: share(marks) for name, marks in verdicts.items()},
         "distances": rendered.distances(pictures),
         "floor": rendered.floor,
@@ -149,16 +148,41 @@ def measure(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[tuple[
         if key not in known or not shown_path(key).is_file():
             missing.setdefault(row.spec, []).append(row)
     for spec, waiting in missing.items():
-        with Parts() as parts:
-            bundle = build(spec, report=parts)
-        with load(bundle) as pipeline:
-            samplers = {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}
+        with samplers_of(spec) as samplers:
             for row in waiting:
-                pictures, seconds = drawn(row, samplers[row.sampler])
+                pictures = drawn(row, samplers[row.sampler])
                 path = shown_path(row_key(row))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.concatenate(list(pictures[:SHOWN]), 1)).save(path)
-                yield row_key(row), measured(row, pictures, seconds)
+                yield row_key(row), measured(row, pictures)
+
+
+def timed(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Seconds of a picture of each row, by its key: in every round one of each row, on warm engines.
+
+    So what else the machine does meanwhile slows all rows alike.
+    """
+    seconds: dict[str, list[float]] = {row_key(row): [] for row in rows}
+    with ExitStack() as opened:
+        samplers = {spec: opened.enter_context(samplers_of(spec)) for spec in {row.spec for row in rows}}
+        bar = opened.enter_context(Bar("timing"))
+        for turn in range(ROUNDS + 1):
+            for row in rows:
+                asked = requests(row)
+                start = time.perf_counter()
+                samplers[row.spec][row.sampler](asked[turn % len(asked)])
+                seconds[row_key(row)].append(round(time.perf_counter() - start, 5))
+            bar.update(turn, ROUNDS)
+    return {key: samples[1:] for key, samples in seconds.items()}  # the first round warms up
+
+
+@contextmanager
+def samplers_of(spec: BuildSpec) -> Iterator[dict[str, Draw]]:
+    """What draws with the engines of a build: this project's LCM loop, and Euler's."""
+    with Parts() as parts:
+        bundle = build(spec, report=parts)
+    with load(bundle) as pipeline:
+        yield {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}
 
 
 def lcm_sampler(pipeline: LcmPipeline) -> Draw:
@@ -187,6 +211,12 @@ def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
         write(path, known)
         right = record["right"]["all"]["part"]
         note(f"  {record['part']}: {record['label']}, {record['steps']} steps: {100 * right:.0f} % all right")
+    for part in parts or PARTS:
+        compared = [row for row in rows if row.part == part and row.timed]
+        if not all("seconds" in known[row_key(row)] for row in compared):
+            for key, samples in timed(compared).items():
+                known[key] = {**known[key], "seconds": samples}
+            write(path, known)
     # What is asked for now, in its order, and the parts that are not asked for as they were.
     kept = {row_key(row): known[row_key(row)] for row in rows}
     kept |= {key: record for key, record in stored.items() if record["part"] not in (parts or PARTS)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def accuracy_against_time(records: Sequence[Record], path: Path) -> None:
         if not rows:
             continue
         named = min(named, len(rows) - 1)
-        seconds = [row["median_seconds"] for row in rows]
+        seconds = [median(row["seconds"]) for row in rows]
         right = [row["right"]["all"] for row in rows]
         parts = [100 * share["part"] for share in right]
         axes.plot(seconds, parts, "o-", color=colour, linewidth=1.8, markersize=5)

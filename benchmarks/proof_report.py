@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 Record = Mapping[str, Any]
 
 WIDTH = 100  # characters
+RIVAL = ("euler", 25)  # whose times the others of its part are told in
 COLUMNS = ("background", "pattern", "colour", "size", "shape", "binding", "clean", "all")
 STYLE_COLUMNS = ("stripes", "colour", "size", "shape", "binding", "clean", "all")
 TITLES = {
     "steps": "How many steps",
-    "guidance": "Guidance, with the contrary of each prompt as its negative, at 4 LCM steps",
+    "guidance": "Guidance at 4 LCM steps; the negative prompt is the contrary of the prompt",
     "style": "A style with the acceleration vector, not trained further: τ' = λ1·style + λ2·LCM, 4 steps",
     "universal": "The same LCM-LoRA on a base tuned to another palette, judged by that palette",
 }
@@ -32,6 +34,7 @@ def report(machine: Record, records: Sequence[Record]) -> str:
 def preface(machine: Record, records: Sequence[Record]) -> list[str]:
     packages = ", ".join(machine[name] for name in ("onnxruntime", "torch", "diffusers"))
     most = max((record["count"] for record in records), default=0)
+    rounds = max((len(record.get("seconds", ())) for record in records), default=0)
     how = f"""
         Up to {most} pictures a row, each of a caption that neither training nor tuning has seen, half of them
         of two shapes; fixed seeds. A picture is right where a rule-based judge reads in it what its caption
@@ -40,8 +43,9 @@ def preface(machine: Record, records: Sequence[Record]) -> list[str]:
         steps. MMD and Fréchet are distances from rendered pictures of the same prompts, in the
         features of a network that reads scenes."""
     where = f"""
-        Measured on {machine["cpu"]}, {machine["cores"]} cores ({machine["threads"]} threads), one picture at
-        a time, the median second of warm engines; {packages}."""
+        Seconds are the median of {rounds} rounds on {machine["cpu"]}, {machine["cores"]} cores
+        ({machine["threads"]} threads), each of which draws one picture of every row on warm engines; how many
+        times faster than {RIVAL[1]} Euler steps is the median of the rounds' ratios. {packages}."""
     return [*textwrap.wrap(" ".join(how.split()), WIDTH), "", *textwrap.wrap(" ".join(where.split()), WIDTH)]
 
 
@@ -56,12 +60,14 @@ def tables(rows: Sequence[Record], columns: Iterable[str]) -> list[str]:
     """What is right, in percent; then what it took, and how far from rendered pictures it is."""
     names = [name for name in columns if any(row["right"][name] for row in rows)]
     floor = rows[0]["floor"]
+    rival = next((row["seconds"] for row in rows if (row["sampler"], row["steps"]) == RIVAL), None)
+    costs = ["UNet passes", "s a picture", *([f"× {RIVAL[1]} Euler"] if rival else [])]
     return [
         *table(["% right", *names], [[name_of(r), *(percent(r["right"][n]) for n in names)] for r in rows]),
         "",
         *table(
-            ["", "UNet passes", "s a picture", "MMD", "Fréchet", "all, 95 % interval"],
-            [[name_of(row), *costs(row)] for row in rows],
+            ["", *costs, "MMD", "Fréchet", "all, 95 % interval"],
+            [[name_of(row), *cost(row, rival), *distance(row)] for row in rows],
         ),
         "",
         "The floor, which rendering the same prompts anew leaves: "
@@ -70,11 +76,17 @@ def tables(rows: Sequence[Record], columns: Iterable[str]) -> list[str]:
     ]
 
 
-def costs(row: Record) -> list[str]:
+def cost(row: Record, rival: Sequence[float] | None) -> list[str]:
+    """UNet passes, seconds and, where there is a rival, how many times faster than it this is."""
+    told = [str(row["passes"]), f"{median(row['seconds']):.3f}"]
+    if rival:
+        told.append(f"{median(other / own for own, other in zip(row['seconds'], rival, strict=True)):.1f}")
+    return told
+
+
+def distance(row: Record) -> list[str]:
     everything = row["right"]["all"]
     return [
-        str(row["passes"]),
-        f"{row['median_seconds']:.3f}",
         f"{row['distances']['mmd']:.3f}",
         f"{row['distances']['frechet']:.2f}",
         f"{100 * everything['low']:.0f}–{100 * everything['high']:.0f}",
@@ -101,7 +113,7 @@ def style_grid(cells: Sequence[Record]) -> list[str]:
 
 def name_of(row: Record) -> str:
     guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
-    return f"{row['label']}, {row['steps']}{guided}"
+    return f"{row['label']}, {row['steps']}{guided}{', negative' * row['negative']}"
 
 
 def percent(share: Record | None) -> str:

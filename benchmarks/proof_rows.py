@@ -23,9 +23,11 @@ from lcm_compile.pipeline import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")
-STRENGTHS = (0.0, 0.5, 1.0, 1.5)  # of either LoRA, in the style's grid
+TOGETHER = (1.0, 0.8)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the prompts for tuning
+STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of either LoRA, in the style's grid
 GRID_COUNT = 40  # pictures in a cell of that grid
 GUIDANCE = 3.0  # of the base, which is at its best with it
+SCALES = (1.25, 1.5, 2.0, 3.0)  # of guidance in the LCM loop
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
 
 DEMO, BASE = BuildSpec("demo"), BuildSpec("demo", no_lcm=True)
@@ -55,24 +57,41 @@ class Row:
         """How often a picture goes through the UNet."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
+    @property
+    def timed(self) -> bool:
+        """Whether it is timed against the other rows of its part; a grid's cells all take the same."""
+        return not self.strengths
+
 
 def rows_of(part: str, count: int, tuned: str) -> list[Row]:
     """The rows of one part; none of `universal` without a tuned base."""
     if part == "steps":
+        few = (1, 2, 3, 4)
+        kinds = [
+            ("LCM-LoRA", DEMO, "lcm", 1.0, (*few, 6, 8)),
+            ("Euler", BASE, "euler", GUIDANCE, (*few, 8, 15, 25, 50)),
+            ("Euler, unguided", BASE, "euler", 1.0, few),
+            ("LCM loop, no LoRA", BASE, "lcm", 1.0, few),
+        ]
         return [
-            *(Row(part, "LCM-LoRA", DEMO, "lcm", n, count=count) for n in (1, 2, 4, 6, 8)),
-            *(Row(part, "Euler", BASE, "euler", n, GUIDANCE, count=count) for n in (1, 2, 4, 8, 15, 25, 50)),
-            *(Row(part, "Euler, unguided", BASE, "euler", n, count=count) for n in (1, 2, 4)),
-            *(Row(part, "LCM loop, no LoRA", BASE, "lcm", n, count=count) for n in (1, 2, 4)),
+            Row(part, label, spec, sampler, n, scale, count=count)
+            for label, spec, sampler, scale, counts in kinds
+            for n in counts
         ]
     if part == "guidance":
-        scales = (1.0, 1.25, 1.5, 2.0, 3.0)
-        return [Row(part, "LCM-LoRA", DEMO, "lcm", 4, scale, negative=True, count=count) for scale in scales]
+        scales = [(False, scale) for scale in (1.0, *SCALES)] + [(True, scale) for scale in SCALES]
+        return [
+            Row(part, "LCM-LoRA", DEMO, "lcm", 4, scale, negative, count=count) for negative, scale in scales
+        ]
     if part == "style":
         few = min(count, GRID_COUNT)
         return [
-            Row(part, "style and LCM", styled(1.0, 1.0), "lcm", 4, zebra=True, count=count),
+            Row(part, "style and LCM", styled(*TOGETHER), "lcm", 4, zebra=True, count=count),
             Row(part, "LCM alone", styled(0.0, 1.0), "lcm", 4, zebra=True, count=count),
+            *(
+                Row(part, "style, Euler", styled(1.0, 0.0), "euler", n, GUIDANCE, zebra=True, count=count)
+                for n in (4, 25)
+            ),
             *(
                 Row(part, "grid", styled(*cell), "lcm", 4, zebra=True, strengths=cell, count=few)
                 for cell in product(STRENGTHS, STRENGTHS)

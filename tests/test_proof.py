@@ -102,13 +102,14 @@ def test_a_proof_tells_good_from_bad_and_draws_nothing_twice(prove, tmp_path, mo
     assert (good["passes"], bad["passes"]) == (4, 2)
     assert data["prompts"] == [list(pair) for pair in proof_prompts(4)]
     for record in (good, bad):
-        assert len(record["seconds"]) == 4 and min(record["seconds"]) > 0
-        assert record["median_seconds"] == np.median(record["seconds"])
+        assert len(record["seconds"]) == proof.ROUNDS and min(record["seconds"]) > 0
         assert all(len(marks) == 4 for marks in record["verdicts"].values())
         assert set(record["verdicts"]["binding"][1::2]) <= {"0", "1"}
         assert record["verdicts"]["binding"][::2] == "--"
     for name in ("accuracy-against-time", "steps"):
         assert np.asarray(Image.open(tmp_path / f"{name}.png")).std() > 5, "a blank figure"
+    ratio = np.median(np.divide(good["seconds"], bad["seconds"]))
+    assert 1.1 < ratio < 4, "four passes and a decoding against two"
     monkeypatch.setattr(proof, "build", lambda *_, **__: pytest.fail("what is known is drawn again"))
     assert prove("--part", "steps")[0] == data
 
