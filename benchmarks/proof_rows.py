@@ -66,12 +66,12 @@ class Row:
 def rows_of(part: str, count: int, tuned: str) -> list[Row]:
     """The rows of one part; none of `universal` without a tuned base."""
     if part == "steps":
-        few = (1, 2, 3, 4)
+        low = (1, 2, 3, 4)
         kinds = [
-            ("LCM-LoRA", DEMO, "lcm", 1.0, (*few, 6, 8)),
-            ("Euler", BASE, "euler", GUIDANCE, (*few, 8, 15, 25, 50)),
-            ("Euler, unguided", BASE, "euler", 1.0, few),
-            ("LCM loop, no LoRA", BASE, "lcm", 1.0, few),
+            ("LCM-LoRA", DEMO, "lcm", 1.0, (*low, 6, 8)),
+            ("Euler", BASE, "euler", GUIDANCE, (*low, 8, 15, 25, 50)),
+            ("Euler, unguided", BASE, "euler", 1.0, low),
+            ("LCM loop, no LoRA", BASE, "lcm", 1.0, low),
         ]
         return [
             Row(part, label, spec, sampler, n, scale, count=count)
