@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from PIL import Image, ImageDraw, ImageFont
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.pipeline import Request
-from lcm_compile.sheets import contact_sheet
+from lcm_compile.sheets import GAP, INK, wrap
 
 PROMPTS = (
     "a large red star on a striped pink background",
@@ -29,6 +31,24 @@ PROMPTS = (
     "a green star and a yellow ring on a striped gray background",
     "a purple triangle and a orange cross on a plain pink background",
 )
+COLUMNS = 4
+SIDE = 128  # pixels of a picture on the sheet
+LABEL = 56  # pixels under it, for four lines
+
+
+def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
+    """Pictures in rows, each with its prompt under it."""
+    font = ImageFont.load_default(size=11)
+    rows = -(-len(pictures) // COLUMNS)
+    pitch = SIDE + GAP, SIDE + LABEL + GAP
+    sheet = Image.new("RGB", (COLUMNS * pitch[0] + GAP, rows * pitch[1] + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(pictures):
+        row, column = divmod(i, COLUMNS)
+        x, y = GAP + column * pitch[0], GAP + row * pitch[1]
+        sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+        draw.multiline_text((x, y + SIDE + 2), wrap(text, font, SIDE), INK, font, spacing=2)
+    return sheet
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Sheets of labelled pictures, on white."""
+"""A labelled sheet of pictures, on white."""
 
 from __future__ import annotations
 
@@ -10,34 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LABEL_LINES = 4
-LINE_HEIGHT = 13
 GAP = 10
 INK = (40, 40, 40)
 SMALL = 128  # pixels; pictures up to it are shown twice their size
 LARGEST = 512
 SHEET_WIDTH = 8192
-
-
-def contact_sheet(pictures: Sequence[tuple[Image, str]], columns: int = 4, scale: int = 2) -> Image:
-    """Pictures in rows, each with its label under it, on white."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(size=11)
-    width, height = (side * scale for side in pictures[0][0].size)
-    gap, label = 12, LABEL_LINES * LINE_HEIGHT + 4
-    rows = -(-len(pictures) // columns)
-    size = (columns * (width + gap) + gap, rows * (height + label + gap) + gap)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    letters = max(8, int(width / font.getlength("n")))
-    for i, (picture, text) in enumerate(pictures):
-        x = gap + i % columns * (width + gap)
-        y = gap + i // columns * (height + label + gap)
-        sheet.paste(picture.resize((width, height), Image.Resampling.LANCZOS), (x, y))
-        for line, words in enumerate(textwrap.wrap(text, letters)[:LABEL_LINES]):
-            draw.text((x, y + height + 2 + line * LINE_HEIGHT), words, fill=(60, 60, 60), font=font)
-    return sheet
 
 
 def grid_sheet(
