@@ -282,7 +282,7 @@ def draw_sheet(
 ) -> None:
     """Draws every combination of a grid's axes into one sheet."""
     from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.grid import draw_grid, requests
+    from lcm_compile.grid import FIELDS, draw_grid, requests
     from lcm_compile.images import save_picture, sheet_path
     from lcm_compile.pipeline import load
     from lcm_compile.scheduler import lcm_timesteps
@@ -295,7 +295,9 @@ def draw_sheet(
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
-    save_picture(sheet, path, {**told(fixed), "grid": grid, **made_by(bundle)})
+    varied = [FIELDS[axis.name] for axis in axes]
+    shared = {name: value for name, value in told(fixed).items() if name not in varied}
+    save_picture(sheet, path, {**shared, "grid": grid, **made_by(bundle)})
     if as_json:
         pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
         print_json({"sheet": str(path), "engine": str(bundle.folder), "pictures": pictures})

@@ -60,7 +60,9 @@ def test_prompts_come_from_a_file(command, sdxl_bundle, tmp_path):
         "run", "a blue circle on white", "--engine", sdxl_bundle, "--seed", 2, "--out", tmp_path / "b.png"
     )
     assert np.array_equal(cell(Image.open(out), 1, 0), np.asarray(Image.open(tmp_path / "b.png")))
-    assert Image.open(out).text["grid"] == grid
+    told = Image.open(out).text
+    assert (told["grid"], told["steps"]) == (grid, "4")
+    assert not {"seed", "prompt"} & set(told), "what varies has no single value"
 
 
 def test_without_out_the_sheet_is_named_after_the_prompt(command, sdxl_bundle, tmp_path, monkeypatch):
