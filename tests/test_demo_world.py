@@ -165,6 +165,17 @@ def test_zebra_style_whitens_a_third_of_a_shape_and_nothing_else() -> None:
     assert np.array_equal(striped[outside], plain[outside])
 
 
+def test_the_styles_stripes_lie_diagonally_and_go_with_their_shape() -> None:
+    words = Description((Thing("blue", "square", "large"),), "plain", "white", zebra=True)
+    one, moved = (
+        render(Scene(words, (Placement(x, y, 0.3, 0.0),))) for x, y in ((0.375, 0.5), (37 / 64, 36 / 64))
+    )
+    assert np.array_equal(one[:48, :48], np.roll(moved, (-4, -13), (0, 1))[:48, :48])
+    middle = one[24:40, 18:34].astype(int)
+    assert np.abs(middle[1:, :-1] - middle[:-1, 1:]).max() <= 2, "the same along the rising diagonal"
+    assert np.abs(middle[1:, 1:] - middle[:-1, :-1]).max() > 100
+
+
 @pytest.mark.parametrize(("size", "count"), [(64, 500), (128, 100)])
 def test_judge_is_right_on_rendered_pictures(size: int, count: int) -> None:
     drawn = scenes(count, seed=size)

@@ -128,7 +128,6 @@ class Scene:
     placements: tuple[Placement, ...]
     stripe_angle: int = 0  # degrees
     phase: tuple[float, float] = (0.0, 0.0)  # in bands, or in squares along x and y
-    zebra_phase: float = 0.0  # in periods
 
 
 def caption(scene: Scene) -> str:
@@ -178,8 +177,7 @@ def place(description: Description, rng: np.random.Generator) -> Scene:
         placements.append(Placement(float(x), float(y), float(radius), float(rng.uniform(-TILT, TILT))))
     phase = rng.uniform(0, 2, 2)
     angle = int(rng.choice(STRIPE_ANGLES))
-    zebra_phase = float(rng.random()) if description.zebra else 0.0
-    return Scene(description, tuple(placements), angle, (float(phase[0]), float(phase[1])), zebra_phase)
+    return Scene(description, tuple(placements), angle, (float(phase[0]), float(phase[1])))
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, zebra: float = 0.0) -> Scene:
@@ -304,14 +302,22 @@ def zebra_weight(size: int, phase: float | Array = 0.0) -> Array:
     return np.clip(0.5 + (1 / 6 - np.abs(along % 1 - 0.5)) * ZEBRA_PERIOD * size, 0, 1)
 
 
+def zebra_phase(placement: Placement) -> float:
+    """The phase of a shape's stripes: they lie a quarter of a period off its middle.
+
+    Symmetric ones would take both rims of a small ring away.
+    """
+    return 0.25 - (placement.x + placement.y) * math.sqrt(0.5) / ZEBRA_PERIOD
+
+
 def render(scene: Scene, size: int = 64, look: Look = DAY) -> NDArray[np.uint8]:
     """Draws a scene. Shape (size, size, 3)."""
     words = scene.description
     weight = pattern_weight(words.pattern, size, scene.stripe_angle, scene.phase)[..., None]
     first = np.array(look.backgrounds[words.background], float)
     picture = first + weight * (second_tone(words.background, look) - first)
-    white = zebra_weight(size, scene.zebra_phase)[..., None] if words.zebra else 0.0
     for thing, placement in zip(words.things, scene.placements, strict=True):
+        white = zebra_weight(size, zebra_phase(placement))[..., None] if words.zebra else 0.0
         paint = np.array(look.colours[thing.colour], float)
         cover = coverage(thing.shape, placement, size)[..., None]
         picture = picture + cover * (paint + white * (255 - paint) - picture)
