@@ -27,7 +27,7 @@ from lcm_compile import build, load
 from lcm_compile.benchmarks import features, quality
 from lcm_compile.benchmarks.euler import Draw, euler_sampler
 from lcm_compile.benchmarks.proof_figures import write_figures
-from lcm_compile.benchmarks.proof_report import report
+from lcm_compile.benchmarks.proof_report import name_of, percent, report
 from lcm_compile.benchmarks.proof_rows import PARTS, Row, requests, rows_of
 from lcm_compile.bundle import key_digest
 from lcm_compile.console import Bar, Parts, note
@@ -209,8 +209,9 @@ def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
     for key, record in measure(rows, stored):
         known[key] = record
         write(path, known)
-        right = record["right"]["all"]["part"]
-        note(f"  {record['part']}: {record['label']}, {record['steps']} steps: {100 * right:.0f} % all right")
+        note(
+            f"  {record['part']}: {name_of(record)}: {percent(record['right']['all'])} % right in every column"
+        )
     for part in parts or PARTS:
         compared = [row for row in rows if row.part == part and row.timed]
         if not all("seconds" in known[row_key(row)] for row in compared):
