@@ -209,9 +209,8 @@ def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
     for key, record in measure(rows, stored):
         known[key] = record
         write(path, known)
-        note(
-            f"  {record['part']}: {name_of(record)}: {percent(record['right']['all'])} % right in every column"
-        )
+        told = percent(record["right"]["all"])
+        note(f"  {record['part']}: {name_of(record)}: {told} % right in every column")
     for part in parts or PARTS:
         compared = [row for row in rows if row.part == part and row.timed]
         if not all("seconds" in known[row_key(row)] for row in compared):
