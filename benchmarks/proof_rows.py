@@ -24,7 +24,7 @@ from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")
 TOGETHER = (1.0, 0.8)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the prompts for tuning
-STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)  # of either LoRA, in the style's grid
+STYLE_STRENGTHS, LCM_STRENGTHS = (0.0, 0.6, 0.9, 1.2, 1.5), (0.0, 0.3, 0.6, 1.0)  # of the style's grid
 GRID_COUNT = 40  # pictures in a cell of that grid
 GUIDANCE = 3.0  # of the base, which is at its best with it
 SCALES = (1.25, 1.5, 2.0, 3.0)  # of guidance in the LCM loop
@@ -94,7 +94,7 @@ def rows_of(part: str, count: int, tuned: str) -> list[Row]:
             ),
             *(
                 Row(part, "grid", styled(*cell), "lcm", 4, zebra=True, strengths=cell, count=few)
-                for cell in product(STRENGTHS, STRENGTHS)
+                for cell in product(STYLE_STRENGTHS, LCM_STRENGTHS)
             ),
         ]
     if part == "universal" and tuned:

@@ -117,7 +117,8 @@ def test_a_proof_tells_good_from_bad_and_draws_nothing_twice(prove, tmp_path, mo
 @pytest.mark.slow
 def test_every_part_of_the_proof(prove, tmp_path, monkeypatch):
     """The shipped base stands for a tuned one."""
-    monkeypatch.setattr(proof_rows, "STRENGTHS", (0.0, 1.0))
+    monkeypatch.setattr(proof_rows, "STYLE_STRENGTHS", (0.0, 1.0))
+    monkeypatch.setattr(proof_rows, "LCM_STRENGTHS", (0.0, 1.0))
     only(monkeypatch, lambda row: row.steps <= 8)
     assert "universal is left out" in prove("--part", "universal")[1]
     data, _ = prove("--tuned", CHECKPOINT)
