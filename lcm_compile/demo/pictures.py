@@ -39,16 +39,17 @@ def deal(cards: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
 
 
 def descriptions(count: int, zebra: bool, rng: np.random.Generator) -> Iterator[Description]:
-    """In turn of one shape and of two, every shape, colour and background as often as any other.
+    """One of a shape for every three of two, every shape, colour and background as often as any other.
 
-    So few pictures drawn at random would leave some of them out. None is of a held-out caption.
+    So few pictures drawn at random would leave some of them out, and a pair shows more. None is of a
+    held-out caption.
     """
     things = deal(list(product(COLOURS, SHAPES)), rng)
     grounds = deal(list(product(PATTERNS, BACKGROUNDS)), rng)
     sizes = deal(list(SIZES), rng)
     for index in range(count):
         while True:
-            shown = [Thing(*next(things)) for _ in range(1 + index % 2)]
+            shown = [Thing(*next(things)) for _ in range(1 if index % 4 == 0 else 2)]
             if len(shown) == 1:
                 shown[0] = replace(shown[0], size=next(sizes))
             words = Description(tuple(shown), *next(grounds))
