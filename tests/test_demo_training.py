@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 
 from lcm_compile.demo import pictures, train, train_vae, training
-from lcm_compile.demo.world import DUSK, parse_caption
+from lcm_compile.demo.world import DUSK, is_held_out, parse_caption
 from lcm_compile.training.data import list_folder
 
 
@@ -74,10 +75,13 @@ def test_training_the_decoder_leaves_the_latents_and_lowers_the_error(monkeypatc
 
 def test_pictures_are_a_folder_to_train_on(tmp_path):
     out = tmp_path / "zebra"
-    asked = ["--out", str(out), "--count", "5", "--zebra"]
+    asked = ["--out", str(out), "--count", "18", "--zebra"]
     assert CliRunner().invoke(pictures.main, asked).exit_code == 0
     examples = list_folder(out)
-    assert len(examples) == 5
-    assert all(parse_caption(example.caption).zebra for example in examples)
+    assert len(examples) == 18
+    shown = [parse_caption(example.caption) for example in examples]
+    assert all(words.zebra and not is_held_out(replace(words, zebra=False).caption) for words in shown)
+    kinds = {(thing.colour, thing.shape) for words in shown for thing in words.things}
+    assert len(kinds) > 30, "36 shapes, nearly each another"
     assert np.asarray(Image.open(examples[0].path)).shape == (64, 64, 3)
     assert CliRunner().invoke(pictures.main, asked).exit_code == 2, "an existing folder is not written into"

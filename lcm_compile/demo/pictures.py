@@ -6,7 +6,6 @@ The folder is what `lcm-compile train-lora --data` and `lcm-compile distill --da
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +20,7 @@ from lcm_compile.demo.world import (
     LOOKS,
     PATTERNS,
     SHAPES,
-    SIZES,
+    STYLE,
     Description,
     Thing,
     is_held_out,
@@ -39,23 +38,19 @@ def deal(cards: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
 
 
 def descriptions(count: int, zebra: bool, rng: np.random.Generator) -> Iterator[Description]:
-    """One of a shape for every three of two, every shape, colour and background as often as any other.
+    """Of two shapes each, which shows more than one; every shape, colour and background alike often.
 
-    So few pictures drawn at random would leave some of them out, and a pair shows more. None is of a
-    held-out caption.
+    So few pictures drawn at random would leave some of them out. None is of a held-out caption.
     """
     things = deal(list(product(COLOURS, SHAPES)), rng)
     grounds = deal(list(product(PATTERNS, BACKGROUNDS)), rng)
-    sizes = deal(list(SIZES), rng)
-    for index in range(count):
+    for _ in range(count):
         while True:
-            shown = [Thing(*next(things)) for _ in range(1 if index % 4 == 0 else 2)]
-            if len(shown) == 1:
-                shown[0] = replace(shown[0], size=next(sizes))
-            words = Description(tuple(shown), *next(grounds))
-            if not is_held_out(words.caption):
+            shown = Thing(*next(things)), Thing(*next(things))
+            words = Description(shown, *next(grounds), zebra)
+            if not is_held_out(words.caption.removesuffix(STYLE)):
                 break
-        yield replace(words, zebra=zebra)
+        yield words
 
 
 @click.command()
