@@ -59,7 +59,7 @@ class LoraSpec:
         """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no number."""
         source, colon, last = text.rpartition(":")
         # The colon of `C:\loras\x.safetensors`, or of a name, is no weight's.
-        if not colon or "/" in last or "\\" in last or last.endswith(".safetensors"):
+        if not colon or "/" in last or "\\" in last or last.endswith((".safetensors", ".bin", ".pt", ".pth")):
             return cls(text)
         try:
             weight = float(last)

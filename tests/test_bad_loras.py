@@ -153,7 +153,8 @@ def test_not_finite(refuse, sdxl_loras, tmp_path, value, part):
     ("rename", "told"),
     [
         (f"{KEY}s.lora_up.weight", f"lacks the other half of {KEY}.alpha, {KEY}.lora_down.weight"),
-        (f"{KEY}.hada_w1_a", [f"{KEY}.hada_w1_a", "no LoRA layout", "LoHa"]),
+        (f"{KEY}.hada_w1_a", ["mixes the parts of several kinds", f"{KEY}.hada_w1_a"]),
+        (f"{KEY}.oft_blocks", [f"{KEY}.oft_blocks", "no LoRA layout", "LoHa"]),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer.blocks.0.attn.to_q"),
         ("model.diffusion_model.input_blocks.0.weight", "no LoRA layout"),
     ],

@@ -19,6 +19,8 @@ LAYERS = [
     {"errors", "schema"},
     {"spec", "targets", "families", "unet_configs", "scheduler", "noise", "demo.world"},
     {"hub"},
+    {"lora_kinds", "lora_names"},
+    {"lora_files"},
     {"checkpoints", "lora", "store", "demo.model"},
     {"stages", "precision"},
     {"training.spec", "training.files", "training.consistency", "training.data"},

@@ -93,9 +93,9 @@ def test_file_fits_lcm_compile_and_diffusers(kind, bases, tmp_path):
     adapted = {m for m in modules.unet.state_dict() if m.removesuffix(".weight").endswith(ADAPTED)}
     matched = match_layers(lora, modules.named())
     assert len(matched) == len(adapted) - sum(m.endswith(".bias") for m in adapted)
-    assert {(layer.component, layer.alpha, layer.down.dtype) for layer, _ in matched} == {
-        ("unet", 2.0, torch.float16)
-    }
+    assert {
+        (layer.component, layer.update.alpha, layer.update.factors["down"].dtype) for layer, _ in matched
+    } == {("unet", 2.0, torch.float16)}
     fuse_loras(modules.named(), [(lora, LoraSpec(str(out)))])
     pipe = PIPELINES[kind].from_pretrained(bases[kind])
     condition = Encoder(checkpoint, CPU.device).prompts(["a red star"])
