@@ -108,7 +108,7 @@ PARTS = {
     "LoHa, cores": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"},
     "LoKr": {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
     "LoKr, cores": {"lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2"},
-    "LoKr, both decomposed": {"lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"},
+    "LoKr, both decomposed": {"lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"},
 }
 
 
