@@ -1,4 +1,4 @@
-"""LoRA files that can't be fused: each refusal names the file and its keys, and no pickle is ever opened."""
+"""LoRA files that can't be fused: each refusal names the file and its keys; no code in a pickle ever runs."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Malice:
 
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin", "lora.pt", "pytorch_lora_weights"])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "plain", "protocol 0"])
-def test_a_pickle_under_any_name_is_never_opened(refuse, tmp_path, name, kind):
+def test_a_pickle_under_any_name_runs_no_code(refuse, tmp_path, name, kind):
     marker, path = tmp_path / "executed", tmp_path / name
     if kind in ("zip", "legacy"):
         torch.save({KEY: Malice(marker)}, path, _use_new_zipfile_serialization=kind == "zip")
@@ -120,6 +120,43 @@ def test_a_pickle_under_any_name_is_never_opened(refuse, tmp_path, name, kind):
             inner = next(n for n in file.namelist() if n.endswith("data.pkl"))
             pickle.loads(file.read(inner))
         assert marker.exists()
+
+
+def pickled(path, loaded):
+    torch.save(loaded, path)
+
+
+PICKLE_DAMAGES = {
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no pickle of weights alone"),
+    "a web page": (text, "no pickle of weights alone"),
+    "safetensors": (lambda p: save_file({KEY: torch.ones(1)}, p), "no pickle of weights alone"),
+    "script": (lambda p: torch.jit.save(torch.jit.script(torch.nn.Identity()), p), "no pickle of weights"),
+    "a module": (lambda p: pickled(p, torch.nn.Linear(2, 2)), "no pickle of weights alone"),
+    "a list": (lambda p: pickled(p, [torch.ones(1)]), "no named tensors"),
+    "nested": (lambda p: pickled(p, {"state_dict": {KEY: torch.ones(1)}}), "no named tensors"),
+    "numbered": (lambda p: pickled(p, {0: torch.ones(1)}), "no named tensors"),
+    "no tensors": (lambda p: pickled(p, {}), "holds no tensors"),
+    "unknown keys": (lambda p: pickled(p, {"state": torch.ones(1)}), "no LoRA layout"),
+}
+
+
+@pytest.mark.parametrize("damage", PICKLE_DAMAGES)
+def test_damaged_pickle(sdxl_loras, tmp_path, damage):
+    path = tmp_path / "lora.bin"
+    torch.save(load_file(sdxl_loras["kohya"]), path)
+    assert read_lora(path).layers
+    change, told = PICKLE_DAMAGES[damage]
+    change(path)
+    with pytest.raises(LoraError, match=told) as error:
+        read_lora(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "lora", "lora.bin.safetensors"])
+def test_a_harmless_pickle_under_another_name(refuse, sdxl_loras, tmp_path, name):
+    torch.save(load_file(sdxl_loras["kohya"]), tmp_path / name)
+    refuse([tmp_path / name, "is a pickle", "name the file .bin"], tmp_path / name)
 
 
 @pytest.mark.parametrize("first", [0x80, 0x50], ids=["like a pickle", "like a zip"])
