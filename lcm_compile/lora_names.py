@@ -43,7 +43,7 @@ def original_names(unet: torch.nn.Module) -> dict[str, str]:
             names[f"{path}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
     number = 0
-    for resnet, attention in row("mid_block", unet.get_submodule("mid_block")):
+    for resnet, attention in row("mid_block", getattr(unet, "mid_block", None)):
         names |= {resnet: f"middle_block.{number}", attention: f"middle_block.{number + 1}"}
         number += 2
     number = 0
@@ -61,13 +61,13 @@ def numbered(unet: torch.nn.Module, name: str) -> list[tuple[str, torch.nn.Modul
     return [(f"{name}.{n}", block) for n, block in unet.get_submodule(name).named_children()]
 
 
-def row(path: str, block: torch.nn.Module) -> list[tuple[str, str]]:
+def row(path: str, block: torch.nn.Module | None) -> list[tuple[str, str]]:
     """The names of each residual block, and of the attention after it where there is one."""
     return [(f"{path}.resnets.{n}", f"{path}.attentions.{n}") for n in range(count(block, "resnets"))]
 
 
-def count(block: torch.nn.Module, name: str) -> int:
-    # Blocks without downsamplers have None in their place.
+def count(block: torch.nn.Module | None, name: str) -> int:
+    # Blocks without downsamplers have None in their place, and so have UNets without a middle block.
     return len(list(getattr(block, name, None) or ()))
 
 

@@ -112,6 +112,12 @@ def test_linear_update_of_a_1x1_convolution(sd15_checkpoint, tmp_path):
     torch.testing.assert_close(layer.weight[:, :, 0, 0], before[:, :, 0, 0] + up @ down, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt", ".pth"])
+def test_a_colon_in_a_name_is_no_weights(suffix):
+    assert LoraSpec.parse(f"a:b{suffix}") == LoraSpec(f"a:b{suffix}")
+    assert LoraSpec.parse(f"a:b{suffix}:0.5") == LoraSpec(f"a:b{suffix}", 0.5)
+
+
 def test_nothing_is_fused_when_one_of_two_does_not_fit(modules, tmp_path):
     good = factories.write_lora(Pipe(modules), tmp_path / "good.safetensors", "peft")
     bad = factories.save_tensors(
