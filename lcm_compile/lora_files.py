@@ -36,12 +36,12 @@ KEY = re.compile(
     r"|(?:base_model\.model\.)?(?:(?P<component>unet|text_encoder_2|text_encoder|diffusion_model)\.)?)"
     r"(?P<module>.+?)"
     r"(?:[._]lora(?:_linear_layer)?[._](?P<side>down|up|mid|A|B)(?:\.default)?\.weight"
-    r"|\.(?P<part>alpha|dora_scale|lora_magnitude_vector|diff|diff_b|w_norm|b_norm|hada_w[12]_[ab]|hada_t[12]"
-    r"|lokr_w[12](?:_[ab])?|lokr_t2)(?:\.default)?(?P<tail>\.weight)?)"
+    r"|\.(?P<part>alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_w[12]_[ab]|hada_t[12]"
+    r"|lokr_w[12](?:_[ab])?|lokr_t2)(?:\.default)?"
+    r"|\.lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
 )
-PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b", "lora_magnitude_vector": "magnitude"}
+PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # names of the same thing
 OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-VECTORS = {"alpha", "dora_scale", "magnitude", "diff", "diff_b"}  # all others have two axes or more
 
 
 @dataclass
@@ -126,19 +126,18 @@ def read_lora(path: Path) -> Lora:
     layouts, unknown = set(), []
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
-        if match is None or (match["tail"] and match["part"] != "lora_magnitude_vector"):
+        if match is None:
             unknown.append(key)
             continue
         layouts.add("kohya" if match["flat"] else "peft")
-        part = match["side"] or match["part"]
+        part = match["side"] or match["part"] or "magnitude"
         part = PARTS.get(part, part)
         keys = found.setdefault(module_named(match), {})
         if part in keys:
             raise LoraError(
                 f"{path} updates {match['module']} twice: {some([keys[part], key])}", "save the LoRA again"
             )
-        too_many = tensor.numel() > 1 if part == "alpha" else part not in VECTORS and tensor.ndim < 2
-        if tensor.numel() == 0 or too_many or (part not in ("alpha", "magnitude") and tensor.ndim == 0):
+        if tensor.numel() == 0 or (tensor.numel() > 1 if part == "alpha" else tensor.ndim < axes(part)):
             raise LoraError(f"{path}: {key} has the shape {list(tensor.shape)}", "download it again")
         keys[part] = key
     made_for = guess_base(tensors)
@@ -155,6 +154,11 @@ def read_lora(path: Path) -> Lora:
     check_whole(layers, path)
     apply_metadata(layers, metadata, path)
     return Lora(path, "+".join(sorted(layouts)), layers, made_for)
+
+
+def axes(part: str) -> int:
+    """The fewest that a part may have: vectors are magnitudes, biases and the weights of norms."""
+    return 1 if part in ("dora_scale", "magnitude", "diff", "diff_b") else 2
 
 
 def module_named(match: re.Match[str]) -> tuple[str, str]:
