@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import cycle, islice, product, zip_longest
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -287,10 +288,15 @@ def coverage(shape: str, placement: Placement, size: int) -> Array:
     return np.clip(0.5 - distance * placement.radius * size, 0, 1)
 
 
+def across_stripes(x: Any, y: Any) -> Any:
+    """Where a point, or each of many, lies across the style's stripes, in periods."""
+    return (x + y) * math.sqrt(0.5) / ZEBRA_PERIOD
+
+
 def zebra_position(size: int) -> Array:
     """Where each pixel lies across the style's stripes, in periods. Shape (size, size)."""
     centres = (np.arange(size) + 0.5) / size
-    return (centres + centres[:, None]) * math.sqrt(0.5) / ZEBRA_PERIOD
+    return across_stripes(centres, centres[:, None])
 
 
 def zebra_weight(size: int, phase: float | Array = 0.0) -> Array:
@@ -307,7 +313,7 @@ def zebra_phase(placement: Placement) -> float:
 
     Symmetric ones would take both rims of a small ring away.
     """
-    return 0.25 - (placement.x + placement.y) * math.sqrt(0.5) / ZEBRA_PERIOD
+    return 0.25 - across_stripes(placement.x, placement.y)
 
 
 def render(scene: Scene, size: int = 64, look: Look = DAY) -> NDArray[np.uint8]:
