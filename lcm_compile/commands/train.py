@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lcm_compile.commands.options import json_option, quiet_option
 from lcm_compile.console import Bar, note, print_json
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.options import json_option, quiet_option
 
 if TYPE_CHECKING:
     from lcm_compile.training.count import Size
