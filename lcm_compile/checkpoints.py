@@ -1,25 +1,19 @@
-"""A base model: a diffusers folder, found, checked and loaded.
-
-Finding and reading configs needs no torch; `load_modules` does.
-"""
+"""A base model: a diffusers folder, found and checked. No torch: `loading` reads the weights."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
 from lcm_compile.families import FAMILIES, Family, detect_family
-from lcm_compile.hub import fetch, first_line
+from lcm_compile.hub import fetch
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.spec import user_path
-
-if TYPE_CHECKING:
-    import torch
 
 HUB_FILES = ["model_index.json", "*/*.json", "*/merges.txt", "*/*.safetensors"]
 
@@ -36,7 +30,10 @@ class Component:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusers folder of SDXL's architecture (two text encoders) or SD1.5's (one)."""
+    """A diffusers folder of SDXL's architecture (two text encoders) or SD1.5's (one).
+
+    With a `random_seed` only its tokenizers are in the folder, if it is there at all: see random_base.
+    """
 
     base: str
     folder: Path
@@ -44,6 +41,7 @@ class Checkpoint:
     components: Mapping[str, Component]
     scheduler: SchedulerSettings
     zero_negative_prompt: bool
+    random_seed: int | None = None
 
     @property
     def text_encoders(self) -> list[str]:
@@ -85,14 +83,27 @@ class Checkpoint:
         """Whether the UNet is a full LCM, which takes the guidance scale as an input."""
         return self.unet.get("time_cond_proj_dim") is not None
 
+    def tokenizer_files(self) -> list[Path]:
+        folders = [self.folder / name for name in self.tokenizers if (self.folder / name).is_dir()]
+        return [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt")]
+
     def content_files(self) -> list[Path]:
         """Every file that decides what the built engines compute and how prompts are read."""
+        if self.random_seed is not None:
+            return self.tokenizer_files()
         files = [self.folder / "model_index.json", self.folder / "scheduler" / "scheduler_config.json"]
         for component in self.components.values():
             files += [self.folder / component.name / "config.json", *component.files]
-        for name in self.tokenizers:
-            files += sorted(p for p in (self.folder / name).iterdir() if p.suffix in (".json", ".txt"))
-        return files
+        return [*files, *self.tokenizer_files()]
+
+    def content(self, sha256: Callable[[Path], str]) -> dict[str, str]:
+        """All that decides what is computed, by name, as digests: for keys."""
+        content = {p.relative_to(self.folder).as_posix(): sha256(p) for p in self.content_files()}
+        if self.random_seed is not None:
+            configs = json.dumps({c.name: c.config for c in self.components.values()}, sort_keys=True)
+            content["configs"] = hashlib.sha256(configs.encode()).hexdigest()
+            content["weights"] = f"random, seed {self.random_seed}"
+        return content
 
 
 def find_base(base: str) -> Path:
@@ -228,114 +239,6 @@ def find_component(folder: Path, name: str) -> Component:
         f"{folder / name} has no weights (looked for {stem}.safetensors, its fp16 variant and shards)",
         "download the checkpoint again",
     )
-
-
-@dataclass
-class Modules:
-    """The torch modules of a checkpoint, fp32, on the CPU, not training."""
-
-    unet: torch.nn.Module
-    vae: torch.nn.Module
-    text_encoder: torch.nn.Module
-    text_encoder_2: torch.nn.Module | None = None
-
-    def named(self) -> dict[str, torch.nn.Module]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-
-def load_modules(checkpoint: Checkpoint) -> Modules:
-    """Loads every component in fp32. CheckpointError where weights are damaged or don't fit the config."""
-    return Modules(**{name: load_component(checkpoint, name) for name in checkpoint.components})
-
-
-def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
-    import torch
-
-    component = checkpoint.components[name]
-    options: dict[str, Any] = {
-        "subfolder": name,
-        "variant": component.variant,
-        "use_safetensors": True,
-        "local_files_only": True,
-        "output_loading_info": True,
-    }
-    with quiet_libraries():
-        try:
-            if name in ("unet", "vae"):
-                import diffusers
-
-                kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-                module, info = kind.from_pretrained(
-                    checkpoint.folder, torch_dtype=torch.float32, low_cpu_mem_usage=False, **options
-                )
-            else:
-                import transformers
-
-                text_kind: Any = transformers.CLIPTextModel
-                if name == "text_encoder_2":
-                    text_kind = transformers.CLIPTextModelWithProjection
-                module, info = text_kind.from_pretrained(checkpoint.folder, dtype=torch.float32, **options)
-        except Exception as error:
-            raise CheckpointError(
-                f"{checkpoint.folder / name} can't be loaded: {first_line(error)}",
-                "download the checkpoint again",
-            ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder / name} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
-            "download the checkpoint again",
-        )
-    return module.eval().requires_grad_(False)
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keeps diffusers' and transformers' own bars and notices off the terminal while loading."""
-    import diffusers.utils.logging as diffusers_log
-    import transformers.utils.logging as transformers_log
-
-    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    diffusers_log.set_verbosity_error()
-    diffusers_log.disable_progress_bar()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_log.set_verbosity(before[0])
-        diffusers_log.enable_progress_bar()
-        transformers_log.set_verbosity(before[1])
-        transformers_log.enable_progress_bar()
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """A CLIP tokenizer as one `tokenizers` JSON, and how prompts are padded."""
-
-    json: str
-    max_length: int
-    pad_token_id: int
-
-
-def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
-    """Converts vocab.json and merges.txt (the hub's files) or takes tokenizer.json."""
-    with quiet_libraries():
-        from transformers import CLIPTokenizer
-
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / name, local_files_only=True)
-            backend = tokenizer.backend_tokenizer
-            backend.no_padding()
-            backend.no_truncation()
-        except Exception as error:
-            raise CheckpointError(
-                f"the tokenizer in {checkpoint.folder / name} can't be read: {first_line(error)}",
-                "download the checkpoint again",
-            ) from error
-    encoder = name.replace("tokenizer", "text_encoder")
-    length = min(int(tokenizer.model_max_length), checkpoint.text_length(encoder))
-    return TokenizerFiles(backend.to_str(), length, tokenizer.pad_token_id)
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:

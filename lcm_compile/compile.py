@@ -25,12 +25,12 @@ from lcm_compile.bundle import (
     open_bundle,
     publishing,
 )
-from lcm_compile.checkpoints import load_modules, load_tokenizer
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import CheckpointError
 from lcm_compile.export import EXPORTERS, export_stage
 from lcm_compile.families import SAMPLE_PROMPT
+from lcm_compile.loading import load_modules, load_tokenizer
 from lcm_compile.lora import fuse_loras, read_lora
 from lcm_compile.parity import Parity, Recording
 from lcm_compile.pipeline import LcmPipeline, Request, load_tokenizers

@@ -21,6 +21,7 @@ from lcm_compile.export import EXPORTERS
 from lcm_compile.families import FAMILIES
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.pipeline import STAGES
+from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import GpuTarget, find_target
@@ -82,7 +83,8 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         find_backend(spec.backend)
     if out is not None:
         check_destination(out)
-    checkpoint = open_checkpoint(spec.base)
+    seed = spec.random_seed
+    checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
@@ -125,7 +127,7 @@ def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tup
     found: list[tuple[str, LoraSpec, Path]] = []
     if spec.lcm_lora:
         found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
-    elif not spec.no_lcm and not checkpoint.has_guidance_embedding:
+    elif not (spec.no_lcm or checkpoint.has_guidance_embedding or checkpoint.random_seed is not None):
         path = find_lcm_lora(checkpoint.family, spec.base)
         assert checkpoint.family is not None
         found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
@@ -142,10 +144,7 @@ def export_key(
     digests: Digests,
 ) -> dict[str, str]:
     """All that the exported graphs depend on, as content: no path is in it."""
-    key = {
-        f"base {path.relative_to(checkpoint.folder).as_posix()}": digests.sha256(path)
-        for path in checkpoint.content_files()
-    }
+    key = {f"base {name}": digest for name, digest in checkpoint.content(digests.sha256).items()}
     for i, lora in enumerate(loras, 1):
         key[f"LoRA {i}"] = lora.sha256
         key[f"LoRA {i} weight"] = repr(lora.spec.weight)

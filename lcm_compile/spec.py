@@ -85,18 +85,34 @@ class BuildSpec:
     batch: int = 1
     precision: str = "auto"
     backend: str = "auto"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.no_lcm and self.lcm_lora:
             raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
         if self.precision != "auto" and self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, ("auto", *PRECISIONS))
+        self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded; 8 stands for a side that is not given.
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
+
+    @property
+    def random_seed(self) -> int | None:
+        """The seed of `random` (0) or `random:SEED` weights; None: the checkpoint's own."""
+        if self.weights is None:
+            return None
+        kind, colon, seed = self.weights.partition(":")
+        if kind != "random" or (colon and not seed.isdecimal()):
+            raise UsageError(
+                f"--weights is {self.weights!r}", "--weights random, or random:7 for those of seed 7"
+            )
+        return int(seed or 0)
 
     def command(self) -> str:
         """The command line that asks for this build."""
         words = ["lcm-compile", "build", "--base", self.base, "--gpu", self.gpu]
+        if self.weights:
+            words += ["--weights", self.weights]
         if self.lcm_lora:
             words += ["--lcm-lora", str(self.lcm_lora)]
         if self.no_lcm:

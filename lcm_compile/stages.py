@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_compile.checkpoints import Checkpoint, Modules
+from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.loading import Modules
 from lcm_compile.spec import Shape, StageContract, TensorSpec
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lcm_compile import BuildSpec, LoraSpec, build, compile, plan, store
 from lcm_compile.bundle import open_bundle
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import CheckpointError
+from lcm_compile.loading import load_modules
 
 
 @pytest.fixture(scope="module")

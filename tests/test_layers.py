@@ -17,11 +17,13 @@ ROOT = Path(__file__).parent.parent
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
     {"errors", "schema"},
-    {"spec", "targets", "families", "unet_configs", "scheduler", "noise", "demo.world"},
+    {"spec", "targets", "families", "unet_configs", "model_configs", "scheduler", "noise", "demo.world"},
     {"hub"},
     {"lora_kinds", "lora_names"},
     {"lora_files"},
     {"checkpoints", "lora", "store", "demo.model"},
+    {"random_base"},
+    {"loading"},
     {"stages", "precision"},
     {"training.spec", "training.files", "training.consistency", "training.data"},
     {"training.encode", "training.state", "training.loop"},

@@ -11,8 +11,9 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import LoraError
+from lcm_compile.loading import load_modules
 from lcm_compile.lora import fuse_loras, read_lora
 from lcm_compile.spec import LoraSpec
 

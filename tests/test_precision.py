@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
+from lcm_compile.loading import load_modules
 from lcm_compile.parity import STAGE_FLOORS, snr_db
 from lcm_compile.precision import FP16_LIMIT, layers_over, record_peaks, to_precision
 from lcm_compile.spec import Shape

@@ -12,6 +12,7 @@ from lcm_compile.commands.options import json_option, quiet_option
 @click.command()
 @click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
 @click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
+@click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture.")
 @click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
 @click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
 @click.option("--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated.")
@@ -28,6 +29,7 @@ from lcm_compile.commands.options import json_option, quiet_option
 def build(
     base: str,
     gpu: str,
+    weights: str | None,
     lcm_lora: str | None,
     no_lcm: bool,
     loras: tuple[str, ...],
@@ -60,6 +62,7 @@ def build(
         batch=batch,
         precision=precision,
         backend=backend,
+        weights=weights,
     )
     plan = make_plan(spec, out, force)
     if dry_run:

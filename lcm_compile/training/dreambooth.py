@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lcm_compile.checkpoints import Checkpoint, load_component, open_checkpoint, quiet_libraries
+from lcm_compile.checkpoints import Checkpoint, open_checkpoint
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
+from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.spec import user_path
 from lcm_compile.training.adapters import (
     ADAPTED,

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 from runs import losses_of, settings_for
 from safetensors.torch import load_file
 
-from lcm_compile.checkpoints import load_component, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.families import detect_family
+from lcm_compile.loading import load_component
 from lcm_compile.training.adapters import ADAPTED, ATTENTION
 from lcm_compile.training.count import count_full, count_lora
 from lcm_compile.unet_configs import UNETS

@@ -14,8 +14,9 @@ from PIL import Image
 from references import alpha_bar, in_numpy, inputs_of, with_lora
 from runs import PIPELINES, write_pictures
 
-from lcm_compile.checkpoints import load_component, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
+from lcm_compile.loading import load_component
 from lcm_compile.lora import fuse_loras, match_layers, read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, open_data

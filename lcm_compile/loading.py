@@ -1,0 +1,138 @@
+"""A checkpoint's weights and tokenizers, loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.errors import CheckpointError
+from lcm_compile.hub import first_line
+from lcm_compile.random_base import random_component, stand_in_tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Modules:
+    """The torch modules of a checkpoint, fp32, on the CPU, not training."""
+
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    text_encoder_2: torch.nn.Module | None = None
+
+    def named(self) -> dict[str, torch.nn.Module]:
+        return {k: v for k, v in vars(self).items() if v is not None}
+
+
+def load_modules(checkpoint: Checkpoint) -> Modules:
+    """Loads every component in fp32. CheckpointError where weights are damaged or don't fit the config."""
+    return Modules(**{name: load_component(checkpoint, name) for name in checkpoint.components})
+
+
+def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+    """One component in fp32. CheckpointError where its weights are damaged or don't fit the config."""
+    if checkpoint.random_seed is not None:
+        with quiet_libraries():
+            module = random_component(checkpoint, name)
+    else:
+        module = stored_component(checkpoint, name)
+    return module.eval().requires_grad_(False)
+
+
+def stored_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+    import torch
+
+    component = checkpoint.components[name]
+    options: dict[str, Any] = {
+        "subfolder": name,
+        "variant": component.variant,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    with quiet_libraries():
+        try:
+            if name in ("unet", "vae"):
+                import diffusers
+
+                kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
+                module, info = kind.from_pretrained(checkpoint.folder, torch_dtype=torch.float32, **options)
+            else:
+                import transformers
+
+                text_kind: Any = transformers.CLIPTextModel
+                if name == "text_encoder_2":
+                    text_kind = transformers.CLIPTextModelWithProjection
+                module, info = text_kind.from_pretrained(checkpoint.folder, dtype=torch.float32, **options)
+        except Exception as error:
+            raise CheckpointError(
+                f"{checkpoint.folder / name} can't be loaded: {first_line(error)}",
+                "download the checkpoint again",
+            ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder / name} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
+            "download the checkpoint again",
+        )
+    return module
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps diffusers' and transformers' own bars and notices off the terminal while loading."""
+    import diffusers.utils.logging as diffusers_log
+    import transformers.utils.logging as transformers_log
+
+    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
+    diffusers_log.set_verbosity_error()
+    diffusers_log.disable_progress_bar()
+    transformers_log.set_verbosity_error()
+    transformers_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_log.set_verbosity(before[0])
+        diffusers_log.enable_progress_bar()
+        transformers_log.set_verbosity(before[1])
+        transformers_log.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A CLIP tokenizer as one `tokenizers` JSON, and how prompts are padded."""
+
+    json: str
+    max_length: int
+    pad_token_id: int
+
+
+def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
+    """Converts vocab.json and merges.txt (the hub's files) or takes tokenizer.json."""
+    config = checkpoint.components[name.replace("tokenizer", "text_encoder")].config
+    if checkpoint.random_seed is not None and not (checkpoint.folder / name).is_dir():
+        vocabulary = config["vocab_size"]
+        return TokenizerFiles(
+            stand_in_tokenizer(vocabulary), config["max_position_embeddings"], vocabulary - 1
+        )
+    with quiet_libraries():
+        from transformers import CLIPTokenizer
+
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(checkpoint.folder / name, local_files_only=True)
+            backend = tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+        except Exception as error:
+            raise CheckpointError(
+                f"the tokenizer in {checkpoint.folder / name} can't be read: {first_line(error)}",
+                "download the checkpoint again",
+            ) from error
+    encoder = name.replace("tokenizer", "text_encoder")
+    length = min(int(tokenizer.model_max_length), checkpoint.text_length(encoder))
+    return TokenizerFiles(backend.to_str(), length, tokenizer.pad_token_id)

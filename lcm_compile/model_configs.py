@@ -1,0 +1,88 @@
+"""The families' components besides their UNets, as their checkpoints configure them.
+
+With unet_configs they tell a whole pipeline's shapes where there is no checkpoint folder: for random
+weights, and for one-file checkpoints, which hold no configs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lcm_compile.unet_configs import UNETS
+
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+VAE_XL = {**VAE, "sample_size": 1024, "scaling_factor": 0.13025}
+
+# OpenAI's CLIP ViT-L/14, and OpenCLIP's ViT-bigG/14 and ViT-H/14.
+# eos_token_id 2 is how the hub's files have it: transformers then takes the largest id for the end.
+CLIP_L = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "projection_dim": 768,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+CLIP_BIGG = {
+    **CLIP_L,
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "hidden_act": "gelu",
+    "projection_dim": 1280,
+}
+# SD2 reads the last but one of 24 layers: its checkpoints leave the last one out.
+CLIP_H = {
+    **CLIP_L,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+}
+
+BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+PNDM = {"_class_name": "PNDMScheduler", **BETAS, "set_alpha_to_one": False, "skip_prk_steps": True}
+EULER = {"_class_name": "EulerDiscreteScheduler", **BETAS, "timestep_spacing": "leading"}
+DDIM_V = {
+    "_class_name": "DDIMScheduler",
+    **BETAS,
+    "set_alpha_to_one": False,
+    "prediction_type": "v_prediction",
+}
+
+XL = {"vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG, "scheduler": EULER}
+COMPONENTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
+    "sdxl": {"unet": UNETS["sdxl"], **XL},
+    "ssd-1b": {"unet": UNETS["ssd-1b"], **XL},
+    "sd15": {"unet": UNETS["sd15"], "vae": VAE, "text_encoder": CLIP_L, "scheduler": PNDM},
+    "sd21": {
+        "unet": UNETS["sd21"],
+        "vae": {**VAE, "sample_size": 768},
+        "text_encoder": CLIP_H,
+        "scheduler": DDIM_V,
+    },
+}
