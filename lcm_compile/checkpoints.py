@@ -83,6 +83,11 @@ class Checkpoint:
         """Whether the UNet is a full LCM, which takes the guidance scale as an input."""
         return self.unet.get("time_cond_proj_dim") is not None
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of its files; 0 for random weights."""
+        return sum(path.stat().st_size for c in self.components.values() for path in c.files)
+
     def tokenizer_files(self) -> list[Path]:
         folders = [self.folder / name for name in self.tokenizers if (self.folder / name).is_dir()]
         return [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt")]

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoints import Checkpoint, Component
-from lcm_compile.errors import unknown_name
+from lcm_compile.errors import CheckpointError, unknown_name
 from lcm_compile.families import FAMILIES
-from lcm_compile.hub import fetch
+from lcm_compile.hub import fetch, first_line
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.scheduler import SchedulerSettings
 
@@ -67,22 +68,31 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
 
 
 def empty_module(checkpoint: Checkpoint, name: str) -> Any:
-    """A component whose parameters have shapes but no memory."""
+    """A component whose parameters have shapes but no memory. CheckpointError for a senseless config."""
     from accelerate import init_empty_weights
 
-    config = checkpoint.components[name].config
-    with init_empty_weights():
-        if name in ("unet", "vae"):
-            import diffusers
+    try:
+        with init_empty_weights():
+            return module_of(name, checkpoint.components[name].config)
+    except Exception as error:  # the libraries raise whatever their constructors meet
+        raise CheckpointError(
+            f"{checkpoint.folder / name}/config.json can't be used: {first_line(error)}",
+            "download the checkpoint again",
+        ) from error
 
-            kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-            return kind.from_config(config)
-        import transformers
 
-        settings = transformers.CLIPTextConfig(**config)
-        if name == "text_encoder_2":
-            return transformers.CLIPTextModelWithProjection(settings)
-        return transformers.CLIPTextModel(settings)
+def module_of(name: str, config: Mapping[str, Any]) -> Any:
+    if name in ("unet", "vae"):
+        import diffusers
+
+        kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
+        return kind.from_config(config)
+    import transformers
+
+    settings = transformers.CLIPTextConfig(**config)
+    if name == "text_encoder_2":
+        return transformers.CLIPTextModelWithProjection(settings)
+    return transformers.CLIPTextModel(settings)
 
 
 def stand_in_tokenizer(vocabulary: int) -> str:

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
-    {"errors", "schema"},
+    {"errors", "schema", "cost"},
     {"spec", "targets", "families", "unet_configs", "model_configs", "scheduler", "noise", "demo.world"},
     {"hub"},
     {"lora_kinds", "lora_names"},
     {"lora_files"},
+    {"apart"},
     {"checkpoints", "lora", "store", "demo.model"},
+    {"contracts"},
     {"random_base"},
     {"loading"},
     {"stages", "precision"},
@@ -33,7 +35,7 @@ LAYERS = [
     {"bundle", "tokens"},
     {"pipeline"},
     {"parity", "plan"},
-    {"lookup"},
+    {"lookup", "prepare"},
     {"compile", "doctor"},
     {"console", "images", "sheets"},
     {"grid", "benchmarks", "demo.training", "demo.pictures"},
