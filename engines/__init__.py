@@ -51,14 +51,17 @@ def find_backend(name: str) -> Backend:
     return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]
 
 
-def choose_backend(target: GpuTarget, precision: str) -> str:
-    """The first backend, in the table's order, that can build for the target here.
+def choose_backend(target: GpuTarget, precision: str, graph_format: str | None = None) -> str:
+    """The first backend, in the table's order, that can build for the target here, from such graphs if given.
 
     BackendError lists every candidate with its reason when none can.
     """
     reasons = []
     for name in BACKENDS:
-        reason = find_backend(name).cannot_build(target, precision)
+        backend = find_backend(name)
+        reason = backend.cannot_build(target, precision)
+        if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
+            reason = f"builds from {backend.GRAPH_FORMAT} graphs"
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")

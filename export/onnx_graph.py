@@ -9,7 +9,9 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from lcm_compile.spec import ExportedGraph
@@ -32,37 +34,35 @@ def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph
 
 
 def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
-    """`twin/<stage>.onnx` beside `graph`, for other shapes; large weights are read from that graph's file.
-
-    ValueError where the two do not have the same weights.
-    """
+    """`twin/<stage>.onnx` beside `graph`, for other shapes; what both hold is read from that graph's file."""
     import onnx_ir
 
     folder = graph.path.parent / "twin"
-    folder.mkdir()
-    model = onnx_model(stage)
+    folder.mkdir(exist_ok=True)
+    model = onnx_model(stage).model
     path = folder / graph.path.name
     if graph.weights.exists():
         (folder / graph.weights.name).hardlink_to(graph.weights)
-        shared = onnx_ir.load(graph.path).graph.initializers
-        for name, value in model.model.graph.initializers.items():
-            stored = shared[name].const_value if name in shared else None
-            if not isinstance(stored, onnx_ir.ExternalTensor):
-                continue
-            assert value.const_value is not None
-            if (stored.dtype, stored.shape) != (value.const_value.dtype, value.const_value.shape):
-                raise ValueError(f"{name} differs between {graph.path} and its twin")
-            value.const_value = onnx_ir.ExternalTensor(
-                stored.location,
-                stored.offset,
-                stored.length,
-                stored.dtype,
-                shape=stored.shape,
-                name=name,
-                base_dir=folder,
-            )
-    onnx_ir.save(model.model, path)
+        stored = onnx_ir.load(graph.path).graph.initializers
+        for name, value in model.graph.initializers.items():
+            tensor = stored[name].const_value if name in stored else None
+            # Not everything is alike: constants that were folded from the shape are not.
+            if isinstance(tensor, onnx_ir.ExternalTensor) and same(tensor, value.const_value):
+                value.const_value = onnx_ir.ExternalTensor(
+                    tensor.location,
+                    tensor.offset,
+                    tensor.length,
+                    tensor.dtype,
+                    shape=tensor.shape,
+                    name=name,
+                    base_dir=folder,
+                )
+    onnx_ir.save(model, path)
     return replace(graph, path=path, contract=stage.contract)
+
+
+def same(one: Any, other: Any) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and np.array_equal(one.numpy(), other.numpy())
 
 
 def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:

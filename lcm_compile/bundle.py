@@ -209,19 +209,22 @@ def open_bundle(folder: Path) -> EngineBundle:
     return EngineBundle(folder, manifest, digest)
 
 
-def list_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below `folder` but the manifest, by its path with forward slashes."""
+def list_files(folder: Path, but: Path) -> dict[str, str]:
+    """sha256 of every file below `folder` and not below `but`, by its path with forward slashes."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
+        if path.is_file() and not path.is_relative_to(but):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.relative_to(folder).as_posix()] = digest
     return files
 
 
-def check_destination(folder: Path) -> None:
-    """UsageError unless a bundle can be put there: nothing, an empty folder, or an older bundle."""
+def check_destination(folder: Path, manifest: str = MANIFEST) -> None:
+    """UsageError unless a bundle can be put there: nothing, an empty folder, or an older bundle.
+
+    So for an export, which has another manifest.
+    """
     other = "give a new folder to --out"
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--out {folder} is a file", other)
@@ -229,10 +232,10 @@ def check_destination(folder: Path) -> None:
         raise UsageError(
             f"--out {folder} is where a disk is mounted, and can't be replaced", f"{folder}/bundle"
         )
-    if folder.is_dir() and (foreign := foreign_files(folder)):
+    if folder.is_dir() and (foreign := foreign_files(folder, manifest)):
         raise UsageError(
             f"--out {folder} is a folder with other things in it, such as {foreign[0]}, "
-            "and a bundle replaces it all",
+            "and would be replaced with all it holds",
             other,
         )
     try:
@@ -247,16 +250,16 @@ def check_destination(folder: Path) -> None:
         )
 
 
-def foreign_files(folder: Path) -> list[str]:
+def foreign_files(folder: Path, manifest: str) -> list[str]:
     """What lies in `folder` and is no part of a bundle; of an unreadable bundle, its manifest."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_thing(path)}
-    if MANIFEST not in found:
+    if manifest not in found:
         return sorted(found)
     try:
-        own = set(json.loads((folder / MANIFEST).read_bytes())["files"])
+        own = set(json.loads((folder / manifest).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return [MANIFEST]
-    return sorted(found - own - {MANIFEST})
+        return [manifest]
+    return sorted(found - own - {manifest})
 
 
 def is_thing(path: Path) -> bool:
@@ -264,7 +267,9 @@ def is_thing(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def publishing(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Path]:
+def publishing(
+    folder: Path, waiting: Callable[[], None] = lambda: None, manifest: str = MANIFEST
+) -> Iterator[Path]:
     """A folder to build in, which becomes `folder` when the block ends without an error.
 
     One process at a time; what a killed one left behind is removed. At every moment `folder` is the old
@@ -288,7 +293,7 @@ def publishing(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iter
         try:
             with full_disk_told(folder.parent):
                 yield part
-            if (part / MANIFEST).is_file():
+            if (part / manifest).is_file():
                 sync(part)
                 if folder.exists():
                     folder.rename(old)

@@ -1,14 +1,15 @@
-"""The main path of a build: plan → for each stage (prepare → build → check) → bundle."""
+"""The main path of a build: plan → export (each stage prepared and checked) → engines → bundle."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lcm_compile
 from lcm_compile import parity
@@ -21,7 +22,9 @@ from lcm_compile.bundle import (
     PipelineSettings,
     StageEngine,
     TokenizerSettings,
+    check_destination,
     full_disk_told,
+    key_digest,
     list_files,
     open_bundle,
     publishing,
@@ -31,15 +34,20 @@ from lcm_compile.cost import Report, Stopwatch
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
 from lcm_compile.export import EXPORTERS
+from lcm_compile.exported import EXPORT, ExportedStage, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.loading import load_tokenizer
 from lcm_compile.lora import LoraProvenance
 from lcm_compile.parity import Call, Trace
-from lcm_compile.plan import ENGINE, Plan, make_plan
-from lcm_compile.prepare import Prepared, check_fit, prepare_stage
+from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
 from lcm_compile.schema import json_text
 from lcm_compile.spec import BuildSpec, StageContract
 from lcm_compile.store import remember
+
+if TYPE_CHECKING:
+    from lcm_compile.prepare import Prepared
+
+WAITING = "wait for another build of this bundle"
 
 
 def build(
@@ -62,22 +70,108 @@ def build_planned(
     spec: BuildSpec, out: Path | None, force: bool, report: Report
 ) -> tuple[Plan, EngineBundle]:
     """`build`, with the plan that was followed: a hit too where another process built it meanwhile."""
-    plan = make_plan(spec, out, force)
+    return build_targets([(spec, out)], force, report)[0]
+
+
+def build_targets(
+    asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, report: Report
+) -> list[tuple[Plan, EngineBundle]]:
+    """Bundles for several specs, each with the plan that was followed; the same graphs are made once."""
+    plans = [make_plan(spec, out, force) for spec, out in asked]
+    sharing: dict[str, list[int]] = {}
+    for i, plan in enumerate(plans):
+        if not plan.hit:
+            assert plan.export is not None
+            shared = [key_digest(plan.export.key), plan.export.checked, str(plan.export.proof_shape)]
+            sharing.setdefault(" ".join(shared), []).append(i)
+    for members in sharing.values():
+        followed = build_sharing([asked[i] for i in members], force, report)
+        for i, plan in zip(members, followed, strict=True):
+            plans[i] = plan
+    for plan in plans:
+        remember(plan.folder)
+    return [(plan, open_bundle(plan.folder)) for plan in plans]
+
+
+def build_sharing(asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, report: Report) -> list[Plan]:
+    """Builds bundles that need the same graphs; those that another process built meanwhile are hits."""
+
+    def plan_again() -> list[Plan]:
+        return [make_plan(spec, out, force) for spec, out in asked]
+
+    with ExitStack() as stack:
+        folders = {
+            folder: stack.enter_context(publishing(folder, lambda: report(WAITING, None)))
+            for folder in sorted(
+                {plan.folder for plan in plan_again()}
+            )  # one order: no two wait for each other
+        }
+        plans = plan_again()
+        missing = {plan.folder: plan for plan in plans if not plan.hit}
+        if missing:
+            several = len(missing) > 1
+            with exported(next(iter(missing.values())), folders[next(iter(missing))], report) as export:
+                for folder, plan in missing.items():
+                    build_into(folders[folder], *export, plan, report, several)
+            if [plan.key for plan in plan_again()] != [plan.key for plan in plans]:
+                raise CheckpointError("the base or a LoRA changed while it was being built", "build again")
+    return plans
+
+
+def build_from(
+    graphs: Path,
+    gpu: str,
+    backend: str = "auto",
+    out: Path | None = None,
+    *,
+    force: bool = False,
+    report: Report = lambda part, cost: None,
+) -> tuple[Plan, EngineBundle]:
+    """A bundle for one target from an export, here or on a machine that never had the model.
+
+    Raises UsageError, BackendError, ParityError, and BundleError where the export is damaged.
+    """
+    plan = make_plan_from(graphs, gpu, backend, out, force)
     if not plan.hit:
-        with publishing(plan.folder, lambda: report("wait for another build of this bundle", None)) as folder:
-            plan = make_plan(spec, out, force)
+        with publishing(plan.folder, lambda: report(WAITING, None)) as folder:
+            plan = make_plan_from(graphs, gpu, backend, out, force)
             if not plan.hit:
-                build_into(folder, plan, report)
-                if make_plan(spec, out, force).key != plan.key:
-                    raise CheckpointError(
-                        "the base or a LoRA changed while it was being built", "build again"
-                    )
+                build_into(folder, graphs, read_export(graphs), plan, report)
     remember(plan.folder)
     return plan, open_bundle(plan.folder)
 
 
-def build_into(folder: Path, plan: Plan, report: Report) -> None:
-    """Fills an empty folder with engines, tokenizers, proof and, last, the manifest."""
+def export(
+    spec: BuildSpec, out: Path, graph_format: str = "onnx", *, report: Report = lambda part, cost: None
+) -> ExportManifest:
+    """Writes a spec's graphs, tokenizers and proof to `out`, whole or not at all: what `build_from` takes.
+
+    The spec's target and backend do not matter. UsageError, CheckpointError, LoraError, ParityError.
+    """
+    plan = plan_graphs(spec, graph_format)
+    check_destination(out, EXPORT)
+    with publishing(out, lambda: report(WAITING, None), EXPORT) as folder:
+        manifest = export_into(folder, plan, report)
+        manifest = replace(manifest, files=list_files(folder, but=folder / EXPORT))
+        manifest.write(folder)
+    return manifest
+
+
+@contextmanager
+def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, ExportManifest]]:
+    """The export that a bundle is built from, until that is done."""
+    assert plan.export is not None
+    # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
+    with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
+        with full_disk_told(folder.parent):
+            export = export_into(Path(scratch), plan.export, report)
+        yield Path(scratch), export
+
+
+def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifest:
+    """Fills an empty folder with graphs, tokenizers and proof. ParityError where the graphs miss it."""
+    from lcm_compile.prepare import check_fit, prepare_stage
+
     watch = Stopwatch(report)
     call = call_apart if plan.is_large else call_here
     provenance: list[LoraProvenance] = []
@@ -88,56 +182,92 @@ def build_into(folder: Path, plan: Plan, report: Report) -> None:
     settings = write_tokenizers(folder, plan, contracts["encode"])
     proving = replace(settings, shape=plan.proof_shape)
     trace: Trace = {}  # torch's own calls
-    drawn: Trace = {}  # those of what was built
-    built, figures, peaks = [], {}, {}
-    # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
-    graphs_folder = tempfile.TemporaryDirectory(prefix="graphs-", dir=folder)
-    engines = folder / "engines"
-    engines.mkdir()
-    with graphs_folder as graphs, full_disk_told(folder.parent):
-        for name, contract in contracts.items():
-            scratch = Path(graphs) / name
-            scratch.mkdir()
-            with watch.part(f"export {name}"):
-                prepared = call(prepare_stage, plan, name, proving, folder, scratch, trace, drawn)
-            with watch.part(f"build {name}"):
-                path = call(plan.backend.build, prepared.graph, plan.target, engines)
-            trace[name], peaks[name] = prepared.reference, prepared.peaks
+    drawn: Trace = {}  # those of the graphs
+    stages, figures, peaks = [], {}, {}
+    (folder / "graphs").mkdir()
+    for name, contract in contracts.items():
+        with watch.part(f"export {name}"):
+            prepared = call(prepare_stage, plan, name, proving, folder, trace, drawn)
+        trace[name], peaks[name] = prepared.reference, prepared.peaks
+        if plan.checked != ENGINE:
             with watch.part(f"check {name}"):
-                db, drawn[name] = call(check_stage, plan, prepared, path, proving, folder, trace, drawn)
+                db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
             figures[name] = Parity(db, parity.STAGE_FLOORS[plan.precisions[name]], told_check(plan))
-            built.append(
-                StageEngine(
-                    contract,
-                    path.relative_to(folder).as_posix(),
-                    plan.precisions[name],
-                    prepared.fp32_layers,
-                    max((max(pair) for pair in prepared.peaks.values()), default=None),
-                )
-            )
-            shutil.rmtree(scratch)
-    db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
-    figures["picture"] = Parity(db, parity.picture_floor(plan.precisions.values()), told_check(plan))
+        graph = prepared.graph.path.relative_to(folder).as_posix()
+        largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
+        stages.append(ExportedStage(contract, graph, plan.precisions[name], prepared.fp32_layers, largest))
+    if drawn:
+        db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
+        figures["picture"] = Parity(db, parity.picture_floor(plan.precisions.values()), told_check(plan))
     parity.require(figures)
-    manifest = BundleManifest(
+    return ExportManifest(
+        name=plan.name,
         spec=plan.spec,
-        target=plan.target,
-        backend=plan.backend_name,
         key=plan.key,
         architecture=plan.checkpoint.architecture,
+        graph_format=plan.graph_format,
+        is_large=plan.is_large,
         pipeline=settings,
-        stages=tuple(built),
+        stages=tuple(stages),
         loras=tuple(
             {"role": planned.role, "sha256": planned.sha256, **lora.to_dict()}
             for planned, lora in zip(plan.loras, provenance, strict=True)
         ),
         parity=figures,
         proof=parity.write_proof(trace, peaks, proving, folder),
-        toolchain=toolchain(plan),
+        toolchain={"lcm-compile": lcm_compile.__version__, **versions(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    manifest = replace(manifest, files=list_files(folder))
+
+
+def build_into(
+    folder: Path, graphs: Path, export: ExportManifest, plan: Plan, report: Report, several: bool = False
+) -> None:
+    """Fills an empty folder with the engines of an export and, last, the manifest."""
+    watch = Stopwatch(report)
+    call = call_apart if export.is_large else call_here
+    told = f" for {plan.target.name}" if several else ""
+    for name in ("tokenizers", "proof"):
+        shutil.copytree(graphs / name, folder / name)
+    (folder / "engines").mkdir()
+    built = []
+    with full_disk_told(folder.parent):
+        for stage in export.stages:
+            graph = export.graph(graphs, stage)
+            with watch.part(f"build {stage.contract.name}{told}"):
+                path = call(plan.backend.build, graph, plan.target, folder / "engines")
+            engine = path.relative_to(folder).as_posix()
+            built.append(
+                StageEngine(
+                    stage.contract, engine, stage.precision, stage.fp32_layers, stage.largest_activation
+                )
+            )
+    manifest = BundleManifest(
+        spec=plan.spec,
+        target=plan.target,
+        backend=plan.backend_name,
+        key=plan.key,
+        architecture=export.architecture,
+        pipeline=export.pipeline,
+        stages=tuple(built),
+        loras=export.loras,
+        parity=export.parity,
+        proof=export.proof,
+        toolchain={
+            **export.toolchain,
+            **versions(("numpy", "tokenizers")),
+            plan.backend_name: str(installed_version(plan.backend.PACKAGES)).split(" ")[-1],
+        },
+        costs={},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=list_files(folder, but=graphs),
+    )
+    if plan.backend.cannot_run(plan.target) is None:
+        with watch.part(f"check the engines{told}"):
+            figures = call(parity.verify, EngineBundle(folder, manifest, ""))
+        parity.require(figures)
+        manifest = replace(manifest, parity={**manifest.parity, **figures})
+    manifest = replace(manifest, costs={**export.costs, **watch.costs})
     (folder / MANIFEST).write_text(json_text(manifest.to_dict(), indent=1), encoding="utf-8")
 
 
@@ -145,7 +275,7 @@ def call_here(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
-def write_tokenizers(folder: Path, plan: Plan, encode: StageContract) -> PipelineSettings:
+def write_tokenizers(folder: Path, plan: ExportPlan, encode: StageContract) -> PipelineSettings:
     """Writes each tokenizer as one JSON, and says all that the LCM loop must know."""
     checkpoint = plan.checkpoint
     tokenizers = []
@@ -162,41 +292,24 @@ def write_tokenizers(folder: Path, plan: Plan, encode: StageContract) -> Pipelin
 
 
 def check_stage(
-    plan: Plan,
-    prepared: Prepared,
-    path: Path,
-    settings: PipelineSettings,
-    folder: Path,
-    trace: Trace,
-    drawn: Trace,
+    plan: ExportPlan, prepared: Prepared, settings: PipelineSettings, folder: Path, trace: Trace, drawn: Trace
 ) -> tuple[float, list[Call]]:
-    """What was built: its signal-to-noise over torch's own calls, and its calls in its own picture."""
+    """A graph's signal-to-noise over torch's own calls, and its calls in its own picture."""
     if prepared.cast is not None:
         assert prepared.cast_db is not None
         return prepared.cast_db, prepared.cast
     contracts = make_contracts(plan.checkpoint, plan.proof_shape)
     name = prepared.twin.contract.name
-    if plan.checked == ENGINE:
-        runner = plan.backend.load(path, contracts[name])
-    else:
-        runner = find_backend("onnxruntime").load(prepared.twin.path, contracts[name])
-    with runner:
+    with find_backend("onnxruntime").load(prepared.twin.path, contracts[name]) as runner:
         db = parity.compare_calls(runner, trace[name])
         return db, parity.relay(runner, contracts, settings, folder, drawn)
 
 
-def told_check(plan: Plan) -> str:
-    shape = plan.proof_shape
-    return (
-        plan.checked if shape == plan.shape else f"{plan.checked}, of a twin of {shape.height}×{shape.width}"
-    )
+def told_check(plan: ExportPlan) -> str:
+    proved = plan.proof_shape
+    twin = "" if proved == plan.shape else f", of a twin of {proved.height}×{proved.width}"
+    return f"{plan.checked}{twin}"
 
 
-def toolchain(plan: Plan) -> Mapping[str, str]:
-    packages = {*EXPORTERS[plan.backend.GRAPH_FORMAT], "numpy", "tokenizers"}
-    versions = {name: str(installed_version((name,))).split(" ")[-1] for name in sorted(packages)}
-    return {
-        "lcm-compile": lcm_compile.__version__,
-        **versions,
-        plan.backend_name: str(installed_version(plan.backend.PACKAGES)).split(" ")[-1],
-    }
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    return {name: str(installed_version((name,))).split(" ")[-1] for name in packages}

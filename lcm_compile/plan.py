@@ -5,20 +5,21 @@ Needs neither torch nor diffusers, so that a hit answers at once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lcm_compile
-from lcm_compile.bundle import check_destination, key_digest, read_manifest
+from lcm_compile.bundle import check_destination, key_digest
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
-from lcm_compile.errors import BackendError, BundleError
+from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.export import EXPORTERS
+from lcm_compile.exported import read_export
 from lcm_compile.families import FAMILIES
+from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.pipeline import STAGES
 from lcm_compile.random_base import open_random
@@ -26,15 +27,12 @@ from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 
-REASONS_SHOWN = 8
 NAME_LENGTH = 40
 LARGE_BYTES = 1 << 30
 TWIN_LATENT = 32  # a side
 ENGINE = "engine"
 GRAPH = "graph, on ONNX Runtime's CPU provider"
 MODULE = "torch module that was exported"
-# How the names of those inputs begin that a command line chooses.
-ASKED = ("LoRA", "backend", "precision", "shape", "target")
 
 
 @dataclass(frozen=True)
@@ -46,41 +44,22 @@ class PlannedLora:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A build with everything settled. `reasons` tell why it is a hit, or what differs."""
+class ExportPlan:
+    """Graphs to be made, with everything settled. `checked` is what will be compared with torch."""
 
     spec: BuildSpec
     checkpoint: Checkpoint
     loras: tuple[PlannedLora, ...]
-    target: GpuTarget
-    backend_name: str
     shape: Shape
     precisions: Mapping[str, str]
+    graph_format: str
+    checked: str
     key: Mapping[str, str]
-    folder: Path
-    hit: bool
-    reasons: tuple[str, ...]
-
-    @property
-    def backend(self) -> Backend:
-        return find_backend(self.backend_name)
 
     @property
     def is_large(self) -> bool:
         """Whether each stage is made in a process of its own, so that one model at a time is in memory."""
         return self.checkpoint.random_seed is not None or self.checkpoint.weight_bytes >= LARGE_BYTES
-
-    @property
-    def checked(self) -> str:
-        """What is compared with torch on this machine: the engine, where it runs here; else its graph.
-
-        ONNX Runtime's CPU provider has no bf16: there the torch module that was exported stands for it.
-        """
-        if self.backend.cannot_run(self.target) is None:
-            return ENGINE
-        onnxruntime = find_backend("onnxruntime")
-        able = all(onnxruntime.cannot_build(TARGETS["cpu"], p) is None for p in self.precisions.values())
-        return GRAPH if able and self.backend.GRAPH_FORMAT == "onnx" else MODULE
 
     @property
     def proof_shape(self) -> Shape:
@@ -95,15 +74,55 @@ class Plan:
             return self.shape
         return Shape(1, side, side)
 
+    @property
+    def name(self) -> str:
+        name = self.checkpoint.folder.resolve().name
+        return self.spec.base if self.spec.base in FAMILIES else name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build with everything settled. `reasons` tell why it is a hit, or what differs.
+
+    `export` says how its graphs are made; None where they are made already.
+    """
+
+    spec: BuildSpec
+    export: ExportPlan | None
+    target: GpuTarget
+    backend_name: str
+    key: Mapping[str, str]
+    folder: Path
+    hit: bool
+    reasons: tuple[str, ...]
+
+    @property
+    def backend(self) -> Backend:
+        return find_backend(self.backend_name)
+
+    @property
+    def loras(self) -> tuple[PlannedLora, ...]:
+        return () if self.export is None else self.export.loras
+
     def to_dict(self) -> dict[str, Any]:
+        export = self.export
+        made = (
+            {}
+            if export is None
+            else {
+                "base": str(export.checkpoint.folder),
+                "architecture": export.checkpoint.architecture,
+                "loras": [
+                    {"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in export.loras
+                ],
+                "shape": vars(export.shape),
+                "precisions": dict(export.precisions),
+            }
+        )
         return {
-            "base": str(self.checkpoint.folder),
-            "architecture": self.checkpoint.architecture,
-            "loras": [{"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in self.loras],
+            **made,
             "target": self.target.to_dict(),
             "backend": self.backend_name,
-            "shape": vars(self.shape),
-            "precisions": dict(self.precisions),
             "key": key_digest(self.key),
             "bundle": str(self.folder),
             "hit": self.hit,
@@ -120,35 +139,80 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         check_destination(out)
     seed = spec.random_seed
     checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
+    precision = spec.precision if spec.precision != "auto" else default_precision(target)
+    backend_name = settle_backend(spec, target, precision)
+    backend = find_backend(backend_name)
+    engine_runs = backend.cannot_run(target) is None
+    export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
+    return finish_plan(spec, export, export.key, export.name, target, backend_name, out, force)
+
+
+def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
+    """Settles an export, whatever target its graphs are for; errors as make_plan's."""
+    if graph_format not in EXPORTERS:
+        raise unknown_name("graph format", graph_format, EXPORTERS)
+    seed = spec.random_seed
+    checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
+    precision = spec.precision if spec.precision != "auto" else "fp16"
+    return plan_export(spec, checkpoint, precision, graph_format, engine_runs=False)
+
+
+def plan_export(
+    spec: BuildSpec, checkpoint: Checkpoint, precision: str, graph_format: str, engine_runs: bool
+) -> ExportPlan:
+    """How the graphs of a spec are made; UsageError, CheckpointError, LoraError."""
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    precision = spec.precision if spec.precision != "auto" else default_precision(target)
     precisions = dict.fromkeys(STAGES, precision)
-    backend_name = settle_backend(spec, target, precision)
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
-    backend = find_backend(backend_name)
-    key = {
-        **export_key(checkpoint, loras, shape, precisions, backend.GRAPH_FORMAT, digests),
-        **engine_key(backend_name, backend, target),
-    }
+    key = export_key(checkpoint, loras, shape, precisions, graph_format, digests)
     digests.save()
-    folder = out if out is not None else bundles_folder() / bundle_name(spec, checkpoint, target, key)
-    hit, reasons = explain(key, folder, spec, force)
-    return Plan(
-        spec, checkpoint, loras, target, backend_name, shape, precisions, key, folder, hit, tuple(reasons)
-    )
+    checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
+    return ExportPlan(spec, checkpoint, loras, shape, precisions, graph_format, checked, key)
+
+
+def checked_graph(graph_format: str, precision: str) -> str:
+    """What stands for an engine that does not run here: its graph, on ONNX Runtime's CPU provider.
+
+    That provider has no bf16: there the torch module that was exported stands for it.
+    """
+    able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], precision) is None
+    return GRAPH if able and graph_format == "onnx" else MODULE
+
+
+def finish_plan(
+    spec: BuildSpec,
+    export: ExportPlan | None,
+    key: Mapping[str, str],
+    name: str,
+    target: GpuTarget,
+    backend_name: str,
+    out: Path | None,
+    force: bool,
+) -> Plan:
+    """The plan of engines for graphs of the key `key`."""
+    key = {**key, **engine_key(backend_name, find_backend(backend_name), target)}
+    folder = out if out is not None else bundles_folder() / bundle_name(name, target, key)
+    hit, reasons = explain(key, folder, force)
+    return Plan(spec, export, target, backend_name, key, folder, hit, tuple(reasons))
 
 
 def default_precision(target: GpuTarget) -> str:
     return "fp32" if target.is_cpu else "fp16"
 
 
-def settle_backend(spec: BuildSpec, target: GpuTarget, precision: str) -> str:
+def settle_backend(
+    spec: BuildSpec, target: GpuTarget, precision: str, graph_format: str | None = None
+) -> str:
+    """The backend asked for, or the first that can build, from such graphs if their format is given."""
     if spec.backend == "auto":
-        return choose_backend(target, precision)
-    reason = find_backend(spec.backend).cannot_build(target, precision)
+        return choose_backend(target, precision, graph_format)
+    backend = find_backend(spec.backend)
+    reason = backend.cannot_build(target, precision)
+    if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
+        reason = f"it builds from {backend.GRAPH_FORMAT} graphs; these are {graph_format}"
     if reason:
         raise BackendError(
             f"{spec.backend} can't build {precision} engines for {target.name} here: {reason}",
@@ -202,66 +266,19 @@ def engine_key(name: str, backend: Backend, target: GpuTarget) -> dict[str, str]
     }
 
 
-def code_digest(digests: Digests) -> str:
-    """Of this package's own source: a change of how graphs are shaped is a miss too."""
-    from lcm_compile import engines, export
-
-    folders = [Path(module.__path__[0]) for module in (lcm_compile, export, engines)]
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256("".join(digests.sha256(path) for path in files).encode()).hexdigest()[:16]
+def bundle_name(base: str, target: GpuTarget, key: Mapping[str, str]) -> str:
+    name = "".join(c if c.isalnum() else "-" for c in base)[:NAME_LENGTH] or "base"
+    return f"{name}-{target.name}-{key_digest(key)[:16]}"
 
 
-def bundle_name(spec: BuildSpec, checkpoint: Checkpoint, target: GpuTarget, key: Mapping[str, str]) -> str:
-    name = spec.base if spec.base in FAMILIES else checkpoint.folder.resolve().name
-    base = "".join(c if c.isalnum() else "-" for c in name)[:NAME_LENGTH] or "base"
-    return f"{base}-{target.name}-{key_digest(key)[:16]}"
-
-
-def explain(key: Mapping[str, str], folder: Path, spec: BuildSpec, force: bool) -> tuple[bool, list[str]]:
-    """Whether `folder` already holds this build, and why; a miss is told against the nearest bundle."""
-    existing = existing_key(folder)
-    if existing == dict(key):
-        if force:
-            return False, [f"--force: {folder.name} holds this very build and is built again"]
-        return True, [f"all {len(key)} inputs are those of {folder.name}"]
-    nearest, name = existing, folder.name
-    if nearest is None:
-        candidates = [
-            (candidate, other.name)
-            for other in sorted(bundles_folder().glob("[!.]*"))
-            if (candidate := existing_key(other)) is not None
-        ]
-        if not candidates:
-            return False, ["there is no bundle yet"]
-        nearest, name = min(candidates, key=lambda c: len(differences(key, c[0])))
-    changed = differences(key, nearest)
-    if not changed:
-        return False, [f"there is no bundle at {folder} yet ({name} is the same build)"]
-    reasons = [f"differs from {name}:", *changed[:REASONS_SHOWN]]
-    if len(changed) > REASONS_SHOWN:
-        reasons.append(f"and {len(changed) - REASONS_SHOWN} more inputs")
-    return False, reasons
-
-
-def existing_key(folder: Path) -> dict[str, str] | None:
-    try:
-        return dict(read_manifest(folder)[0].key)
-    except BundleError:
-        return None
-
-
-def differences(new: Mapping[str, str], old: Mapping[str, str]) -> list[str]:
-    """Each input that differs, in words, what was asked for first; digests are cut to their first digits."""
-
-    def short(value: str) -> str:
-        return value[:12] if len(value) == 64 else value
-
-    told = []
-    for name in sorted({*new, *old}, key=lambda name: (not name.startswith(ASKED), name)):
-        if name not in old:
-            told.append(f"{name} is new ({short(new[name])})")
-        elif name not in new:
-            told.append(f"{name} is gone (was {short(old[name])})")
-        elif new[name] != old[name]:
-            told.append(f"{name} changed: {short(old[name])} → {short(new[name])}")
-    return told
+def make_plan_from(
+    graphs: Path, gpu: str, backend: str = "auto", out: Path | None = None, force: bool = False
+) -> Plan:
+    """Settles a build from an export. UsageError, BundleError, BackendError where that can't be."""
+    target = find_target(gpu)
+    if out is not None:
+        check_destination(out)
+    export = read_export(graphs)
+    spec = replace(export.spec, gpu=gpu, backend=backend)
+    name = settle_backend(spec, target, export.precision, export.graph_format)
+    return finish_plan(spec, None, export.key, export.name, target, name, out, force)

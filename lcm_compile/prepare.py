@@ -12,7 +12,7 @@ from lcm_compile.export import export_stage, export_twin
 from lcm_compile.loading import load_component
 from lcm_compile.lora import LoraProvenance, check_loras, merge_loras, read_lora
 from lcm_compile.parity import Call, Trace
-from lcm_compile.plan import MODULE, Plan
+from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision
 from lcm_compile.random_base import empty_module
 from lcm_compile.spec import ExportedGraph
@@ -37,16 +37,16 @@ class Prepared:
     cast: list[Call] | None = None
 
 
-def check_fit(plan: Plan) -> list[LoraProvenance]:
+def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
     """How each LoRA goes into the base, by shapes alone, before weights are read. LoraError if it can't."""
     modules = {name: empty_module(plan.checkpoint, name) for name in plan.checkpoint.components}
     return check_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
 
 
 def prepare_stage(
-    plan: Plan, name: str, settings: PipelineSettings, folder: Path, scratch: Path, trace: Trace, cast: Trace
+    plan: ExportPlan, name: str, settings: PipelineSettings, folder: Path, trace: Trace, cast: Trace
 ) -> Prepared:
-    """Makes one stage's graph in `scratch`.
+    """Makes one stage's graph in `folder/graphs`.
 
     `folder` holds the tokenizers, `settings` are for the proof's shape; `trace` and `cast` are the earlier
     stages' calls in fp32, and in the precision of the engines. CheckpointError, LoraError, ParityError.
@@ -66,8 +66,8 @@ def prepare_stage(
     kept = layers_over(stage.module, peaks) if precision == "fp16" else set()
     to_precision(stage.module, precision, kept)
     full = make_stage(plan.checkpoint, name, modules, plan.shape)
-    graph = twin = export_stage(full, plan.backend.GRAPH_FORMAT, precision, scratch)
-    if plan.proof_shape != plan.shape and plan.checked != MODULE:
+    graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
+    if plan.proof_shape != plan.shape and plan.checked == GRAPH:
         twin = export_twin(stage, graph)
     prepared = Prepared(graph, twin, reference, dict(peaks), tuple(sorted(kept)))
     if plan.checked != MODULE:

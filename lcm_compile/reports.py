@@ -15,13 +15,21 @@ from lcm_compile.plan import Plan
 
 
 def print_plan(plan: Plan) -> None:
+    export = plan.export
+    made = (
+        []
+        if export is None
+        else [
+            ("base", f"{export.checkpoint.folder} ({export.checkpoint.architecture})"),
+            *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in export.loras),
+            ("shape", str(export.shape)),
+            *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
+        ]
+    )
     rows = [
-        ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
-        *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
+        *made,
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", plan.backend_name),
-        ("shape", str(plan.shape)),
-        *((f"precision of {stage}", precision) for stage, precision in plan.precisions.items()),
         ("bundle", str(plan.folder)),
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]

@@ -50,8 +50,8 @@ def hidden(folder):
     return [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-# While modules are loaded, while the step is exported, and while the whole picture is checked.
-MOMENTS = ["miss: ", "check encode", "check decode"]
+# While modules are loaded, while the step is exported, and while engines are built.
+MOMENTS = ["miss: ", "export encode", "export decode"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -34,6 +34,8 @@ LAYERS = [
     {"export", "engines"},
     {"bundle", "tokens"},
     {"pipeline"},
+    {"keys"},
+    {"exported"},
     {"parity", "plan"},
     {"lookup", "prepare"},
     {"compile", "doctor"},

@@ -1,86 +1,175 @@
-"""`build`: the heavy modules are imported inside."""
+"""`build` and `export`: the heavy modules are imported inside."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lcm_compile.commands.options import json_option, quiet_option
 
+if TYPE_CHECKING:
+    from lcm_compile.spec import BuildSpec
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What a model is made of and how its graphs are shaped."""
+    options = [
+        click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture."),
+        click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
+        click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
+        click.option(
+            "--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated."
+        ),
+        click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
+        click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
+        click.option(
+            "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
+        ),
+        click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
 
 @click.command()
-@click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
-@click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
-@click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture.")
-@click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
-@click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
-@click.option("--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated.")
-@click.option("--height", type=int, help="Pixels; default: the checkpoint's size.")
-@click.option("--width", type=int, help="Pixels; default: the checkpoint's size.")
-@click.option("--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines.")
-@click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16.")
+@click.option("--base", metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
+@click.option("--from", "graphs", type=click.Path(path_type=Path), help="An export, instead of --base.")
+@click.option(
+    "--gpu",
+    "gpus",
+    required=True,
+    multiple=True,
+    metavar="TARGET",
+    help="See lcm-compile targets; repeatable.",
+)
+@model_options
 @click.option("--backend", default="auto", show_default=True, help="auto, or one of lcm-compile doctor.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle; default: the store.")
 @click.option("--force", is_flag=True, help="Build even if this very bundle exists.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done and why, and stop.")
 @json_option
 @quiet_option
+@click.pass_context
 def build(
-    base: str,
-    gpu: str,
-    weights: str | None,
-    lcm_lora: str | None,
-    no_lcm: bool,
-    loras: tuple[str, ...],
-    height: int | None,
-    width: int | None,
-    batch: int,
-    precision: str,
+    context: click.Context,
+    base: str | None,
+    graphs: Path | None,
+    gpus: tuple[str, ...],
     backend: str,
     out: Path | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **model: Any,
 ) -> None:
-    """Build a bundle of engines."""
-    from lcm_compile.compile import build_planned
-    from lcm_compile.console import Parts, note, print_json
-    from lcm_compile.plan import make_plan
-    from lcm_compile.reports import describe_bundle, print_plan, told_parity
-    from lcm_compile.spec import BuildSpec, LoraSpec
+    """Build a bundle of engines, or with several --gpu one for each.
 
-    spec = BuildSpec(
-        base=base,
-        gpu=gpu,
-        lcm_lora=LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
-        no_lcm=no_lcm,
-        loras=tuple(LoraSpec.parse(lora) for lora in loras),
-        height=height,
-        width=width,
-        batch=batch,
-        precision=precision,
-        backend=backend,
-        weights=weights,
-    )
-    plan = make_plan(spec, out, force)
+    The model is fused and exported once for all of them. With --from it was exported before, perhaps on
+    another machine: see lcm-compile export.
+    """
+    from lcm_compile.compile import build_from, build_targets
+    from lcm_compile.console import Parts, note, print_json
+    from lcm_compile.plan import make_plan, make_plan_from
+    from lcm_compile.reports import describe_bundle, print_plan, told_parity
+    from lcm_compile.targets import find_target
+
+    if (base is None) == (graphs is None):
+        raise click.UsageError("give one of --base and --from")
+    names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
+    # With several targets, --out is the folder of their bundles' folders.
+    outs = [out / name if out is not None and len(names) > 1 else out for name in names]
+    if graphs is not None:
+        refuse_model_options(context)
+        plans = [make_plan_from(graphs, n, backend, o, force) for n, o in zip(names, outs, strict=True)]
+    else:
+        specs = [spec_of(str(base), name, backend, **model) for name in names]
+        plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
     if dry_run:
         if as_json:
-            print_json(plan.to_dict())
-        else:
+            print_json([plan.to_dict() for plan in plans] if len(plans) > 1 else plans[0].to_dict())
+            return
+        for plan in plans:
             print_plan(plan)
         return
-    note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
+    for plan in plans:
+        note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
     with Parts(quiet) as parts:
-        followed, bundle = build_planned(spec, out, force, parts)
-    if followed.hit and not plan.hit:
-        note(f"hit: another process built it; {'; '.join(followed.reasons)}", quiet)
-    plan = followed
+        if graphs is not None:
+            done = [
+                build_from(graphs, n, backend, o, force=force, report=parts)
+                for n, o in zip(names, outs, strict=True)
+            ]
+        else:
+            done = build_targets(list(zip(specs, outs, strict=True)), force, parts)
+    for plan, (followed, _) in zip(plans, done, strict=True):
+        if followed.hit and not plan.hit:
+            note(f"hit: another process built it; {'; '.join(followed.reasons)}", quiet)
     if as_json:
-        described = describe_bundle(bundle.folder, bundle.manifest, bundle.digest)
-        print_json({**described, "hit": plan.hit, "reasons": list(plan.reasons)})
+        told = [
+            {**describe_bundle(b.folder, b.manifest, b.digest), "hit": p.hit, "reasons": list(p.reasons)}
+            for p, b in done
+        ]
+        print_json(told if len(told) > 1 else told[0])
         return
-    print(bundle.folder)
-    if not plan.hit:
-        note(f"built in {parts.seconds:.1f} s; {told_parity(bundle.manifest.parity)}", quiet)
+    for _, bundle in done:
+        print(bundle.folder)
+    built = [bundle for plan, bundle in done if not plan.hit]
+    if built:
+        note(f"built in {parts.seconds:.1f} s; {told_parity(built[0].manifest.parity)}", quiet)
+
+
+def spec_of(
+    base: str, gpu: str, backend: str, lcm_lora: str | None, loras: Sequence[str], **model: Any
+) -> BuildSpec:
+    from lcm_compile.spec import BuildSpec, LoraSpec
+
+    return BuildSpec(
+        base=base,
+        gpu=gpu,
+        backend=backend,
+        lcm_lora=LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
+        loras=tuple(LoraSpec.parse(lora) for lora in loras),
+        **model,
+    )
+
+
+def refuse_model_options(context: click.Context) -> None:
+    """UsageError for an option that an export has settled already."""
+    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if given and name not in free:
+            raise click.UsageError(f"{parameter.opts[0]} is settled by the export given to --from")
+
+
+@click.command()
+@click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
+@model_options
+@click.option("--format", "graph_format", default="onnx", show_default=True, help="onnx or torchscript.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
+@json_option
+@quiet_option
+def export(base: str, graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
+    """Write a model's graphs, for build --from on another machine.
+
+    A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
+    engines, and needs neither the checkpoint nor much memory.
+    """
+    from lcm_compile.compile import export as export_graphs
+    from lcm_compile.console import Parts, note, print_json
+    from lcm_compile.reports import told_parity
+
+    spec = spec_of(base, "cpu", "auto", **model)
+    with Parts(quiet) as parts:
+        manifest = export_graphs(spec, out, graph_format, report=parts)
+    if as_json:
+        print_json({"export": str(out), "parity": {k: v.to_dict() for k, v in manifest.parity.items()}})
+        return
+    print(out)
+    note(f"exported in {parts.seconds:.1f} s; {told_parity(manifest.parity)}", quiet)

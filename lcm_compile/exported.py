@@ -1,0 +1,93 @@
+"""An export: a folder of graphs, tokenizers and proof, from which engines are built here or elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.bundle import Parity, PipelineSettings, Proof, check_inside
+from lcm_compile.cost import Cost
+from lcm_compile.errors import BundleError, UsageError
+from lcm_compile.schema import from_json, json_text
+from lcm_compile.spec import PRECISIONS, BuildSpec, ExportedGraph, StageContract
+
+EXPORT = "export.json"
+SCHEMA = 1
+AGAIN = "lcm-compile export, again"
+
+
+@dataclass(frozen=True)
+class ExportedStage:
+    """A stage's contract, its graph file and how it computes; the fields as StageEngine's."""
+
+    contract: StageContract
+    graph: str
+    precision: str
+    fp32_layers: tuple[str, ...]
+    largest_activation: float | None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {PRECISIONS}")
+
+
+@dataclass(frozen=True)
+class ExportManifest:
+    """`parity` holds the graphs' own figures; none where the engines are checked themselves."""
+
+    name: str
+    spec: BuildSpec
+    key: Mapping[str, str]
+    architecture: str
+    graph_format: str
+    is_large: bool
+    pipeline: PipelineSettings
+    stages: tuple[ExportedStage, ...]
+    loras: tuple[Mapping[str, Any], ...]
+    parity: Mapping[str, Parity]
+    proof: Proof
+    toolchain: Mapping[str, str]
+    costs: Mapping[str, Cost]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        return self.stages[0].precision
+
+    def graph(self, folder: Path, stage: ExportedStage) -> ExportedGraph:
+        return ExportedGraph(folder / stage.graph, stage.precision, stage.contract)
+
+    def write(self, folder: Path) -> None:
+        data = {"schema": SCHEMA, **asdict(self)}
+        (folder / EXPORT).write_text(json_text(data, indent=1), encoding="utf-8")
+
+
+def read_export(folder: Path) -> ExportManifest:
+    """BundleError where there is no export, or it is broken, newer or hostile."""
+    path = folder / EXPORT
+    if not path.is_file():
+        raise BundleError(f"{folder} is no export: it has no {EXPORT}", "lcm-compile export --out DIR")
+    try:
+        data = json.loads(path.read_bytes())
+        schema = data.pop("schema", None) if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", AGAIN)
+        manifest = from_json(ExportManifest, data)
+    except (ValueError, UsageError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} is broken: {error}", AGAIN) from error
+    named = [
+        *(stage.graph for stage in manifest.stages),
+        *(tokenizer.file for tokenizer in manifest.pipeline.tokenizers),
+        *manifest.proof.files,
+    ]
+    for name in (*manifest.files, *named):
+        check_inside(folder, name)
+    missing = [name for name in {*named, *manifest.files} if not (folder / name).is_file()]
+    if missing:
+        raise BundleError(
+            f"{folder / sorted(missing)[0]} is missing from the export", "copy the whole folder"
+        )
+    return manifest

@@ -1,0 +1,75 @@
+"""Two builds with the same key are the same: how keys are compared, and a miss is told."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import lcm_compile
+from lcm_compile.bundle import read_manifest
+from lcm_compile.errors import BundleError
+from lcm_compile.store import Digests, bundles_folder
+
+REASONS_SHOWN = 8
+# How the names of those inputs begin that a command line chooses.
+ASKED = ("LoRA", "backend", "precision", "shape", "target")
+
+
+def code_digest(digests: Digests) -> str:
+    """Of this package's own source: a change of how graphs are shaped is a miss too."""
+    from lcm_compile import engines, export
+
+    folders = [Path(module.__path__[0]) for module in (lcm_compile, export, engines)]
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256("".join(digests.sha256(path) for path in files).encode()).hexdigest()[:16]
+
+
+def explain(key: Mapping[str, str], folder: Path, force: bool) -> tuple[bool, list[str]]:
+    """Whether `folder` already holds this build, and why; a miss is told against the nearest bundle."""
+    existing = existing_key(folder)
+    if existing == dict(key):
+        if force:
+            return False, [f"--force: {folder.name} holds this very build and is built again"]
+        return True, [f"all {len(key)} inputs are those of {folder.name}"]
+    nearest, name = existing, folder.name
+    if nearest is None:
+        candidates = [
+            (candidate, other.name)
+            for other in sorted(bundles_folder().glob("[!.]*"))
+            if (candidate := existing_key(other)) is not None
+        ]
+        if not candidates:
+            return False, ["there is no bundle yet"]
+        nearest, name = min(candidates, key=lambda c: len(differences(key, c[0])))
+    changed = differences(key, nearest)
+    if not changed:
+        return False, [f"there is no bundle at {folder} yet ({name} is the same build)"]
+    reasons = [f"differs from {name}:", *changed[:REASONS_SHOWN]]
+    if len(changed) > REASONS_SHOWN:
+        reasons.append(f"and {len(changed) - REASONS_SHOWN} more inputs")
+    return False, reasons
+
+
+def existing_key(folder: Path) -> dict[str, str] | None:
+    try:
+        return dict(read_manifest(folder)[0].key)
+    except BundleError:
+        return None
+
+
+def differences(new: Mapping[str, str], old: Mapping[str, str]) -> list[str]:
+    """Each input that differs, in words, what was asked for first; digests are cut to their first digits."""
+
+    def short(value: str) -> str:
+        return value[:12] if len(value) == 64 else value
+
+    told = []
+    for name in sorted({*new, *old}, key=lambda name: (not name.startswith(ASKED), name)):
+        if name not in old:
+            told.append(f"{name} is new ({short(new[name])})")
+        elif name not in new:
+            told.append(f"{name} is gone (was {short(old[name])})")
+        elif new[name] != old[name]:
+            told.append(f"{name} changed: {short(old[name])} → {short(new[name])}")
+    return told
