@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.errors import LoraError
 from lcm_compile.families import LCM_LORA_FILE, Family
 from lcm_compile.hub import fetch
+from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
 from lcm_compile.lora_kinds import Update
-from lcm_compile.lora_names import original_name, original_names
+from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
 from lcm_compile.spec import LoraSpec, user_path
 
 if TYPE_CHECKING:
@@ -69,88 +71,28 @@ def find_lcm_lora(family: Family | None, base: str) -> Path:
     return path
 
 
-def plain_module_name(name: str, flat: bool) -> str:
-    """One spelling for a text encoder's modules: some transformers versions nest them in `text_model`."""
-    name = name.removeprefix("text_model_" if flat else "text_model.")
-    return name.replace(".", "_") if flat else name
+def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:
+    """Each layer with the place it updates. LoraError where any has none, or another shape."""
+    found = match(lora, modules)
+    if found.whole:
+        return found.pairs
+    reasons = []
+    if found.unmatched:
+        reasons.append(f"{len(found.unmatched)} keys match no module: {some(found.unmatched)}")
+    if found.misshapen:
+        reasons.append(f"{len(found.misshapen)} modules have another shape: {some(found.misshapen)}")
+    raise refusal(lora, f"does not fit this base: {'; '.join(reasons)}", found)
 
 
-def match_layers(
-    lora: Lora, modules: Mapping[str, torch.nn.Module]
-) -> list[tuple[LoraLayer, torch.nn.Module]]:
-    """Each layer with the module it updates. LoraError where any has none, or another shape."""
-    index = index_modules(modules)
-    matched: list[tuple[LoraLayer, torch.nn.Module]] = []
-    owners: dict[torch.nn.Module, LoraLayer] = {}
-    unmatched, misshapen = [], []
-    for layer in lora.layers:
-        name = plain_module_name(layer.module, flat="." not in layer.module)
-        module = index.get((layer.component, name))
-        if module is None:
-            unmatched += layer.keys
-            continue
-        if module in owners:
-            keys = some([owners[module].keys[0], layer.keys[0]])
-            raise LoraError(f"{lora.path} updates {layer.module} twice: {keys}", "save the LoRA again")
-        owners[module] = layer
-        if reason := misfit(layer.update, module):
-            misshapen.append(f"{layer.module} ({reason})")
-        matched.append((layer, module))
-    if unmatched or misshapen:
-        reasons = []
-        if unmatched:
-            reasons.append(f"{len(unmatched)} keys match no module: {some(unmatched)}")
-        if misshapen:
-            reasons.append(f"{len(misshapen)} modules have another shape: {some(misshapen)}")
-        raise LoraError(
-            f"{lora.path} does not fit this base: {'; '.join(reasons)}. It seems made for {lora.made_for}",
-            "use a LoRA made for this base, or the base it was made for",
-        )
-    return matched
-
-
-def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], torch.nn.Module]:
-    """(component, name) → module, under each name that a LoRA may call it by, dotted and flat."""
-    import torch
-
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
-    index: dict[tuple[str, str], torch.nn.Module] = {}
-    for component, root in modules.items():
-        originals = original_names(root) if component == "unet" else {}
-        for name, module in root.named_modules():
-            if isinstance(module, kinds):
-                names = {plain_module_name(name, flat=False), original_name(name, originals)}
-                for dotted in names:
-                    index[component, dotted] = index[component, dotted.replace(".", "_")] = module
-    return index
-
-
-def misfit(update: Update, module: torch.nn.Module) -> str | None:
-    """Why an update can't be a module's, by shapes alone; None where it can."""
-    bias = bias_of(module)
-    try:
-        update.delta(weight_of(module).to("meta"))
-    except ValueError as error:
-        return str(error)
-    if update.bias is None or (bias is not None and update.bias.shape == bias.shape):
-        return None
-    return f"bias update {list(update.bias.shape)}, bias {None if bias is None else list(bias.shape)}"
-
-
-def weight_of(module: torch.nn.Module) -> torch.Tensor:
-    import torch
-
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
-    import torch
-
-    bias = module.bias
-    assert bias is None or isinstance(bias, torch.Tensor)
-    return bias
+def refusal(lora: Lora, why: str, found: Match) -> LoraError:
+    """Why a LoRA is not fused, and what it is."""
+    total = sum(len(layer.keys) for layer in lora.layers)
+    rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
+    return LoraError(
+        f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
+        f"{rank} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}",
+        shlex.join(["lcm-compile", "inspect", str(lora.path)]),
+    )
 
 
 def fuse_loras(
@@ -168,12 +110,13 @@ def fuse_loras(
     with torch.no_grad():
         for lora, spec in loras:
             pairs = match_layers(lora, modules)
-            if not any(changes(layer.update, module) for layer, module in pairs):
-                raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
-            for layer, module in pairs:
-                work.setdefault(module, []).append((spec.weight, layer.update))
-            ranks = sorted({layer.update.rank for layer, _ in pairs if layer.update.rank is not None})
-            provenance.append(LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(ranks)))
+            if not any(changes(layer.update, place.module) for layer, place in pairs):
+                raise refusal(lora, "changes nothing: every update in it is zero", Match(pairs, [], []))
+            for layer, place in pairs:
+                work.setdefault(place.module, []).append((spec.weight, layer.update))
+            provenance.append(
+                LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(lora.ranks))
+            )
         for module, updates in work.items():
             weight = weight_of(module)
             base = weight.clone()

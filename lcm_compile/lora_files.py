@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,10 +57,22 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
+    """A file's updates. `guess` tells the base that it is for by its text states' width alone."""
+
     path: Path
     layout: str
     layers: Sequence[LoraLayer]
-    made_for: str
+    guess: str
+    metadata: Mapping[str, str]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({layer.update.rank for layer in self.layers if layer.update.rank is not None})
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many modules are updated in each way."""
+        return dict(Counter(layer.update.name for layer in self.layers))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -119,7 +132,8 @@ def read_lora(path: Path) -> Lora:
     tensors, metadata = read_tensors(path)
     if not tensors:
         raise LoraError(f"{path} holds no tensors", "download it again")
-    broken = [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    # The largest of a tensor is NaN or infinite where anything in it is, and quicker to find.
+    broken = [k for k, t in tensors.items() if t.numel() and not t.float().abs().max().isfinite()]
     if broken:
         raise LoraError(f"{path} has NaN or infinite weights in {some(broken)}", "download it again")
     found: dict[tuple[str, str], dict[str, str]] = {}
@@ -140,11 +154,11 @@ def read_lora(path: Path) -> Lora:
         if tensor.numel() == 0 or (tensor.numel() > 1 if part == "alpha" else tensor.ndim < axes(part)):
             raise LoraError(f"{path}: {key} has the shape {list(tensor.shape)}", "download it again")
         keys[part] = key
-    made_for = guess_base(tensors)
+    guess = guess_base(tensors)
     if unknown:
         raise LoraError(
             f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout known here "
-            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems made for {made_for}",
+            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems made for {guess}",
             "LoRA, LoCon, LoHa, LoKr, DoRA and full differences can be fused; get the LoRA as one of these",
         )
     layers = [
@@ -153,7 +167,7 @@ def read_lora(path: Path) -> Lora:
     ]
     check_whole(layers, path)
     apply_metadata(layers, metadata, path)
-    return Lora(path, "+".join(sorted(layouts)), layers, made_for)
+    return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata)
 
 
 def axes(part: str) -> int:
