@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_compile.checkpoints import load_modules, open_checkpoint
 from lcm_compile.errors import LoraError
+from lcm_compile.families import FAMILIES
 from lcm_compile.lora import read_lora
 
 KEY = "lora_unet_down_blocks_1_attentions_0_proj_in"
@@ -227,6 +228,27 @@ def test_for_a_base_of_full_size(refuse, tmp_path, width, name):
     tensors = {f"{key}.lora_down.weight": torch.ones(4, width), f"{key}.lora_up.weight": torch.ones(64, 4)}
     path = factories.save_tensors(tensors, tmp_path / "lora.safetensors")
     refuse([f"made for {name}", "rank 4, weight 64×80", "attn2_to_k"], path)
+
+
+def test_a_refusal_tells_what_the_lora_is(refuse, sdxl_loras, tmp_path):
+    """In a few lines: how many keys match, kind, rank, the base it is for, and how to see the rest."""
+    path = FAMILIES["demo"].lcm_lora
+    told = [
+        "match no module",
+        "0 of its",
+        "keys match",
+        "It is a LoRA of rank",
+        "in kohya layout",
+        "made for demo",
+    ]
+    err = refuse([*told, f"lcm-compile inspect {path}"], path)
+    assert len(err.splitlines()) == 3
+    empty = changed(
+        sdxl_loras["peft"], tmp_path / "empty.safetensors", lambda t: [x.zero_() for x in t.values()]
+    )
+    keys = len(load_file(empty))
+    told = [f"{keys} of its {keys} keys match", "It is a LoRA of rank 4 in peft layout"]
+    refuse(["changes nothing: every update in it is zero", *told, f"lcm-compile inspect {empty}"], empty)
 
 
 @pytest.mark.parametrize(
