@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +16,14 @@ from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
-from lcm_compile.spec import LoraSpec, user_path
+from lcm_compile.spec import LORA_SUFFIXES, LoraSpec, user_path
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["LoraProvenance", "find_lcm_lora", "find_lora", "fuse_loras", "match_layers", "read_lora"]
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -38,16 +41,49 @@ class LoraProvenance:
 
 
 def find_lora(spec: LoraSpec) -> Path:
+    """A path, or a file of the hub: `OWNER/NAME` or `OWNER/NAME:FILE`, where no such path is here.
+
+    LoraError where it is neither, or the hub and its cache do not have it.
+    """
     path = user_path(spec.source)
-    if path.is_dir() and (path / LCM_LORA_FILE).is_file():
-        path = path / LCM_LORA_FILE
     if path.is_dir():
-        raise LoraError(
-            f"{spec.source} is a folder without {LCM_LORA_FILE}", "give the LoRA's .safetensors file"
-        )
-    if not path.is_file():
+        return find_in_folder(path, spec.source)
+    if path.is_file():
+        return path
+    repository, _, file = spec.source.partition(":")
+    # A name that ends as a file's does is a path that is missing.
+    if (
+        not HUB_ID.fullmatch(repository)
+        or repository.endswith(LORA_SUFFIXES)
+        or user_path(repository).exists()
+    ):
         raise LoraError(f"LoRA {spec.source} does not exist", "check the path given to --lora or --lcm-lora")
+    return find_on_hub(repository, file)
+
+
+def find_in_folder(folder: Path, source: str) -> Path:
+    path = folder / LCM_LORA_FILE
+    if not path.is_file():
+        raise LoraError(f"{source} is a folder without {LCM_LORA_FILE}", "give the LoRA's .safetensors file")
     return path
+
+
+def find_on_hub(repository: str, file: str) -> Path:
+    try:
+        folder = fetch(repository, [file or LCM_LORA_FILE])
+    except ConnectionError as error:
+        raise LoraError(
+            f"LoRA {repository} is no path here, nor in the hub cache, and can't be downloaded: {error}",
+            "check the path or the hub id, and the network (or HF_HOME, HF_TOKEN)",
+        ) from error
+    if not file:
+        return find_in_folder(folder, repository)
+    if not (folder / file).is_file():
+        raise LoraError(
+            f"{repository} has no {file} on the hub",
+            f"https://huggingface.co/{repository}/tree/main lists what it has",
+        )
+    return folder / file
 
 
 def find_lcm_lora(family: Family | None, base: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lcm_compile.errors import UsageError, unknown_name
 
+LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
@@ -41,7 +42,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA file (or hub id) and the weight λ it is fused with."""
+    """A LoRA and the weight λ it is fused with. `source` is a path, or `OWNER/NAME[:FILE]` on the hub."""
 
     source: str
     weight: float = 1.0
@@ -59,7 +60,7 @@ class LoraSpec:
         """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no number."""
         source, colon, last = text.rpartition(":")
         # The colon of `C:\loras\x.safetensors`, or of a name, is no weight's.
-        if not colon or "/" in last or "\\" in last or last.endswith((".safetensors", ".bin", ".pt", ".pth")):
+        if not colon or "/" in last or "\\" in last or last.endswith(LORA_SUFFIXES):
             return cls(text)
         try:
             weight = float(last)
