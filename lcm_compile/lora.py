@@ -16,7 +16,7 @@ from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
-from lcm_compile.spec import LORA_SUFFIXES, LoraSpec, user_path
+from lcm_compile.spec import LORA_SUFFIXES, PART, LoraSpec, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +32,7 @@ class LoraProvenance:
 
     source: str
     weight: float
+    strengths: Mapping[str, float]
     layout: str
     modules: int
     ranks: tuple[int, ...]
@@ -148,10 +149,13 @@ def fuse_loras(
             pairs = match_layers(lora, modules)
             if not any(changes(layer.update, place.module) for layer, place in pairs):
                 raise refusal(lora, "changes nothing: every update in it is zero", Match(pairs, [], []))
+            check_parts(modules, spec)
             for layer, place in pairs:
-                work.setdefault(place.module, []).append((spec.weight, layer.update))
+                work.setdefault(place.module, []).append((spec.strength_of(place.part), layer.update))
             provenance.append(
-                LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(lora.ranks))
+                LoraProvenance(
+                    spec.source, spec.weight, spec.strengths, lora.layout, len(pairs), tuple(lora.ranks)
+                )
             )
         for module, updates in work.items():
             weight = weight_of(module)
@@ -163,6 +167,19 @@ def fuse_loras(
                     assert bias is not None  # match_layers saw to it
                     bias += strength * update.bias.float()
     return provenance
+
+
+def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
+    """LoraError for a strength on a part that the base lacks."""
+    if not spec.strengths:
+        return
+    blocks = {".".join(name.split(".")[:2]) for name, _ in modules["unet"].named_modules()}
+    there = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if PART.fullmatch(b))}
+    if missing := sorted(spec.strengths.keys() - there):
+        raise LoraError(
+            f"LoRA {spec} has a strength for {', '.join(missing)}, which this base lacks",
+            f"it has {', '.join(sorted(there - {'vae'}))}",
+        )
 
 
 def changes(update: Update, module: torch.nn.Module) -> bool:

@@ -15,8 +15,8 @@ from lcm_compile.lora_names import original_name, original_names
 if TYPE_CHECKING:
     import torch
 
+# Of a module's name in a base, or in a file for a base that is not known.
 BLOCK = re.compile(r"((?:down|up|input|output)_blocks)[._](\d+)|mid_block|middle_block")
-REST = "unet, rest"  # the embeddings, the first and the last layers
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,11 @@ class Place:
     component: str
     name: str
     module: torch.nn.Module
+
+    @property
+    def part(self) -> str:
+        """Its block, its text encoder, or `unet` for what is in no block: see LoraSpec.strengths."""
+        return block_of(self.component, self.name) or self.component
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,9 @@ def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
     return bias
 
 
-def block_of(component: str, module: str) -> str:
-    """The block that a module is of: `down_blocks.1`, `mid_block`, …, or its text encoder."""
-    if component != "unet":
-        return component
-    found = BLOCK.match(module)
-    return REST if found is None else ".".join(filter(None, (found[1], found[2]))) or found[0]
+def block_of(component: str, module: str) -> str | None:
+    """The block of a UNet's module, as `down_blocks.1`; None elsewhere."""
+    found = BLOCK.match(module) if component == "unet" else None
+    if found is None:
+        return None
+    return f"{found[1]}.{found[2]}" if found[1] else found[0]

@@ -28,6 +28,7 @@ METADATA = {
     "network_alpha": ("ss_network_alpha",),
     "trigger_phrase": ("modelspec.trigger_phrase",),
 }
+REST = "unet, rest"  # its embeddings, its first and last layers
 ORDER = ("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks", "unet")
 
 
@@ -120,7 +121,8 @@ def changes(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -
             continue
         name = place.name if place else layer.module
         sizes = weigh(layer.update, place) if place and weighed else (layer.update.norm(), 0.0)
-        blocks[block_of(layer.component, name)].append(sizes)
+        block = block_of(layer.component, name) or layer.component
+        blocks[REST if block == "unet" else block].append(sizes)
     rows = []
     for block in sorted(blocks, key=position):
         deltas = [delta for delta, _ in blocks[block] if delta is not None]

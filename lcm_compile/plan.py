@@ -63,7 +63,10 @@ class Plan:
         return {
             "base": str(self.checkpoint.folder),
             "architecture": self.checkpoint.architecture,
-            "loras": [{"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in self.loras],
+            "loras": [
+                {"role": p.role, "path": str(p.path), "weight": p.spec.weight, "strengths": p.spec.strengths}
+                for p in self.loras
+            ],
             "target": self.target.to_dict(),
             "backend": self.backend_name,
             "shape": vars(self.shape),
@@ -148,7 +151,7 @@ def export_key(
     }
     for i, lora in enumerate(loras, 1):
         key[f"LoRA {i}"] = lora.sha256
-        key[f"LoRA {i} weight"] = repr(lora.spec.weight)
+        key[f"LoRA {i} weight"] = lora.spec.effective
     key["shape"] = str(shape)
     key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
     key["graph format"] = graph_format

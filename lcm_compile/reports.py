@@ -16,7 +16,7 @@ from lcm_compile.plan import Plan
 def print_plan(plan: Plan) -> None:
     rows = [
         ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
-        *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
+        *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in plan.loras),
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", plan.backend_name),
         ("shape", str(plan.shape)),

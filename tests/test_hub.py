@@ -62,6 +62,16 @@ def test_a_network_that_never_answers_is_given_up(tmp_path):
     assert SECONDS <= 10
 
 
+def cached(cache, repository, *files):
+    """A repository in a hub cache, with these files; returns the folder of its snapshot."""
+    folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("b" * 40)
+    for path, text in [(folder / "refs/main", "b" * 40), *((snapshot / file, file) for file in files)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return snapshot
+
+
 @pytest.fixture
 def looks_like_sdxl(sdxl_checkpoint, tmp_path):
     """A folder whose UNet config has SDXL's signature."""
@@ -84,24 +94,13 @@ def test_the_lcm_lora_of_a_family(looks_like_sdxl, tmp_path):
     assert (done.returncode, done.stdout) == (1, b"")
     for told in ("latent-consistency/lcm-lora-sdxl", "--lcm-lora", "--no-lcm"):
         assert told in err
-    cache = tmp_path / "hf/hub/models--latent-consistency--lcm-lora-sdxl"
-    cached = cache / "snapshots" / ("a" * 40) / "pytorch_lora_weights.safetensors"
-    for path, text in ((cached, "not read by a plan"), (cache / "refs/main", "a" * 40)):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
+    file = "pytorch_lora_weights.safetensors"
+    path = cached(tmp_path / "hf", "latent-consistency/lcm-lora-sdxl", file) / file
     done, err, _ = cli(*words, **environment)
     assert done.returncode == 0, err
-    assert json.loads(done.stdout)["loras"] == [{"role": "lcm", "path": str(cached), "weight": 1.0}]
-
-
-def cached(cache, repository, *files):
-    """A repository in a hub cache, with these files; returns the folder of its snapshot."""
-    folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("b" * 40)
-    for path, text in [(folder / "refs/main", "b" * 40), *((snapshot / file, file) for file in files)]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return snapshot
+    assert json.loads(done.stdout)["loras"] == [
+        {"role": "lcm", "path": str(path), "weight": 1.0, "strengths": {}}
+    ]
 
 
 @pytest.fixture

@@ -14,7 +14,9 @@ from lcm_compile.commands.options import json_option, quiet_option
 @click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
 @click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
 @click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
-@click.option("--lora", "loras", multiple=True, metavar="PATH|ID[:W]", help="A style LoRA; may be repeated.")
+@click.option(
+    "--lora", "loras", multiple=True, metavar="PATH|ID[:W][@PART=W,…]", help="A style LoRA; repeatable."
+)
 @click.option("--height", type=int, help="Pixels; default: the checkpoint's size.")
 @click.option("--width", type=int, help="Pixels; default: the checkpoint's size.")
 @click.option("--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines.")
