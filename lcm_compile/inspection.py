@@ -12,12 +12,13 @@ from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint, read
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
 from lcm_compile.families import LCM_LORA_FILE, TEXT_WIDTHS
 from lcm_compile.lora import find_lora, read_lora
+from lcm_compile.lora_folders import CONFIG
 from lcm_compile.lora_report import describe_lora
 from lcm_compile.reports import describe_bundle, describe_demo
 from lcm_compile.spec import LoraSpec, user_path
 
 # What a folder holds → what it is.
-FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora"}
+FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}
 SINGLE_FILE = "model.diffusion_model."
 
 Header = dict[str, tuple[list[int], str]]

@@ -14,6 +14,7 @@ from lcm_compile.families import LCM_LORA_FILE, Family
 from lcm_compile.hub import fetch
 from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
+from lcm_compile.lora_folders import CONFIG, WEIGHTS
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
 from lcm_compile.spec import LORA_SUFFIXES, PART, LoraSpec, user_path
@@ -63,15 +64,20 @@ def find_lora(spec: LoraSpec) -> Path:
 
 
 def find_in_folder(folder: Path, source: str) -> Path:
-    path = folder / LCM_LORA_FILE
-    if not path.is_file():
-        raise LoraError(f"{source} is a folder without {LCM_LORA_FILE}", "give the LoRA's .safetensors file")
-    return path
+    """The one file of a LoRA, or the folder itself where it is PEFT's."""
+    if (folder / LCM_LORA_FILE).is_file():
+        return folder / LCM_LORA_FILE
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise LoraError(
+            f"{source} is a folder with neither {LCM_LORA_FILE} nor PEFT's {CONFIG} and {WEIGHTS}",
+            "give the LoRA's .safetensors file",
+        )
+    return folder
 
 
 def find_on_hub(repository: str, file: str) -> Path:
     try:
-        folder = fetch(repository, [file or LCM_LORA_FILE])
+        folder = fetch(repository, [file] if file else [LCM_LORA_FILE, CONFIG, WEIGHTS])
     except ConnectionError as error:
         raise LoraError(
             f"LoRA {repository} is no path here, nor in the hub cache, and can't be downloaded: {error}",

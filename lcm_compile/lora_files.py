@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lcm_compile.errors import LoraError
 from lcm_compile.families import TEXT_WIDTHS
+from lcm_compile.lora_folders import as_one_file, lora_files_of
 from lcm_compile.lora_kinds import KINDS, Update
 
 if TYPE_CHECKING:
@@ -125,11 +126,13 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_lora(path: Path) -> Lora:
-    """Reads a LoRA of any layout and kind.
+    """Reads a LoRA of any layout and kind: a file, or a folder of PEFT's.
 
     LoraError: a file that can't be read, NaN or infinite weights, keys of no known layout, or half a factor.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(lora_files_of(path)[-1])
+    if path.is_dir():
+        tensors, metadata = as_one_file(path, tensors)
     if not tensors:
         raise LoraError(f"{path} holds no tensors", "download it again")
     # The largest of a tensor is NaN or infinite where anything in it is, and quicker to find.
@@ -232,7 +235,7 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
             if update.alpha is not None or "lora_alpha" not in settings:
                 continue
             patterns = dict(settings.get("alpha_pattern") or {})
-            matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?{name}", layer.module)]
+            matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer.module)]
             update.alpha = float(matched[0] if matched else settings["lora_alpha"])
             if not math.isfinite(update.alpha):
                 raise ValueError(f"alpha is {update.alpha}")

@@ -20,6 +20,7 @@ from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.export import EXPORTERS
 from lcm_compile.families import FAMILIES
 from lcm_compile.lora import find_lcm_lora, find_lora
+from lcm_compile.lora_folders import lora_files_of
 from lcm_compile.pipeline import STAGES
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
@@ -133,7 +134,13 @@ def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tup
         assert checkpoint.family is not None
         found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
     found += [("style", lora, find_lora(lora)) for lora in spec.loras]
-    return tuple(PlannedLora(role, lora, path, digests.sha256(path)) for role, lora, path in found)
+    return tuple(PlannedLora(role, lora, path, lora_digest(path, digests)) for role, lora, path in found)
+
+
+def lora_digest(path: Path, digests: Digests) -> str:
+    """Of a LoRA's file; of all of them where it is a folder."""
+    found = [digests.sha256(file) for file in lora_files_of(path)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def export_key(

@@ -142,7 +142,7 @@ def test_a_lora_by_its_hub_id(planned, tmp_path):
         assert planned(text) == (str(snapshot / file), weight)
     assert "has no other.safetensors" in planned("some.one/a-style:other.safetensors")
     cached(tmp_path / "hf", "some.one/empty", "README.md")
-    assert "without pytorch_lora_weights.safetensors" in planned("some.one/empty:0.5")
+    assert "neither pytorch_lora_weights.safetensors" in planned("some.one/empty:0.5")
     err = planned("some.one/else")
     assert "some.one/else is no path here" in err and "HF_HOME" in err
 

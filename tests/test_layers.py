@@ -19,7 +19,7 @@ LAYERS = [
     {"errors", "schema"},
     {"spec", "targets", "families", "unet_configs", "scheduler", "noise", "demo.world"},
     {"hub"},
-    {"lora_kinds", "lora_names"},
+    {"lora_kinds", "lora_names", "lora_folders"},
     {"lora_files"},
     {"lora_match"},
     {"checkpoints", "store", "demo.model"},
