@@ -56,6 +56,10 @@ def kind_of(name: str, path: Path) -> str:
             f"{name} is no bundle, checkpoint or LoRA: it holds none of {', '.join(FOLDERS)}",
             "give the folder that holds one, or a LoRA's file",
         )
+    if not path.exists() and "/" not in name:
+        raise BundleError(
+            f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
+        )
     return "single file" if any(key.startswith(SINGLE_FILE) for key in read_header(path)) else "lora"
 
 

@@ -50,7 +50,7 @@ def told(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items()) for item in value)
+        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items() if v != {}) for item in value)
     if isinstance(value, list):
         return ", ".join(map(told, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)

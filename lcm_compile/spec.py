@@ -101,7 +101,7 @@ class LoraSpec:
         """The weight of a part: its own, or that of the smallest named part around it."""
         while part and part not in self.strengths:
             part = part_around(part)
-        return self.strengths[part] if part else self.weight
+        return float(self.strengths[part] if part else self.weight)
 
     @property
     def effective(self) -> str:
@@ -109,8 +109,8 @@ class LoraSpec:
         unet, text = self.strength_of("unet"), self.strength_of("text")
         told = [repr(unet)] if unet == text else [f"unet={unet!r}", f"text={text!r}"]
         for part in sorted(self.strengths.keys() - {"unet", "text"}):
-            if self.strengths[part] != self.strength_of(part_around(part)):
-                told.append(f"{part}={self.strengths[part]!r}")
+            if self.strength_of(part) != self.strength_of(part_around(part)):
+                told.append(f"{part}={self.strength_of(part)!r}")
         return ",".join(told)
 
 

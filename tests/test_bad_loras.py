@@ -179,6 +179,17 @@ def changed(source, path, change):
     return factories.save_tensors(tensors, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_not_finite_in_any_precision(tmp_path, dtype, value):
+    up = torch.ones(64, 4)
+    up[40, 2] = value
+    parts = {f"{KEY}.lora_down.weight": torch.ones(4, 64), f"{KEY}.lora_up.weight": up}
+    path = factories.save_tensors({k: t.to(dtype) for k, t in parts.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(LoraError, match=r"NaN or infinite weights in .*lora_up"):
+        read_lora(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["lora_up.weight", "alpha"])
 def test_not_finite(refuse, sdxl_loras, tmp_path, value, part):

@@ -298,6 +298,7 @@ def test_a_single_file_is_recognised(inspected, tmp_path, width, middle, family)
 
 
 def test_refusals(refused, tmp_path, sdxl_checkpoint):
+    refused(1, ["no bundle, LoRA or checkpoint at sdxl", "demo"], "inspect", "sdxl")
     refused(1, ["nowhere.safetensors", "does not exist"], "inspect", tmp_path / "nowhere.safetensors")
     refused(1, ["manifest.json", "model_index.json"], "inspect", tmp_path)
     refused(2, ["--base is for LoRAs", "demo"], "inspect", "demo", "--base", "sdxl")

@@ -164,4 +164,6 @@ def test_the_key_holds_strengths_and_not_their_spelling(sdxl_checkpoint, lora):
     keys = [[key(text) for text in spellings] for spellings in same]
     for spellings in keys:
         assert all(found == spellings[0] for found in spellings)
+    whole = replace(spec, loras=(LoraSpec(str(lora), 1, {"text": 0}),))
+    assert make_plan(whole).key == key(":1.0@text=0.0")  # numbers of Python's, without a point
     assert len({str(spellings[0]) for spellings in keys} | {str(key(":0.5@up_blocks.0=0"))}) == 4
