@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.errors import LoraError
 from lcm_compile.families import LCM_LORA_FILE, Family
 from lcm_compile.hub import fetch
+from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
+from lcm_compile.lora_folders import CONFIG, WEIGHTS
 from lcm_compile.lora_kinds import Update
-from lcm_compile.lora_names import original_name, original_names
-from lcm_compile.spec import LoraSpec, user_path
+from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
+from lcm_compile.spec import LORA_SUFFIXES, PART, LoraSpec, user_path
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,8 @@ __all__ = [
     "read_lora",
 ]
 
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
 
 @dataclass(frozen=True)
 class LoraProvenance:
@@ -36,6 +42,7 @@ class LoraProvenance:
 
     source: str
     weight: float
+    strengths: Mapping[str, float]
     layout: str
     modules: int
     ranks: tuple[int, ...]
@@ -45,16 +52,54 @@ class LoraProvenance:
 
 
 def find_lora(spec: LoraSpec) -> Path:
+    """A path, or a file of the hub: `OWNER/NAME` or `OWNER/NAME:FILE`, where no such path is here.
+
+    LoraError where it is neither, or the hub and its cache do not have it.
+    """
     path = user_path(spec.source)
-    if path.is_dir() and (path / LCM_LORA_FILE).is_file():
-        path = path / LCM_LORA_FILE
     if path.is_dir():
-        raise LoraError(
-            f"{spec.source} is a folder without {LCM_LORA_FILE}", "give the LoRA's .safetensors file"
-        )
-    if not path.is_file():
+        return find_in_folder(path, spec.source)
+    if path.is_file():
+        return path
+    repository, _, file = spec.source.partition(":")
+    # A name that ends as a file's does is a path that is missing.
+    if (
+        not HUB_ID.fullmatch(repository)
+        or repository.endswith(LORA_SUFFIXES)
+        or user_path(repository).exists()
+    ):
         raise LoraError(f"LoRA {spec.source} does not exist", "check the path given to --lora or --lcm-lora")
-    return path
+    return find_on_hub(repository, file)
+
+
+def find_in_folder(folder: Path, source: str) -> Path:
+    """The one file of a LoRA, or the folder itself where it is PEFT's."""
+    if (folder / LCM_LORA_FILE).is_file():
+        return folder / LCM_LORA_FILE
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise LoraError(
+            f"{source} is a folder with neither {LCM_LORA_FILE} nor PEFT's {CONFIG} and {WEIGHTS}",
+            "give the LoRA's .safetensors file",
+        )
+    return folder
+
+
+def find_on_hub(repository: str, file: str) -> Path:
+    try:
+        folder = fetch(repository, [file] if file else [LCM_LORA_FILE, CONFIG, WEIGHTS])
+    except ConnectionError as error:
+        raise LoraError(
+            f"LoRA {repository} is no path here, nor in the hub cache, and can't be downloaded: {error}",
+            "check the path or the hub id, and the network (or HF_HOME, HF_TOKEN)",
+        ) from error
+    if not file:
+        return find_in_folder(folder, repository)
+    if not (folder / file).is_file():
+        raise LoraError(
+            f"{repository} has no {file} on the hub",
+            f"https://huggingface.co/{repository}/tree/main lists what it has",
+        )
+    return folder / file
 
 
 def find_lcm_lora(family: Family | None, base: str) -> Path:
@@ -78,88 +123,28 @@ def find_lcm_lora(family: Family | None, base: str) -> Path:
     return path
 
 
-def plain_module_name(name: str, flat: bool) -> str:
-    """One spelling for a text encoder's modules: some transformers versions nest them in `text_model`."""
-    name = name.removeprefix("text_model_" if flat else "text_model.")
-    return name.replace(".", "_") if flat else name
+def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:
+    """Each layer with the place it updates. LoraError where any has none, or another shape."""
+    found = match(lora, modules)
+    if found.whole:
+        return found.pairs
+    reasons = []
+    if found.unmatched:
+        reasons.append(f"{len(found.unmatched)} keys match no module: {some(found.unmatched)}")
+    if found.misshapen:
+        reasons.append(f"{len(found.misshapen)} modules have another shape: {some(found.misshapen)}")
+    raise refusal(lora, f"does not fit this base: {'; '.join(reasons)}", found)
 
 
-def match_layers(
-    lora: Lora, modules: Mapping[str, torch.nn.Module]
-) -> list[tuple[LoraLayer, torch.nn.Module]]:
-    """Each layer with the module it updates. LoraError where any has none, or another shape."""
-    index = index_modules(modules)
-    matched: list[tuple[LoraLayer, torch.nn.Module]] = []
-    owners: dict[torch.nn.Module, LoraLayer] = {}
-    unmatched, misshapen = [], []
-    for layer in lora.layers:
-        name = plain_module_name(layer.module, flat="." not in layer.module)
-        module = index.get((layer.component, name))
-        if module is None:
-            unmatched += layer.keys
-            continue
-        if module in owners:
-            keys = some([owners[module].keys[0], layer.keys[0]])
-            raise LoraError(f"{lora.path} updates {layer.module} twice: {keys}", "save the LoRA again")
-        owners[module] = layer
-        if reason := misfit(layer.update, module):
-            misshapen.append(f"{layer.module} ({reason})")
-        matched.append((layer, module))
-    if unmatched or misshapen:
-        reasons = []
-        if unmatched:
-            reasons.append(f"{len(unmatched)} keys match no module: {some(unmatched)}")
-        if misshapen:
-            reasons.append(f"{len(misshapen)} modules have another shape: {some(misshapen)}")
-        raise LoraError(
-            f"{lora.path} does not fit this base: {'; '.join(reasons)}. It seems made for {lora.made_for}",
-            "use a LoRA made for this base, or the base it was made for",
-        )
-    return matched
-
-
-def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], torch.nn.Module]:
-    """(component, name) → module, under each name that a LoRA may call it by, dotted and flat."""
-    import torch
-
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
-    index: dict[tuple[str, str], torch.nn.Module] = {}
-    for component, root in modules.items():
-        originals = original_names(root) if component == "unet" else {}
-        for name, module in root.named_modules():
-            if isinstance(module, kinds):
-                names = {plain_module_name(name, flat=False), original_name(name, originals)}
-                for dotted in names:
-                    index[component, dotted] = index[component, dotted.replace(".", "_")] = module
-    return index
-
-
-def misfit(update: Update, module: torch.nn.Module) -> str | None:
-    """Why an update can't be a module's, by shapes alone; None where it can."""
-    bias = bias_of(module)
-    try:
-        update.delta(weight_of(module).to("meta"))
-    except ValueError as error:
-        return str(error)
-    if update.bias is None or (bias is not None and update.bias.shape == bias.shape):
-        return None
-    return f"bias update {list(update.bias.shape)}, bias {None if bias is None else list(bias.shape)}"
-
-
-def weight_of(module: torch.nn.Module) -> torch.Tensor:
-    import torch
-
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
-def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
-    import torch
-
-    bias = module.bias
-    assert bias is None or isinstance(bias, torch.Tensor)
-    return bias
+def refusal(lora: Lora, why: str, found: Match) -> LoraError:
+    """Why a LoRA is not fused, and what it is."""
+    total = sum(len(layer.keys) for layer in lora.layers)
+    rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
+    return LoraError(
+        f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
+        f"{rank} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}",
+        shlex.join(["lcm-compile", "inspect", str(lora.path)]),
+    )
 
 
 def check_loras(
@@ -169,10 +154,14 @@ def check_loras(
     provenance = []
     for lora, spec in loras:
         pairs = match_layers(lora, modules)
-        if not any(changes(layer.update, module) for layer, module in pairs):
-            raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
-        ranks = sorted({layer.update.rank for layer, _ in pairs if layer.update.rank is not None})
-        provenance.append(LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(ranks)))
+        if not any(changes(layer.update, place.module) for layer, place in pairs):
+            raise refusal(lora, "changes nothing: every update in it is zero", Match(pairs, [], []))
+        check_parts(modules, spec)
+        provenance.append(
+            LoraProvenance(
+                spec.source, spec.weight, spec.strengths, lora.layout, len(pairs), tuple(lora.ranks)
+            )
+        )
     return provenance
 
 
@@ -198,8 +187,8 @@ def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lo
     with torch.no_grad():
         for lora, spec in loras:
             here = [layer for layer in lora.layers if layer.component in modules]
-            for layer, module in match_layers(replace(lora, layers=here), modules):
-                work.setdefault(module, []).append((spec.weight, layer.update))
+            for layer, place in match_layers(replace(lora, layers=here), modules):
+                work.setdefault(place.module, []).append((spec.strength_of(place.part), layer.update))
         for module, updates in work.items():
             weight = weight_of(module)
             base = weight.clone()
@@ -209,6 +198,19 @@ def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lo
                     bias = bias_of(module)
                     assert bias is not None  # match_layers saw to it
                     bias += strength * update.bias.float()
+
+
+def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
+    """LoraError for a strength on a part that the base lacks."""
+    if not spec.strengths:
+        return
+    blocks = {".".join(name.split(".")[:2]) for name, _ in modules["unet"].named_modules()}
+    there = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if PART.fullmatch(b))}
+    if missing := sorted(spec.strengths.keys() - there):
+        raise LoraError(
+            f"LoRA {spec} has a strength for {', '.join(missing)}, which this base lacks",
+            f"it has {', '.join(sorted(there - {'vae'}))}",
+        )
 
 
 def changes(update: Update, module: torch.nn.Module) -> bool:

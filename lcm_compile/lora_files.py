@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lcm_compile.errors import LoraError
 from lcm_compile.families import TEXT_WIDTHS
+from lcm_compile.lora_folders import as_one_file, lora_files_of
 from lcm_compile.lora_kinds import KINDS, Update
 
 if TYPE_CHECKING:
@@ -56,10 +58,22 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
+    """A file's updates. `guess` tells the base that it is for by its text states' width alone."""
+
     path: Path
     layout: str
     layers: Sequence[LoraLayer]
-    made_for: str
+    guess: str
+    metadata: Mapping[str, str]
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({layer.update.rank for layer in self.layers if layer.update.rank is not None})
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many modules are updated in each way."""
+        return dict(Counter(layer.update.name for layer in self.layers))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -112,14 +126,16 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_lora(path: Path) -> Lora:
-    """Reads a LoRA of any layout and kind.
+    """Reads a LoRA of any layout and kind: a file, or a folder of PEFT's.
 
     LoraError: a file that can't be read, NaN or infinite weights, keys of no known layout, or half a factor.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_tensors(lora_files_of(path)[-1])
+    if path.is_dir():
+        tensors, metadata = as_one_file(path, tensors)
     if not tensors:
         raise LoraError(f"{path} holds no tensors", "download it again")
-    broken = [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    broken = [key for key, tensor in tensors.items() if tensor.numel() and not is_finite(tensor)]
     if broken:
         raise LoraError(f"{path} has NaN or infinite weights in {some(broken)}", "download it again")
     found: dict[tuple[str, str], dict[str, str]] = {}
@@ -140,11 +156,11 @@ def read_lora(path: Path) -> Lora:
         if tensor.numel() == 0 or (tensor.numel() > 1 if part == "alpha" else tensor.ndim < axes(part)):
             raise LoraError(f"{path}: {key} has the shape {list(tensor.shape)}", "download it again")
         keys[part] = key
-    made_for = guess_base(tensors)
+    guess = guess_base(tensors)
     if unknown:
         raise LoraError(
             f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout known here "
-            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems made for {made_for}",
+            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems made for {guess}",
             "LoRA, LoCon, LoHa, LoKr, DoRA and full differences can be fused; get the LoRA as one of these",
         )
     layers = [
@@ -153,7 +169,13 @@ def read_lora(path: Path) -> Lora:
     ]
     check_whole(layers, path)
     apply_metadata(layers, metadata, path)
-    return Lora(path, "+".join(sorted(layouts)), layers, made_for)
+    return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """By its ends alone, which are NaN where anything is: no copy of a large file's tensors is made."""
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no order
+    return all(math.isfinite(end) for end in wide.aminmax())
 
 
 def axes(part: str) -> int:
@@ -218,7 +240,7 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
             if update.alpha is not None or "lora_alpha" not in settings:
                 continue
             patterns = dict(settings.get("alpha_pattern") or {})
-            matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?{name}", layer.module)]
+            matched = [a for name, a in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", layer.module)]
             update.alpha = float(matched[0] if matched else settings["lora_alpha"])
             if not math.isfinite(update.alpha):
                 raise ValueError(f"alpha is {update.alpha}")

@@ -16,6 +16,7 @@ W is (out, in) for a linear layer and (out, in, k, k) for a convolution; r is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -112,6 +113,12 @@ class Update:
         return KINDS[frozenset(self.factors)]
 
     @property
+    def name(self) -> str:
+        if self.magnitude is not None:
+            return "DoRA"
+        return "bias" if self.kind is None else self.kind.name
+
+    @property
     def rank(self) -> int | None:
         if self.kind is None or self.kind.rank_of is None:
             return None
@@ -119,6 +126,24 @@ class Update:
 
     def scale(self) -> float:
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
+
+    def norm(self) -> float | None:
+        """‖ΔW‖ and ‖Δb‖ together, Frobenius's; None for a DoRA, whose change depends on the base.
+
+        That of a product needs no product: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ), both r×r.
+        """
+        import torch
+
+        if self.magnitude is not None:
+            return None
+        made = torch.zeros(())
+        if self.factors.keys() == {"down", "up"}:
+            down, up = (self.factors[name].float().flatten(1) for name in ("down", "up"))
+            made = ((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt()
+        elif self.kind is not None:
+            made = self.kind.make({name: tensor.float() for name, tensor in self.factors.items()}).norm()
+        bias = 0.0 if self.bias is None else float(self.bias.float().norm())
+        return math.hypot(float(made) * self.scale(), bias)
 
     def delta(self, weight: torch.Tensor) -> torch.Tensor:
         """The change of an unmodified weight in fp32, of its shape. ValueError where the two don't fit.

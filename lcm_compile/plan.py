@@ -21,6 +21,7 @@ from lcm_compile.exported import read_export
 from lcm_compile.families import FAMILIES
 from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
+from lcm_compile.lora_folders import lora_files_of
 from lcm_compile.pipeline import STAGES
 from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
@@ -113,7 +114,13 @@ class Plan:
                 "base": str(export.checkpoint.folder),
                 "architecture": export.checkpoint.architecture,
                 "loras": [
-                    {"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in export.loras
+                    {
+                        "role": p.role,
+                        "path": str(p.path),
+                        "weight": p.spec.weight,
+                        "strengths": p.spec.strengths,
+                    }
+                    for p in export.loras
                 ],
                 "shape": vars(export.shape),
                 "precisions": dict(export.precisions),
@@ -231,7 +238,13 @@ def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tup
         assert checkpoint.family is not None
         found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
     found += [("style", lora, find_lora(lora)) for lora in spec.loras]
-    return tuple(PlannedLora(role, lora, path, digests.sha256(path)) for role, lora, path in found)
+    return tuple(PlannedLora(role, lora, path, lora_digest(path, digests)) for role, lora, path in found)
+
+
+def lora_digest(path: Path, digests: Digests) -> str:
+    """Of a LoRA's file; of all of them where it is a folder."""
+    found = [digests.sha256(file) for file in lora_files_of(path)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def export_key(
@@ -246,7 +259,7 @@ def export_key(
     key = {f"base {name}": digest for name, digest in checkpoint.content(digests.sha256).items()}
     for i, lora in enumerate(loras, 1):
         key[f"LoRA {i}"] = lora.sha256
-        key[f"LoRA {i} weight"] = repr(lora.spec.weight)
+        key[f"LoRA {i} weight"] = lora.spec.effective
     key["shape"] = str(shape)
     key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
     key["graph format"] = graph_format

@@ -21,7 +21,7 @@ def print_plan(plan: Plan) -> None:
         if export is None
         else [
             ("base", f"{export.checkpoint.folder} ({export.checkpoint.architecture})"),
-            *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in export.loras),
+            *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
         ]
@@ -59,10 +59,62 @@ def told(value: Any) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items()) for item in value)
+        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items() if v != {}) for item in value)
     if isinstance(value, list):
         return ", ".join(map(told, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def print_lora(data: Mapping[str, Any]) -> None:
+    """What a LoRA is, then the blocks that it changes."""
+
+    def shown(name: str) -> str:
+        return ", ".join(
+            value if n == data["modules"] else f"{value} ({n})" for value, n in data[name].items()
+        )
+
+    matched = f"{data['matched_keys']} of {data['keys']}"
+    rows = [
+        ("LoRA", data["lora"]),
+        ("kind", f"{shown('kinds')}, in the layout of {data['layout']}"),
+        ("rank", shown("ranks") or "none"),
+        ("alpha", shown("alphas") or "the rank"),
+        ("size", f"{data['parameters']:,} parameters for {data['modules']} modules"),
+        ("made for", data["made_for"]),
+        ("keys", f"{matched} match {data['matched_to']}" if data["matched_to"] else "match no known base"),
+        *((f"{name} keys", found) for name in ("unmatched", "misshapen") if (found := listed(data[name]))),
+        *((name.replace("_", " "), text) for name, text in data["metadata"].items()),
+        ("likely triggers", ", ".join(f"{t['tag']} ({t['captions']})" for t in data["likely_triggers"])),
+    ]
+    print_table(("", "inspected"), [row for row in rows if row[1]])
+    print()
+    weighed = any(row["relative"] is not None for row in data["change"])
+    print_table(
+        ("block", "modules", "change", "of the base" if weighed else ""),
+        [
+            (
+                row["block"],
+                str(row["modules"]),
+                "depends on the base" if row["norm"] is None else f"{row['norm']:.4g}",
+                "" if row["relative"] is None else f"{row['relative']:.2%}",
+            )
+            for row in data["change"]
+        ],
+    )
+
+
+def print_checkpoint(data: Mapping[str, Any]) -> None:
+    print_description("inspected", {k: v for k, v in data.items() if k != "components" and v is not None})
+    print()
+    print_table(
+        ("component", "parameters", "type", "variant"),
+        [(c["name"], f"{c['parameters']:,}", c["dtype"], c["variant"] or "") for c in data["components"]],
+    )
+
+
+def listed(names: Mapping[str, Any]) -> str:
+    more = names["count"] - len(names["some"])
+    return "\n".join([*names["some"], *([f"and {more} more"] if more else [])])
 
 
 def describe_demo() -> dict[str, Any]:

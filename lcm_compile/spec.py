@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcm_compile.errors import UsageError, unknown_name
 
+LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
@@ -39,36 +42,97 @@ class Shape:
         return f"{self.batch}×{self.height}×{self.width}"
 
 
+# A part of a model that a LoRA may have a strength of its own on, and the larger part that it is of.
+PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
+LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
+
+
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA file (or hub id) and the weight λ it is fused with."""
+    """A LoRA and the weight λ it is fused with. `source` is a path, or `OWNER/NAME[:FILE]` on the hub.
+
+    `strengths` names parts whose weight is another one: `unet`, `text` (every text encoder), `text_encoder`,
+    `text_encoder_2`, `down_blocks`, `down_blocks.1`, `mid_block`, `up_blocks`, …; the smallest part counts.
+    """
 
     source: str
     weight: float = 1.0
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UsageError("a LoRA has no path", "write PATH or PATH:0.8")
-        if not math.isfinite(self.weight):
-            raise UsageError(
-                f"the weight {self.weight} of LoRA {self.source} is not finite", "write PATH:0.8"
-            )
+            raise UsageError("a LoRA has no path", LORA_FORM)
+        for part in self.strengths:
+            if not PART.fullmatch(part):
+                raise UsageError(
+                    f"LoRA {self.source} has a strength for {part!r}, which is no part of a model",
+                    "unet, text, text_encoder, text_encoder_2, down_blocks.N, mid_block and up_blocks.N are",
+                )
+        for weight in (self.weight, *self.strengths.values()):
+            if not math.isfinite(weight):
+                raise UsageError(f"the weight {weight} of LoRA {self.source} is not finite", LORA_FORM)
 
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """`PATH` or `PATH:WEIGHT`; UsageError where WEIGHT is no number."""
-        source, colon, last = text.rpartition(":")
-        # The colon of `C:\loras\x.safetensors`, or of a name, is no weight's.
-        if not colon or "/" in last or "\\" in last or last.endswith((".safetensors", ".bin", ".pt", ".pth")):
-            return cls(text)
-        try:
-            weight = float(last)
-        except ValueError:
-            raise UsageError(f"LoRA weight {last!r} in {text!r} is not a number", "write PATH:0.8") from None
-        return cls(source, weight)
+        """`SOURCE`, `SOURCE:WEIGHT`, either with `@PART=WEIGHT,…`. UsageError where a weight is no number.
+
+        The text alone decides: a source that itself ends like a weight needs one after it (`odd:5:1`).
+        """
+        head, _, tail = text.rpartition("@")
+        strengths = {}
+        if "=" in tail and ":" not in tail and not ends_path(tail):
+            for assignment in tail.split(","):
+                part, _, weight = assignment.partition("=")
+                if part in strengths:
+                    raise UsageError(f"{text!r} has two strengths for {part}", LORA_FORM)
+                strengths[part] = number(weight, text)
+        else:
+            head = text
+        source, colon, last = head.rpartition(":")
+        if not colon or ends_path(last):
+            return cls(head, strengths=strengths)
+        return cls(source, number(last, text), strengths)
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.weight!r}"
+        parts = ",".join(f"{part}={weight!r}" for part, weight in self.strengths.items())
+        return f"{self.source}:{self.weight!r}" + (f"@{parts}" if parts else "")
+
+    def strength_of(self, part: str) -> float:
+        """The weight of a part: its own, or that of the smallest named part around it."""
+        while part and part not in self.strengths:
+            part = part_around(part)
+        return float(self.strengths[part] if part else self.weight)
+
+    @property
+    def effective(self) -> str:
+        """What the weights come to: the same for each way of writing the same strengths."""
+        unet, text = self.strength_of("unet"), self.strength_of("text")
+        told = [repr(unet)] if unet == text else [f"unet={unet!r}", f"text={text!r}"]
+        for part in sorted(self.strengths.keys() - {"unet", "text"}):
+            if self.strength_of(part) != self.strength_of(part_around(part)):
+                told.append(f"{part}={self.strength_of(part)!r}")
+        return ",".join(told)
+
+
+def ends_path(text: str) -> bool:
+    """Whether what follows a colon or an @ is a path's: as of `C:\\loras\\x.safetensors`, or of a name."""
+    return "/" in text or "\\" in text or text.endswith(LORA_SUFFIXES)
+
+
+def number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"LoRA weight {text!r} in {whole!r} is not a number", LORA_FORM) from None
+
+
+def part_around(part: str) -> str:
+    """The next larger part: down_blocks.1 → down_blocks → unet, text_encoder_2 → text; "" is all."""
+    if part in ("unet", "text"):
+        return ""
+    if part.startswith("text"):
+        return "text"
+    return part.rpartition(".")[0] or "unet"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import LoraError
+from lcm_compile.families import FAMILIES
 from lcm_compile.loading import load_modules
 from lcm_compile.lora import read_lora
 
@@ -179,6 +180,17 @@ def changed(source, path, change):
     return factories.save_tensors(tensors, path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_not_finite_in_any_precision(tmp_path, dtype, value):
+    up = torch.ones(64, 4)
+    up[40, 2] = value
+    parts = {f"{KEY}.lora_down.weight": torch.ones(4, 64), f"{KEY}.lora_up.weight": up}
+    path = factories.save_tensors({k: t.to(dtype) for k, t in parts.items()}, tmp_path / "lora.safetensors")
+    with pytest.raises(LoraError, match=r"NaN or infinite weights in .*lora_up"):
+        read_lora(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("part", ["lora_up.weight", "alpha"])
 def test_not_finite(refuse, sdxl_loras, tmp_path, value, part):
@@ -228,6 +240,26 @@ def test_for_a_base_of_full_size(refuse, tmp_path, width, name):
     tensors = {f"{key}.lora_down.weight": torch.ones(4, width), f"{key}.lora_up.weight": torch.ones(64, 4)}
     path = factories.save_tensors(tensors, tmp_path / "lora.safetensors")
     refuse([f"made for {name}", "rank 4, weight 64×80", "attn2_to_k"], path)
+
+
+def test_a_refusal_tells_what_the_lora_is(refuse, sdxl_loras, tmp_path):
+    """In a few lines: how many keys match, kind, rank, the base it is for, and how to see the rest."""
+    path = FAMILIES["demo"].lcm_lora
+    told = [
+        "have another shape",
+        "0 of its 237 keys match",
+        "It is a LoRA of rank",
+        "in kohya layout",
+        "made for demo",
+    ]
+    err = refuse([*told, f"lcm-compile inspect {path}"], path)
+    assert len(err.partition("error: ")[2].splitlines()) == 3
+    empty = changed(
+        sdxl_loras["peft"], tmp_path / "empty.safetensors", lambda t: [x.zero_() for x in t.values()]
+    )
+    keys = len(load_file(empty))
+    told = [f"{keys} of its {keys} keys match", "It is a LoRA of rank 4 in peft layout"]
+    refuse(["changes nothing: every update in it is zero", *told, f"lcm-compile inspect {empty}"], empty)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,16 @@ def test_a_network_that_never_answers_is_given_up(tmp_path):
     assert SECONDS <= 10
 
 
+def cached(cache, repository, *files):
+    """A repository in a hub cache, with these files; returns the folder of its snapshot."""
+    folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("b" * 40)
+    for path, text in [(folder / "refs/main", "b" * 40), *((snapshot / file, file) for file in files)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return snapshot
+
+
 @pytest.fixture
 def looks_like_sdxl(sdxl_checkpoint, tmp_path):
     """A folder whose UNet config has SDXL's signature."""
@@ -83,11 +94,68 @@ def test_the_lcm_lora_of_a_family(looks_like_sdxl, tmp_path):
     assert (done.returncode, done.stdout) == (1, b"")
     for told in ("latent-consistency/lcm-lora-sdxl", "--lcm-lora", "--no-lcm"):
         assert told in err
-    cache = tmp_path / "hf/hub/models--latent-consistency--lcm-lora-sdxl"
-    cached = cache / "snapshots" / ("a" * 40) / "pytorch_lora_weights.safetensors"
-    for path, text in ((cached, "not read by a plan"), (cache / "refs/main", "a" * 40)):
-        path.parent.mkdir(parents=True)
-        path.write_text(text)
+    file = "pytorch_lora_weights.safetensors"
+    path = cached(tmp_path / "hf", "latent-consistency/lcm-lora-sdxl", file) / file
     done, err, _ = cli(*words, **environment)
     assert done.returncode == 0, err
-    assert json.loads(done.stdout)["loras"] == [{"role": "lcm", "path": str(cached), "weight": 1.0}]
+    assert json.loads(done.stdout)["loras"] == [
+        {"role": "lcm", "path": str(path), "weight": 1.0, "strengths": {}}
+    ]
+
+
+@pytest.fixture
+def planned(sdxl_checkpoint, tmp_path):
+    """Plans with a LoRA, from an offline hub cache; returns its path and weight, or the error."""
+
+    def run(lora):
+        words = (
+            "build",
+            "--base",
+            sdxl_checkpoint,
+            "--no-lcm",
+            "--gpu",
+            "cpu",
+            "--dry-run",
+            "--json",
+            "--lora",
+        )
+        done, err, _ = cli(*words, lora, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="1")
+        if done.returncode:
+            assert (done.returncode, done.stdout) == (1, b"") and "Traceback" not in err and "try: " in err
+            return err
+        (found,) = json.loads(done.stdout)["loras"]
+        return found["path"], found["weight"]
+
+    return run
+
+
+def test_a_lora_by_its_hub_id(planned, tmp_path):
+    """The default file or a named one, each with and without a weight; what is not there is named."""
+    names = "pytorch_lora_weights.safetensors", "sub/style-v1.0.safetensors"
+    snapshot = cached(tmp_path / "hf", "some.one/a-style", *names)
+    for text, file, weight in [
+        ("some.one/a-style", names[0], 1.0),
+        ("some.one/a-style:-0.5", names[0], -0.5),
+        (f"some.one/a-style:{names[1]}", names[1], 1.0),
+        (f"some.one/a-style:{names[1]}:0.8", names[1], 0.8),
+    ]:
+        assert planned(text) == (str(snapshot / file), weight)
+    assert "has no other.safetensors" in planned("some.one/a-style:other.safetensors")
+    cached(tmp_path / "hf", "some.one/empty", "README.md")
+    assert "neither pytorch_lora_weights.safetensors" in planned("some.one/empty:0.5")
+    err = planned("some.one/else")
+    assert "some.one/else is no path here" in err and "HF_HOME" in err
+
+
+def test_a_path_wins_over_a_hub_id(planned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = "pytorch_lora_weights.safetensors", "style.safetensors"
+    cached(tmp_path / "hf", "owner/name", *names)
+    folder = tmp_path / "owner/name"
+    folder.mkdir(parents=True)
+    for text in ("owner/name:style.safetensors", "owner/missing.safetensors", "./owner/nobody"):
+        assert f"LoRA {text} does not exist" in planned(text)
+    (folder / names[0]).write_text("mine")
+    assert planned("owner/name:0.5") == (str(Path("owner/name", names[0])), 0.5)
+    Path("owner/name:style.safetensors").write_text("mine")
+    assert planned("owner/name:style.safetensors:2") == ("owner/name:style.safetensors", 2.0)

@@ -21,7 +21,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
         click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
         click.option(
-            "--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated."
+            "--lora",
+            "loras",
+            multiple=True,
+            metavar="PATH|ID[:W][@PART=W,…]",
+            help="A style LoRA; repeatable.",
         ),
         click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
         click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),

@@ -40,23 +40,23 @@ def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
 
 @click.command()
 @click.argument("name")
+@click.option("--base", metavar="BASE", help="Hold a LoRA to this base: its modules and its weights.")
 @json_option
-def inspect(name: str, as_json: bool) -> None:
-    """Tell what a bundle holds, or where the demo model is."""
+def inspect(name: str, base: str | None, as_json: bool) -> None:
+    """Tell what a bundle, a LoRA or a checkpoint is."""
     from lcm_compile.console import print_json
-    from lcm_compile.reports import describe_bundle, describe_demo, print_description
+    from lcm_compile.inspection import examine
+    from lcm_compile.reports import print_checkpoint, print_description, print_lora
 
-    if name == "demo":
-        data = describe_demo()
-    else:
-        from lcm_compile.bundle import read_manifest
-
-        manifest, digest = read_manifest(Path(name))
-        data = describe_bundle(Path(name), manifest, digest)
+    data = examine(name, base)
     if as_json:
         print_json(data)
-        return
-    print_description(name, data)
+    elif "lora" in data:
+        print_lora(data)
+    elif "components" in data:
+        print_checkpoint(data)
+    else:
+        print_description(name, data)
 
 
 @click.command()

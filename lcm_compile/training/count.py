@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.training.full import empty_unet, with_guidance
+from lcm_compile.empty_models import empty_unet
+from lcm_compile.training.full import with_guidance
 from lcm_compile.unet_configs import UNETS
 
 

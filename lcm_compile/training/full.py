@@ -11,20 +11,13 @@ from typing import Any
 import torch
 
 from lcm_compile.checkpoints import Checkpoint, read_json
+from lcm_compile.empty_models import empty_unet
 from lcm_compile.loading import quiet_libraries
 from lcm_compile.training.files import replacing
 from lcm_compile.training.loop import Weights, copy_of
 
 GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
 GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
-
-
-def empty_unet(config: Mapping[str, Any]) -> Any:
-    """A UNet of shapes without weights, on torch's meta device."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"), quiet_libraries():
-        return UNet2DConditionModel.from_config(config)
 
 
 def with_guidance(config: Mapping[str, Any]) -> dict[str, Any]:

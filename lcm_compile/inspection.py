@@ -1,0 +1,124 @@
+"""What `inspect` is given, found out by what it holds: a bundle, a checkpoint or a LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.bundle import MANIFEST, read_manifest
+from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint, read_json
+from lcm_compile.errors import BundleError, CheckpointError, UsageError
+from lcm_compile.families import LCM_LORA_FILE, TEXT_WIDTHS
+from lcm_compile.lora import find_lora, read_lora
+from lcm_compile.lora_folders import CONFIG
+from lcm_compile.lora_report import describe_lora
+from lcm_compile.reports import describe_bundle, describe_demo
+from lcm_compile.spec import LoraSpec, user_path
+
+# What a folder holds → what it is.
+FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}
+SINGLE_FILE = "model.diffusion_model."
+
+Header = dict[str, tuple[list[int], str]]
+
+
+def examine(name: str, base: str | None) -> dict[str, Any]:
+    """All that can be told of a name; the first key says what it is, and `base` is what to hold a LoRA to.
+
+    BundleError, CheckpointError or LoraError where it is broken; UsageError for a base without a LoRA.
+    """
+    path = user_path(name)
+    kind = kind_of(name, path)
+    if base is not None and kind != "lora":
+        raise UsageError(f"--base is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
+    if kind == "lora":
+        lora = read_lora(find_lora(LoraSpec(name)))
+        return describe_lora(lora, None if base is None else open_checkpoint(base))
+    if kind == "demo":
+        return describe_demo()
+    if kind == "bundle":
+        return describe_bundle(path, *read_manifest(path))
+    if kind == "checkpoint":
+        return describe_checkpoint(open_checkpoint(str(path.absolute())))
+    return describe_single_file(path)
+
+
+def kind_of(name: str, path: Path) -> str:
+    if name == "demo":
+        return "demo"
+    if path.is_dir():
+        for file, kind in FOLDERS.items():
+            if (path / file).is_file():
+                return kind
+        raise BundleError(
+            f"{name} is no bundle, checkpoint or LoRA: it holds none of {', '.join(FOLDERS)}",
+            "give the folder that holds one, or a LoRA's file",
+        )
+    if not path.exists() and "/" not in name:
+        raise BundleError(
+            f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
+        )
+    return "single file" if any(key.startswith(SINGLE_FILE) for key in read_header(path)) else "lora"
+
+
+def read_header(path: Path) -> Header:
+    """Shape and type of each tensor of a safetensors file; loads none. Empty for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    height, width = checkpoint.default_size
+    scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "family": checkpoint.family.name if checkpoint.family else None,
+        "architecture": checkpoint.architecture,
+        "size": {"height": height, "width": width},
+        "prediction_type": checkpoint.scheduler.prediction_type,
+        "scheduler": scheduler.get("_class_name"),
+        "guidance_embedding": checkpoint.has_guidance_embedding,
+        "components": [describe_component(component) for component in checkpoint.components.values()],
+    }
+
+
+def describe_component(component: Component) -> dict[str, Any]:
+    """CheckpointError where a weight file is damaged."""
+    parameters: Counter[str] = Counter()
+    for path in component.files:
+        if path.suffix == ".safetensors":
+            header = read_header(path)
+            if not header:
+                raise CheckpointError(f"{path} is no whole safetensors file", "download the checkpoint again")
+            for shape, dtype in header.values():
+                parameters[dtype] += math.prod(shape)
+    return {
+        "name": component.name,
+        "parameters": sum(parameters.values()),
+        "dtype": parameters.most_common(1)[0][0],
+        "variant": component.variant,
+    }
+
+
+def describe_single_file(path: Path) -> dict[str, Any]:
+    header = read_header(path)
+    unet = {key: shape for key, (shape, _) in header.items() if key.startswith(SINGLE_FILE)}
+    widths = {shape[1] for key, shape in unet.items() if key.endswith("attn2.to_k.weight")}
+    family = " or ".join(TEXT_WIDTHS.get(width, "unknown") for width in sorted(widths)) or "unknown"
+    if widths == {2048}:
+        # Of the two, SSD-1B's middle block is one residual block.
+        family = "SDXL" if any(f"{SINGLE_FILE}middle_block.1." in key for key in unet) else "SSD-1B"
+    return {
+        "single_file": str(path),
+        "layout": "a whole checkpoint in the original Stable Diffusion's layout, not a LoRA",
+        "family": family,
+        "parameters": sum(math.prod(shape) for shape, _ in header.values()),
+    }

@@ -1,0 +1,66 @@
+"""Which base a LoRA is made for: the family whose modules most of its keys find, by name and by shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lcm_compile.empty_models import empty_modules
+from lcm_compile.families import FAMILIES
+from lcm_compile.lora_files import Lora
+from lcm_compile.lora_match import Match, match
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A family, what of a LoRA finds its place there, and whether the LoRA leaves none of its sort out."""
+
+    family: str
+    match: Match
+    complete: bool
+
+
+def fits(lora: Lora) -> list[Fit]:
+    """Every family that some keys of a LoRA fit, the best one first.
+
+    All that an SSD-1B has, an SDXL has as well, so its LoRA fits both. It is told by being complete: it
+    adapts every module of its sort in the one, and not in the other.
+    """
+    components = {layer.component for layer in lora.layers}
+    found = []
+    for family in FAMILIES:
+        modules = empty_modules(family, components)
+        matched = match(lora, modules)
+        if matched.pairs:
+            there = {name for name, _ in modules["unet"].named_modules()} if "unet" in modules else set()
+            found.append(Fit(family, matched, is_complete(matched, there)))
+    return sorted(found, key=lambda fit: (-fit.match.keys, not fit.complete))
+
+
+def is_complete(matched: Match, there: set[str]) -> bool:
+    adapted = {place.name for _, place in matched.pairs if place.component == "unet"}
+    sorts = {sort_of(name) for name in adapted}
+    return bool(adapted) and all(name in adapted for name in there if sort_of(name) in sorts)
+
+
+def sort_of(module: str) -> str:
+    """The end of a module's name, as `attn2.to_k` or `to_out.0`, without the numbers of blocks."""
+    return re.sub(r"^\d+\.", "", ".".join(module.split(".")[-2:]))
+
+
+def made_for(lora: Lora, found: Sequence[Fit]) -> str:
+    """What base a LoRA is made for, in words; by its text states' width where no family has most of it."""
+    total = sum(len(layer.keys) for layer in lora.layers)
+    if not found or 2 * found[0].match.keys <= total:
+        return lora.guess
+    best = found[0]
+    if best.match.keys < total:
+        return f"{full_name(best.family)}, which {best.match.keys} of its {total} keys fit"
+    # Each that all keys fit is as likely, unless one of them is adapted completely.
+    likely = [best] if best.complete else [fit for fit in found if fit.match.keys == total]
+    return " or ".join(full_name(fit.family) for fit in likely)
+
+
+def full_name(family: str) -> str:
+    return f"{family} ({FAMILIES[family].description.split(',')[0]})"

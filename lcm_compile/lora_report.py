@@ -1,0 +1,156 @@
+"""What `inspect` tells about a LoRA: what it is, what it is for, its trigger words, how much it changes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lcm_compile.checkpoints import Checkpoint, load_component
+from lcm_compile.lora_bases import fits, made_for
+from lcm_compile.lora_files import Lora, LoraLayer
+from lcm_compile.lora_kinds import Update
+from lcm_compile.lora_match import Match, Place, bias_of, block_of, match, weight_of
+
+KEYS_SHOWN = 10
+TAGS_SHOWN = 10
+TEXT_SHOWN = 300
+# What trainers write, kohya's and the ModelSpec's, under the names that the report gives it.
+METADATA = {
+    "title": ("modelspec.title", "ss_output_name"),
+    "architecture": ("modelspec.architecture",),
+    "trained_on": ("ss_base_model_version",),
+    "trained_from": ("ss_sd_model_name",),
+    "network": ("ss_network_module",),
+    "network_dim": ("ss_network_dim",),
+    "network_alpha": ("ss_network_alpha",),
+    "trigger_phrase": ("modelspec.trigger_phrase",),
+}
+REST = "unet, rest"  # its embeddings, its first and last layers
+ORDER = ("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks", "unet")
+
+
+def describe_lora(lora: Lora, base: Checkpoint | None) -> dict[str, Any]:
+    """Matched to a base's own modules where one is given, else to the family that fits best.
+
+    LoraError where two keys update one module; CheckpointError where the base can't be loaded.
+    """
+    found = fits(lora)
+    if base is None:
+        matched = found[0].match if found else None
+        matched_to = found[0].family if found else None
+    else:
+        components = {layer.component for layer in lora.layers} & base.components.keys()
+        matched = match(lora, {name: load_component(base, name) for name in components})
+        matched_to = base.base
+    updates = [layer.update for layer in lora.layers]
+    return {
+        "lora": str(lora.path),
+        "layout": lora.layout,
+        "kinds": lora.kinds,
+        "ranks": counted(update.rank for update in updates),
+        "alphas": counted(update.alpha for update in updates),
+        "modules": len(updates),
+        "keys": sum(len(layer.keys) for layer in lora.layers),
+        "parameters": sum(parameters(update) for update in updates),
+        "made_for": made_for(lora, found),
+        "fits": {fit.family: fit.match.keys for fit in found},
+        "matched_to": matched_to,
+        "matched_keys": matched.keys if matched else 0,
+        "unmatched": told(matched.unmatched if matched else []),
+        "misshapen": told(matched.misshapen if matched else []),
+        "metadata": describe_metadata(lora.metadata),
+        "likely_triggers": frequent_tags(lora.metadata),
+        "change": changes(lora.layers, matched, weighed=base is not None),
+    }
+
+
+def counted(values: Any) -> dict[str, int]:
+    """How many modules have each value, the smallest first; those that have none are left out."""
+    counts = Counter(value for value in values if value is not None)
+    return {f"{value:g}": counts[value] for value in sorted(counts)}
+
+
+def parameters(update: Update) -> int:
+    tensors = [*update.factors.values(), update.magnitude, update.bias]
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def told(names: Sequence[str]) -> dict[str, Any]:
+    return {"count": len(names), "some": list(names[:KEYS_SHOWN])}
+
+
+def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    said = {}
+    for name, keys in METADATA.items():
+        text = next((printable(metadata[key]) for key in keys if metadata.get(key, "None") != "None"), "")
+        if text:
+            said[name] = text
+    return said
+
+
+def printable(text: str) -> str:
+    """A stranger's text, without what would move a terminal's cursor."""
+    return "".join(c for c in text if c.isprintable())[:TEXT_SHOWN].strip()
+
+
+def frequent_tags(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The tags that most of the training's captions had, which is where trigger words are; kohya's counts."""
+    totals: Counter[str] = Counter()
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        for counts in folders.values():
+            totals.update({printable(tag): int(count) for tag, count in counts.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):  # a hint at most: a broken one is none
+        return []
+    return [{"tag": tag, "captions": count} for tag, count in totals.most_common(TAGS_SHOWN) if tag]
+
+
+def changes(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -> list[dict[str, Any]]:
+    """‖ΔW‖ of each block at weight 1, Frobenius's, and ‖ΔW‖/‖W‖ over the modules that are changed.
+
+    The second takes the base's weights. So does the first for a DoRA: None without them.
+    """
+    places = {id(layer): place for layer, place in matched.pairs} if matched else {}
+    blocks: dict[str, list[tuple[float | None, float]]] = defaultdict(list)
+    for layer in layers:
+        place = places.get(id(layer))
+        if place is None and weighed:
+            continue
+        name = place.name if place else layer.module
+        sizes = weigh(layer.update, place) if place and weighed else (layer.update.norm(), 0.0)
+        block = block_of(layer.component, name) or layer.component
+        blocks[REST if block == "unet" else block].append(sizes)
+    rows = []
+    for block in sorted(blocks, key=position):
+        deltas = [delta for delta, _ in blocks[block] if delta is not None]
+        whole = len(deltas) == len(blocks[block])
+        change, weight = math.hypot(*deltas), math.hypot(*(weight for _, weight in blocks[block]))
+        rows.append(
+            {
+                "block": block,
+                "modules": len(blocks[block]),
+                "norm": change if whole else None,
+                "relative": change / weight if weight else None,
+            }
+        )
+    return rows
+
+
+def weigh(update: Update, place: Place) -> tuple[float, float]:
+    """‖ΔW‖ and ‖W‖ of one module, with those of its bias where that is changed too."""
+    weight = weight_of(place.module)
+    sizes = float(update.delta(weight).norm()), float(weight.norm())
+    bias = bias_of(place.module)
+    if update.bias is None or bias is None:
+        return sizes
+    return math.hypot(sizes[0], float(update.bias.float().norm())), math.hypot(sizes[1], float(bias.norm()))
+
+
+def position(block: str) -> tuple[int, int, str]:
+    """Blocks as a picture passes them, text encoders last."""
+    name, _, number = block.partition(".")
+    kind = next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
+    return kind, int(number or 0), block
