@@ -24,11 +24,13 @@ from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import TARGETS, GpuTarget
 
+# In the order in which they are tried where none is asked for.
 BACKENDS = {
-    "onnxruntime": "lcm_compile.engines.onnxruntime",
-    "torchscript": "lcm_compile.engines.torchscript",
     "tensorrt-rtx": "lcm_compile.engines.tensorrt_rtx",
     "tensorrt": "lcm_compile.engines.tensorrt",
+    "onnxruntime": "lcm_compile.engines.onnxruntime",
+    "torchscript": "lcm_compile.engines.torchscript",
+    "aotinductor": "lcm_compile.engines.aotinductor",
 }
 
 
@@ -70,7 +72,7 @@ def choose_backend(target: GpuTarget, precision: str) -> str:
 
 def find_target_here() -> str:
     """The name of the first target that this machine's GPU is, or "cpu"."""
-    from lcm_compile.engines.tensorrt import gpu_here
+    from lcm_compile.engines.gpu import gpu_here
 
     capability = None if (here := gpu_here()) is None else here[1]
     return next((t.name for t in TARGETS.values() if t.compute_capability == capability), "cpu")

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
@@ -53,26 +53,7 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; {install}"
-    here = gpu_here()
-    if here is None:
-        return "no NVIDIA GPU here (torch sees no CUDA device)"
-    name, capability = here
-    if capability != target.compute_capability:
-        return (
-            f"the GPU here is {name} (compute capability {capability}), "
-            f"{target.name} is {target.compute_capability}"
-        )
-    return None
-
-
-def gpu_here() -> tuple[str, str] | None:
-    """Name and compute capability of the first CUDA device, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return torch.cuda.get_device_name(0), f"{major}.{minor}"
+    return cannot_run_on_gpu(target)
 
 
 def make_logger(trt: Any) -> tuple[Any, list[str]]:
@@ -126,7 +107,7 @@ def allow_decomposed_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-class TensorRtRunner(Runner):
+class TensorRtRunner(TensorRunner):
     """An engine with its execution context, its own CUDA stream and static output buffers.
 
     Inputs and outputs are CUDA tensors of torch, which are DLPack arrays.
@@ -135,7 +116,7 @@ class TensorRtRunner(Runner):
     def __init__(self, trt: Any, path: Path, contract: StageContract) -> None:
         import torch
 
-        super().__init__(contract)
+        super().__init__(contract, "cuda")
         logger, errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -150,10 +131,7 @@ class TensorRtRunner(Runner):
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output named as an input carries a suffix.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
-        self._outputs = {
-            spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cuda")
-            for spec in contract.outputs
-        }
+        self._outputs = self.empty_outputs()
         for spec, name in zip(contract.outputs, self._output_names, strict=True):
             self._context.set_tensor_address(name, self._outputs[spec.name].data_ptr())
 
@@ -162,9 +140,7 @@ class TensorRtRunner(Runner):
 
         held = []  # inputs must outlive the launch
         for spec in self.contract.inputs:
-            array = inputs[spec.name]
-            tensor = self.to_device(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
-            tensor = tensor.to(getattr(torch, spec.dtype)).contiguous()
+            tensor = self.tensor(spec, inputs[spec.name])
             self._context.set_tensor_address(spec.name, tensor.data_ptr())
             held.append(tensor)
         current = torch.cuda.current_stream()
@@ -173,14 +149,6 @@ class TensorRtRunner(Runner):
             raise BackendError(f"the {self.contract.name} engine failed while running")
         current.wait_stream(self._stream)
         return dict(self._outputs)
-
-    def to_device(self, array: np.ndarray) -> Array:
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(array)).cuda()
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return array if isinstance(array, np.ndarray) else array.cpu().numpy()
 
     def close(self) -> None:
         self._context = self._engine = self._runtime = None

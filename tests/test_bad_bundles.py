@@ -11,7 +11,7 @@ import pytest
 
 from lcm_compile import load
 from lcm_compile.bundle import MANIFEST, list_files, read_manifest
-from lcm_compile.engines import tensorrt
+from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.reports import describe_bundle
 from lcm_compile.schema import json_text
@@ -277,11 +277,11 @@ def test_a_picture_of_another_size(refused, bundle):
 def test_for_another_gpu(refused, a10_bundle, monkeypatch):
     """Named are the bundle's GPU, this machine, and what to do."""
     words = ("run", "a star", "--engine", a10_bundle.folder)
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         told = ["a10 (A10)", "this machine (cpu)", "no NVIDIA GPU", "--gpu cpu"]
         refused(1, told, *words)
         refused(1, told, "verify", a10_bundle.folder)
-    monkeypatch.setattr(tensorrt, "gpu_here", lambda: ("NVIDIA L4", "8.9"))
+    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA L4", "8.9"))
     told = [
         "a10 (A10)",
         "NVIDIA L4 (compute capability 8.9)",
@@ -293,7 +293,7 @@ def test_for_another_gpu(refused, a10_bundle, monkeypatch):
 
 
 def test_bare_run_passes_over_bundles_for_other_gpus(command, a10_bundle, bundle, tmp_path, monkeypatch):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))

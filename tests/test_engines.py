@@ -11,7 +11,7 @@ import torch
 
 from lcm_compile import BuildSpec, build
 from lcm_compile.doctor import try_backend
-from lcm_compile.engines import BACKENDS, choose_backend, find_backend, tensorrt
+from lcm_compile.engines import BACKENDS, choose_backend, find_backend, gpu
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.parity import read_calls, snr_db
 from lcm_compile.targets import TARGETS, find_target
@@ -32,7 +32,7 @@ def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
 
 def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle):
     figures = a10_bundle.manifest.parity
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         assert {f.checked for f in figures.values()} == {"graph, on ONNX Runtime's CPU provider"}
     assert all(figures[name].db >= 45 for name in ("encode", "step", "decode"))
 
@@ -42,7 +42,7 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, precision="bf16")
     manifest = build(spec, tmp_path / "bundle").manifest
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         assert {f.checked for f in manifest.parity.values()} == {"torch module that was exported"}
     assert {stage.precision for stage in manifest.stages} == {"bf16"}
     assert all(30 <= manifest.parity[name].db < 80 for name in ("encode", "step", "decode"))
@@ -62,7 +62,7 @@ def test_t4_has_no_bf16():
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     with pytest.raises(BackendError) as caught:
         choose_backend(find_target(name), "fp16")
@@ -82,7 +82,7 @@ def test_every_call_of_the_tensorrt_runner_is_in_the_real_bindings():
 
 
 def test_loading_an_engine_without_a_gpu_is_a_plain_error(a10_bundle):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     stage = a10_bundle.manifest.stages[2]
     script = f"""
