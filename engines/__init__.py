@@ -8,7 +8,7 @@ cannot_build(target, precision) -> str | None    why it can't build that here, o
 cannot_run(target) -> str | None                 why its engines for that target can't run here, or None
 options(target) -> dict                          builder options; they go into the key
 build(graph, target, folder) -> Path             writes the engine file
-load(path, contract) -> Runner                   an engine, ready to run
+load(path, contract, target) -> Runner           an engine, ready to run
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ BACKENDS = {
     "onnxruntime": "lcm_compile.engines.onnxruntime",
     "torchscript": "lcm_compile.engines.torchscript",
     "aotinductor": "lcm_compile.engines.aotinductor",
+    "onnxruntime-tensorrt": "lcm_compile.engines.onnxruntime_tensorrt",
 }
+
+ON_THE_GPU = (
+    "on the machine with the {} itself: pip install 'lcm-compile[tensorrt]', and build there; "
+    "lcm-compile doctor tells what works"
+)
 
 
 class Backend(Protocol):
@@ -44,7 +50,7 @@ class Backend(Protocol):
     def cannot_run(self, target: GpuTarget) -> str | None: ...
     def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
     def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path: ...
-    def load(self, path: Path, contract: StageContract) -> Runner: ...
+    def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner: ...
 
 
 def find_backend(name: str) -> Backend:
@@ -53,20 +59,20 @@ def find_backend(name: str) -> Backend:
     return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]
 
 
-def choose_backend(target: GpuTarget, precision: str) -> str:
-    """The first backend, in the table's order, that can build for the target here.
+def choose_backend(target: GpuTarget, precision: str) -> tuple[str, tuple[str, ...]]:
+    """The first backend, in the table's order, that can build for the target here; why those before can't.
 
     BackendError lists every candidate with its reason when none can.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in BACKENDS:
         reason = find_backend(name).cannot_build(target, precision)
         if reason is None:
-            return name
+            return name, tuple(reasons)
         reasons.append(f"{name}: {reason}")
     raise BackendError(
         f"no backend can build {precision} engines for {target.name} here.\n  " + "\n  ".join(reasons),
-        "lcm-compile doctor",
+        "lcm-compile doctor" if target.is_cpu else ON_THE_GPU.format(target.description),
     )
 
 

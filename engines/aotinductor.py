@@ -84,7 +84,7 @@ def compiler_in(folder: Path) -> Iterator[None]:
         yield
 
 
-def load(path: Path, contract: StageContract) -> AotInductorRunner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
     return AotInductorRunner(path, contract)
 
 
@@ -109,8 +109,7 @@ class AotInductorRunner(TensorRunner):
 
         with torch.inference_mode():
             outputs = self._model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
-        arrays = outputs if self.device == "cuda" else [output.numpy() for output in outputs]
-        return {s.name: a for s, a in zip(self.contract.outputs, arrays, strict=True)}
+        return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         self._model = None

@@ -43,7 +43,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return build_with(trt, graph, folder, lambda config: None)
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     return TensorRtRunner(importlib.import_module("tensorrt"), path, contract)
 
 

@@ -57,5 +57,5 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return shared.build_with(trt, graph, folder, configure)
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     return shared.TensorRtRunner(importlib.import_module("tensorrt_rtx"), path, contract)

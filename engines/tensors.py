@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TensorRunner(Runner):
-    """A runner on `device`, "cpu" or "cuda". On a GPU its outputs stay there, as tensors."""
+    """A runner on `device`, "cpu" or "cuda". What it gives are tensors there."""
 
     def __init__(self, contract: StageContract, device: str) -> None:
         super().__init__(contract)
@@ -28,9 +28,7 @@ class TensorRunner(Runner):
         """
         import torch
 
-        if isinstance(array, np.ndarray):
-            array = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        tensor = torch.from_dlpack(array)
+        tensor = self.to_device(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
         if (shape := tuple(tensor.shape)) != spec.shape:
             raise BackendError(
                 f"the {self.contract.name} engine takes {spec.name} as {spec.shape}, not {shape}"
@@ -46,10 +44,17 @@ class TensorRunner(Runner):
             for spec in self.contract.outputs
         }
 
+    def finish_tensors(self) -> None:
+        """Waits for what torch still computes on the GPU."""
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.current_stream().synchronize()
+
     def to_device(self, array: np.ndarray) -> Array:
         import torch
 
-        return array if self.device == "cpu" else torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device)
 
     def to_host(self, array: Array) -> np.ndarray:
         return array if isinstance(array, np.ndarray) else array.cpu().numpy()

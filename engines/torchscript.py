@@ -39,7 +39,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return path
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     import torch
 
     try:

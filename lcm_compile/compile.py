@@ -209,10 +209,11 @@ def runner_here(built: BuiltStage, plan: Plan) -> tuple[Runner, str]:
     """
     contract = built.engine.contract
     if plan.backend.cannot_run(plan.target) is None:
-        return plan.backend.load(built.path, contract), "engine"
+        return plan.backend.load(built.path, contract, plan.target), "engine"
     onnxruntime = find_backend("onnxruntime")
-    if onnxruntime.cannot_build(TARGETS["cpu"], built.graph.precision) is None:
-        return onnxruntime.load(built.graph.path, contract), "graph, on ONNX Runtime's CPU provider"
+    cpu = TARGETS["cpu"]
+    if onnxruntime.cannot_build(cpu, built.graph.precision) is None:
+        return onnxruntime.load(built.graph.path, contract, cpu), "graph, on ONNX Runtime's CPU provider"
     return parity.TorchRunner(built.cast), "torch module that was exported"
 
 

@@ -252,7 +252,8 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
     runners: dict[str, Runner] = {}
     try:
         for stage in manifest.stages:
-            runners[stage.contract.name] = backend.load(bundle.path(stage.engine), stage.contract)
+            path = bundle.path(stage.engine)
+            runners[stage.contract.name] = backend.load(path, stage.contract, manifest.target)
         tokenizers = load_tokenizers(bundle.folder, manifest.pipeline)
     except BaseException:
         for runner in runners.values():

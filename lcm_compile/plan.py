@@ -41,13 +41,17 @@ class PlannedLora:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build with everything settled. `reasons` tell why it is a hit, or what differs."""
+    """A build with everything settled. `reasons` tell why it is a hit, or what differs.
+
+    `passed_over` tells why no backend was taken that `auto` prefers to `backend_name`.
+    """
 
     spec: BuildSpec
     checkpoint: Checkpoint
     loras: tuple[PlannedLora, ...]
     target: GpuTarget
     backend_name: str
+    passed_over: tuple[str, ...]
     shape: Shape
     precisions: Mapping[str, str]
     key: Mapping[str, str]
@@ -66,6 +70,7 @@ class Plan:
             "loras": [{"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in self.loras],
             "target": self.target.to_dict(),
             "backend": self.backend_name,
+            "passed_over": list(self.passed_over),
             "shape": vars(self.shape),
             "precisions": dict(self.precisions),
             "key": key_digest(self.key),
@@ -88,7 +93,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
     check_size(checkpoint, shape.height, shape.width)
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
     precisions = dict.fromkeys(STAGES, precision)
-    backend_name = settle_backend(spec, target, precision)
+    backend_name, passed_over = settle_backend(spec, target, precision)
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
     backend = find_backend(backend_name)
@@ -100,7 +105,18 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
     folder = out if out is not None else bundles_folder() / bundle_name(spec, checkpoint, target, key)
     hit, reasons = explain(key, folder, spec, force)
     return Plan(
-        spec, checkpoint, loras, target, backend_name, shape, precisions, key, folder, hit, tuple(reasons)
+        spec,
+        checkpoint,
+        loras,
+        target,
+        backend_name,
+        passed_over,
+        shape,
+        precisions,
+        key,
+        folder,
+        hit,
+        tuple(reasons),
     )
 
 
@@ -108,7 +124,7 @@ def default_precision(target: GpuTarget) -> str:
     return "fp32" if target.is_cpu else "fp16"
 
 
-def settle_backend(spec: BuildSpec, target: GpuTarget, precision: str) -> str:
+def settle_backend(spec: BuildSpec, target: GpuTarget, precision: str) -> tuple[str, tuple[str, ...]]:
     if spec.backend == "auto":
         return choose_backend(target, precision)
     reason = find_backend(spec.backend).cannot_build(target, precision)
@@ -117,7 +133,7 @@ def settle_backend(spec: BuildSpec, target: GpuTarget, precision: str) -> str:
             f"{spec.backend} can't build {precision} engines for {target.name} here: {reason}",
             "lcm-compile doctor shows what works here; --backend auto chooses",
         )
-    return spec.backend
+    return spec.backend, ()
 
 
 def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:

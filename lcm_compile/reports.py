@@ -18,7 +18,7 @@ def print_plan(plan: Plan) -> None:
         ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
         *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
         ("target", f"{plan.target.name} ({plan.target.description})"),
-        ("backend", plan.backend_name),
+        ("backend", "\n".join((plan.backend_name, *(f"not {reason}" for reason in plan.passed_over)))),
         ("shape", str(plan.shape)),
         *((f"precision of {stage}", precision) for stage, precision in plan.precisions.items()),
         ("bundle", str(plan.folder)),

@@ -60,8 +60,8 @@ def decoded(checkpoint, latent):
 
 def test_the_engine_computes_what_diffusers_does(decode, sdxl_checkpoint):
     latent = latents(1)[0]
-    with aotinductor.load(*decode) as runner:
-        picture = runner({"latent": latent})["picture"]
+    with aotinductor.load(*decode, CPU) as runner:
+        picture = runner.to_host(runner({"latent": latent})["picture"])
     assert snr_db(decoded(sdxl_checkpoint, latent), picture) > 100
 
 
@@ -74,9 +74,10 @@ import sys, numpy as np
 from pathlib import Path
 from lcm_compile.engines import aotinductor
 from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.targets import find_target
 latent = np.load("latent.npy")
-runner = aotinductor.load(Path({str(path)!r}), {contract!r})
-np.save("picture.npy", runner({{"latent": latent}})["picture"])
+runner = aotinductor.load(Path({str(path)!r}), {contract!r}, find_target("cpu"))
+np.save("picture.npy", runner.to_host(runner({{"latent": latent}})["picture"]))
 assert not set(sys.modules) & {{"diffusers", "transformers", "sympy", "torch._dynamo"}}
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={"PATH": "/nonexistent"})
@@ -90,21 +91,21 @@ def test_arrays_of_other_layouts_and_types_give_the_same_picture(decode):
     strided[...] = latent
     frozen = latent.copy()
     frozen.flags.writeable = False
-    with aotinductor.load(*decode) as runner:
+    with aotinductor.load(*decode, CPU) as runner:
         expected = runner({"latent": latent})["picture"]
         for other in (strided, frozen, latent.astype(np.float64), torch.from_numpy(latent)):
             np.testing.assert_array_equal(runner({"latent": other})["picture"], expected)
 
 
 def test_an_array_of_another_shape_is_refused(decode):
-    with aotinductor.load(*decode) as runner, pytest.raises(BackendError, match=r"not \(1, 4, 8, 8\)"):
+    with aotinductor.load(*decode, CPU) as runner, pytest.raises(BackendError, match=r"not \(1, 4, 8, 8\)"):
         runner({"latent": np.zeros((1, 4, 8, 8), np.float32)})
 
 
 def test_threads_may_share_a_runner(decode):
     given = latents(4)
     found = {}
-    with aotinductor.load(*decode) as runner:
+    with aotinductor.load(*decode, CPU) as runner:
         expected = [runner({"latent": latent})["picture"] for latent in given]
 
         def work(i):
@@ -124,7 +125,7 @@ def test_a_broken_engine_is_a_plain_error(decode, tmp_path):
     path = tmp_path / "decode.pt2"
     path.write_bytes(decode[0].read_bytes()[:1000])
     with pytest.raises(BackendError, match="can't open"):
-        aotinductor.load(path, decode[1])
+        aotinductor.load(path, decode[1], CPU)
 
 
 def test_without_a_compiler_it_says_so(monkeypatch):

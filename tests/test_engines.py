@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_compile import BuildSpec, build
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.bundle import open_bundle
 from lcm_compile.doctor import try_backend
-from lcm_compile.engines import BACKENDS, choose_backend, find_backend, gpu
+from lcm_compile.engines import BACKENDS, choose_backend, find_backend, gpu, onnxruntime
 from lcm_compile.errors import BackendError, UsageError
-from lcm_compile.parity import read_calls, snr_db
+from lcm_compile.parity import psnr_db, read_calls, snr_db
+from lcm_compile.pipeline import LcmPipeline, Request
 from lcm_compile.targets import TARGETS, find_target
 
 CPU = find_target("cpu")
@@ -52,7 +55,7 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
 def test_rtx_builds_for_each_capability(capability):
     pytest.importorskip("tensorrt_rtx")
     target = next(t for t in TARGETS.values() if t.compute_capability == capability)
-    assert choose_backend(target, "fp16") == "tensorrt-rtx"
+    assert choose_backend(target, "fp16")[0] == "tensorrt-rtx"
     try_backend(find_backend("tensorrt-rtx"), target, "fp16")
 
 
@@ -67,6 +70,18 @@ def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
     with pytest.raises(BackendError) as caught:
         choose_backend(find_target(name), "fp16")
     assert all(f"{backend}: " in caught.value.message for backend in BACKENDS)
+    hint = caught.value.hint or ""
+    assert find_target(name).description in hint and "pip install 'lcm-compile[tensorrt]'" in hint
+
+
+def test_auto_tells_why_it_passed_over_the_backends_before(command, sdxl_checkpoint):
+    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run")
+    code, out, _ = command(*words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["backend"]) == (0, "onnxruntime")
+    assert [why.partition(":")[0] for why in plan["passed_over"]] == ["tensorrt-rtx", "tensorrt"]
+    assert "not tensorrt-rtx: builds for NVIDIA GPUs only" in command(*words)[1]
+    assert "not " not in command(*words, "--backend", "torchscript")[1].split("shape")[0]
 
 
 def test_every_call_of_the_tensorrt_runner_is_in_the_real_bindings():
@@ -90,9 +105,11 @@ from pathlib import Path
 from lcm_compile.bundle import open_bundle
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BackendError
+from lcm_compile.targets import find_target
 stage = open_bundle(Path({str(a10_bundle.folder)!r})).manifest.stages[2]
 try:
-    find_backend("tensorrt-rtx").load(Path({str(a10_bundle.path(stage.engine))!r}), stage.contract)
+    path = Path({str(a10_bundle.path(stage.engine))!r})
+    find_backend("tensorrt-rtx").load(path, stage.contract, find_target("a10"))
 except BackendError as error:
     print("refused:", error)
 """
@@ -125,12 +142,10 @@ assert "lcm_compile" not in sys.modules and "diffusers" not in sys.modules
 def test_runners_take_numpy_and_dlpack(name, request):
     bundle = request.getfixturevalue("torchscript_bundle")
     if name == "onnxruntime":
-        from lcm_compile.bundle import open_bundle
-
         bundle = open_bundle(request.getfixturevalue("sdxl_bundle"))
     stage = bundle.manifest.stages[2]
     inputs, _ = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
-    with find_backend(name).load(bundle.path(stage.engine), stage.contract) as runner:
+    with find_backend(name).load(bundle.path(stage.engine), stage.contract, CPU) as runner:
         from_numpy = runner(inputs)["picture"]
         from_torch = runner({k: torch.from_numpy(v) for k, v in inputs.items()})["picture"]
     np.testing.assert_array_equal(from_numpy, from_torch)
@@ -142,10 +157,60 @@ def test_torchscript_computes_in_bf16(sdxl_checkpoint, tmp_path):
     assert all(30 <= f.db < 80 for f in figures.values())
 
 
-def test_onnxruntime_refuses_bf16_and_gpus():
-    module = find_backend("onnxruntime")
-    assert "bf16" in (module.cannot_build(CPU, "bf16") or "")
-    assert "CPU only" in (module.cannot_build(find_target("a10"), "fp16") or "")
+def test_onnxruntime_refuses_bf16_on_a_cpu():
+    assert "bf16" in (find_backend("onnxruntime").cannot_build(CPU, "bf16") or "")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-tensorrt"])
+def test_onnxruntime_on_a_gpu_takes_that_gpu(name):
+    if gpu.gpu_here():
+        pytest.skip("there is a GPU here")
+    backend = find_backend(name)
+    reason = backend.cannot_build(find_target("a10"), "fp16") or ""
+    assert "no NVIDIA GPU here" in reason and "only on the GPU" in reason
+    assert choose_backend(find_target("a10"), "fp16")[0] == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize(
+    ("provider", "libraries", "missing"),
+    [
+        ("CUDAExecutionProvider", onnxruntime.CUDA_LIBRARIES, "libcu"),
+        ("TensorrtExecutionProvider", ("libm.so.6", "libnvinfer.so.10"), "libnvinfer.so.10"),
+        ("VulkanExecutionProvider", (), "without VulkanExecutionProvider"),
+    ],
+)
+def test_a_library_that_a_provider_lacks_is_named(provider, libraries, missing, capfd):
+    if gpu.gpu_here():
+        pytest.skip("its libraries may be here")
+    assert missing in (onnxruntime.cannot_open(provider, libraries, "pip install it") or "")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_cpu_session_in_place_of_a_gpu_session_is_an_error(provider, sdxl_bundle):
+    """ONNX Runtime gives one, with no more than a line in its log."""
+    if gpu.gpu_here():
+        pytest.skip("there is a GPU here")
+    path = sdxl_bundle / "engines/decode.onnx"
+    with pytest.raises(BackendError, match=f"asked ONNX Runtime for {provider}, got CPUExecutionProvider"):
+        onnxruntime.open_session(path, onnxruntime.quiet_options(), [provider])
+
+
+def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
+    """The very lines that a GPU runs, with ONNX Runtime's CPU provider and tensors on the CPU."""
+    bundle = open_bundle(sdxl_bundle)
+    runners = {}
+    for stage in bundle.manifest.stages:
+        session = onnxruntime.open_checked(bundle.path(stage.engine), stage.contract, [onnxruntime.CPU])
+        runners[stage.contract.name] = onnxruntime.BoundRunner(session, stage.contract, "cpu")
+    settings = bundle.manifest.pipeline
+    request = Request("a red star", 7, negative_prompt="blue", guidance_scale=1.5, num_images=2)
+    with load(bundle) as plain:
+        expected = plain.draw(request).pictures
+        with LcmPipeline(settings, runners, plain.tokenizers) as bound:
+            assert isinstance(bound.encode("a star")[0]["hidden_states"], torch.Tensor)
+            # Rounding alone: tensors of torch do the loop's arithmetic, not NumPy.
+            assert psnr_db(expected, bound.draw(request).pictures) > 100
 
 
 def test_unknown_backend_is_told_with_the_closest():

@@ -69,6 +69,8 @@ def build(
             print_plan(plan)
         return
     note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
+    if plan.passed_over and not plan.hit:
+        note("; ".join((f"backend {plan.backend_name}", *(f"not {why}" for why in plan.passed_over))), quiet)
     with Parts(quiet) as parts:
         followed, bundle = build_planned(spec, out, force, parts)
     if followed.hit and not plan.hit:
