@@ -6,6 +6,8 @@ GRAPH_FORMAT              the graph it builds from
 PACKAGES                  distributions that it needs; the installed one's version goes into the key
 cannot_build(target, precision) -> str | None    why it can't build that here, or None
 cannot_run(target) -> str | None                 why its engines for that target can't run here, or None
+cannot_load(built_with, options) -> str | None   why an engine of that version and those options can't be
+                                                 loaded by what is installed here, or None
 options(target) -> dict                          builder options; they go into the key
 build(graph, target, folder) -> Path             writes the engine file
 load(path, contract, target) -> Runner           an engine, ready to run
@@ -48,6 +50,7 @@ class Backend(Protocol):
 
     def cannot_build(self, target: GpuTarget, precision: str) -> str | None: ...
     def cannot_run(self, target: GpuTarget) -> str | None: ...
+    def cannot_load(self, built_with: str, options: Mapping[str, Any]) -> str | None: ...
     def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
     def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path: ...
     def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner: ...
@@ -92,3 +95,14 @@ def installed_version(packages: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def other_version(built_with: str, packages: tuple[str, ...]) -> str | None:
+    """Why an engine that runs with nothing but the version that built it can't run here, or None.
+
+    What follows a plus (the CUDA version, of torch) is told apart by the target.
+    """
+    here = installed_version(packages)
+    if here and here.partition("+")[0] == built_with.partition("+")[0]:
+        return None
+    return f"it was built with {built_with}, and only that version can load it; here is {here}"

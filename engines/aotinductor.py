@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
@@ -45,6 +46,18 @@ def cannot_run(target: GpuTarget) -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed; pip install torch"
     return None if target.is_cpu else cannot_run_on_gpu(target)
+
+
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Another version of torch may lay out its tensors otherwise; a missing instruction ends the process."""
+    if reason := other_version(built_with, PACKAGES):
+        return reason
+    compiled_for = options.get("instruction_set")
+    wanted = {str(name) for name in compiled_for} if isinstance(compiled_for, list) else set()
+    missing = sorted(wanted - set(instruction_set()))
+    if missing:
+        return f"it was compiled for a processor with {', '.join(missing)}, which this one has not"
+    return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from lcm_compile.targets import GpuTarget
 
 DRIVER = Path("/sys/module/nvidia/version")
+# The least driver for each CUDA version: the table in NVIDIA's CUDA toolkit release notes.
+LEAST_DRIVERS = {12: 525, 13: 580}
 
 
 def cannot_run_on_gpu(target: GpuTarget) -> str | None:
@@ -43,3 +45,13 @@ def why_no_gpu() -> str:
     if torch.version.cuda is None:
         return f"{driver}, but torch {torch.__version__} was built without CUDA"
     return f"{driver}, but torch {torch.__version__} for CUDA {torch.version.cuda} sees no device"
+
+
+def driver_too_old(cuda: int) -> str | None:
+    """Why the driver here can't run what was linked with that major version of CUDA, or None."""
+    if not DRIVER.is_file():
+        return None
+    driver, least = DRIVER.read_text().strip(), LEAST_DRIVERS[cuda]
+    if int(driver.partition(".")[0]) >= least:
+        return None
+    return f"the NVIDIA driver here is {driver}, and CUDA {cuda} needs {least} or newer"

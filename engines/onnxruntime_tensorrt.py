@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import onnxruntime as shared
+from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
@@ -40,6 +41,10 @@ def cannot_run(target: GpuTarget) -> str | None:
     if importlib.util.find_spec("tensorrt") is not None:
         importlib.import_module("tensorrt")  # loads its libraries from where pip put them
     return shared.cannot_open(PROVIDER, LIBRARIES, INSTALL)
+
+
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    return other_version(built_with, PACKAGES)
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:

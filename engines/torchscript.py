@@ -29,6 +29,11 @@ def cannot_run(target: GpuTarget) -> str | None:
     return None
 
 
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Its files open in any version that knows their operators; opening them tells."""
+    return None
+
+
 def options(target: GpuTarget) -> Mapping[str, Any]:
     return {"frozen": True}
 

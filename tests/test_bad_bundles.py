@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from lcm_compile import load
 from lcm_compile.bundle import MANIFEST, list_files, read_manifest
@@ -290,6 +291,27 @@ def test_for_another_gpu(refused, a10_bundle, monkeypatch):
         "--gpu 40",
     ]
     refused(1, told, *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ({"backend version": "torch 1.13.0"}, ["torch 1.13.0", f"torch {torch.__version__}"]),
+        ({"builder options": '{"instruction_set": ["avx9", "sse4_2"]}'}, ["processor with avx9"]),
+    ],
+)
+def test_built_by_another_version_or_for_another_processor(refused, bundle, key, told):
+    """Told before an engine is opened, with both sides and the command that builds it again."""
+    change(bundle, "backend", "aotinductor")
+    right = {"backend version": f"torch {torch.__version__}", "builder options": "{}"}
+    change(bundle, "key", {**right, **key})
+    refused(1, [*told, "lcm-compile build --base"], "run", "a star", "--engine", bundle)
+
+
+@pytest.mark.parametrize("key", [{}, {"backend version": "1", "builder options": "[1]"}])
+def test_not_telling_what_built_it(refused, bundle, key):
+    change(bundle, "key", key)
+    refused(1, "does not tell what built it", "run", "a star", "--engine", bundle)
 
 
 def test_bare_run_passes_over_bundles_for_other_gpus(command, a10_bundle, bundle, tmp_path, monkeypatch):

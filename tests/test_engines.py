@@ -13,7 +13,16 @@ import torch
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.bundle import open_bundle
 from lcm_compile.doctor import try_backend
-from lcm_compile.engines import BACKENDS, choose_backend, find_backend, gpu, onnxruntime
+from lcm_compile.engines import (
+    BACKENDS,
+    choose_backend,
+    find_backend,
+    gpu,
+    installed_version,
+    onnxruntime,
+    tensorrt,
+    tensorrt_caches,
+)
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.parity import psnr_db, read_calls, snr_db
 from lcm_compile.pipeline import LcmPipeline, Request
@@ -84,16 +93,91 @@ def test_auto_tells_why_it_passed_over_the_backends_before(command, sdxl_checkpo
     assert "not " not in command(*words, "--backend", "torchscript")[1].split("shape")[0]
 
 
-def test_every_call_of_the_tensorrt_runner_is_in_the_real_bindings():
-    """The runner needs a GPU; the names it uses are held to the package that is installed."""
+def test_every_call_that_needs_a_gpu_is_in_the_real_bindings():
+    """The names that the runner and the caches use are held to the package that is installed."""
     trt = pytest.importorskip("tensorrt_rtx")
     for owner, names in {
-        trt.Runtime: ["deserialize_cuda_engine"],
-        trt.ICudaEngine: ["create_execution_context", "num_io_tensors", "get_tensor_name", "get_tensor_mode"],
+        trt.Runtime: ["deserialize_cuda_engine", "get_engine_validity", "engine_header_size"],
+        trt.ICudaEngine: [
+            "create_execution_context",
+            "num_io_tensors",
+            "get_tensor_name",
+            "get_tensor_mode",
+            "num_layers",
+            "device_memory_size_v2",
+            "create_engine_inspector",
+            "create_runtime_config",
+        ],
+        trt.EngineInspector: ["get_engine_information"],
+        trt.LayerInformationFormat: ["JSON"],
+        trt.ProfilingVerbosity: ["DETAILED"],
+        trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
+        trt.IRuntimeCache: ["serialize", "deserialize"],
         trt.IExecutionContext: ["set_tensor_address", "execute_async_v3"],
         trt.TensorIOMode: ["INPUT", "OUTPUT"],
     }.items():
         assert all(hasattr(owner, name) for name in names), owner
+    assert "runtime_config: tensorrt" in trt.ICudaEngine.create_execution_context.__doc__
+
+
+def test_timings_are_kept_for_the_next_build(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    path = tmp_path / "new" / "timings.bin"
+    for content in (None, b"no timing cache"):
+        if content:
+            path.write_bytes(content)
+        with tensorrt_caches.keeping_timings(config, path):
+            assert config.get_timing_cache() is not None
+        written = path.read_bytes()
+        assert config.create_timing_cache(written) is not None and written != content
+
+
+def test_an_engine_whose_header_is_broken_is_refused_before_it_is_read(tmp_path, a10_bundle):
+    path = tmp_path / "decode.engine"
+    path.write_bytes(bytes(100))
+    stage = a10_bundle.manifest.stages[2]
+    with pytest.raises(BackendError, match=r"decode\.engine: malformed engine"):
+        find_backend("tensorrt-rtx").load(path, stage.contract, find_target("a10"))
+
+
+def test_what_an_inspected_engine_consists_of():
+    """Layers are bare names where a build kept no more."""
+    layers = [
+        {"Name": "a", "Outputs": [{"Format/Datatype": "FP16 NHWC"}, {"Format/Datatype": "FP32"}]},
+        {"Name": "b", "Outputs": [{"Format/Datatype": "FP16 NHWC"}]},
+        "c",
+    ]
+    assert tensorrt.count_formats({"Layers": layers}) == {"FP16 NHWC": 2, "FP32": 1}
+
+
+@pytest.mark.parametrize(("driver", "told"), [("570.211.01", "CUDA 13 needs 580"), ("580.65.06", None)])
+def test_a_driver_that_is_too_old(monkeypatch, tmp_path, driver, told):
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
+    assert gpu.driver_too_old(13) is None
+    gpu.DRIVER.write_text(f"{driver}\n")
+    reason = gpu.driver_too_old(13)
+    assert reason is None if told is None else driver in reason and told in reason
+    if gpu.gpu_here() is None:
+        assert driver in (find_backend("aotinductor").cannot_run(find_target("a10")) or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [(None, False), ("tensorrt 10.14.1.48", True), ("tensorrt 11.4.0.106", False)]
+)
+def test_tensorrt_10_is_told_to_be_too_old(version, old):
+    """Its networks are not strongly typed unless asked to be."""
+    assert (version is not None and version in (tensorrt.too_old(version) or "")) == old
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt", "aotinductor"])
+def test_an_engine_of_another_version_is_not_loaded(name):
+    backend = find_backend(name)
+    here = installed_version(backend.PACKAGES)
+    if here:
+        assert backend.cannot_load(here, {}) is None
+    reason = backend.cannot_load(f"{name} 0.1", {})
+    assert f"{name} 0.1" in reason and str(here) in reason
 
 
 def test_loading_an_engine_without_a_gpu_is_a_plain_error(a10_bundle):
