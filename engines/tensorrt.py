@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import installed_version, other_version
-from lcm_compile.engines.gpu import cannot_run_on_gpu, driver_too_old, gpu_here
+from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, driver_too_old, gpu_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
@@ -28,7 +28,6 @@ GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt", "tensorrt-cu13")
 INSTALL = "pip install 'lcm-compile[tensorrt]'"
 LEAST_VERSION = 11
-CUDA = 13
 OPTIMIZATION_LEVEL = 3
 
 
@@ -85,7 +84,16 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; {install}"
-    return cannot_run_on_gpu(target) or driver_too_old(CUDA)
+    if reason := cannot_run_on_gpu(target):
+        return reason
+    cuda = linked_cuda(package)
+    return None if cuda is None else driver_too_old(cuda)
+
+
+def linked_cuda(package: str) -> int | None:
+    """The CUDA version that the installed package is for, from the name of the distribution behind it."""
+    versions = (cuda for cuda in LEAST_DRIVERS if installed_version((f"{package}_cu{cuda}",)))
+    return next(versions, None)
 
 
 def make_logger(trt: Any) -> tuple[Any, list[str]]:

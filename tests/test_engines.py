@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -160,6 +161,14 @@ def test_a_driver_that_is_too_old(monkeypatch, tmp_path, driver, told):
     assert reason is None if told is None else driver in reason and told in reason
     if gpu.gpu_here() is None:
         assert driver in (find_backend("aotinductor").cannot_run(find_target("a10")) or "")
+
+
+def test_the_cuda_version_that_a_package_is_linked_with():
+    """The distribution that pip installs behind it is named for it."""
+    pytest.importorskip("tensorrt_rtx")
+    requirements = str(metadata.requires("tensorrt_rtx"))
+    assert f"tensorrt_rtx_cu{tensorrt.linked_cuda('tensorrt_rtx')}" in requirements
+    assert tensorrt.linked_cuda("no_such_package") is None
 
 
 @pytest.mark.parametrize(
