@@ -6,9 +6,11 @@ GRAPH_FORMAT              the graph it builds from
 PACKAGES                  distributions that it needs; the installed one's version goes into the key
 cannot_build(target, precision) -> str | None    why it can't build that here, or None
 cannot_run(target) -> str | None                 why its engines for that target can't run here, or None
+cannot_load(built_with, options) -> str | None   why an engine of that version and those options can't be
+                                                 loaded by what is installed here, or None
 options(target) -> dict                          builder options; they go into the key
 build(graph, target, folder) -> Path             writes the engine file
-load(path, contract) -> Runner                   an engine, ready to run
+load(path, contract, target) -> Runner           an engine, ready to run
 """
 
 from __future__ import annotations
@@ -24,12 +26,20 @@ from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import TARGETS, GpuTarget
 
+# In the order in which they are tried where none is asked for.
 BACKENDS = {
-    "onnxruntime": "lcm_compile.engines.onnxruntime",
-    "torchscript": "lcm_compile.engines.torchscript",
     "tensorrt-rtx": "lcm_compile.engines.tensorrt_rtx",
     "tensorrt": "lcm_compile.engines.tensorrt",
+    "onnxruntime": "lcm_compile.engines.onnxruntime",
+    "torchscript": "lcm_compile.engines.torchscript",
+    "aotinductor": "lcm_compile.engines.aotinductor",
+    "onnxruntime-tensorrt": "lcm_compile.engines.onnxruntime_tensorrt",
 }
+
+ON_THE_GPU = (
+    "on the machine with the {} itself: pip install 'lcm-compile[tensorrt]', and build there; "
+    "lcm-compile doctor tells what works"
+)
 
 
 class Backend(Protocol):
@@ -40,9 +50,10 @@ class Backend(Protocol):
 
     def cannot_build(self, target: GpuTarget, precision: str) -> str | None: ...
     def cannot_run(self, target: GpuTarget) -> str | None: ...
+    def cannot_load(self, built_with: str, options: Mapping[str, Any]) -> str | None: ...
     def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
     def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path: ...
-    def load(self, path: Path, contract: StageContract) -> Runner: ...
+    def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner: ...
 
 
 def find_backend(name: str) -> Backend:
@@ -51,29 +62,32 @@ def find_backend(name: str) -> Backend:
     return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]
 
 
-def choose_backend(target: GpuTarget, precision: str, graph_format: str | None = None) -> str:
-    """The first backend, in the table's order, that can build for the target here, from such graphs if given.
+def choose_backend(
+    target: GpuTarget, precision: str, graph_format: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """The first backend, in the table's order, that can build for the target here; why those before can't.
 
+    Only from graphs of `graph_format`, if that is given.
     BackendError lists every candidate with its reason when none can.
     """
-    reasons = []
+    reasons: list[str] = []
     for name in BACKENDS:
         backend = find_backend(name)
         reason = backend.cannot_build(target, precision)
         if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
             reason = f"builds from {backend.GRAPH_FORMAT} graphs"
         if reason is None:
-            return name
+            return name, tuple(reasons)
         reasons.append(f"{name}: {reason}")
     raise BackendError(
         f"no backend can build {precision} engines for {target.name} here.\n  " + "\n  ".join(reasons),
-        "lcm-compile doctor",
+        "lcm-compile doctor" if target.is_cpu else ON_THE_GPU.format(target.description),
     )
 
 
 def find_target_here() -> str:
     """The name of the first target that this machine's GPU is, or "cpu"."""
-    from lcm_compile.engines.tensorrt import gpu_here
+    from lcm_compile.engines.gpu import gpu_here
 
     capability = None if (here := gpu_here()) is None else here[1]
     return next((t.name for t in TARGETS.values() if t.compute_capability == capability), "cpu")
@@ -87,3 +101,14 @@ def installed_version(packages: tuple[str, ...]) -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def other_version(built_with: str, packages: tuple[str, ...]) -> str | None:
+    """Why an engine that runs with nothing but the version that built it can't run here, or None.
+
+    What follows a plus (the CUDA version, of torch) is told apart by the target.
+    """
+    here = installed_version(packages)
+    if here and here.partition("+")[0] == built_with.partition("+")[0]:
+        return None
+    return f"it was built with {built_with}, and only that version can load it; here is {here}"

@@ -1,40 +1,79 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime: its CPU provider, and on a GPU its CUDA provider; `onnxruntime_tensorrt` shares it."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Array, Runner, as_numpy
+from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("onnxruntime-gpu", "onnxruntime")
-PROVIDER = "CPUExecutionProvider"
+# A provider's name, alone or with its options.
+Provider = str | tuple[str, dict[str, Any]]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
+CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
+INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
     if reason := cannot_run(target):
-        return reason
-    if precision == "bf16":
+        return reason if target.is_cpu else f"{reason}. It optimises a graph only on the GPU that will run it"
+    if target.is_cpu and precision == "bf16":
         return "its CPU provider has no bf16 kernels; use fp32, or --backend torchscript"
+    if precision not in target.precisions:
+        return f"{target.description} does not compute in {precision}"
     return None
 
 
 def cannot_run(target: GpuTarget) -> str | None:
-    if not target.is_cpu:
-        return "builds for the CPU only"
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime"
+    if target.is_cpu:
+        return None
+    return cannot_run_on_gpu(target) or cannot_open(CUDA, CUDA_LIBRARIES, INSTALL_CUDA)
+
+
+def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | None:
+    """Why the installed ONNX Runtime has no such provider, or which of its libraries is missing.
+
+    ONNX Runtime itself would only log that, and compute on the CPU.
+    """
+    import onnxruntime as ort
+
+    if provider not in ort.get_available_providers():
+        return f"this onnxruntime was built without {provider}; pip install onnxruntime-gpu"
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()  # those that pip installed; it prints what it does not find
+    for name in libraries:
+        library = name.format(ort.cuda_version.partition(".")[0])
+        try:
+            ctypes.CDLL(library)
+        except OSError:
+            return f"onnxruntime's {provider} needs {library}, which is not here; {install}"
+    return None
+
+
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Its files open in any version that knows their operators; opening them tells."""
     return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
-    return {"provider": PROVIDER, "offline_optimisation": "extended"}
+    return {"provider": CPU if target.is_cpu else CUDA, "offline_optimisation": "extended"}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
@@ -45,27 +84,29 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     import onnxruntime as ort
 
     path = folder / f"{graph.contract.name}.onnx"
-    session_options = ort.SessionOptions()
-    session_options.log_severity_level = 3
+    session_options = quiet_options()
     session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session_options.optimized_model_filepath = str(path)
     if graph.weights.exists():
         session_options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", path.name + ".data"
         )
-    open_session(graph.path, session_options)
+    open_session(graph.path, session_options, [CPU if target.is_cpu else CUDA])
     return path
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    if target.is_cpu:
+        return OnnxRuntimeRunner(open_checked(path, contract, [CPU]), contract)
+    return BoundRunner(open_checked(path, contract, [CUDA]), contract, "cuda")
+
+
+def quiet_options() -> Any:
     import onnxruntime as ort
 
     session_options = ort.SessionOptions()
     session_options.log_severity_level = 3
-    session = open_session(path, session_options)
-    check_contract(path, "inputs", session.get_inputs(), contract.inputs)
-    check_contract(path, "outputs", session.get_outputs(), contract.outputs)
-    return OnnxRuntimeRunner(session, contract)
+    return session_options
 
 
 def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
@@ -77,18 +118,27 @@ def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[
         raise BackendError(f"{path} has the {side} {has}; its contract says {needs}", REBUILD)
 
 
-def open_session(path: Path, session_options: Any) -> Any:
+def open_checked(path: Path, contract: StageContract, providers: Sequence[Provider]) -> Any:
+    session = open_session(path, quiet_options(), providers)
+    check_contract(path, "inputs", session.get_inputs(), contract.inputs)
+    check_contract(path, "outputs", session.get_outputs(), contract.outputs)
+    return session
+
+
+def open_session(path: Path, session_options: Any, providers: Sequence[Provider]) -> Any:
+    """A session on the first of `providers`; BackendError where ONNX Runtime takes another instead."""
     import onnxruntime as ort
 
     try:
-        session = ort.InferenceSession(str(path), session_options, providers=[PROVIDER])
+        session = ort.InferenceSession(str(path), session_options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
             REBUILD,
         ) from error
-    if session.get_providers()[0] != PROVIDER:
-        raise BackendError(f"asked ONNX Runtime for {PROVIDER}, got {session.get_providers()[0]}")
+    asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if (got := session.get_providers()[0]) != asked:
+        raise BackendError(f"asked ONNX Runtime for {asked}, got {got}", "lcm-compile doctor")
     return session
 
 
@@ -104,3 +154,32 @@ class OnnxRuntimeRunner(Runner):
 
     def close(self) -> None:
         self._session = None
+
+
+class BoundRunner(TensorRunner):
+    """A session whose inputs and outputs are bound where they lie: on a GPU, nothing is copied to the host.
+
+    Its outputs are the same tensors at every call.
+    """
+
+    def __init__(self, session: Any, contract: StageContract, device: str) -> None:
+        super().__init__(contract, device)
+        self._session = session
+        self._binding = session.io_binding()
+        self._outputs = self.empty_outputs()
+        for found, spec in zip(session.get_outputs(), contract.outputs, strict=True):
+            address = self._outputs[spec.name].data_ptr()
+            self._binding.bind_output(found.name, device, 0, np.dtype(spec.dtype), spec.shape, address)
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        held = [self.tensor(spec, inputs[spec.name]) for spec in self.contract.inputs]
+        for spec, tensor in zip(self.contract.inputs, held, strict=True):
+            address = tensor.data_ptr()
+            self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
+        self.finish_tensors()  # ONNX Runtime has a stream of its own
+        self._session.run_with_iobinding(self._binding)
+        return dict(self._outputs)
+
+    def close(self) -> None:
+        self._session = self._binding = None
+        self._outputs = {}

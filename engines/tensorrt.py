@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lcm_compile.engines import installed_version, other_version
+from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, driver_too_old, gpu_here
 from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
+from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt", "tensorrt-cu13")
+INSTALL = "pip install 'lcm-compile[tensorrt]'"
+LEAST_VERSION = 11
+OPTIMIZATION_LEVEL = 3
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
@@ -31,19 +39,42 @@ def cannot_build(target: GpuTarget, precision: str) -> str | None:
 
 
 def cannot_run(target: GpuTarget) -> str | None:
-    return cannot_run_with("tensorrt", "pip install 'lcm-compile[tensorrt]'", target)
+    return cannot_run_with("tensorrt", INSTALL, target) or too_old(installed_version(PACKAGES))
+
+
+def too_old(version: str | None) -> str | None:
+    """Why an installed version is none that this module is written for, or None."""
+    if version is None or int(version.split(" ")[1].partition(".")[0]) >= LEAST_VERSION:
+        return None
+    return f"{version} is installed, and it takes {LEAST_VERSION} or newer; {INSTALL}"
+
+
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    return other_version(built_with, PACKAGES)
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
-    return {"strongly_typed": True, "optimization_level": 3}
+    return {"strongly_typed": True, "optimization_level": OPTIMIZATION_LEVEL, "profiling": "detailed"}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """The engine, and beside it `<stage>.json`: what it consists of."""
     trt = importlib.import_module("tensorrt")
-    return build_with(trt, graph, folder, lambda config: None)
+
+    def configure(config: Any) -> None:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for inspect_engine
+
+    here = gpu_here()
+    assert here is not None, "cannot_build was not asked"
+    path = build_with(trt, graph, folder, configure, timings_path(trt, here[0]))
+    logger, _ = make_logger(trt)
+    engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
+    if engine is not None:  # where it can't be loaded, checking the stage tells why
+        path.with_suffix(".json").write_text(json.dumps(inspect_engine(trt, engine), indent=1))
+    return path
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     return TensorRtRunner(importlib.import_module("tensorrt"), path, contract)
 
 
@@ -53,26 +84,16 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; {install}"
-    here = gpu_here()
-    if here is None:
-        return "no NVIDIA GPU here (torch sees no CUDA device)"
-    name, capability = here
-    if capability != target.compute_capability:
-        return (
-            f"the GPU here is {name} (compute capability {capability}), "
-            f"{target.name} is {target.compute_capability}"
-        )
-    return None
+    if reason := cannot_run_on_gpu(target):
+        return reason
+    cuda = linked_cuda(package)
+    return None if cuda is None else driver_too_old(cuda)
 
 
-def gpu_here() -> tuple[str, str] | None:
-    """Name and compute capability of the first CUDA device, or None."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability(0)
-    return torch.cuda.get_device_name(0), f"{major}.{minor}"
+def linked_cuda(package: str) -> int | None:
+    """The CUDA version that the installed package is for, from the name of the distribution behind it."""
+    versions = (cuda for cuda in LEAST_DRIVERS if installed_version((f"{package}_cu{cuda}",)))
+    return next(versions, None)
 
 
 def make_logger(trt: Any) -> tuple[Any, list[str]]:
@@ -90,8 +111,19 @@ def make_logger(trt: Any) -> tuple[Any, list[str]]:
     return Logger(), messages
 
 
-def build_with(trt: Any, graph: ExportedGraph, folder: Path, configure: Any) -> Path:
-    """ONNX → `folder/<stage>.engine`; `configure(config)` names the target. BackendError on refusal."""
+def build_with(
+    trt: Any,
+    graph: ExportedGraph,
+    folder: Path,
+    configure: Callable[[Any], None],
+    timings: Path | None = None,
+) -> Path:
+    """ONNX → `folder/<stage>.engine`; `configure(config)` names the target. BackendError on refusal.
+
+    `timings` is the file that keeps how long kernels take on this GPU.
+    The network is strongly typed, the only kind there is from TensorRT 11 on: each layer computes in the
+    graph's own types.
+    """
     logger, errors = make_logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
@@ -101,9 +133,10 @@ def build_with(trt: Any, graph: ExportedGraph, folder: Path, configure: Any) -> 
         raise BackendError(f"{trt.__name__} can't read the {graph.contract.name} graph: {reasons}")
     allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
-    config.builder_optimization_level = 3
+    config.builder_optimization_level = OPTIMIZATION_LEVEL
     configure(config)
-    engine = builder.build_serialized_network(network, config)
+    with keeping_timings(config, timings) if timings else nullcontext():
+        engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BackendError(
             f"{trt.__name__} {trt.__version__} can't build the {graph.contract.name} stage: "
@@ -112,6 +145,23 @@ def build_with(trt: Any, graph: ExportedGraph, folder: Path, configure: Any) -> 
     path = folder / f"{graph.contract.name}.engine"
     path.write_bytes(memoryview(engine))
     return path
+
+
+def inspect_engine(trt: Any, engine: Any) -> dict[str, Any]:
+    """Its layers, how many outputs they have of each type and format, and the memory a run takes."""
+    information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return {
+        "layers": engine.num_layers,
+        "outputs": count_formats(json.loads(information)),
+        "device_memory_bytes": engine.device_memory_size_v2,
+    }
+
+
+def count_formats(information: Mapping[str, Any]) -> dict[str, int]:
+    """The inspector's JSON as counts, in the words that it has for types and formats."""
+    layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]
+    outputs = [output for layer in layers for output in layer.get("Outputs", [])]
+    return dict(Counter(output.get("Format/Datatype", "not told") for output in outputs))
 
 
 def allow_decomposed_attention(trt: Any, network: Any) -> None:
@@ -126,16 +176,23 @@ def allow_decomposed_attention(trt: Any, network: Any) -> None:
             layer.attention.decomposable = True
 
 
-class TensorRtRunner(Runner):
+class TensorRtRunner(TensorRunner):
     """An engine with its execution context, its own CUDA stream and static output buffers.
 
     Inputs and outputs are CUDA tensors of torch, which are DLPack arrays.
     """
 
-    def __init__(self, trt: Any, path: Path, contract: StageContract) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        path: Path,
+        contract: StageContract,
+        open_kernels: Callable[[Any], KernelCache] | None = None,
+    ) -> None:
+        """`open_kernels` gives the engine's cache of kernels, where the package has such a thing."""
         import torch
 
-        super().__init__(contract)
+        super().__init__(contract, "cuda")
         logger, errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -143,17 +200,16 @@ class TensorRtRunner(Runner):
             raise BackendError(
                 f"{trt.__name__} {trt.__version__} can't load {path}: "
                 + (errors[-1].strip() if errors else "no reason given"),
-                "build the bundle again on this machine",
+                REBUILD,
             )
         check_bindings(trt, self._engine, path, contract)
-        self._context = self._engine.create_execution_context()
+        self._kernels = open_kernels(self._engine) if open_kernels else None
+        configs = (self._kernels.config,) if self._kernels else ()
+        self._context = self._engine.create_execution_context(*configs)
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output named as an input carries a suffix.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
-        self._outputs = {
-            spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="cuda")
-            for spec in contract.outputs
-        }
+        self._outputs = self.empty_outputs()
         for spec, name in zip(contract.outputs, self._output_names, strict=True):
             self._context.set_tensor_address(name, self._outputs[spec.name].data_ptr())
 
@@ -162,9 +218,7 @@ class TensorRtRunner(Runner):
 
         held = []  # inputs must outlive the launch
         for spec in self.contract.inputs:
-            array = inputs[spec.name]
-            tensor = self.to_device(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
-            tensor = tensor.to(getattr(torch, spec.dtype)).contiguous()
+            tensor = self.tensor(spec, inputs[spec.name])
             self._context.set_tensor_address(spec.name, tensor.data_ptr())
             held.append(tensor)
         current = torch.cuda.current_stream()
@@ -174,16 +228,10 @@ class TensorRtRunner(Runner):
         current.wait_stream(self._stream)
         return dict(self._outputs)
 
-    def to_device(self, array: np.ndarray) -> Array:
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(array)).cuda()
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return array if isinstance(array, np.ndarray) else array.cpu().numpy()
-
     def close(self) -> None:
-        self._context = self._engine = self._runtime = None
+        if self._kernels:
+            self._kernels.keep()
+        self._kernels = self._context = self._engine = self._runtime = None
         self._outputs = {}
 
 

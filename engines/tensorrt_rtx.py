@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.engines import other_version
 from lcm_compile.engines import tensorrt as shared
+from lcm_compile.engines.gpu import gpu_here
 from lcm_compile.engines.runner import Runner
-from lcm_compile.errors import BackendError
+from lcm_compile.engines.tensorrt_caches import KernelCache, kernels_path
+from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
@@ -39,8 +42,16 @@ def cannot_run(target: GpuTarget) -> str | None:
     return shared.cannot_run_with("tensorrt_rtx", INSTALL, target)
 
 
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    return other_version(built_with, PACKAGES)
+
+
 def options(target: GpuTarget) -> Mapping[str, Any]:
-    return {**shared.options(target), "compute_capabilities": [target.compute_capability]}
+    return {
+        "strongly_typed": True,
+        "optimization_level": shared.OPTIMIZATION_LEVEL,
+        "compute_capabilities": [target.compute_capability],
+    }
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
@@ -57,5 +68,26 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return shared.build_with(trt, graph, folder, configure)
 
 
-def load(path: Path, contract: StageContract) -> Runner:
-    return shared.TensorRtRunner(importlib.import_module("tensorrt_rtx"), path, contract)
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    trt = importlib.import_module("tensorrt_rtx")
+
+    check_header(trt, path)
+
+    def open_kernels(engine: Any) -> KernelCache:
+        here = gpu_here()
+        assert here is not None, "an engine was loaded"
+        return KernelCache(engine, kernels_path(trt, path, here[0]))
+
+    return shared.TensorRtRunner(trt, path, contract, open_kernels)
+
+
+def check_header(trt: Any, path: Path) -> None:
+    """BackendError, before the whole engine is read, where its header tells that it can't be loaded here."""
+    logger, _ = shared.make_logger(trt)
+    runtime = trt.Runtime(logger)
+    with path.open("rb") as file:
+        _, found = runtime.get_engine_validity(file.read(runtime.engine_header_size))
+    kinds = trt.EngineInvalidityDiagnostics.__members__.items()
+    told = ", ".join(name.lower().replace("_", " ") for name, kind in kinds if found & int(kind))
+    if told:
+        raise BackendError(f"tensorrt_rtx {trt.__version__} can't load {path}: {told}", REBUILD)

@@ -29,6 +29,11 @@ def cannot_run(target: GpuTarget) -> str | None:
     return None
 
 
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Its files open in any version that knows their operators; opening them tells."""
+    return None
+
+
 def options(target: GpuTarget) -> Mapping[str, Any]:
     return {"frozen": True}
 
@@ -39,7 +44,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return path
 
 
-def load(path: Path, contract: StageContract) -> Runner:
+def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     import torch
 
     try:

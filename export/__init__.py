@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 EXPORTERS = {
     "onnx": ("torch", "diffusers", "transformers", "onnx", "onnxscript"),
     "torchscript": ("torch", "diffusers", "transformers"),
+    "torch_export": ("torch", "diffusers", "transformers"),
 }
 
 
@@ -27,6 +28,10 @@ def export_stage(stage: Stage, graph_format: str, precision: str, folder: Path) 
         from lcm_compile.export.torchscript_graph import torchscript_from_stage
 
         return torchscript_from_stage(stage, precision, folder)
+    if graph_format == "torch_export":
+        from lcm_compile.export.torch_export_graph import torch_export_from_stage
+
+        return torch_export_from_stage(stage, precision, folder)
     raise ValueError(f"no exporter for {graph_format!r}")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lcm_compile.export.signature import PlainSignature
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import Stage
 
@@ -68,7 +69,6 @@ def same(one: Any, other: Any) -> bool:
 def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
     """The graph in memory. Traces of the machine it was made on (paths in stack traces) are taken out."""
     contract = stage.contract
-    # *args of a forward are one argument to torch.export: a plain signature gives one input each.
     module = PlainSignature(stage.module, len(contract.inputs))
     with quiet_exporter():
         program = torch.onnx.export(
@@ -93,18 +93,6 @@ def output_names(stage: Stage) -> list[str]:
     """The contract's names; an output named as an input (a latent in, a latent out) gets `_out`."""
     inputs = {spec.name for spec in stage.contract.inputs}
     return [f"{s.name}_out" if s.name in inputs else s.name for s in stage.contract.outputs]
-
-
-class PlainSignature(torch.nn.Module):
-    """A module whose forward has exactly `count` positional parameters."""
-
-    def __init__(self, module: torch.nn.Module, count: int) -> None:
-        super().__init__()
-        self.module = module
-        names = ", ".join(f"x{i}" for i in range(count))
-        scope: dict[str, object] = {}
-        exec(f"def forward(self, {names}): return self.module({names})", scope)
-        self.forward = scope["forward"].__get__(self)  # type: ignore[attr-defined,method-assign]
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from
 from lcm_compile.schema import json_text
 from lcm_compile.spec import BuildSpec, StageContract
 from lcm_compile.store import remember
+from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:
     from lcm_compile.prepare import Prepared
@@ -300,7 +301,7 @@ def check_stage(
         return prepared.cast_db, prepared.cast
     contracts = make_contracts(plan.checkpoint, plan.proof_shape)
     name = prepared.twin.contract.name
-    with find_backend("onnxruntime").load(prepared.twin.path, contracts[name]) as runner:
+    with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
         db = parity.compare_calls(runner, trace[name])
         return db, parity.relay(runner, contracts, settings, folder, drawn)
 

@@ -103,5 +103,5 @@ def try_backend(backend: Backend, target: GpuTarget, precision: str) -> float | 
         path = backend.build(graph, target, engines)
         if backend.cannot_run(target):
             return None
-        with backend.load(path, contract) as runner:
+        with backend.load(path, contract, target) as runner:
             return snr_db(expected, runner.to_host(runner({"x": runner.to_device(x)})["y"]))

@@ -6,6 +6,7 @@ unless an engine does.
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -22,6 +23,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import REBUILD, BackendError, BundleError, UsageError
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import lcm_steps
+from lcm_compile.schema import from_json
 from lcm_compile.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -248,17 +250,32 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
             f"and can't run on this machine ({here}): {reason}",
             f"copy it to a machine with that GPU, or build for this one: {rebuilt.command()}",
         )
+    if reason := backend.cannot_load(*built_with(bundle)):
+        raise BundleError(
+            f"{bundle.folder} can't be loaded here: {reason}",
+            f"build it again here: {manifest.spec.command()}",
+        )
     check_stages(bundle)
     runners: dict[str, Runner] = {}
     try:
         for stage in manifest.stages:
-            runners[stage.contract.name] = backend.load(bundle.path(stage.engine), stage.contract)
+            path = bundle.path(stage.engine)
+            runners[stage.contract.name] = backend.load(path, stage.contract, manifest.target)
         tokenizers = load_tokenizers(bundle.folder, manifest.pipeline)
     except BaseException:
         for runner in runners.values():
             runner.close()
         raise
     return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms=(time.perf_counter() - start) * 1000)
+
+
+def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:
+    """The backend's version and the builder options, from the key. BundleError where it holds none."""
+    key = bundle.manifest.key
+    try:
+        return key["backend version"], from_json(Mapping[str, Any], json.loads(key["builder options"]))
+    except (KeyError, ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle.folder} does not tell what built it: {error}", REBUILD) from error
 
 
 def check_stages(bundle: EngineBundle) -> None:

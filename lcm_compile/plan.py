@@ -5,6 +5,7 @@ Needs neither torch nor diffusers, so that a hit answers at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -85,13 +86,15 @@ class ExportPlan:
 class Plan:
     """A build with everything settled. `reasons` tell why it is a hit, or what differs.
 
-    `export` says how its graphs are made; None where they are made already.
+    `export` says how its graphs are made; None where they are made already. `passed_over` tells why no
+    backend was taken that `auto` prefers to `backend_name`.
     """
 
     spec: BuildSpec
     export: ExportPlan | None
     target: GpuTarget
     backend_name: str
+    passed_over: tuple[str, ...]
     key: Mapping[str, str]
     folder: Path
     hit: bool
@@ -130,6 +133,7 @@ class Plan:
             **made,
             "target": self.target.to_dict(),
             "backend": self.backend_name,
+            "passed_over": list(self.passed_over),
             "key": key_digest(self.key),
             "bundle": str(self.folder),
             "hit": self.hit,
@@ -147,11 +151,11 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
     seed = spec.random_seed
     checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
-    backend_name = settle_backend(spec, target, precision)
-    backend = find_backend(backend_name)
+    chosen = settle_backend(spec, target, precision)
+    backend = find_backend(chosen[0])
     engine_runs = backend.cannot_run(target) is None
     export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
-    return finish_plan(spec, export, export.key, export.name, target, backend_name, out, force)
+    return finish_plan(spec, export, export.key, export.name, target, chosen, out, force)
 
 
 def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
@@ -195,15 +199,16 @@ def finish_plan(
     key: Mapping[str, str],
     name: str,
     target: GpuTarget,
-    backend_name: str,
+    chosen: tuple[str, tuple[str, ...]],
     out: Path | None,
     force: bool,
 ) -> Plan:
-    """The plan of engines for graphs of the key `key`."""
+    """The plan of engines for graphs of the key `key`, by the backend that settle_backend chose."""
+    backend_name, passed_over = chosen
     key = {**key, **engine_key(backend_name, find_backend(backend_name), target)}
     folder = out if out is not None else bundles_folder() / bundle_name(name, target, key)
     hit, reasons = explain(key, folder, force)
-    return Plan(spec, export, target, backend_name, key, folder, hit, tuple(reasons))
+    return Plan(spec, export, target, backend_name, passed_over, key, folder, hit, tuple(reasons))
 
 
 def default_precision(target: GpuTarget) -> str:
@@ -212,7 +217,7 @@ def default_precision(target: GpuTarget) -> str:
 
 def settle_backend(
     spec: BuildSpec, target: GpuTarget, precision: str, graph_format: str | None = None
-) -> str:
+) -> tuple[str, tuple[str, ...]]:
     """The backend asked for, or the first that can build, from such graphs if their format is given."""
     if spec.backend == "auto":
         return choose_backend(target, precision, graph_format)
@@ -225,7 +230,7 @@ def settle_backend(
             f"{spec.backend} can't build {precision} engines for {target.name} here: {reason}",
             "lcm-compile doctor shows what works here; --backend auto chooses",
         )
-    return spec.backend
+    return spec.backend, ()
 
 
 def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
@@ -293,5 +298,5 @@ def make_plan_from(
         check_destination(out)
     export = read_export(graphs)
     spec = replace(export.spec, gpu=gpu, backend=backend)
-    name = settle_backend(spec, target, export.precision, export.graph_format)
-    return finish_plan(spec, None, export.key, export.name, target, name, out, force)
+    chosen = settle_backend(spec, target, export.precision, export.graph_format)
+    return finish_plan(spec, None, export.key, export.name, target, chosen, out, force)

@@ -29,7 +29,7 @@ def print_plan(plan: Plan) -> None:
     rows = [
         *made,
         ("target", f"{plan.target.name} ({plan.target.description})"),
-        ("backend", plan.backend_name),
+        ("backend", "\n".join((plan.backend_name, *(f"not {reason}" for reason in plan.passed_over)))),
         ("bundle", str(plan.folder)),
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]

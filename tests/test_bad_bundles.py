@@ -8,10 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 
 from lcm_compile import load
 from lcm_compile.bundle import MANIFEST, list_files, read_manifest
-from lcm_compile.engines import tensorrt
+from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.reports import describe_bundle
 from lcm_compile.schema import json_text
@@ -277,11 +278,11 @@ def test_a_picture_of_another_size(refused, bundle):
 def test_for_another_gpu(refused, a10_bundle, monkeypatch):
     """Named are the bundle's GPU, this machine, and what to do."""
     words = ("run", "a star", "--engine", a10_bundle.folder)
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         told = ["a10 (A10)", "this machine (cpu)", "no NVIDIA GPU", "--gpu cpu"]
         refused(1, told, *words)
         refused(1, told, "verify", a10_bundle.folder)
-    monkeypatch.setattr(tensorrt, "gpu_here", lambda: ("NVIDIA L4", "8.9"))
+    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA L4", "8.9"))
     told = [
         "a10 (A10)",
         "NVIDIA L4 (compute capability 8.9)",
@@ -292,8 +293,29 @@ def test_for_another_gpu(refused, a10_bundle, monkeypatch):
     refused(1, told, *words)
 
 
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ({"backend version": "torch 1.13.0"}, ["torch 1.13.0", f"torch {torch.__version__}"]),
+        ({"builder options": '{"instruction_set": ["avx9", "sse4_2"]}'}, ["processor with avx9"]),
+    ],
+)
+def test_built_by_another_version_or_for_another_processor(refused, bundle, key, told):
+    """Told before an engine is opened, with both sides and the command that builds it again."""
+    change(bundle, "backend", "aotinductor")
+    right = {"backend version": f"torch {torch.__version__}", "builder options": "{}"}
+    change(bundle, "key", {**right, **key})
+    refused(1, [*told, "lcm-compile build --base"], "run", "a star", "--engine", bundle)
+
+
+@pytest.mark.parametrize("key", [{}, {"backend version": "1", "builder options": "[1]"}])
+def test_not_telling_what_built_it(refused, bundle, key):
+    change(bundle, "key", key)
+    refused(1, "does not tell what built it", "run", "a star", "--engine", bundle)
+
+
 def test_bare_run_passes_over_bundles_for_other_gpus(command, a10_bundle, bundle, tmp_path, monkeypatch):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 import torch
 
-from lcm_compile import BuildSpec, build
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.bundle import open_bundle
 from lcm_compile.doctor import try_backend
-from lcm_compile.engines import BACKENDS, choose_backend, find_backend, tensorrt
+from lcm_compile.engines import (
+    BACKENDS,
+    choose_backend,
+    find_backend,
+    gpu,
+    installed_version,
+    onnxruntime,
+    tensorrt,
+    tensorrt_caches,
+)
 from lcm_compile.errors import BackendError, UsageError
-from lcm_compile.parity import read_calls, snr_db
+from lcm_compile.parity import psnr_db, read_calls, snr_db
+from lcm_compile.pipeline import LcmPipeline, Request
 from lcm_compile.targets import TARGETS, find_target
 
 CPU = find_target("cpu")
@@ -32,7 +45,7 @@ def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
 
 def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle):
     figures = a10_bundle.manifest.parity
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         assert {f.checked for f in figures.values()} == {"graph, on ONNX Runtime's CPU provider"}
     assert all(figures[name].db >= 45 for name in ("encode", "step", "decode"))
 
@@ -42,7 +55,7 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
     pytest.importorskip("tensorrt_rtx")
     spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, precision="bf16")
     manifest = build(spec, tmp_path / "bundle").manifest
-    if tensorrt.gpu_here() is None:
+    if gpu.gpu_here() is None:
         assert {f.checked for f in manifest.parity.values()} == {"torch module that was exported"}
     assert {stage.precision for stage in manifest.stages} == {"bf16"}
     assert all(30 <= manifest.parity[name].db < 80 for name in ("encode", "step", "decode"))
@@ -52,7 +65,7 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
 def test_rtx_builds_for_each_capability(capability):
     pytest.importorskip("tensorrt_rtx")
     target = next(t for t in TARGETS.values() if t.compute_capability == capability)
-    assert choose_backend(target, "fp16") == "tensorrt-rtx"
+    assert choose_backend(target, "fp16")[0] == "tensorrt-rtx"
     try_backend(find_backend("tensorrt-rtx"), target, "fp16")
 
 
@@ -62,27 +75,122 @@ def test_t4_has_no_bf16():
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
 def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     with pytest.raises(BackendError) as caught:
         choose_backend(find_target(name), "fp16")
     assert all(f"{backend}: " in caught.value.message for backend in BACKENDS)
+    hint = caught.value.hint or ""
+    assert find_target(name).description in hint and "pip install 'lcm-compile[tensorrt]'" in hint
 
 
-def test_every_call_of_the_tensorrt_runner_is_in_the_real_bindings():
-    """The runner needs a GPU; the names it uses are held to the package that is installed."""
+def test_auto_tells_why_it_passed_over_the_backends_before(command, sdxl_checkpoint):
+    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run")
+    code, out, _ = command(*words, "--json")
+    plan = json.loads(out)
+    assert (code, plan["backend"]) == (0, "onnxruntime")
+    assert [why.partition(":")[0] for why in plan["passed_over"]] == ["tensorrt-rtx", "tensorrt"]
+    assert "not tensorrt-rtx: builds for NVIDIA GPUs only" in command(*words)[1]
+    assert "not " not in command(*words, "--backend", "torchscript")[1].split("shape")[0]
+
+
+def test_every_call_that_needs_a_gpu_is_in_the_real_bindings():
+    """The names that the runner and the caches use are held to the package that is installed."""
     trt = pytest.importorskip("tensorrt_rtx")
     for owner, names in {
-        trt.Runtime: ["deserialize_cuda_engine"],
-        trt.ICudaEngine: ["create_execution_context", "num_io_tensors", "get_tensor_name", "get_tensor_mode"],
+        trt.Runtime: ["deserialize_cuda_engine", "get_engine_validity", "engine_header_size"],
+        trt.ICudaEngine: [
+            "create_execution_context",
+            "num_io_tensors",
+            "get_tensor_name",
+            "get_tensor_mode",
+            "num_layers",
+            "device_memory_size_v2",
+            "create_engine_inspector",
+            "create_runtime_config",
+        ],
+        trt.EngineInspector: ["get_engine_information"],
+        trt.LayerInformationFormat: ["JSON"],
+        trt.ProfilingVerbosity: ["DETAILED"],
+        trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
+        trt.IRuntimeCache: ["serialize", "deserialize"],
         trt.IExecutionContext: ["set_tensor_address", "execute_async_v3"],
         trt.TensorIOMode: ["INPUT", "OUTPUT"],
     }.items():
         assert all(hasattr(owner, name) for name in names), owner
+    assert "runtime_config: tensorrt" in trt.ICudaEngine.create_execution_context.__doc__
+
+
+def test_timings_are_kept_for_the_next_build(tmp_path):
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    path = tmp_path / "new" / "timings.bin"
+    for content in (None, b"no timing cache"):
+        if content:
+            path.write_bytes(content)
+        with tensorrt_caches.keeping_timings(config, path):
+            assert config.get_timing_cache() is not None
+        written = path.read_bytes()
+        assert config.create_timing_cache(written) is not None and written != content
+
+
+def test_an_engine_whose_header_is_broken_is_refused_before_it_is_read(tmp_path, a10_bundle):
+    path = tmp_path / "decode.engine"
+    path.write_bytes(bytes(100))
+    stage = a10_bundle.manifest.stages[2]
+    with pytest.raises(BackendError, match=r"decode\.engine: malformed engine"):
+        find_backend("tensorrt-rtx").load(path, stage.contract, find_target("a10"))
+
+
+def test_what_an_inspected_engine_consists_of():
+    """Layers are bare names where a build kept no more."""
+    layers = [
+        {"Name": "a", "Outputs": [{"Format/Datatype": "FP16 NHWC"}, {"Format/Datatype": "FP32"}]},
+        {"Name": "b", "Outputs": [{"Format/Datatype": "FP16 NHWC"}]},
+        "c",
+    ]
+    assert tensorrt.count_formats({"Layers": layers}) == {"FP16 NHWC": 2, "FP32": 1}
+
+
+@pytest.mark.parametrize(("driver", "told"), [("570.211.01", "CUDA 13 needs 580"), ("580.65.06", None)])
+def test_a_driver_that_is_too_old(monkeypatch, tmp_path, driver, told):
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
+    assert gpu.driver_too_old(13) is None
+    gpu.DRIVER.write_text(f"{driver}\n")
+    reason = gpu.driver_too_old(13)
+    assert reason is None if told is None else driver in reason and told in reason
+    if gpu.gpu_here() is None:
+        assert driver in (find_backend("aotinductor").cannot_run(find_target("a10")) or "")
+
+
+def test_the_cuda_version_that_a_package_is_linked_with():
+    """The distribution that pip installs behind it is named for it."""
+    pytest.importorskip("tensorrt_rtx")
+    requirements = str(metadata.requires("tensorrt_rtx"))
+    assert f"tensorrt_rtx_cu{tensorrt.linked_cuda('tensorrt_rtx')}" in requirements
+    assert tensorrt.linked_cuda("no_such_package") is None
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [(None, False), ("tensorrt 10.14.1.48", True), ("tensorrt 11.4.0.106", False)]
+)
+def test_tensorrt_10_is_told_to_be_too_old(version, old):
+    """Its networks are not strongly typed unless asked to be."""
+    assert (version is not None and version in (tensorrt.too_old(version) or "")) == old
+
+
+@pytest.mark.parametrize("name", ["tensorrt-rtx", "tensorrt", "aotinductor"])
+def test_an_engine_of_another_version_is_not_loaded(name):
+    backend = find_backend(name)
+    here = installed_version(backend.PACKAGES)
+    if here:
+        assert backend.cannot_load(here, {}) is None
+    reason = backend.cannot_load(f"{name} 0.1", {})
+    assert f"{name} 0.1" in reason and str(here) in reason
 
 
 def test_loading_an_engine_without_a_gpu_is_a_plain_error(a10_bundle):
-    if tensorrt.gpu_here():
+    if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     stage = a10_bundle.manifest.stages[2]
     script = f"""
@@ -90,9 +198,11 @@ from pathlib import Path
 from lcm_compile.bundle import open_bundle
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BackendError
+from lcm_compile.targets import find_target
 stage = open_bundle(Path({str(a10_bundle.folder)!r})).manifest.stages[2]
 try:
-    find_backend("tensorrt-rtx").load(Path({str(a10_bundle.path(stage.engine))!r}), stage.contract)
+    path = Path({str(a10_bundle.path(stage.engine))!r})
+    find_backend("tensorrt-rtx").load(path, stage.contract, find_target("a10"))
 except BackendError as error:
     print("refused:", error)
 """
@@ -125,12 +235,10 @@ assert "lcm_compile" not in sys.modules and "diffusers" not in sys.modules
 def test_runners_take_numpy_and_dlpack(name, request):
     bundle = request.getfixturevalue("torchscript_bundle")
     if name == "onnxruntime":
-        from lcm_compile.bundle import open_bundle
-
         bundle = open_bundle(request.getfixturevalue("sdxl_bundle"))
     stage = bundle.manifest.stages[2]
     inputs, _ = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
-    with find_backend(name).load(bundle.path(stage.engine), stage.contract) as runner:
+    with find_backend(name).load(bundle.path(stage.engine), stage.contract, CPU) as runner:
         from_numpy = runner(inputs)["picture"]
         from_torch = runner({k: torch.from_numpy(v) for k, v in inputs.items()})["picture"]
     np.testing.assert_array_equal(from_numpy, from_torch)
@@ -142,10 +250,60 @@ def test_torchscript_computes_in_bf16(sdxl_checkpoint, tmp_path):
     assert all(30 <= f.db < 80 for f in figures.values())
 
 
-def test_onnxruntime_refuses_bf16_and_gpus():
-    module = find_backend("onnxruntime")
-    assert "bf16" in (module.cannot_build(CPU, "bf16") or "")
-    assert "CPU only" in (module.cannot_build(find_target("a10"), "fp16") or "")
+def test_onnxruntime_refuses_bf16_on_a_cpu():
+    assert "bf16" in (find_backend("onnxruntime").cannot_build(CPU, "bf16") or "")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-tensorrt"])
+def test_onnxruntime_on_a_gpu_takes_that_gpu(name):
+    if gpu.gpu_here():
+        pytest.skip("there is a GPU here")
+    backend = find_backend(name)
+    reason = backend.cannot_build(find_target("a10"), "fp16") or ""
+    assert "no NVIDIA GPU here" in reason and "only on the GPU" in reason
+    assert choose_backend(find_target("a10"), "fp16")[0] == "tensorrt-rtx"
+
+
+@pytest.mark.parametrize(
+    ("provider", "libraries", "missing"),
+    [
+        ("CUDAExecutionProvider", onnxruntime.CUDA_LIBRARIES, "libcu"),
+        ("TensorrtExecutionProvider", ("libm.so.6", "libnvinfer.so.10"), "libnvinfer.so.10"),
+        ("VulkanExecutionProvider", (), "without VulkanExecutionProvider"),
+    ],
+)
+def test_a_library_that_a_provider_lacks_is_named(provider, libraries, missing, capfd):
+    if gpu.gpu_here():
+        pytest.skip("its libraries may be here")
+    assert missing in (onnxruntime.cannot_open(provider, libraries, "pip install it") or "")
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_cpu_session_in_place_of_a_gpu_session_is_an_error(provider, sdxl_bundle):
+    """ONNX Runtime gives one, with no more than a line in its log."""
+    if gpu.gpu_here():
+        pytest.skip("there is a GPU here")
+    path = sdxl_bundle / "engines/decode.onnx"
+    with pytest.raises(BackendError, match=f"asked ONNX Runtime for {provider}, got CPUExecutionProvider"):
+        onnxruntime.open_session(path, onnxruntime.quiet_options(), [provider])
+
+
+def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
+    """The very lines that a GPU runs, with ONNX Runtime's CPU provider and tensors on the CPU."""
+    bundle = open_bundle(sdxl_bundle)
+    runners = {}
+    for stage in bundle.manifest.stages:
+        session = onnxruntime.open_checked(bundle.path(stage.engine), stage.contract, [onnxruntime.CPU])
+        runners[stage.contract.name] = onnxruntime.BoundRunner(session, stage.contract, "cpu")
+    settings = bundle.manifest.pipeline
+    request = Request("a red star", 7, negative_prompt="blue", guidance_scale=1.5, num_images=2)
+    with load(bundle) as plain:
+        expected = plain.draw(request).pictures
+        with LcmPipeline(settings, runners, plain.tokenizers) as bound:
+            assert isinstance(bound.encode("a star")[0]["hidden_states"], torch.Tensor)
+            # Rounding alone: tensors of torch do the loop's arithmetic, not NumPy.
+            assert psnr_db(expected, bound.draw(request).pictures) > 100
 
 
 def test_unknown_backend_is_told_with_the_closest():

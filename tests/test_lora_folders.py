@@ -11,8 +11,9 @@ import torch
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 from lcm_compile import BuildSpec, LoraSpec
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import LoraError
+from lcm_compile.loading import load_modules
 from lcm_compile.lora import find_lora, fuse_loras, read_lora
 from lcm_compile.plan import make_plan
 

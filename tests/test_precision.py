@@ -86,7 +86,7 @@ def test_mixed_graph_exports_and_keeps_its_casts(sdxl_checkpoint, tmp_path):
         reference = stage.module(*inputs).numpy()
     mixed = Stage(stage.contract, to_precision(stage.module, "fp16", layers_over(stage.module, peaks)))
     graph = export_stage(mixed, "onnx", "fp16", tmp_path)
-    with find_backend("onnxruntime").load(graph.path, stage.contract) as runner:
+    with find_backend("onnxruntime").load(graph.path, stage.contract, find_target("cpu")) as runner:
         actual = runner({"latent": inputs[0].numpy()})["picture"]
     assert snr_db(reference, actual) >= STAGE_FLOORS["fp16"]
     import onnx

@@ -13,8 +13,9 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, LoraSpec
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import LoraError, UsageError
+from lcm_compile.loading import load_modules
 from lcm_compile.lora import fuse_loras, read_lora
 from lcm_compile.plan import make_plan
 

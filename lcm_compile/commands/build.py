@@ -21,11 +21,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
         click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
         click.option(
-            "--lora",
-            "loras",
-            multiple=True,
-            metavar="PATH|ID[:W][@PART=W,…]",
-            help="A style LoRA; repeatable.",
+            "--lora", "loras", multiple=True, metavar="FILE|ID[:W][@PART=W,…]", help="A style; repeatable."
         ),
         click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
         click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
@@ -102,6 +98,9 @@ def build(
         return
     for plan in plans:
         note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
+        if plan.passed_over and not plan.hit:
+            why = [f"backend {plan.backend_name}", *(f"not {reason}" for reason in plan.passed_over)]
+            note("; ".join(why), quiet)
     with Parts(quiet) as parts:
         if graphs is not None:
             done = [
@@ -155,7 +154,9 @@ def refuse_model_options(context: click.Context) -> None:
 @click.command()
 @click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
 @model_options
-@click.option("--format", "graph_format", default="onnx", show_default=True, help="onnx or torchscript.")
+@click.option(
+    "--format", "graph_format", default="onnx", show_default=True, help="onnx, torchscript or torch_export."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
 @json_option
 @quiet_option

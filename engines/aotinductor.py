@@ -1,0 +1,128 @@
+"""AOTInductor: torch's own compiler, ahead of time, into machine code that torch loads.
+
+The .pt2 that comes out holds code and weights; it depends on no path, and running it takes torch's
+library alone. On a CPU the code is for this very instruction set; for a GPU it is compiled on that GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.engines import other_version
+from lcm_compile.engines.gpu import cannot_run_on_gpu
+from lcm_compile.engines.processor import instruction_set
+from lcm_compile.engines.runner import Array
+from lcm_compile.engines.tensors import TensorRunner
+from lcm_compile.errors import REBUILD, BackendError
+from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.targets import GpuTarget
+
+GRAPH_FORMAT = "torch_export"
+PACKAGES = ("torch",)
+# Headers precompiled for the next build would stay behind, hundreds of megabytes of them.
+SETTINGS = {"aot_inductor.precompile_headers": False}
+
+
+def cannot_build(target: GpuTarget, precision: str) -> str | None:
+    if reason := cannot_run(target):
+        return reason if target.is_cpu else f"{reason}. It compiles only on the GPU that will run the engine"
+    if precision not in target.precisions:
+        return f"{target.description} does not compute in {precision}"
+    if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
+        return f"it needs a C++ compiler, and {compiler} is not installed; apt install g++, or set CXX"
+    if not target.is_cpu and importlib.util.find_spec("triton") is None:
+        return "triton, which compiles for GPUs, is not installed; pip install triton"
+    return None
+
+
+def cannot_run(target: GpuTarget) -> str | None:
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed; pip install torch"
+    return None if target.is_cpu else cannot_run_on_gpu(target)
+
+
+def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Another version of torch may lay out its tensors otherwise; a missing instruction ends the process."""
+    if reason := other_version(built_with, PACKAGES):
+        return reason
+    compiled_for = options.get("instruction_set")
+    wanted = {str(name) for name in compiled_for} if isinstance(compiled_for, list) else set()
+    missing = sorted(wanted - set(instruction_set()))
+    if missing:
+        return f"it was compiled for a processor with {', '.join(missing)}, which this one has not"
+    return None
+
+
+def options(target: GpuTarget) -> Mapping[str, Any]:
+    return {**SETTINGS, "instruction_set": instruction_set()}
+
+
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    import torch
+    from torch.export.passes import move_to_device_pass
+
+    program = torch.export.load(graph.path)
+    if not target.is_cpu:
+        program = move_to_device_pass(program, "cuda")
+    path = folder / f"{graph.contract.name}.pt2"
+    with compiler_in(folder):
+        try:
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=dict(SETTINGS)
+            )
+        except OSError:
+            raise
+        except Exception as error:  # torch's compiler, and what it calls, share no base class but this
+            raise BackendError(
+                f"torch {torch.__version__} can't compile the {graph.contract.name} stage: "
+                f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                "--backend auto chooses another; LCM_COMPILE_DEBUG=1 shows all that the compiler said",
+            ) from error
+    return path
+
+
+@contextlib.contextmanager
+def compiler_in(folder: Path) -> Iterator[None]:
+    """Gives torch's compiler a cache of its own, gone afterwards: nothing stale, nothing left behind."""
+    from torch._inductor.utils import fresh_cache
+
+    with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder) as scratch, fresh_cache(dir=scratch):
+        yield
+
+
+def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
+    return AotInductorRunner(path, contract)
+
+
+class AotInductorRunner(TensorRunner):
+    """Each call's outputs are new arrays. Calls from several threads take turns."""
+
+    def __init__(self, path: Path, contract: StageContract) -> None:
+        import torch
+
+        # What torch._inductor.aoti_load_package returns wraps this class. That function also compiles a
+        # C++ program to compare the processor: seconds, and a compiler that need not be where engines run.
+        try:
+            self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        except RuntimeError as error:
+            raise BackendError(
+                f"torch {torch.__version__} can't open {path}: {str(error).splitlines()[0]}", REBUILD
+            ) from error
+        super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        import torch
+
+        with torch.inference_mode():
+            outputs = self._model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
+        return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        self._model = None

@@ -1,0 +1,26 @@
+"""This machine's processor, as far as machine code compiled for it depends on it."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+# The vector and matrix extensions of x86, by how the kernel names them. All of a name's kind are taken
+# (avx512_bf16, amx_int8, …): a compiler told to use this processor may use any of them.
+KINDS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse4", "vaes", "vpclmulqdq")
+
+
+def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
+    """The architecture and, sorted, the extensions that every core of this machine has.
+
+    Of another architecture than x86 the kernel's whole list is taken; where it tells none, the
+    architecture alone.
+    """
+    machine = platform.machine()
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    cores = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
+    flags = set.intersection(*cores) if cores else set()
+    if machine == "x86_64":
+        flags = {flag for flag in flags if flag.startswith(KINDS)}
+    return [machine, *sorted(flags)]

@@ -1,0 +1,169 @@
+"""AOTInductor: engines compiled by torch, which run anywhere that has torch and this instruction set."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.engines import aotinductor, gpu
+from lcm_compile.engines.processor import instruction_set
+from lcm_compile.errors import BackendError
+from lcm_compile.export import export_stage
+from lcm_compile.parity import psnr_db, snr_db
+from lcm_compile.pipeline import Request
+from lcm_compile.spec import Shape
+from lcm_compile.stages import make_stages
+from lcm_compile.targets import find_target
+
+CPU = find_target("cpu")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def decode(sdxl_checkpoint, tmp_path_factory):
+    """The decoder's engine, moved away from where it was built, and its contract."""
+    folder = tmp_path_factory.mktemp("aotinductor")
+    (folder / "graphs").mkdir()
+    (folder / "engines").mkdir()
+    checkpoint = open_checkpoint(str(sdxl_checkpoint))
+    stage = make_stages(checkpoint, load_modules(checkpoint), Shape(1, 64, 64))[2]
+    graph = export_stage(stage, aotinductor.GRAPH_FORMAT, "fp32", folder / "graphs")
+    path = aotinductor.build(graph, CPU, folder / "engines")
+    assert [p.name for p in (folder / "engines").iterdir()] == ["decode.pt2"]
+    moved = path.rename(folder / "moved.pt2")
+    shutil.rmtree(folder / "graphs")
+    shutil.rmtree(folder / "engines")
+    return moved, stage.contract
+
+
+def latents(count):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 4, 16, 16, generator=generator).numpy() for _ in range(count)]
+
+
+def decoded(checkpoint, latent):
+    vae = AutoencoderKL.from_pretrained(checkpoint / "vae")
+    with torch.no_grad():
+        picture = vae.decode(torch.from_numpy(latent) / vae.config.scaling_factor).sample
+    return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def test_the_engine_computes_what_diffusers_does(decode, sdxl_checkpoint):
+    latent = latents(1)[0]
+    with aotinductor.load(*decode, CPU) as runner:
+        picture = runner.to_host(runner({"latent": latent})["picture"])
+    assert snr_db(decoded(sdxl_checkpoint, latent), picture) > 100
+
+
+def test_it_runs_without_a_compiler_or_diffusers(decode, tmp_path, sdxl_checkpoint):
+    """In a process of its own, from a folder that holds nothing but the engine."""
+    path, contract = decode
+    np.save(tmp_path / "latent.npy", latents(1)[0])
+    script = f"""
+import sys, numpy as np
+from pathlib import Path
+from lcm_compile.engines import aotinductor
+from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.targets import find_target
+latent = np.load("latent.npy")
+runner = aotinductor.load(Path({str(path)!r}), {contract!r}, find_target("cpu"))
+np.save("picture.npy", runner.to_host(runner({{"latent": latent}})["picture"]))
+assert not set(sys.modules) & {{"diffusers", "transformers", "sympy", "torch._dynamo"}}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={"PATH": "/nonexistent"})
+    assert snr_db(decoded(sdxl_checkpoint, latents(1)[0]), np.load(tmp_path / "picture.npy")) > 100
+
+
+def test_arrays_of_other_layouts_and_types_give_the_same_picture(decode):
+    """Compiled code reads memory as it was told to; the runner brings every array into that form."""
+    latent = latents(1)[0]
+    strided = np.empty((1, 4, 16, 32), np.float32)[..., ::2]
+    strided[...] = latent
+    frozen = latent.copy()
+    frozen.flags.writeable = False
+    with aotinductor.load(*decode, CPU) as runner:
+        expected = runner({"latent": latent})["picture"]
+        for other in (strided, frozen, latent.astype(np.float64), torch.from_numpy(latent)):
+            np.testing.assert_array_equal(runner({"latent": other})["picture"], expected)
+
+
+def test_an_array_of_another_shape_is_refused(decode):
+    with aotinductor.load(*decode, CPU) as runner, pytest.raises(BackendError, match=r"not \(1, 4, 8, 8\)"):
+        runner({"latent": np.zeros((1, 4, 8, 8), np.float32)})
+
+
+def test_threads_may_share_a_runner(decode):
+    given = latents(4)
+    found = {}
+    with aotinductor.load(*decode, CPU) as runner:
+        expected = [runner({"latent": latent})["picture"] for latent in given]
+
+        def work(i):
+            found[i] = [runner({"latent": given[i]})["picture"] for _ in range(5)]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i, pictures in found.items():
+        assert all((picture == expected[i]).all() for picture in pictures)
+    assert len(found) == 4
+
+
+def test_a_broken_engine_is_a_plain_error(decode, tmp_path):
+    path = tmp_path / "decode.pt2"
+    path.write_bytes(decode[0].read_bytes()[:1000])
+    with pytest.raises(BackendError, match="can't open"):
+        aotinductor.load(path, decode[1], CPU)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert "g++ is not installed" in (aotinductor.cannot_build(CPU, "fp32") or "")
+    assert aotinductor.cannot_run(CPU) is None
+    monkeypatch.setenv("CXX", sys.executable)
+    assert aotinductor.cannot_build(CPU, "fp32") is None
+
+
+def test_for_a_gpu_it_builds_on_that_gpu_only():
+    if gpu.gpu_here():
+        pytest.skip("there is a GPU here")
+    reason = aotinductor.cannot_build(find_target("h200"), "fp16") or ""
+    assert "no NVIDIA GPU here" in reason and "only on the GPU that will run" in reason
+
+
+def test_the_key_holds_the_instruction_set(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    core = "flags\t\t: fpu sse sse4_2 avx2 avx512f avx512_bf16 amx_int8 hypervisor\n"
+    cpuinfo.write_text(core + core.replace(" amx_int8", ""))
+    assert instruction_set(cpuinfo)[1:] == ["avx2", "avx512_bf16", "avx512f", "sse4_2"]
+    here = aotinductor.options(CPU)["instruction_set"]
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert ("avx512f" in here) >= ("AVX512" in capability) and ("avx2" in here) >= ("AVX" in capability)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "floor"), [("fp32", 65), ("bf16", 25)])
+def test_a_bundle_draws_what_diffusers_draws(sdxl_checkpoint, tmp_path, precision, floor):
+    """About a minute of compiling for each precision."""
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="aotinductor", precision=precision)
+    bundle = build(spec, tmp_path / "bundle")
+    theirs = DiffusionPipeline.from_pretrained(sdxl_checkpoint)
+    theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)
+    generator = torch.Generator("cpu").manual_seed(7)
+    expected = theirs("a red star", num_inference_steps=4, guidance_scale=1.0, generator=generator,
+                      height=64, width=64, output_type="np").images  # fmt: skip
+    with load(bundle) as ours:
+        assert psnr_db(expected, ours.draw(Request("a red star", 7)).pictures) >= floor
