@@ -17,8 +17,9 @@ SAMPLE_PROMPT = "a photograph of an astronaut riding a horse"
 class Family:
     """`base` and `lcm_lora` are hub ids, or paths for the model that comes with the package.
 
-    `signature` holds the UNet settings that no other family shares. `sample_prompt` is what `run` draws
-    when it is given none, and what parity is measured on.
+    `signature` holds the UNet settings that tell the family; where two match, the longer one counts.
+    `sample_prompt` is what `run` draws when it is given none, and what parity is measured on. Where `base` is
+    a UNet alone, `others` is the checkpoint whose other models go with it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Family:
     description: str
     signature: Mapping[str, Any]
     sample_prompt: str = SAMPLE_PROMPT
+    others: str | None = None
 
 
 LCM_LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -89,6 +91,6 @@ def detect_family(unet_config: Mapping[str, Any]) -> Family | None:
     """The family whose signature this UNet has, or None."""
 
     def matches(family: Family) -> bool:
-        return bool(family.signature) and all(unet_config.get(k) == v for k, v in family.signature.items())
+        return all(unet_config.get(key) == value for key, value in family.signature.items())
 
-    return next((family for family in FAMILIES.values() if matches(family)), None)
+    return max(filter(matches, FAMILIES.values()), key=lambda family: len(family.signature), default=None)

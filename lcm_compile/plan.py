@@ -18,7 +18,6 @@ from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.export import EXPORTERS
-from lcm_compile.families import FAMILIES
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.pipeline import STAGES
 from lcm_compile.random_base import open_random
@@ -62,7 +61,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "base": str(self.checkpoint.folder),
+            "base": str(self.checkpoint.location),
             "architecture": self.checkpoint.architecture,
             "loras": [{"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in self.loras],
             "target": self.target.to_dict(),
@@ -83,12 +82,15 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         find_backend(spec.backend)
     if out is not None:
         check_destination(out)
+    precision = spec.precision if spec.precision != "auto" else default_precision(target)
     seed = spec.random_seed
-    checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
+    if seed is None:
+        checkpoint = open_checkpoint(spec.base, spec.config, half=precision == "fp16")
+    else:
+        checkpoint = open_random(spec.base, seed)
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    precision = spec.precision if spec.precision != "auto" else default_precision(target)
     precisions = dict.fromkeys(STAGES, precision)
     backend_name = settle_backend(spec, target, precision)
     digests = Digests()
@@ -99,7 +101,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         **engine_key(backend_name, backend, target),
     }
     digests.save()
-    folder = out if out is not None else bundles_folder() / bundle_name(spec, checkpoint, target, key)
+    folder = out if out is not None else bundles_folder() / bundle_name(checkpoint, target, key)
     hit, reasons = explain(key, folder, spec, force)
     return Plan(
         spec, checkpoint, loras, target, backend_name, shape, precisions, key, folder, hit, tuple(reasons)
@@ -176,9 +178,8 @@ def code_digest(digests: Digests) -> str:
     return hashlib.sha256("".join(digests.sha256(path) for path in files).encode()).hexdigest()[:16]
 
 
-def bundle_name(spec: BuildSpec, checkpoint: Checkpoint, target: GpuTarget, key: Mapping[str, str]) -> str:
-    name = spec.base if spec.base in FAMILIES else checkpoint.folder.resolve().name
-    base = "".join(c if c.isalnum() else "-" for c in name)[:NAME_LENGTH] or "base"
+def bundle_name(checkpoint: Checkpoint, target: GpuTarget, key: Mapping[str, str]) -> str:
+    base = "".join(c if c.isalnum() else "-" for c in checkpoint.name)[:NAME_LENGTH] or "base"
     return f"{base}-{target.name}-{key_digest(key)[:16]}"
 
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lcm_compile.checkpoints import Checkpoint, Component
+from lcm_compile.architectures import empty_module
+from lcm_compile.components import Checkpoint, Component
 from lcm_compile.errors import unknown_name
 from lcm_compile.families import FAMILIES
 from lcm_compile.hub import fetch
 from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.single_file import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
 NOISE = 0.02
 
 
@@ -31,12 +31,12 @@ def open_random(base: str, seed: int) -> Checkpoint:
         raise unknown_name("family for random weights", base, COMPONENTS, "give one of them to --base")
     family = FAMILIES[base]
     configs = dict(COMPONENTS[base])
-    scheduler = SchedulerSettings.from_dict(configs.pop("scheduler"))
+    scheduler = configs.pop("scheduler")
     try:
         folder = fetch(family.base, TOKENIZER_FILES)
     except ConnectionError:
         folder = Path(f"{base}-random")  # stand-in tokenizers, see below
-    components = {name: Component(name, config, (), None) for name, config in configs.items()}
+    components = {name: Component(name, config) for name, config in configs.items()}
     return Checkpoint(
         base, folder, family, components, scheduler, "text_encoder_2" in components, random_seed=seed
     )
@@ -49,7 +49,7 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """
     import torch
 
-    module = empty_module(checkpoint, name)
+    module = empty_module(name, checkpoint.components[name].config)
     norms = (torch.nn.LayerNorm, torch.nn.GroupNorm)
     scales = {f"{key}.weight" for key, sub in module.named_modules() if isinstance(sub, norms)}
     weights = {}
@@ -64,25 +64,6 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
             weights[key] = torch.empty(shape).normal_(mean, NOISE, generator=generator)
     module.load_state_dict(weights, assign=True)
     return module
-
-
-def empty_module(checkpoint: Checkpoint, name: str) -> Any:
-    """A component whose parameters have shapes but no memory."""
-    from accelerate import init_empty_weights
-
-    config = checkpoint.components[name].config
-    with init_empty_weights():
-        if name in ("unet", "vae"):
-            import diffusers
-
-            kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-            return kind.from_config(config)
-        import transformers
-
-        settings = transformers.CLIPTextConfig(**config)
-        if name == "text_encoder_2":
-            return transformers.CLIPTextModelWithProjection(settings)
-        return transformers.CLIPTextModel(settings)
 
 
 def stand_in_tokenizer(vocabulary: int) -> str:

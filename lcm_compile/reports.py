@@ -15,7 +15,7 @@ from lcm_compile.plan import Plan
 
 def print_plan(plan: Plan) -> None:
     rows = [
-        ("base", f"{plan.checkpoint.folder} ({plan.checkpoint.architecture})"),
+        ("base", f"{plan.checkpoint.location} ({plan.checkpoint.architecture})"),
         *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", plan.backend_name),
@@ -59,7 +59,7 @@ def told(value: Any) -> str:
 def describe_demo() -> dict[str, Any]:
     checkpoint = open_checkpoint("demo")
     lora = Path(FAMILIES["demo"].lcm_lora or "")
-    files = [*checkpoint.content_files(), lora, DEMO_STYLE]
+    files = [*checkpoint.content_files().values(), lora, DEMO_STYLE]
     return {
         "checkpoint": str(checkpoint.folder),
         "lcm_lora": str(lora),

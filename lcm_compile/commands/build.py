@@ -10,9 +10,15 @@ from lcm_compile.commands.options import json_option, quiet_option
 
 
 @click.command()
-@click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
+@click.option(
+    "--base",
+    required=True,
+    metavar="BASE",
+    help="demo, a family (sdxl, sd15, …), a folder, a file or a hub id.",
+)
 @click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
 @click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture.")
+@click.option("--config", metavar="DIR", help="Settings and tokenizers of a base that is one file.")
 @click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
 @click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
 @click.option("--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated.")
@@ -30,6 +36,7 @@ def build(
     base: str,
     gpu: str,
     weights: str | None,
+    config: str | None,
     lcm_lora: str | None,
     no_lcm: bool,
     loras: tuple[str, ...],
@@ -63,8 +70,11 @@ def build(
         precision=precision,
         backend=backend,
         weights=weights,
+        config=config,
     )
     plan = make_plan(spec, out, force)
+    for told in plan.checkpoint.notes:
+        note(told, quiet)
     if dry_run:
         if as_json:
             print_json(plan.to_dict())

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from lcm_compile.checkpoints import Checkpoint, read_json
+from lcm_compile.components import Checkpoint
+from lcm_compile.folders import read_json
 from lcm_compile.loading import quiet_libraries
 from lcm_compile.training.files import replacing
 from lcm_compile.training.loop import Weights, copy_of

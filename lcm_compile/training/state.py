@@ -78,7 +78,7 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
 def digest_of(checkpoint: Checkpoint) -> str:
     """Of the ends of a base's files, where weights lie: reading the whole of them would take minutes."""
     digest = hashlib.sha256()
-    for path in checkpoint.content_files():
+    for path in checkpoint.content_files().values():
         with path.open("rb") as file:
             file.seek(-min(path.stat().st_size, DIGESTED), os.SEEK_END)
             digest.update(file.read())
