@@ -27,6 +27,7 @@ TOGETHER = (1.1, 0.6)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the
 STYLE_STRENGTHS, LCM_STRENGTHS = (0.0, 0.6, 0.9, 1.2, 1.5), (0.0, 0.3, 0.6, 1.0)  # of the style's grid
 GRID_COUNT = 40  # pictures in a cell of that grid
 GUIDANCE = 3.0  # of the base, which is at its best with it
+FOREIGN = 1.5  # of guidance in the LCM loop on a base that the LCM-LoRA was not distilled from
 SCALES = (1.25, 1.5, 2.0, 3.0)  # of guidance in the LCM loop
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
 
@@ -100,7 +101,10 @@ def rows_of(part: str, count: int, tuned: str) -> list[Row]:
     if part == "universal" and tuned:
         fast, slow = BuildSpec(tuned, lcm_lora=LoraSpec(LCM_LORA)), BuildSpec(tuned, no_lcm=True)
         return [
-            Row(part, "tuned, LCM-LoRA", fast, "lcm", 4, look="dusk", count=count),
+            *(
+                Row(part, "tuned, LCM-LoRA", fast, "lcm", 4, scale, look="dusk", count=count)
+                for scale in (1.0, FOREIGN)
+            ),
             Row(part, "tuned, Euler", slow, "euler", 25, GUIDANCE, look="dusk", count=count),
             Row(part, "not tuned, LCM-LoRA", DEMO, "lcm", 4, look="dusk", count=count),
         ]

@@ -49,8 +49,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     session_options.log_severity_level = 3
     session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session_options.optimized_model_filepath = str(path)
-    weights = graph.path.with_name(graph.path.name + ".data")
-    if weights.exists():
+    if graph.weights.exists():
         session_options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", path.name + ".data"
         )

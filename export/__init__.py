@@ -28,3 +28,10 @@ def export_stage(stage: Stage, graph_format: str, precision: str, folder: Path) 
 
         return torchscript_from_stage(stage, precision, folder)
     raise ValueError(f"no exporter for {graph_format!r}")
+
+
+def export_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
+    """The graph of the same module for other shapes, in a folder beside `graph` and on its very weights."""
+    from lcm_compile.export.onnx_graph import onnx_twin
+
+    return onnx_twin(stage, graph)

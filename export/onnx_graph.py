@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +23,50 @@ INLINE_LIMIT = 1_500_000_000
 
 
 def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
-    """`folder/<stage>.onnx`, with inputs and outputs named as in the contract and static shapes.
+    """`folder/<stage>.onnx`, with inputs and outputs named as in the contract and static shapes."""
+    model = onnx_model(stage)
+    path = folder / f"{stage.name}.onnx"
+    size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
+    model.save(path, external_data=size > INLINE_LIMIT)
+    return ExportedGraph(path, precision, stage.contract)
 
-    Traces of the machine it was made on (paths in stack traces) are taken out of the graph.
+
+def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
+    """`twin/<stage>.onnx` beside `graph`, for other shapes; large weights are read from that graph's file.
+
+    ValueError where the two do not have the same weights.
     """
+    import onnx_ir
+
+    folder = graph.path.parent / "twin"
+    folder.mkdir()
+    model = onnx_model(stage)
+    path = folder / graph.path.name
+    if graph.weights.exists():
+        (folder / graph.weights.name).hardlink_to(graph.weights)
+        shared = onnx_ir.load(graph.path).graph.initializers
+        for name, value in model.model.graph.initializers.items():
+            stored = shared[name].const_value if name in shared else None
+            if not isinstance(stored, onnx_ir.ExternalTensor):
+                continue
+            assert value.const_value is not None
+            if (stored.dtype, stored.shape) != (value.const_value.dtype, value.const_value.shape):
+                raise ValueError(f"{name} differs between {graph.path} and its twin")
+            value.const_value = onnx_ir.ExternalTensor(
+                stored.location,
+                stored.offset,
+                stored.length,
+                stored.dtype,
+                shape=stored.shape,
+                name=name,
+                base_dir=folder,
+            )
+    onnx_ir.save(model.model, path)
+    return replace(graph, path=path, contract=stage.contract)
+
+
+def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
+    """The graph in memory. Traces of the machine it was made on (paths in stack traces) are taken out."""
     contract = stage.contract
     # *args of a forward are one argument to torch.export: a plain signature gives one input each.
     module = PlainSignature(stage.module, len(contract.inputs))
@@ -45,10 +86,7 @@ def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph
         node.metadata_props.clear()
         node.doc_string = None
     program.model.metadata_props.clear()
-    path = folder / f"{contract.name}.onnx"
-    size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
-    program.save(path, external_data=size > INLINE_LIMIT)
-    return ExportedGraph(path, precision, contract)
+    return program
 
 
 def output_names(stage: Stage) -> list[str]:

@@ -5,20 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lcm_compile.components import Component
+from lcm_compile.errors import CheckpointError
+from lcm_compile.hub import first_line
 
-def empty_module(name: str, config: Mapping[str, Any]) -> Any:
-    """The component `name`, as Component names it, its parameters on torch's meta device."""
+
+def empty_module(component: Component) -> Any:
+    """A component whose parameters are on torch's meta device. CheckpointError for a senseless config."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights():
-        if name in ("unet", "vae"):
-            import diffusers
+    try:
+        with init_empty_weights():
+            return module_of(component.name, component.config)
+    except Exception as error:  # the libraries raise whatever their constructors meet
+        place = f"{component.folder}/config.json" if component.folder else f"config of the {component.name}"
+        raise CheckpointError(
+            f"{place} can't be used: {first_line(error)}", "download the checkpoint again"
+        ) from error
 
-            kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-            return kind.from_config(dict(config))
-        import transformers
 
-        settings = transformers.CLIPTextConfig(**config)
-        if name == "text_encoder_2":
-            return transformers.CLIPTextModelWithProjection(settings)
-        return transformers.CLIPTextModel(settings)
+def module_of(name: str, config: Mapping[str, Any]) -> Any:
+    if name in ("unet", "vae"):
+        import diffusers
+
+        kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
+        return kind.from_config(dict(config))
+    import transformers
+
+    settings = transformers.CLIPTextConfig(**config)
+    if name == "text_encoder_2":
+        return transformers.CLIPTextModelWithProjection(settings)
+    return transformers.CLIPTextModel(settings)

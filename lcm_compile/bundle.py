@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lcm_compile.cost import Cost
 from lcm_compile.engines import BACKENDS
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.scheduler import SchedulerSettings
@@ -85,11 +86,12 @@ class Parity:
 
 @dataclass(frozen=True)
 class Proof:
-    """The request whose recording `verify` replays, and the files that hold it."""
+    """The request whose recording `verify` replays, the shape it was recorded for, and its files."""
 
     prompt: str
     seed: int
     steps: int
+    shape: Shape
     files: tuple[str, ...]
 
 
@@ -106,7 +108,7 @@ class BundleManifest:
     parity: Mapping[str, Parity]
     proof: Proof
     toolchain: Mapping[str, str]
-    seconds: Mapping[str, float]
+    costs: Mapping[str, Cost]
     created: str
     files: Mapping[str, str] = field(default_factory=dict)
 

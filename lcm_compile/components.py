@@ -111,6 +111,11 @@ class Checkpoint:
         return self.unet.get("time_cond_proj_dim") is not None
 
     @property
+    def weight_bytes(self) -> int:
+        """Of its files; 0 for random weights."""
+        return sum(p.stat().st_size for p in {path for c in self.components.values() for path in c.files})
+
+    @property
     def is_folder(self) -> bool:
         """Whether the settings are those of a diffusers folder, not of this package's tables."""
         return self.file is None and self.random_seed is None

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+from lcm_compile.cost import Cost
 from lcm_compile.schema import json_text
+from lcm_compile.targets import GIB
 
 
 def print_json(data: Any) -> None:
@@ -38,22 +40,23 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 class Parts:
-    """Reports a build's parts as they start: a live line on a terminal, one line each elsewhere.
+    """Reports a build's parts: a live line on a terminal while one runs, and a line with its cost after it.
 
-    Called with a part's name; use it as a context manager to end the last one.
+    A context manager: an error stops the live line.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
         self._live = sys.stderr.isatty() and not quiet
-        self._start = self._began = time.perf_counter()
-        self._current: str | None = None
+        self._start = time.perf_counter()
         self._status: Any = None
 
-    def __call__(self, part: str) -> None:
-        self._finish()
-        self._current, self._began = part, time.perf_counter()
-        if self._live:
+    def __call__(self, part: str, cost: Cost | None) -> None:
+        self._stop()
+        if cost is not None:
+            memory = f"{cost.memory_bytes / GIB:8.1f} GiB" if cost.memory_bytes else ""
+            note(f"  {part:<32}{cost.seconds:6.1f} s{memory}", self._quiet)
+        elif self._live:
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -67,23 +70,16 @@ class Parts:
             self._status.add_task(part, total=None)
             self._status.start()
 
-    def _finish(self) -> None:
+    def _stop(self) -> None:
         if self._status is not None:
             self._status.stop()
             self._status = None
-        if self._current is not None:
-            seconds = time.perf_counter() - self._began
-            note(f"  {self._current:<32}{seconds:6.1f} s", self._quiet)
-            self._current = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self._finish()
-        elif self._status is not None:
-            self._status.stop()
+    def __exit__(self, *_: object) -> None:
+        self._stop()
 
     @property
     def seconds(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,16 @@ from lcm_compile.spec import LoraSpec, user_path
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoraProvenance", "find_lcm_lora", "find_lora", "fuse_loras", "match_layers", "read_lora"]
+__all__ = [
+    "LoraProvenance",
+    "check_loras",
+    "find_lcm_lora",
+    "find_lora",
+    "fuse_loras",
+    "match_layers",
+    "merge_loras",
+    "read_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -153,27 +162,44 @@ def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
     return bias
 
 
+def check_loras(
+    modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]
+) -> list[LoraProvenance]:
+    """How each LoRA goes into these modules, which need no weights. LoraError where one can't, or is zero."""
+    provenance = []
+    for lora, spec in loras:
+        pairs = match_layers(lora, modules)
+        if not any(changes(layer.update, module) for layer, module in pairs):
+            raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
+        ranks = sorted({layer.update.rank for layer, _ in pairs if layer.update.rank is not None})
+        provenance.append(LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(ranks)))
+    return provenance
+
+
 def fuse_loras(
     modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]
 ) -> list[LoraProvenance]:
-    """Adds Σ λ·ΔW to the weights and biases, in fp32 and in place, once every LoRA is known to fit.
+    """Merges LoRAs into a whole base, once every one is known to fit."""
+    provenance = check_loras(modules, loras)
+    merge_loras(modules, loras)
+    return provenance
 
-    Each ΔW is computed against the base's own weight W, so several LoRAs add up in any order. A DoRA's is
-    W' − W with the W' that it makes of the base alone: the others do not change its norms.
+
+def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]) -> None:
+    """Adds Σ λ·ΔW to the weights and biases of these components, in fp32 and in place.
+
+    A LoRA's layers for other components are left out. Each ΔW is computed against the base's own weight W,
+    so several LoRAs add up in any order. A DoRA's is W' − W with the W' that it makes of the base alone: the
+    others do not change its norms.
     """
     import torch
 
     work: dict[torch.nn.Module, list[tuple[float, Update]]] = {}
-    provenance = []
     with torch.no_grad():
         for lora, spec in loras:
-            pairs = match_layers(lora, modules)
-            if not any(changes(layer.update, module) for layer, module in pairs):
-                raise LoraError(f"{lora.path} changes nothing: every update in it is zero", "leave it out")
-            for layer, module in pairs:
+            here = [layer for layer in lora.layers if layer.component in modules]
+            for layer, module in match_layers(replace(lora, layers=here), modules):
                 work.setdefault(module, []).append((spec.weight, layer.update))
-            ranks = sorted({layer.update.rank for layer, _ in pairs if layer.update.rank is not None})
-            provenance.append(LoraProvenance(spec.source, spec.weight, lora.layout, len(pairs), tuple(ranks)))
         for module, updates in work.items():
             weight = weight_of(module)
             base = weight.clone()
@@ -183,9 +209,12 @@ def fuse_loras(
                     bias = bias_of(module)
                     assert bias is not None  # match_layers saw to it
                     bias += strength * update.bias.float()
-    return provenance
 
 
 def changes(update: Update, module: torch.nn.Module) -> bool:
-    bias = update.bias
-    return bool(update.delta(weight_of(module)).any()) or (bias is not None and bool(bias.any()))
+    import torch
+
+    weight, bias = weight_of(module), update.bias
+    if weight.is_meta:
+        weight = torch.zeros(weight.shape)
+    return bool(update.delta(weight).any()) or (bias is not None and bool(bias.any()))

@@ -22,7 +22,7 @@ def component_in_file(component: Component) -> torch.nn.Module:
     """A component in fp32, of the keys that begin with its prefix. CheckpointError where they don't fit."""
     import torch
 
-    module = empty_module(component.name, component.config)
+    module = empty_module(component)
     weights = as_diffusers(component, module, read_weights(component))
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = {

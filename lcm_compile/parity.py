@@ -11,8 +11,6 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +38,8 @@ PROOF_STEPS = 4
 
 
 Call = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
-
-
-@dataclass
-class Recording:
-    """Every stage's calls while one picture was drawn in fp32 torch, and the picture (h, w, 3)."""
-
-    prompt: str
-    calls: dict[str, list[Call]] = field(default_factory=dict)
-    picture: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    peaks: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+# Each stage's calls while one picture was drawn, in the order of the stages.
+Trace = dict[str, list[Call]]
 
 
 def snr_db(reference: np.ndarray, actual: np.ndarray) -> float:
@@ -73,57 +63,104 @@ def psnr_db(reference: np.ndarray, actual: np.ndarray, peak: float = 1.0) -> flo
 
 
 class TorchRunner(Runner):
-    """A stage's torch module as a runner, keeping each call."""
+    """A stage's torch module as a runner."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.contract)
         self._module = stage.module
-        self.calls: list[Call] = []
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        given = {spec.name: np.array(inputs[spec.name]) for spec in self.contract.inputs}
+        given = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self.contract.inputs]
         with torch.inference_mode():
-            outputs = self._module(*(torch.from_numpy(array) for array in given.values()))
+            outputs = self._module(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        named = {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
-        self.calls.append((given, named))
-        return named
+        return {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 
     def close(self) -> None:
         """The module is the caller's."""
 
 
-def record(stages: Sequence[Stage], settings: PipelineSettings, folder: Path) -> Recording:
-    """Draws the sample prompt with the torch modules. ParityError if that is NaN or flat."""
-    from lcm_compile.precision import record_peaks
+class Recorder(Runner):
+    """Another runner, whose calls it keeps."""
 
-    runners = {stage.name: TorchRunner(stage) for stage in stages}
-    with ExitStack() as stack:
-        peaks = {stage.name: stack.enter_context(record_peaks(stage.module)) for stage in stages}
-        pipeline = LcmPipeline(settings, runners, load_tokenizers(folder, settings))
-        request = Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
-        picture = draw_for_proof(pipeline, request)
-    calls = {name: runner.calls for name, runner in runners.items()}
-    return Recording(settings.sample_prompt, calls, picture, peaks)
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(runner.contract)
+        self.runner = runner
+        self.calls: list[Call] = []
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = self.runner(inputs)
+        kept = [
+            {s.name: np.array(self.to_host(arrays[s.name])) for s in specs}
+            for arrays, specs in ((inputs, self.contract.inputs), (outputs, self.contract.outputs))
+        ]
+        self.calls.append((kept[0], kept[1]))
+        return outputs
+
+    def to_device(self, array: np.ndarray) -> Array:
+        return self.runner.to_device(array)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return self.runner.to_host(array)
+
+    def close(self) -> None:
+        self.runner.close()
 
 
-def draw_for_proof(pipeline: LcmPipeline, request: Request) -> np.ndarray:
-    from lcm_compile.errors import BackendError
+class Replay(Runner):
+    """A stage that gives what it gave before."""
 
-    try:
-        picture = pipeline.draw(request).pictures[0]
-    except BackendError as error:
-        raise ParityError(
-            f"the model draws NaN in fp32 torch: {error}", "check the base and the LoRAs"
-        ) from error
+    def __init__(self, contract: StageContract, calls: Sequence[Call], like: Runner) -> None:
+        super().__init__(contract)
+        self._outputs = iter([outputs for _, outputs in calls])
+        self._like = like
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: self._like.to_device(array) for name, array in next(self._outputs).items()}
+
+    def close(self) -> None:
+        """It holds nothing."""
+
+
+def relay(
+    runner: Runner,
+    contracts: Mapping[str, StageContract],
+    settings: PipelineSettings,
+    folder: Path,
+    trace: Trace,
+) -> list[Call]:
+    """The calls of one stage while the sample prompt is drawn, its earlier stages replayed from a trace.
+
+    So a picture can be drawn with one stage in memory at a time.
+    """
+    name, recorder = runner.contract.name, Recorder(runner)
+    runners = {stage: Replay(contract, trace.get(stage, []), runner) for stage, contract in contracts.items()}
+    request = Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
+    pipeline = LcmPipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
+    done_after = {"encode": 1, "step": 1 + PROOF_STEPS, "decode": 2 + PROOF_STEPS}
+    progress = pipeline.progress(request)
+    while next(progress)[0] < done_after[name]:
+        pass
+    return recorder.calls
+
+
+def picture_of(trace: Trace) -> np.ndarray:
+    """The first picture (h, w, 3) of a trace."""
+    return trace["decode"][-1][1]["picture"][0]
+
+
+def require_picture(trace: Trace) -> None:
+    """ParityError where torch itself, in fp32, draws NaN or nothing."""
+    picture = picture_of(trace)
+    if not np.isfinite(picture).all():
+        raise ParityError("the model draws NaN in fp32 torch", "check the base and the LoRAs")
     if float(picture.std()) < FLAT:
         raise ParityError(
             f"the model draws a flat picture (standard deviation {picture.std():.4f}) in fp32 torch",
             "check the base, the LoRAs and their weights",
         )
-    return picture
 
 
 def compare_calls(runner: Runner, calls: Sequence[Call]) -> float:
@@ -146,26 +183,24 @@ def require(figures: Mapping[str, Parity]) -> None:
         raise ParityError(f"the engines do not compute what torch does: {told}", "try --precision fp32")
 
 
-def write_proof(recording: Recording, folder: Path) -> Proof:
-    """Keeps the recording in `folder/proof`, for `verify` to replay on any machine; returns its index."""
+def write_proof(trace: Trace, peaks: Mapping[str, Any], settings: PipelineSettings, folder: Path) -> Proof:
+    """Keeps torch's trace in `folder/proof`, for `verify` to replay on any machine; returns its index."""
     proof = folder / "proof"
     proof.mkdir()
     files = []
-    for stage, calls in recording.calls.items():
+    for stage, calls in trace.items():
         arrays: dict[str, np.ndarray] = {}
         for i, (inputs, outputs) in enumerate(calls):
             arrays |= {f"{i}.in.{name}": array for name, array in inputs.items()}
             arrays |= {f"{i}.out.{name}": array for name, array in outputs.items()}
         np.savez_compressed(proof / f"{stage}.npz", **arrays)  # type: ignore[arg-type]
         files.append(f"proof/{stage}.npz")
-    np.savez_compressed(proof / "picture.npz", picture=recording.picture)
+    np.savez_compressed(proof / "picture.npz", picture=picture_of(trace))
     (proof / "activations.json").write_text(
-        json.dumps(
-            {stage: {k: list(v) for k, v in peaks.items()} for stage, peaks in recording.peaks.items()}
-        )
+        json.dumps({stage: {k: list(v) for k, v in seen.items()} for stage, seen in peaks.items()})
     )
     files += ["proof/picture.npz", "proof/activations.json"]
-    return Proof(recording.prompt, PROOF_SEED, PROOF_STEPS, tuple(files))
+    return Proof(settings.sample_prompt, PROOF_SEED, PROOF_STEPS, settings.shape, tuple(files))
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -198,21 +233,32 @@ def read_calls(path: Path, contract: StageContract) -> list[Call]:
 
 
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
-    """Replays a bundle's proof on its engines here: a figure for each stage and for the whole picture."""
+    """Replays a bundle's proof on its engines here: a figure for each stage and for the whole picture.
+
+    Where the proof is a twin's, for smaller pictures, only the stages that do not depend on their size can be
+    replayed; the whole picture is drawn nevertheless, and must be one. ParityError where it is not.
+    """
     manifest = bundle.manifest
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
+    proof = manifest.proof
+    whole = proof.shape == manifest.pipeline.shape
     figures = {}
     with load(bundle) as pipeline:
         for name, runner in pipeline.runners.items():
-            db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
-            figures[name] = Parity(db, STAGE_FLOORS[precisions[name]], "engine")
-        proof = manifest.proof
+            if whole or name == "encode":
+                db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
+                figures[name] = Parity(db, STAGE_FLOORS[precisions[name]], "engine")
         picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
-        reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
-        if reference is None or reference.shape != picture.shape:
-            raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)
-        db = psnr_db(reference, picture)
-        figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
+        if float(picture.std()) < FLAT:
+            raise ParityError(
+                f"the engines draw a flat picture (standard deviation {picture.std():.4f})", REBUILD
+            )
+        if whole:
+            reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
+            if reference is None or reference.shape != picture.shape:
+                raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)
+            db = psnr_db(reference, picture)
+            figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
     return figures
 
 

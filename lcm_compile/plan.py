@@ -23,10 +23,15 @@ from lcm_compile.pipeline import STAGES
 from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
-from lcm_compile.targets import GpuTarget, find_target
+from lcm_compile.targets import TARGETS, GpuTarget, find_target
 
 REASONS_SHOWN = 8
 NAME_LENGTH = 40
+LARGE_BYTES = 1 << 30
+TWIN_LATENT = 32  # a side
+ENGINE = "engine"
+GRAPH = "graph, on ONNX Runtime's CPU provider"
+MODULE = "torch module that was exported"
 # How the names of those inputs begin that a command line chooses.
 ASKED = ("LoRA", "backend", "precision", "shape", "target")
 
@@ -58,6 +63,36 @@ class Plan:
     @property
     def backend(self) -> Backend:
         return find_backend(self.backend_name)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether each stage is made in a process of its own, so that one model at a time is in memory."""
+        return self.checkpoint.random_seed is not None or self.checkpoint.weight_bytes >= LARGE_BYTES
+
+    @property
+    def checked(self) -> str:
+        """What is compared with torch on this machine: the engine, where it runs here; else its graph.
+
+        ONNX Runtime's CPU provider has no bf16: there the torch module that was exported stands for it.
+        """
+        if self.backend.cannot_run(self.target) is None:
+            return ENGINE
+        onnxruntime = find_backend("onnxruntime")
+        able = all(onnxruntime.cannot_build(TARGETS["cpu"], p) is None for p in self.precisions.values())
+        return GRAPH if able and self.backend.GRAPH_FORMAT == "onnx" else MODULE
+
+    @property
+    def proof_shape(self) -> Shape:
+        """The pictures that parity is measured on: the bundle's own, or smaller ones.
+
+        A large model that runs on another machine has a twin: the same weights as a graph for small
+        pictures, which a CPU computes in seconds.
+        """
+        side = TWIN_LATENT * self.checkpoint.vae_factor
+        small = self.shape.height * self.shape.width <= side * side
+        if self.checked == ENGINE or not self.is_large or small:
+            return self.shape
+        return Shape(1, side, side)
 
     def to_dict(self) -> dict[str, Any]:
         return {

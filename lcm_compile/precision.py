@@ -6,7 +6,6 @@ activation of every layer is recorded in fp32 on a real picture, and whatever pa
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,20 +77,23 @@ def layers_over(module: nn.Module, peaks: dict[str, tuple[float, float]]) -> set
 
 
 def to_precision(module: nn.Module, precision: str, keep_fp32: Iterable[str] = ()) -> nn.Module:
-    """A copy of `module` in that precision; the layers named in `keep_fp32` compute in fp32.
+    """`module` itself, cast in place; the layers named in `keep_fp32` compute in fp32.
 
-    Neighbours of different types meet through a cast of each layer's inputs to its own type.
+    Weight by weight, so that never two copies of a model are in memory. Neighbours of different types meet
+    through a cast of each layer's inputs to its own type.
     """
     if precision == "fp32":
         return module
-    half = copy.deepcopy(module).to(DTYPES[precision])
     kept = set(keep_fp32)
+    layers = dict(leaves_with_weights(module))
+    whole = {name: layers[name].state_dict() for name in kept}
+    module.to(DTYPES[precision])
     if kept:
-        for name, layer in leaves_with_weights(half):
+        for name, layer in layers.items():
             if name in kept:
-                layer.float()
+                layer.float().load_state_dict(whole[name])
             layer.register_forward_pre_hook(cast_to_own_type)
-    return half
+    return module
 
 
 def cast_to_own_type(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -49,7 +49,7 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """
     import torch
 
-    module = empty_module(name, checkpoint.components[name].config)
+    module = empty_module(checkpoint.components[name])
     norms = (torch.nn.LayerNorm, torch.nn.GroupNorm)
     scales = {f"{key}.weight" for key, sub in module.named_modules() if isinstance(sub, norms)}
     weights = {}

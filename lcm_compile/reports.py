@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,6 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         ],
         "parity": {name: figure.to_dict() for name, figure in manifest.parity.items()},
         "toolchain": dict(manifest.toolchain),
-        "seconds": dict(manifest.seconds),
+        "costs": {name: asdict(cost) for name, cost in manifest.costs.items()},
         "created": manifest.created,
     }

@@ -161,3 +161,8 @@ class ExportedGraph:
     path: Path
     precision: str
     contract: StageContract
+
+    @property
+    def weights(self) -> Path:
+        """Where an ONNX graph keeps weights that are too large for its own file."""
+        return self.path.with_name(f"{self.path.name}.data")

@@ -7,6 +7,7 @@ What depends on the shape alone (SDXL's size ids) is part of the graph.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.loading import Modules
-from lcm_compile.spec import Shape, StageContract, TensorSpec
+from lcm_compile.contracts import COMPONENTS, make_contracts
+from lcm_compile.spec import Shape, StageContract
 
 
 @dataclass
@@ -36,50 +37,24 @@ class Stage:
         )
 
 
-def make_stages(checkpoint: Checkpoint, modules: Modules, shape: Shape) -> list[Stage]:
+def make_stages(checkpoint: Checkpoint, modules: Mapping[str, nn.Module], shape: Shape) -> list[Stage]:
     """The stages of a base for pictures of one shape, in the order the pipeline runs them."""
-    factor = checkpoint.vae_factor
-    latent = (shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor)
-    tokens = tuple(
-        TensorSpec(
-            "input_ids" if i == 0 else f"input_ids_{i + 1}",
-            (shape.batch, checkpoint.text_length(name)),
-            "int64",
-            f"tokens of the {'first' if i == 0 else 'second'} tokenizer",
-        )
-        for i, name in enumerate(checkpoint.text_encoders)
-    )
-    width = checkpoint.unet["cross_attention_dim"]
-    hidden = TensorSpec(
-        "hidden_states", (shape.batch, tokens[0].shape[1], width), "float32", "text states, one a token"
-    )
-    conditioning: tuple[TensorSpec, ...] = (hidden,)
-    encode: nn.Module
-    if modules.text_encoder_2 is not None:
-        pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]
-        conditioning += (TensorSpec("pooled", (shape.batch, pooled), "float32", "one text state a prompt"),)
-        encode = EncodeTwo(modules.text_encoder, modules.text_encoder_2)
+    return [make_stage(checkpoint, name, modules, shape) for name in COMPONENTS]
+
+
+def make_stage(checkpoint: Checkpoint, name: str, modules: Mapping[str, nn.Module], shape: Shape) -> Stage:
+    """One stage, of the modules that COMPONENTS names."""
+    contract = make_contracts(checkpoint, shape)[name]
+    module: nn.Module
+    if name == "step":
+        module = Step(modules["unet"], shape, [spec.name for spec in contract.inputs])
+    elif name == "decode":
+        module = Decode(modules["vae"])
+    elif "text_encoder_2" in modules:
+        module = EncodeTwo(modules["text_encoder"], modules["text_encoder_2"])
     else:
-        encode = EncodeOne(modules.text_encoder)
-    latent_spec = TensorSpec("latent", latent, "float32", "noisy latent")
-    step_inputs = (
-        latent_spec,
-        TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"),
-        *conditioning,
-    )
-    if checkpoint.has_guidance_embedding:
-        step_inputs += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
-    step = Step(modules.unet, shape, [spec.name for spec in step_inputs])
-    prediction = TensorSpec(
-        "prediction", latent, "float32", f"the UNet's {checkpoint.scheduler.prediction_type}"
-    )
-    clean = TensorSpec("latent", latent, "float32", "clean latent, as the loop leaves it")
-    picture = TensorSpec("picture", (shape.batch, shape.height, shape.width, 3), "float32", "RGB, 0 to 1")
-    return [
-        Stage(StageContract("encode", tokens, conditioning), encode.eval()),
-        Stage(StageContract("step", step_inputs, (prediction,)), step.eval()),
-        Stage(StageContract("decode", (clean,), (picture,)), Decode(modules.vae).eval()),
-    ]
+        module = EncodeOne(modules["text_encoder"])
+    return Stage(contract, module.eval())
 
 
 class EncodeOne(nn.Module):

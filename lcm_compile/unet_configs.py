@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 SD15 = {
+    "in_channels": 4,
+    "out_channels": 4,
     "sample_size": 64,
     "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
     "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
@@ -17,6 +19,8 @@ SD15 = {
     "cross_attention_dim": 768,
 }
 SDXL = {
+    "in_channels": 4,
+    "out_channels": 4,
     "sample_size": 128,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],

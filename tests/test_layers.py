@@ -16,14 +16,17 @@ ROOT = Path(__file__).parent.parent
 
 # From the bottom up; a module may import its own layer and those below it.
 LAYERS = [
-    {"errors", "schema"},
+    {"errors", "schema", "cost"},
     {"spec", "targets", "families", "unet_configs", "model_configs", "scheduler", "noise", "demo.world"},
-    {"hub", "components", "architectures", "tensor_files"},
+    {"hub", "components", "tensor_files"},
+    {"architectures"},
     {"folders"},
     {"single_file"},
     {"lora_kinds", "lora_names"},
     {"lora_files"},
+    {"apart"},
     {"checkpoints", "lora", "store", "demo.model"},
+    {"contracts"},
     {"random_base", "original_layout", "original_names"},
     {"loading"},
     {"stages", "precision"},
@@ -35,7 +38,7 @@ LAYERS = [
     {"bundle", "tokens"},
     {"pipeline"},
     {"parity", "plan"},
-    {"lookup"},
+    {"lookup", "prepare"},
     {"compile", "doctor"},
     {"console", "images", "sheets"},
     {"grid", "benchmarks", "demo.training", "demo.pictures"},

@@ -29,7 +29,7 @@ def test_every_key_is_the_original_layouts_and_comes_back(family):
     written = {}
     with quiet_libraries():
         for name, config in models.items():
-            module = empty_module(name, config)
+            module = empty_module(Component(name, config))
             own = dict(original_weights(name, config, "text_encoder_2" in models, module))
             assert not written.keys() & own.keys()
             written |= own

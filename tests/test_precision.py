@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ def stages_of(checkpoint, change=lambda modules: None):
     opened = open_checkpoint(str(checkpoint))
     modules = load_modules(opened)
     change(modules)
-    return {stage.name: stage for stage in make_stages(opened, modules, Shape(1, 64, 64))}
+    return {stage.name: stage for stage in make_stages(opened, modules.named(), Shape(1, 64, 64))}
 
 
 def inputs_of(stage):
@@ -50,7 +52,7 @@ def test_plain_fp16_would_overflow_and_the_kept_layers_do_not(sdxl_checkpoint):
     assert max(max(pair) for pair in peaks.values()) > 65_504
     assert reference.std() > 0.01
 
-    plain = to_precision(stage.module, "fp16")(*inputs).numpy()
+    plain = to_precision(copy.deepcopy(stage.module), "fp16")(*inputs).numpy()
     assert snr_db(reference, plain) < STAGE_FLOORS["fp16"]
 
     kept = layers_over(stage.module, peaks)
@@ -124,7 +126,7 @@ def as_tuple(value):
 
 def test_size_ids_and_latent_scaling_stay_exact_in_half_precision(sdxl_checkpoint):
     opened = open_checkpoint(str(sdxl_checkpoint))
-    stages = {s.name: s for s in make_stages(opened, load_modules(opened), Shape(1, 1000, 1016))}
+    stages = {s.name: s for s in make_stages(opened, load_modules(opened).named(), Shape(1, 1000, 1016))}
     step = to_precision(stages["step"].module, "bf16")
     assert step.time_ids.tolist() == [[1000, 1016, 0, 0, 1000, 1016]]
     decode = to_precision(stages["decode"].module, "fp16")

@@ -20,7 +20,7 @@ from transformers import CLIPTextModel
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.architectures import empty_module
 from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.components import MODELS
+from lcm_compile.components import MODELS, Component
 from lcm_compile.errors import CheckpointError
 from lcm_compile.families import FAMILIES
 from lcm_compile.loading import load_modules
@@ -128,7 +128,9 @@ def write_full_size(family, path, **metadata):
     models = {name: config for name, config in COMPONENTS[family].items() if name != "scheduler"}
     shapes = {}
     for name, config in models.items():
-        weights = original_weights(name, config, "text_encoder_2" in models, empty_module(name, config))
+        weights = original_weights(
+            name, config, "text_encoder_2" in models, empty_module(Component(name, config))
+        )
         shapes |= {key: weight.shape for key, weight in weights}
     assert sorted(shapes) == sorted(original_keys(family))
     with path.open("wb") as file:
