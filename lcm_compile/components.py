@@ -32,6 +32,10 @@ class Component:
     folder: Path | None = None
     prefix: str = ""
 
+    @property
+    def location(self) -> str:
+        return str(self.folder or (self.files[0] if self.files else "random weights"))
+
     def content_files(self) -> list[Path]:
         return [*([self.folder / "config.json"] if self.folder else []), *self.files]
 

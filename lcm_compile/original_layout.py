@@ -62,6 +62,8 @@ def as_diffusers(component: Component, module: Any, weights: Weights) -> Weights
 
     if component.name == "unet":
         found = convert.convert_ldm_unet_checkpoint(weights, module.config)
+    elif component.name == "vae" and any(".mid_block." in key for key in weights):  # diffusers' names already
+        found = {key.removeprefix(component.prefix): tensor for key, tensor in weights.items()}
     elif component.name == "vae":
         found = convert.convert_ldm_vae_checkpoint(weights, module.config)
     elif component.prefix in (CLIP, CLIP_XL):

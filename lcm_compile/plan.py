@@ -24,6 +24,7 @@ from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
+from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
 
 REASONS_SHOWN = 8
 NAME_LENGTH = 40
@@ -97,6 +98,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         return {
             "base": str(self.checkpoint.location),
+            "vae": self.checkpoint.components["vae"].location,
             "architecture": self.checkpoint.architecture,
             "loras": [{"role": p.role, "path": str(p.path), "weight": p.spec.weight} for p in self.loras],
             "target": self.target.to_dict(),
@@ -118,11 +120,33 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
     if out is not None:
         check_destination(out)
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
+    checkpoint = open_base(spec, half=precision == "fp16")
+    if spec.vae or precision != "fp16" or not overflows(checkpoint):
+        return settle(spec, checkpoint, target, precision, out, force)
+    # The hub is asked for the fixed VAE when there is something to build, and not for a hit.
+    fixed = with_fixed_vae(checkpoint)
+    if fixed is None:
+        plan = settle(spec, checkpoint, target, precision, out, force)
+        if plan.hit:
+            return plan
+        reason = download_fixed_vae()
+        fixed = with_fixed_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")
+    return settle(spec, fixed, target, precision, out, force)
+
+
+def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
+    """The base that a spec names, with its VAE if it names one."""
     seed = spec.random_seed
     if seed is None:
-        checkpoint = open_checkpoint(spec.base, spec.config, half=precision == "fp16")
+        checkpoint = open_checkpoint(spec.base, spec.config, half)
     else:
         checkpoint = open_random(spec.base, seed)
+    return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
+
+
+def settle(
+    spec: BuildSpec, checkpoint: Checkpoint, target: GpuTarget, precision: str, out: Path | None, force: bool
+) -> Plan:
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)

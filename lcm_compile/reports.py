@@ -17,6 +17,7 @@ from lcm_compile.plan import Plan
 def print_plan(plan: Plan) -> None:
     rows = [
         ("base", f"{plan.checkpoint.location} ({plan.checkpoint.architecture})"),
+        ("vae", plan.checkpoint.components["vae"].location),
         *((f"{p.role} LoRA", f"{p.path} × {p.spec.weight:g}") for p in plan.loras),
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", plan.backend_name),

@@ -87,6 +87,7 @@ class BuildSpec:
     backend: str = "auto"
     weights: str | None = None
     config: str | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         if self.no_lcm and self.lcm_lora:
@@ -118,6 +119,8 @@ class BuildSpec:
             words += ["--weights", self.weights]
         if self.config:
             words += ["--config", self.config]
+        if self.vae:
+            words += ["--vae", self.vae]
         if self.lcm_lora:
             words += ["--lcm-lora", str(self.lcm_lora)]
         if self.no_lcm:

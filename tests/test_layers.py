@@ -26,6 +26,7 @@ LAYERS = [
     {"lora_files"},
     {"apart"},
     {"checkpoints", "lora", "store", "demo.model"},
+    {"vae"},
     {"contracts"},
     {"random_base", "original_layout", "original_names"},
     {"loading"},

@@ -19,6 +19,7 @@ from lcm_compile.commands.options import json_option, quiet_option
 @click.option("--gpu", required=True, metavar="TARGET", help="See lcm-compile targets.")
 @click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture.")
 @click.option("--config", metavar="DIR", help="Settings and tokenizers of a base that is one file.")
+@click.option("--vae", metavar="VAE", help="In place of the base's: a hub id, a folder or a file.")
 @click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own.")
 @click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already.")
 @click.option("--lora", "loras", multiple=True, metavar="PATH[:W]", help="A style LoRA; may be repeated.")
@@ -37,6 +38,7 @@ def build(
     gpu: str,
     weights: str | None,
     config: str | None,
+    vae: str | None,
     lcm_lora: str | None,
     no_lcm: bool,
     loras: tuple[str, ...],
@@ -71,9 +73,10 @@ def build(
         backend=backend,
         weights=weights,
         config=config,
+        vae=vae,
     )
     plan = make_plan(spec, out, force)
-    for told in plan.checkpoint.notes:
+    for told in () if plan.hit else plan.checkpoint.notes:
         note(told, quiet)
     if dry_run:
         if as_json:
