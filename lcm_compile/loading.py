@@ -91,18 +91,18 @@ def quiet_libraries() -> Iterator[None]:
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 
-    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    diffusers_log.set_verbosity_error()
-    diffusers_log.disable_progress_bar()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
+    libraries = (diffusers_log, transformers_log)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in libraries]
+    for log in libraries:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_log.set_verbosity(before[0])
-        diffusers_log.enable_progress_bar()
-        transformers_log.set_verbosity(before[1])
-        transformers_log.enable_progress_bar()
+        for log, (verbosity, bars) in zip(libraries, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 @dataclass(frozen=True)

@@ -67,25 +67,15 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
 
 
 def stand_in_tokenizer(vocabulary: int) -> str:
-    """A tokenizer for where CLIP's can't be had: every byte is a token, and the last two ids are CLIP's ends.
+    """CLIP's tokenizer without its merges, for where those can't be had: every byte is a token.
 
-    As one `tokenizers` JSON. Texts differ by it, which is all that random weights can tell apart.
+    As one `tokenizers` JSON; the last two ids are CLIP's ends. Texts differ by it, which is all that random
+    weights can tell apart.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    ids = {token: i for i, token in enumerate(alphabet)} | {start: vocabulary - 2, end: vocabulary - 1}
-    tokenizer = Tokenizer(models.BPE(ids, [], unk_token=end))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\s+"), behavior="removed"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, ids[end]), (start, ids[start]), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer.to_str()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    ids |= {"<|startoftext|>": vocabulary - 2, "<|endoftext|>": vocabulary - 1}
+    return str(CLIPTokenizer(vocab=ids, merges=[]).backend_tokenizer.to_str())
