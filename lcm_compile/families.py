@@ -80,6 +80,44 @@ FAMILIES: dict[str, Family] = {
             "Stable Diffusion 2.1, v prediction, 768×768; has no published LCM-LoRA",
             {"cross_attention_dim": 1024, "block_out_channels": [320, 640, 1280, 1280]},
         ),
+        # Full LCMs (Luo et al. 2023): UNets that are told the guidance scale, and take no LCM-LoRA.
+        Family(
+            "lcm-sdxl",
+            "latent-consistency/lcm-sdxl",
+            None,
+            "Stable Diffusion XL as a full LCM, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "transformer_layers_per_block": [1, 2, 10],
+                "block_out_channels": [320, 640, 1280],
+                "time_cond_proj_dim": 256,
+            },
+            others="stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        Family(
+            "lcm-ssd-1b",
+            "latent-consistency/lcm-ssd-1b",
+            None,
+            "Segmind Stable Diffusion 1B as a full LCM, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "mid_block_type": "UNetMidBlock2D",
+                "block_out_channels": [320, 640, 1280],
+                "time_cond_proj_dim": 256,
+            },
+            others="segmind/SSD-1B",
+        ),
+        Family(
+            "lcm-dreamshaper",
+            "SimianLuo/LCM_Dreamshaper_v7",
+            None,
+            "Dreamshaper 7, a Stable Diffusion 1.5, as a full LCM, 768×768",
+            {
+                "cross_attention_dim": 768,
+                "block_out_channels": [320, 640, 1280, 1280],
+                "time_cond_proj_dim": 256,
+            },
+        ),
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,10 @@ def fetch(repository: str, files: Files, revision: str | None = None) -> Path:
     hub nor the cache has it.
     """
     from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     info, reason = None, ""
     # The client raises what its HTTP library does, which is another one in each of its major versions.
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,15 @@ import click
 
 
 def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--quiet", is_flag=True, help="No progress and no hints.")(command)
+    option = click.option("--quiet", is_flag=True, callback=be_quiet, help="No progress and no hints.")
+    return option(command)
+
+
+def be_quiet(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
+    """Said to the hub's client as well, which reads it when it is first imported."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return quiet
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:

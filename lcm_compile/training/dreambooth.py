@@ -232,6 +232,11 @@ def open_pipeline(checkpoint: Checkpoint, machine: Machine) -> Any:
     """diffusers' pipeline of a base, with its own scheduler and no safety checker."""
     from diffusers import DiffusionPipeline
 
+    if any(c.folder != checkpoint.folder / name for name, c in checkpoint.components.items()):
+        raise CheckpointError(
+            f"prior pictures are drawn by diffusers, from a whole folder, and {checkpoint.base} is none",
+            f"lcm-compile fuse --base {checkpoint.base} --no-lcm --out FOLDER makes one",
+        )
     options: dict[str, Any] = {} if checkpoint.architecture == "sdxl" else {"safety_checker": None}
     with quiet_libraries():
         pipe = DiffusionPipeline.from_pretrained(
