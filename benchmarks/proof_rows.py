@@ -23,7 +23,7 @@ from lcm_compile.pipeline import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")
-TOGETHER = (1.1, 0.6)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the prompts for tuning
+TOGETHER = (1.1, 0.7)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the prompts for tuning
 STYLE_STRENGTHS, LCM_STRENGTHS = (0.0, 0.6, 0.9, 1.2, 1.5), (0.0, 0.3, 0.6, 1.0)  # of the style's grid
 GRID_COUNT = 40  # pictures in a cell of that grid
 GUIDANCE = 3.0  # of the base, which is at its best with it
