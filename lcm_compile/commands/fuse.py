@@ -26,4 +26,5 @@ def fuse(out: Path, precision: str, quiet: bool, **base: Any) -> None:
     with Parts(quiet) as parts:
         write_fused(BuildSpec(**base_settings(**base)), out, precision, parts)
     print(out)
-    note(f"lcm-compile build --base {out} --no-lcm --gpu … builds it", quiet)
+    # The whole path: a bare name may be a family's.
+    note(f"lcm-compile build --base {out.resolve()} --no-lcm --gpu … builds it", quiet)
