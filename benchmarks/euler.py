@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from lcm_compile.bundle import EngineBundle
-from lcm_compile.checkpoints import find_base
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.noise import TorchNoise
 from lcm_compile.pipeline import LcmPipeline, Request
 
@@ -18,7 +18,7 @@ Draw = Callable[[Request], np.ndarray]
 
 def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
     """Draws a picture (height, width, 3), float32 in 0…1, with the base's own scheduler as diffusers does."""
-    config = find_base(bundle.manifest.spec.base) / "scheduler"
+    config = dict(open_checkpoint(bundle.manifest.spec.base).scheduler_config)
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
@@ -28,7 +28,7 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
         return torch.from_numpy(step.to_host(step({**device, **conditioning})["prediction"]) + 0)
 
     def draw(request: Request) -> np.ndarray:
-        scheduler = EulerDiscreteScheduler.from_pretrained(config)
+        scheduler = EulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(request.steps)
         conditioning, _ = pipeline.encode(request.prompt)
         unconditional = pipeline.encode_negative(request.negative_prompt, conditioning)

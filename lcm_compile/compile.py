@@ -202,7 +202,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         figures["picture"] = Parity(db, parity.picture_floor(plan.precisions.values()), told_check(plan))
     parity.require(figures)
     return ExportManifest(
-        name=plan.name,
+        name=plan.checkpoint.name,
         spec=plan.spec,
         key=plan.key,
         architecture=plan.checkpoint.architecture,

@@ -17,8 +17,9 @@ SAMPLE_PROMPT = "a photograph of an astronaut riding a horse"
 class Family:
     """`base` and `lcm_lora` are hub ids, or paths for the model that comes with the package.
 
-    `signature` holds the UNet settings that no other family shares. `sample_prompt` is what `run` draws
-    when it is given none, and what parity is measured on.
+    `signature` holds the UNet settings that tell the family; where two match, the longer one counts.
+    `sample_prompt` is what `run` draws when it is given none, and what parity is measured on. Where `base` is
+    a UNet alone, `others` is the checkpoint whose other models go with it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Family:
     description: str
     signature: Mapping[str, Any]
     sample_prompt: str = SAMPLE_PROMPT
+    others: str | None = None
 
 
 LCM_LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -78,6 +80,44 @@ FAMILIES: dict[str, Family] = {
             "Stable Diffusion 2.1, v prediction, 768×768; has no published LCM-LoRA",
             {"cross_attention_dim": 1024, "block_out_channels": [320, 640, 1280, 1280]},
         ),
+        # Full LCMs (Luo et al. 2023): UNets that are told the guidance scale, and take no LCM-LoRA.
+        Family(
+            "lcm-sdxl",
+            "latent-consistency/lcm-sdxl",
+            None,
+            "Stable Diffusion XL as a full LCM, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "transformer_layers_per_block": [1, 2, 10],
+                "block_out_channels": [320, 640, 1280],
+                "time_cond_proj_dim": 256,
+            },
+            others="stabilityai/stable-diffusion-xl-base-1.0",
+        ),
+        Family(
+            "lcm-ssd-1b",
+            "latent-consistency/lcm-ssd-1b",
+            None,
+            "Segmind Stable Diffusion 1B as a full LCM, 1024×1024",
+            {
+                "cross_attention_dim": 2048,
+                "mid_block_type": "UNetMidBlock2D",
+                "block_out_channels": [320, 640, 1280],
+                "time_cond_proj_dim": 256,
+            },
+            others="segmind/SSD-1B",
+        ),
+        Family(
+            "lcm-dreamshaper",
+            "SimianLuo/LCM_Dreamshaper_v7",
+            None,
+            "Dreamshaper 7, a Stable Diffusion 1.5, as a full LCM, 768×768",
+            {
+                "cross_attention_dim": 768,
+                "block_out_channels": [320, 640, 1280, 1280],
+                "time_cond_proj_dim": 256,
+            },
+        ),
     )
 }
 
@@ -89,6 +129,6 @@ def detect_family(unet_config: Mapping[str, Any]) -> Family | None:
     """The family whose signature this UNet has, or None."""
 
     def matches(family: Family) -> bool:
-        return bool(family.signature) and all(unet_config.get(k) == v for k, v in family.signature.items())
+        return all(unet_config.get(key) == value for key, value in family.signature.items())
 
-    return next((family for family in FAMILIES.values() if matches(family)), None)
+    return max(filter(matches, FAMILIES.values()), key=lambda family: len(family.signature), default=None)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.components import Checkpoint, Component
 from lcm_compile.errors import CheckpointError
 from lcm_compile.hub import first_line
+from lcm_compile.original_layout import component_in_file
 from lcm_compile.random_base import random_component, stand_in_tokenizer
 
 if TYPE_CHECKING:
@@ -36,48 +38,48 @@ def load_modules(checkpoint: Checkpoint) -> Modules:
 
 def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """One component in fp32. CheckpointError where its weights are damaged or don't fit the config."""
-    if checkpoint.random_seed is not None:
-        with quiet_libraries():
+    component = checkpoint.components[name]
+    with quiet_libraries():
+        if component.folder:
+            module = stored_component(component, component.folder)
+        elif component.files:
+            module = component_in_file(component)
+        else:
             module = random_component(checkpoint, name)
-    else:
-        module = stored_component(checkpoint, name)
     return module.eval().requires_grad_(False)
 
 
-def stored_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+def stored_component(component: Component, folder: Path) -> torch.nn.Module:
+    """From a diffusers folder of one model."""
     import torch
 
-    component = checkpoint.components[name]
     options: dict[str, Any] = {
-        "subfolder": name,
         "variant": component.variant,
         "use_safetensors": True,
         "local_files_only": True,
         "output_loading_info": True,
     }
-    with quiet_libraries():
-        try:
-            if name in ("unet", "vae"):
-                import diffusers
+    try:
+        if component.name in ("unet", "vae"):
+            import diffusers
 
-                kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-                module, info = kind.from_pretrained(checkpoint.folder, torch_dtype=torch.float32, **options)
-            else:
-                import transformers
+            kind = diffusers.UNet2DConditionModel if component.name == "unet" else diffusers.AutoencoderKL
+            module, info = kind.from_pretrained(folder, torch_dtype=torch.float32, **options)
+        else:
+            import transformers
 
-                text_kind: Any = transformers.CLIPTextModel
-                if name == "text_encoder_2":
-                    text_kind = transformers.CLIPTextModelWithProjection
-                module, info = text_kind.from_pretrained(checkpoint.folder, dtype=torch.float32, **options)
-        except Exception as error:
-            raise CheckpointError(
-                f"{checkpoint.folder / name} can't be loaded: {first_line(error)}",
-                "download the checkpoint again",
-            ) from error
+            text_kind: Any = transformers.CLIPTextModel
+            if component.name == "text_encoder_2":
+                text_kind = transformers.CLIPTextModelWithProjection
+            module, info = text_kind.from_pretrained(folder, dtype=torch.float32, **options)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder} can't be loaded: {first_line(error)}", "download the checkpoint again"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
-            f"{checkpoint.folder / name} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
+            f"{folder} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
             "download the checkpoint again",
         )
     return module
@@ -89,18 +91,18 @@ def quiet_libraries() -> Iterator[None]:
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 
-    before = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    diffusers_log.set_verbosity_error()
-    diffusers_log.disable_progress_bar()
-    transformers_log.set_verbosity_error()
-    transformers_log.disable_progress_bar()
+    libraries = (diffusers_log, transformers_log)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in libraries]
+    for log in libraries:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        diffusers_log.set_verbosity(before[0])
-        diffusers_log.enable_progress_bar()
-        transformers_log.set_verbosity(before[1])
-        transformers_log.enable_progress_bar()
+        for log, (verbosity, bars) in zip(libraries, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 @dataclass(frozen=True)

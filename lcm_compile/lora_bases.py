@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from lcm_compile.empty_models import empty_modules
+from lcm_compile.architectures import empty_module
+from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.components import Component
 from lcm_compile.families import FAMILIES
 from lcm_compile.lora_files import Lora
 from lcm_compile.lora_match import Match, match
+from lcm_compile.model_configs import COMPONENTS
 
 
 @dataclass(frozen=True)
@@ -29,13 +33,22 @@ def fits(lora: Lora) -> list[Fit]:
     """
     components = {layer.component for layer in lora.layers}
     found = []
-    for family in FAMILIES:
+    for family in ("demo", *COMPONENTS):
         modules = empty_modules(family, components)
         matched = match(lora, modules)
         if matched.pairs:
             there = {name for name, _ in modules["unet"].named_modules()} if "unet" in modules else set()
             found.append(Fit(family, matched, is_complete(matched, there)))
     return sorted(found, key=lambda fit: (-fit.match.keys, not fit.complete))
+
+
+def empty_modules(family: str, names: Collection[str]) -> dict[str, Any]:
+    """Those of a family's models that are named, without weights; needs no download."""
+    if family in COMPONENTS:
+        configs = COMPONENTS[family]
+    else:
+        configs = {c.name: c.config for c in open_checkpoint(family).components.values()}
+    return {name: empty_module(Component(name, config)) for name, config in configs.items() if name in names}
 
 
 def is_complete(matched: Match, there: set[str]) -> bool:

@@ -19,7 +19,6 @@ from lcm_compile.engines import Backend, choose_backend, find_backend, installed
 from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
-from lcm_compile.families import FAMILIES
 from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.lora_folders import lora_files_of
@@ -28,6 +27,7 @@ from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
+from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
 
 NAME_LENGTH = 40
 LARGE_BYTES = 1 << 30
@@ -76,11 +76,6 @@ class ExportPlan:
             return self.shape
         return Shape(1, side, side)
 
-    @property
-    def name(self) -> str:
-        name = self.checkpoint.folder.resolve().name
-        return self.spec.base if self.spec.base in FAMILIES else name
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -114,7 +109,8 @@ class Plan:
             {}
             if export is None
             else {
-                "base": str(export.checkpoint.folder),
+                "base": str(export.checkpoint.location),
+                "vae": export.checkpoint.components["vae"].location,
                 "architecture": export.checkpoint.architecture,
                 "loras": [
                     {
@@ -148,23 +144,48 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         find_backend(spec.backend)
     if out is not None:
         check_destination(out)
-    seed = spec.random_seed
-    checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
     chosen = settle_backend(spec, target, precision)
     backend = find_backend(chosen[0])
-    engine_runs = backend.cannot_run(target) is None
-    export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
-    return finish_plan(spec, export, export.key, export.name, target, chosen, out, force)
+
+    def settle(checkpoint: Checkpoint) -> Plan:
+        engine_runs = backend.cannot_run(target) is None
+        export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
+        return finish_plan(spec, export, export.key, checkpoint.name, target, chosen, out, force)
+
+    checkpoint = open_base(spec, half=precision == "fp16")
+    if spec.vae or precision != "fp16" or not overflows(checkpoint):
+        return settle(checkpoint)
+    # The hub is asked for the fixed VAE when there is something to build, and not for a hit.
+    if with_fixed_vae(checkpoint) is None and (plan := settle(checkpoint)).hit:
+        return plan
+    return settle(with_safe_vae(checkpoint))
+
+
+def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
+    """The base that a spec names, with its VAE if it names one."""
+    seed = spec.random_seed
+    if seed is None:
+        checkpoint = open_checkpoint(spec.base, spec.config, half)
+    else:
+        checkpoint = open_random(spec.base, seed)
+    return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
+
+
+def with_safe_vae(checkpoint: Checkpoint) -> Checkpoint:
+    """With the VAE that fp16 does not overflow; where it can't be had, with a note that it was not."""
+    reason = None if with_fixed_vae(checkpoint) else download_fixed_vae()
+    return with_fixed_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")
 
 
 def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     """Settles an export, whatever target its graphs are for; errors as make_plan's."""
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
-    seed = spec.random_seed
-    checkpoint = open_checkpoint(spec.base) if seed is None else open_random(spec.base, seed)
     precision = spec.precision if spec.precision != "auto" else "fp16"
+    checkpoint = open_base(spec, half=precision == "fp16")
+    if precision == "fp16" and not spec.vae and overflows(checkpoint):
+        checkpoint = with_safe_vae(checkpoint)
     return plan_export(spec, checkpoint, precision, graph_format, engine_runs=False)
 
 

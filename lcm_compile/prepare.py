@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lcm_compile import parity
+from lcm_compile.architectures import empty_module
 from lcm_compile.bundle import PipelineSettings
 from lcm_compile.contracts import COMPONENTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
@@ -14,7 +15,6 @@ from lcm_compile.lora import LoraProvenance, check_loras, merge_loras, read_lora
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision
-from lcm_compile.random_base import empty_module
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import make_stage
 
@@ -39,7 +39,7 @@ class Prepared:
 
 def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
     """How each LoRA goes into the base, by shapes alone, before weights are read. LoraError if it can't."""
-    modules = {name: empty_module(plan.checkpoint, name) for name in plan.checkpoint.components}
+    modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
     return check_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
 
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lcm_compile.checkpoints import Checkpoint, Component
-from lcm_compile.errors import CheckpointError, unknown_name
+from lcm_compile.architectures import empty_module
+from lcm_compile.components import Checkpoint, Component
+from lcm_compile.errors import unknown_name
 from lcm_compile.families import FAMILIES
-from lcm_compile.hub import fetch, first_line
+from lcm_compile.hub import fetch
 from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.single_file import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
 NOISE = 0.02
 
 
@@ -32,12 +31,12 @@ def open_random(base: str, seed: int) -> Checkpoint:
         raise unknown_name("family for random weights", base, COMPONENTS, "give one of them to --base")
     family = FAMILIES[base]
     configs = dict(COMPONENTS[base])
-    scheduler = SchedulerSettings.from_dict(configs.pop("scheduler"))
+    scheduler = configs.pop("scheduler")
     try:
         folder = fetch(family.base, TOKENIZER_FILES)
     except ConnectionError:
         folder = Path(f"{base}-random")  # stand-in tokenizers, see below
-    components = {name: Component(name, config, (), None) for name, config in configs.items()}
+    components = {name: Component(name, config) for name, config in configs.items()}
     return Checkpoint(
         base, folder, family, components, scheduler, "text_encoder_2" in components, random_seed=seed
     )
@@ -50,7 +49,7 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """
     import torch
 
-    module = empty_module(checkpoint, name)
+    module = empty_module(checkpoint.components[name])
     norms = (torch.nn.LayerNorm, torch.nn.GroupNorm)
     scales = {f"{key}.weight" for key, sub in module.named_modules() if isinstance(sub, norms)}
     weights = {}
@@ -67,54 +66,16 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     return module
 
 
-def empty_module(checkpoint: Checkpoint, name: str) -> Any:
-    """A component whose parameters have shapes but no memory. CheckpointError for a senseless config."""
-    from accelerate import init_empty_weights
-
-    try:
-        with init_empty_weights():
-            return module_of(name, checkpoint.components[name].config)
-    except Exception as error:  # the libraries raise whatever their constructors meet
-        raise CheckpointError(
-            f"{checkpoint.folder / name}/config.json can't be used: {first_line(error)}",
-            "download the checkpoint again",
-        ) from error
-
-
-def module_of(name: str, config: Mapping[str, Any]) -> Any:
-    if name in ("unet", "vae"):
-        import diffusers
-
-        kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
-        return kind.from_config(config)
-    import transformers
-
-    settings = transformers.CLIPTextConfig(**config)
-    if name == "text_encoder_2":
-        return transformers.CLIPTextModelWithProjection(settings)
-    return transformers.CLIPTextModel(settings)
-
-
 def stand_in_tokenizer(vocabulary: int) -> str:
-    """A tokenizer for where CLIP's can't be had: every byte is a token, and the last two ids are CLIP's ends.
+    """CLIP's tokenizer without its merges, for where those can't be had: every byte is a token.
 
-    As one `tokenizers` JSON. Texts differ by it, which is all that random weights can tell apart.
+    As one `tokenizers` JSON; the last two ids are CLIP's ends. Texts differ by it, which is all that random
+    weights can tell apart.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import pre_tokenizers
+    from transformers import CLIPTokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    start, end = "<|startoftext|>", "<|endoftext|>"
-    ids = {token: i for i, token in enumerate(alphabet)} | {start: vocabulary - 2, end: vocabulary - 1}
-    tokenizer = Tokenizer(models.BPE(ids, [], unk_token=end))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\s+"), behavior="removed"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.RobertaProcessing(
-        (end, ids[end]), (start, ids[start]), trim_offsets=False, add_prefix_space=False
-    )
-    return tokenizer.to_str()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters)])}
+    ids |= {"<|startoftext|>": vocabulary - 2, "<|endoftext|>": vocabulary - 1}
+    return str(CLIPTokenizer(vocab=ids, merges=[]).backend_tokenizer.to_str())

@@ -20,7 +20,8 @@ def print_plan(plan: Plan) -> None:
         []
         if export is None
         else [
-            ("base", f"{export.checkpoint.folder} ({export.checkpoint.architecture})"),
+            ("base", f"{export.checkpoint.location} ({export.checkpoint.architecture})"),
+            ("vae", export.checkpoint.components["vae"].location),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
@@ -120,7 +121,7 @@ def listed(names: Mapping[str, Any]) -> str:
 def describe_demo() -> dict[str, Any]:
     checkpoint = open_checkpoint("demo")
     lora = Path(FAMILIES["demo"].lcm_lora or "")
-    files = [*checkpoint.content_files(), lora, DEMO_STYLE]
+    files = [*checkpoint.content_files().values(), lora, DEMO_STYLE]
     return {
         "checkpoint": str(checkpoint.folder),
         "lcm_lora": str(lora),

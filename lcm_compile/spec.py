@@ -150,10 +150,14 @@ class BuildSpec:
     precision: str = "auto"
     backend: str = "auto"
     weights: str | None = None
+    config: str | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         if self.no_lcm and self.lcm_lora:
             raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
+        if self.weights and self.config:
+            raise UsageError("--weights and --config exclude each other", "drop one of the two")
         if self.precision != "auto" and self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, ("auto", *PRECISIONS))
         self.random_seed  # noqa: B018 - checks `weights`
@@ -177,6 +181,10 @@ class BuildSpec:
         words = ["lcm-compile", "build", "--base", self.base, "--gpu", self.gpu]
         if self.weights:
             words += ["--weights", self.weights]
+        if self.config:
+            words += ["--config", self.config]
+        if self.vae:
+            words += ["--vae", self.vae]
         if self.lcm_lora:
             words += ["--lcm-lora", str(self.lcm_lora)]
         if self.no_lcm:

@@ -1,7 +1,6 @@
-"""The UNets and text encoders of the families, as their checkpoints configure them: what differs from the
-libraries' defaults.
+"""The UNets of the families, as their checkpoints configure them: what differs from diffusers' defaults.
 
-They tell a model's size and shapes before it is downloaded.
+They tell a UNet's size and shapes before it is downloaded.
 """
 
 from __future__ import annotations
@@ -51,16 +50,4 @@ UNETS: dict[str, Mapping[str, Any]] = {
         "cross_attention_dim": 1024,
         "use_linear_projection": True,
     },
-}
-
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
-OPENCLIP_BIGG = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32}
-OPENCLIP_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23}
-
-# Their shapes alone: a head's width makes none.
-TEXT_ENCODERS: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    "sdxl": {"text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_BIGG},
-    "ssd-1b": {"text_encoder": CLIP_L, "text_encoder_2": OPENCLIP_BIGG},
-    "sd15": {"text_encoder": CLIP_L},
-    "sd21": {"text_encoder": OPENCLIP_H},
 }

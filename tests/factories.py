@@ -228,3 +228,18 @@ def write_lora(
             key = f"{component}.{name}"
             tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
     return save_tensors(tensors, path)
+
+
+def write_original(pipe, path: Path, precision: str = "fp32", **extra: torch.Tensor) -> Path:
+    """A pipeline as one file in the original layout; `extra`: more tensors, under any key."""
+    from lcm_compile.components import MODELS
+    from lcm_compile.original_names import original_weights
+
+    models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name, None) is not None}
+    tensors = dict(extra)
+    for name, module in models.items():
+        config = getattr(module, "config", None)
+        config = config if isinstance(config, Mapping) else config.to_dict()
+        tensors |= original_weights(name, config, "text_encoder_2" in models, module)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
+    return save_tensors({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, path)

@@ -43,7 +43,7 @@ def test_an_empty_folder(refuse, base):
 def test_a_file(refuse, base):
     shutil.rmtree(base)
     base.write_text("weights")
-    refuse([base, "is a file"])
+    refuse([base, "no whole safetensors file"])
 
 
 def test_of_another_kind(refuse, base):

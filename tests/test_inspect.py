@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.empty_models import empty_modules
 from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.loading import load_modules
+from lcm_compile.lora_bases import empty_modules
 from lcm_compile.lora_names import original_name, original_names
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.2")

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from lcm_compile.commands.options import json_option, quiet_option
-
-if TYPE_CHECKING:
-    from lcm_compile.spec import BuildSpec
+from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a model is made of and how its graphs are shaped."""
-    options = [
-        click.option("--weights", metavar="random[:SEED]", help="Random weights of a family's architecture."),
-        click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
-        click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
-        click.option(
-            "--lora", "loras", multiple=True, metavar="FILE|ID[:W][@PART=W,…]", help="A style; repeatable."
-        ),
-        click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
-        click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
-        click.option(
-            "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
-        ),
-        click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16."),
-    ]
-    for option in reversed(options):
+def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model's graphs are shaped."""
+    for option in reversed(
+        (
+            click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
+            click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
+            click.option(
+                "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
+            ),
+            click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16."),
+        )
+    ):
         command = option(command)
     return command
 
 
 @click.command()
-@click.option("--base", metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
+@base_options
 @click.option("--from", "graphs", type=click.Path(path_type=Path), help="An export, instead of --base.")
 @click.option(
     "--gpu",
@@ -46,7 +38,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="TARGET",
     help="See lcm-compile targets; repeatable.",
 )
-@model_options
+@shape_options
 @click.option("--backend", default="auto", show_default=True, help="auto, or one of lcm-compile doctor.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle; default: the store.")
 @click.option("--force", is_flag=True, help="Build even if this very bundle exists.")
@@ -56,7 +48,6 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.pass_context
 def build(
     context: click.Context,
-    base: str | None,
     graphs: Path | None,
     gpus: tuple[str, ...],
     backend: str,
@@ -76,10 +67,9 @@ def build(
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
+    from lcm_compile.spec import BuildSpec
     from lcm_compile.targets import find_target
 
-    if (base is None) == (graphs is None):
-        raise click.UsageError("give one of --base and --from")
     names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
     # With several targets, --out is the folder of their bundles' folders.
     outs = [out / name if out is not None and len(names) > 1 else out for name in names]
@@ -87,7 +77,7 @@ def build(
         refuse_model_options(context)
         plans = [make_plan_from(graphs, n, backend, o, force) for n, o in zip(names, outs, strict=True)]
     else:
-        specs = [spec_of(str(base), name, backend, **model) for name in names]
+        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
         plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
     if dry_run:
         if as_json:
@@ -96,6 +86,9 @@ def build(
         for plan in plans:
             print_plan(plan)
         return
+    lead = plans[0]
+    for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:
+        note(remark, quiet)
     for plan in plans:
         note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
         if plan.passed_over and not plan.hit:
@@ -126,21 +119,6 @@ def build(
         note(f"built in {parts.seconds:.1f} s; {told_parity(built[0].manifest.parity)}", quiet)
 
 
-def spec_of(
-    base: str, gpu: str, backend: str, lcm_lora: str | None, loras: Sequence[str], **model: Any
-) -> BuildSpec:
-    from lcm_compile.spec import BuildSpec, LoraSpec
-
-    return BuildSpec(
-        base=base,
-        gpu=gpu,
-        backend=backend,
-        lcm_lora=LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
-        loras=tuple(LoraSpec.parse(lora) for lora in loras),
-        **model,
-    )
-
-
 def refuse_model_options(context: click.Context) -> None:
     """UsageError for an option that an export has settled already."""
     free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
@@ -148,19 +126,21 @@ def refuse_model_options(context: click.Context) -> None:
         name = str(parameter.name)
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if given and name not in free:
-            raise click.UsageError(f"{parameter.opts[0]} is settled by the export given to --from")
+            raise click.UsageError(
+                f"{parameter.opts[0]} and --from can't be given together: the export has settled it"
+            )
 
 
 @click.command()
-@click.option("--base", required=True, metavar="BASE", help="demo, a family (sdxl, sd15, …) or a folder.")
-@model_options
+@base_options
+@shape_options
 @click.option(
     "--format", "graph_format", default="onnx", show_default=True, help="onnx, torchscript or torch_export."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
 @json_option
 @quiet_option
-def export(base: str, graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
+def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
     """Write a model's graphs, for build --from on another machine.
 
     A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
@@ -169,8 +149,9 @@ def export(base: str, graph_format: str, out: Path, as_json: bool, quiet: bool, 
     from lcm_compile.compile import export as export_graphs
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.reports import told_parity
+    from lcm_compile.spec import BuildSpec
 
-    spec = spec_of(base, "cpu", "auto", **model)
+    spec = BuildSpec(**base_settings(**model))
     with Parts(quiet) as parts:
         manifest = export_graphs(spec, out, graph_format, report=parts)
     if as_json:

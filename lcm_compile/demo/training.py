@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_compile.demo.world import DAY, Look, caption, render, sample_scene
-from lcm_compile.training.files import replacing
+from lcm_compile.files import replacing
 
 SIDE = 64  # pixels
 SHARD = 4096  # scenes in one file of the latent pool

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.files import replacing
 from lcm_compile.training.consistency import Conditioning, Predict
-from lcm_compile.training.files import replacing
 from lcm_compile.training.loop import Weights
 from lcm_compile.training.spec import Machine, TrainSpec
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lcm_compile.architectures import empty_unet
 from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.empty_models import empty_unet
 from lcm_compile.training.full import with_guidance
 from lcm_compile.unet_configs import UNETS
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lcm_compile.checkpoints import Checkpoint, open_checkpoint
 from lcm_compile.errors import CheckpointError, UsageError
+from lcm_compile.files import check_out, check_space
 from lcm_compile.loading import load_component
 from lcm_compile.stages import guidance_embedding
 from lcm_compile.training.adapters import (
@@ -36,7 +37,6 @@ from lcm_compile.training.adapters import (
 from lcm_compile.training.consistency import Conditioning, Predict, Solver, distillation_loss
 from lcm_compile.training.data import DEMO, NOISE, Data, generator, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, with_no_prompt
-from lcm_compile.training.files import check_out, check_space
 from lcm_compile.training.full import save_checkpoint, student_of
 from lcm_compile.training.loop import Progress, RunningMean, Weights, copy_of, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, at_least_one, find_machine

@@ -20,6 +20,7 @@ from torch.nn.functional import mse_loss
 
 from lcm_compile.checkpoints import Checkpoint, open_checkpoint
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
+from lcm_compile.files import check_out, check_space, replacing
 from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.spec import user_path
 from lcm_compile.training.adapters import (
@@ -36,7 +37,6 @@ from lcm_compile.training.adapters import (
 from lcm_compile.training.consistency import Conditioning, Predict, Solver, add_noise, per_picture
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, Data, generator, list_pictures, open_data
 from lcm_compile.training.encode import Encoded, Encoder, encoded, join
-from lcm_compile.training.files import check_out, check_space, replacing
 from lcm_compile.training.loop import Progress, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, find_machine
 from lcm_compile.training.state import State, check_state, open_state, settings_of
@@ -232,6 +232,11 @@ def open_pipeline(checkpoint: Checkpoint, machine: Machine) -> Any:
     """diffusers' pipeline of a base, with its own scheduler and no safety checker."""
     from diffusers import DiffusionPipeline
 
+    if any(c.folder != checkpoint.folder / name for name, c in checkpoint.components.items()):
+        raise CheckpointError(
+            f"prior pictures are drawn by diffusers, from a whole folder, and {checkpoint.base} is none",
+            f"lcm-compile fuse --base {checkpoint.base} --no-lcm --out FOLDER makes one",
+        )
     options: dict[str, Any] = {} if checkpoint.architecture == "sdxl" else {"safety_checker": None}
     with quiet_libraries():
         pipe = DiffusionPipeline.from_pretrained(

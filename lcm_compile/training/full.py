@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 
-from lcm_compile.checkpoints import Checkpoint, read_json
-from lcm_compile.empty_models import empty_unet
-from lcm_compile.loading import quiet_libraries
-from lcm_compile.training.files import replacing
+from lcm_compile.architectures import empty_unet
+from lcm_compile.components import Checkpoint
+from lcm_compile.files import replacing
+from lcm_compile.loading import load_component, quiet_libraries
+from lcm_compile.pipeline_folder import write_settings
 from lcm_compile.training.loop import Weights, copy_of
 
 GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
@@ -35,37 +35,25 @@ def student_of(teacher: Any) -> Any:
 
 def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
     """Writes a base with a student's weights as its UNet, a diffusers folder, whole or not at all."""
-    from diffusers import LCMScheduler
-
-    index = read_json(checkpoint.folder / "model_index.json")
     with replacing(out) as part, quiet_libraries():
+        write_settings(checkpoint, part, lcm=True)
         unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)
         unet.save_pretrained(part / "unet")
-        LCMScheduler(**checkpoint.scheduler.to_dict()).save_pretrained(part / "scheduler")
-        kept = ("unet", "vae", *checkpoint.text_encoders, *checkpoint.tokenizers)
-        for name in kept[1:]:
+        for name in ("vae", *checkpoint.text_encoders):
             copy_component(checkpoint, name, part / name)
-        parts = {name: kind if name in kept else [None, None] for name, kind in components(index).items()}
-        # Without its safety checker, which the base may have lacked as well.
-        more = {"requires_safety_checker": False} if "safety_checker" in parts else {}
-        index = {**index, **parts, **more, "scheduler": ["diffusers", "LCMScheduler"]}
-        (part / "model_index.json").write_text(json.dumps(index, indent=2))
-
-
-def components(index: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kind for name, kind in index.items() if isinstance(kind, list) and len(kind) == 2}
 
 
 def copy_component(checkpoint: Checkpoint, name: str, to: Path) -> None:
-    """A tokenizer's files, or a model's config and the weights that were read, under their plain names."""
-    if name in checkpoint.tokenizers:
-        shutil.copytree(checkpoint.folder / name, to)
-        return
+    """A model's config and the weights that were read, under their plain names."""
     component = checkpoint.components[name]
+    if component.folder is None:
+        module: Any = load_component(checkpoint, name)
+        module.save_pretrained(to)
+        return
     infix = f".{component.variant}" if component.variant else ""
     to.mkdir()
-    for path in (checkpoint.folder / name / "config.json", *component.files):
+    for path in component.content_files():
         copy = to / path.name.replace(infix, "")
         if path.suffix == ".json":  # a list of shards names them
             copy.write_text(path.read_text(encoding="utf-8").replace(infix, ""), encoding="utf-8")

@@ -12,8 +12,8 @@ import torch
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.files import part_of, remove, replacing
 from lcm_compile.hub import first_line
-from lcm_compile.training.files import part_of, remove, replacing
 from lcm_compile.training.spec import Machine, TrainSpec
 
 DIGESTED = 65536  # bytes of a file
@@ -78,7 +78,7 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
 def digest_of(checkpoint: Checkpoint) -> str:
     """Of the ends of a base's files, where weights lie: reading the whole of them would take minutes."""
     digest = hashlib.sha256()
-    for path in checkpoint.content_files():
+    for path in checkpoint.content_files().values():
         with path.open("rb") as file:
             file.seek(-min(path.stat().st_size, DIGESTED), os.SEEK_END)
             digest.update(file.read())

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and what is asked of a place before training for it."""
+"""Files that are written whole or not at all, and what is asked of a place before working for it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def remove(path: Path) -> None:
 
 
 def check_out(out: Path, folder: bool = False) -> None:
-    """UsageError where a LoRA's file, or a checkpoint's new folder, can't be written to `out`."""
+    """UsageError where a .safetensors file, or a new folder, can't be written to `out`."""
     if folder and out.exists():
         raise UsageError(f"--out {out} exists", "give the name of a new folder")
     if not folder and out.suffix != ".safetensors":
@@ -55,11 +55,11 @@ def check_out(out: Path, folder: bool = False) -> None:
 
 
 def check_space(out: Path, size: int) -> None:
-    """A full disk is better found before the training than after it. `size`: bytes of all that is written."""
+    """A full disk is better found before the work than after it. `size`: bytes of all that is written."""
     free = shutil.disk_usage(out.parent).free
     if free < 1.1 * size + 1_000_000:
         raise LcmCompileError(
-            f"{out.parent} has {free / 1e6:.1f} MB free; {out.name} and what --resume needs take "
+            f"{out.parent} has {free / 1e6:.1f} MB free; {out.name} and what is written beside it take "
             f"{size / 1e6:.1f} MB",
             "make room, or give another --out",
         )

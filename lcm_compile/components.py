@@ -1,0 +1,160 @@
+"""What a base model is made of: each model's config, and where its weights lie. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.families import FAMILIES, Family
+from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.spec import user_path
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+MODELS = (*TEXT_ENCODERS, "unet", "vae")
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a checkpoint: its config and its weights.
+
+    Of a diffusers `folder`: the weight files that are read, with their variant. Without one, `files` is a
+    single file, whose keys for this model begin with `prefix`; or none, for random weights.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    files: tuple[Path, ...] = ()
+    variant: str | None = None
+    folder: Path | None = None
+    prefix: str = ""
+
+    @property
+    def location(self) -> str:
+        return str(self.folder or (self.files[0] if self.files else "random weights"))
+
+    def content_files(self) -> list[Path]:
+        return [*([self.folder / "config.json"] if self.folder else []), *self.files]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base of SDXL's architecture (two text encoders) or SD1.5's (one).
+
+    `folder` holds its tokenizers and, where it is a diffusers folder, its settings. The weights of a base
+    that is one `file` are in that; with a `random_seed` they are nowhere: see random_base. `scheduler_config`
+    is the scheduler's as it was found, `notes` is what a person should know of how the base was taken.
+    """
+
+    base: str
+    folder: Path
+    family: Family | None
+    components: Mapping[str, Component]
+    scheduler_config: Mapping[str, Any]
+    zero_negative_prompt: bool
+    random_seed: int | None = None
+    file: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scheduler(self) -> SchedulerSettings:
+        return SchedulerSettings.from_dict(self.scheduler_config)
+
+    @property
+    def location(self) -> Path:
+        return self.file or self.folder
+
+    @property
+    def name(self) -> str:
+        """What people call it: a family, a hub id, or the file's or folder's own name."""
+        if self.base in FAMILIES or not user_path(self.base).exists():
+            return self.base
+        return self.file.stem if self.file else self.folder.resolve().name
+
+    @property
+    def text_encoders(self) -> list[str]:
+        return [name for name in TEXT_ENCODERS if name in self.components]
+
+    @property
+    def tokenizers(self) -> list[str]:
+        return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
+
+    def text_length(self, text_encoder: str) -> int:
+        """Tokens of a padded prompt."""
+        return int(self.components[text_encoder].config.get("max_position_embeddings", 77))
+
+    @property
+    def architecture(self) -> str:
+        return "sdxl" if "text_encoder_2" in self.components else "sd15"
+
+    @property
+    def unet(self) -> Mapping[str, Any]:
+        return self.components["unet"].config
+
+    @property
+    def vae(self) -> Mapping[str, Any]:
+        return self.components["vae"].config
+
+    @property
+    def vae_factor(self) -> int:
+        """Picture pixels to a latent's, a side."""
+        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        size = self.unet["sample_size"]
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return height * self.vae_factor, width * self.vae_factor
+
+    @property
+    def has_guidance_embedding(self) -> bool:
+        """Whether the UNet is a full LCM, which takes the guidance scale as an input."""
+        return self.unet.get("time_cond_proj_dim") is not None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of its files; 0 for random weights."""
+        return sum(p.stat().st_size for p in {path for c in self.components.values() for path in c.files})
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the settings are those of a diffusers folder, not of this package's tables."""
+        return self.file is None and self.random_seed is None
+
+    def tokenizer_files(self) -> dict[str, Path]:
+        """`tokenizer/vocab.json` and so on; random weights may have none."""
+        folders = [self.folder / name for name in self.tokenizers if (self.folder / name).is_dir()]
+        found = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt")]
+        return {f"{path.parent.name}/{path.name}": path for path in found}
+
+    def content_files(self) -> dict[str, Path]:
+        """Every file that decides what the built engines compute and how prompts are read, by its part in it.
+
+        A file's own name counts only in a diffusers folder, where it says what the file is.
+        """
+        files = self.tokenizer_files()
+        if self.is_folder:
+            files |= {name: self.folder / name for name in ("model_index.json", SCHEDULER)}
+        for component in self.components.values():
+            for path in component.content_files():
+                own = path != self.file
+                label = path.name if component.folder else "file"
+                files[f"{component.name}/{label}" if own else "file"] = path
+        return files
+
+    def content(self, sha256: Callable[[Path], str]) -> dict[str, str]:
+        """All that decides what is computed, by name, as digests: for keys."""
+        content = {name: sha256(path) for name, path in self.content_files().items()}
+        loose = {c.name: dict(c.config) for c in self.components.values() if c.folder is None}
+        if loose:
+            configs = json.dumps({**loose, "scheduler": dict(self.scheduler_config)}, sort_keys=True)
+            content["configs"] = hashlib.sha256(configs.encode()).hexdigest()
+        if self.random_seed is not None:
+            content["weights"] = f"random, seed {self.random_seed}"
+        return content
+
+
+SCHEDULER = "scheduler/scheduler_config.json"

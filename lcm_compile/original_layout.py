@@ -1,0 +1,81 @@
+"""Models to and from files in the original layout; reading is diffusers' own conversion.
+
+Tensors are mapped from the file and turned into fp32 one by one: no file lies in memory whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.architectures import empty_module
+from lcm_compile.components import Component
+from lcm_compile.errors import CheckpointError
+from lcm_compile.single_file import CLIP, CLIP_XL
+
+if TYPE_CHECKING:
+    import torch
+
+Weights = dict[str, "torch.Tensor"]
+
+
+def component_in_file(component: Component) -> torch.nn.Module:
+    """A component in fp32, of the keys that begin with its prefix. CheckpointError where they don't fit."""
+    import torch
+
+    module = empty_module(component)
+    weights = as_diffusers(component, module, read_weights(component))
+    needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = {
+        "lacks": sorted(needed.keys() - weights.keys()),
+        "has no place for": sorted(weights.keys() - needed.keys()),
+        "has another shape of": [
+            n for n in sorted(needed.keys() & weights.keys()) if needed[n] != weights[n].shape
+        ],
+    }
+    told = [f"{what} {len(names)} weights ({', '.join(names[:3])})" for what, names in wrong.items() if names]
+    if told:
+        raise CheckpointError(
+            f"the {component.name} of {component.files[0]} does not fit its config: it {'; it '.join(told)}",
+            "download the file again, or --config DIR, a diffusers folder of its architecture",
+        )
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
+    module.load_state_dict(copies, assign=True)
+    return module
+
+
+def read_weights(component: Component) -> Weights:
+    """A file's tensors for one component, under their whole keys; nothing is read before it is used."""
+    from safetensors import SafetensorError, safe_open
+
+    path = component.files[0]
+    try:
+        with safe_open(path, framework="pt") as handle:
+            keys = [key for key in handle.keys() if key.startswith(component.prefix)]  # noqa: SIM118
+            return {key: handle.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}", "download it again") from error
+
+
+def as_diffusers(component: Component, module: Any, weights: Weights) -> Weights:
+    """A component's original weights under the names of its diffusers (or transformers) module."""
+    from diffusers.loaders import single_file_utils as convert
+
+    if component.name == "unet":
+        found = convert.convert_ldm_unet_checkpoint(weights, module.config)
+    elif component.name == "vae" and any(".mid_block." in key for key in weights):  # diffusers' names already
+        found = {key.removeprefix(component.prefix): tensor for key, tensor in weights.items()}
+    elif component.name == "vae":
+        found = convert.convert_ldm_vae_checkpoint(weights, module.config)
+    elif component.prefix in (CLIP, CLIP_XL):
+        found = {key.removeprefix(component.prefix): tensor for key, tensor in weights.items()}
+    else:
+        found = convert.convert_open_clip_checkpoint(module, weights, prefix=component.prefix)
+    if not component.name.startswith("text_encoder"):
+        return found
+    # Old files and some versions of transformers have no `text_model.` before a text encoder's names.
+    nested = "text_model." if hasattr(module, "text_model") else ""
+    return {
+        name if name.startswith("text_projection") else nested + name.removeprefix("text_model."): tensor
+        for name, tensor in found.items()
+        if not name.endswith("position_ids")
+    }

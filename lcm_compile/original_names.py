@@ -1,0 +1,102 @@
+"""A model's weights under the names, and in the shapes, of the original layout: see single_file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.lora_names import original_name, original_names
+from lcm_compile.single_file import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
+
+if TYPE_CHECKING:
+    import torch
+
+Named = Iterator[tuple[str, "torch.Tensor"]]
+
+VAE_NAMES = {
+    r"\.down_blocks\.(\d+)\.resnets\.": r".down.\1.block.",
+    r"\.down_blocks\.(\d+)\.downsamplers\.0\.": r".down.\1.downsample.",
+    r"\.up_blocks\.(\d+)\.resnets\.": r".up.\1.block.",
+    r"\.up_blocks\.(\d+)\.upsamplers\.0\.": r".up.\1.upsample.",
+    r"\.conv_shortcut\.": ".nin_shortcut.",
+    r"\.mid_block\.resnets\.0\.": ".mid.block_1.",
+    r"\.mid_block\.resnets\.1\.": ".mid.block_2.",
+    r"\.mid_block\.attentions\.0\.": ".mid.attn_1.",
+    r"\.attn_1\.group_norm\.": ".attn_1.norm.",
+    r"\.attn_1\.to_([qkv])\.": r".attn_1.\1.",
+    r"\.attn_1\.to_out\.0\.": ".attn_1.proj_out.",
+    r"\.conv_norm_out\.": ".norm_out.",
+}
+OPEN_CLIP_NAMES = {
+    r"embeddings\.token_embedding\.": "token_embedding.",
+    r"embeddings\.position_embedding\.weight": "positional_embedding",
+    r"encoder\.layers\.": "transformer.resblocks.",
+    r"\.layer_norm([12])\.": r".ln_\1.",
+    r"\.mlp\.fc1\.": ".mlp.c_fc.",
+    r"\.mlp\.fc2\.": ".mlp.c_proj.",
+    r"\.self_attn\.": ".attn.",
+    r"final_layer_norm\.": "ln_final.",
+}
+
+
+def original_weights(name: str, config: Mapping[str, Any], xl: bool, module: torch.nn.Module) -> Named:
+    """The weights of the component `name`, one by one; `xl` for a base with two text encoders.
+
+    On torch's meta device as well, for names and shapes alone.
+    """
+    if name == "unet":
+        return unet_weights(module)
+    if name == "vae":
+        return vae_weights(module, len(config["block_out_channels"]))
+    if name == "text_encoder_2":
+        return open_clip_weights(module, OPEN_CLIP_XL)
+    if xl:
+        return clip_weights(module, CLIP_XL)
+    # SD1.x took OpenAI's CLIP, whose GELU is the quick one; SD2.x took OpenCLIP's.
+    quick = config.get("hidden_act", "quick_gelu") == "quick_gelu"
+    return clip_weights(module, CLIP) if quick else open_clip_weights(module, OPEN_CLIP)
+
+
+def unet_weights(unet: torch.nn.Module) -> Named:
+    originals = original_names(unet)
+    for key, weight in unet.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        yield f"{UNET}{original_name(module, originals)}.{leaf}", weight
+
+
+def vae_weights(vae: torch.nn.Module, levels: int) -> Named:
+    for key, weight in vae.state_dict().items():
+        name = renamed(key, VAE_NAMES)
+        # The original numbers the decoder's levels from the picture's side.
+        name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
+        # Its attention's projections are 1×1 convolutions.
+        convolution = ".attn_1." in name and weight.ndim == 2
+        yield f"{VAE}{name}", weight[:, :, None, None] if convolution else weight
+
+
+def clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
+    for key, weight in text_encoder.state_dict().items():
+        yield f"{prefix}text_model.{key.removeprefix('text_model.')}", weight
+
+
+def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
+    """One matrix for queries, keys and values; the projection of the pooled state is transposed."""
+    import torch
+
+    state = {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
+    for key, weight in state.items():
+        name = f"{prefix}{renamed(key, OPEN_CLIP_NAMES)}"
+        if key == "text_projection.weight":
+            yield f"{prefix}text_projection", weight.T
+        elif ".attn.q_proj." in name:
+            three = [state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            yield name.replace(".q_proj.", ".in_proj_"), torch.cat(three)
+        elif not re.search(r"\.attn\.[kv]_proj\.", name):
+            yield name, weight
+
+
+def renamed(name: str, table: Mapping[str, str]) -> str:
+    for pattern, replacement in table.items():
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,217 @@
+"""A base that is one file in the original layout: what it is, told by its keys and shapes. No torch.
+
+The layout is CompVis' and Stability's, which webui and ComfyUI read: the UNet under `model.diffusion_model.`,
+the VAE under `first_stage_model.`, the text encoders under `cond_stage_model.` or, SDXL's, `conditioner.`.
+A file holds no settings: they are the family's, or those of a diffusers folder that is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.components import Checkpoint, Component
+from lcm_compile.errors import CheckpointError
+from lcm_compile.families import Family, detect_family
+from lcm_compile.folders import Settings, read_settings
+from lcm_compile.hub import fetch
+from lcm_compile.model_configs import COMPONENTS
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# The first text encoder of SD1.x is OpenAI's CLIP, that of SD2.x is OpenCLIP's; SDXL has one of each.
+CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+CLIP_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
+TEXT_PREFIXES = {
+    CLIP: "text_encoder",
+    OPEN_CLIP: "text_encoder",
+    CLIP_XL: "text_encoder",
+    OPEN_CLIP_XL: "text_encoder_2",
+}
+# What training leaves in a file beside its models: averaged weights, and the noise schedule in many forms.
+LEFT_OVERS = re.compile(
+    r"model_ema\..*|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_.*"
+    r"|sqrt_(recip|recipm1)_alphas_cumprod|log_one_minus_.*|lvlb_weights|logvar|scale_factor|global_step"
+    r"|denoiser\..*|v_pred|ztsnr"
+)
+TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
+    """The checkpoint in a file, with its family's settings or those of the diffusers folder `config`.
+
+    CheckpointError says what a file is that is no Stable Diffusion base, and what to do with it.
+    """
+    shapes, metadata = read_header(path)
+    refuse_others(path, shapes)
+    family = detect_family(unet_shape(shapes))
+    folder, settings = settings_of(path, family, config, shapes, metadata)
+    prefixes = {"unet": UNET, "vae": VAE}
+    prefixes |= {name: prefix for prefix, name in TEXT_PREFIXES.items() if under(prefix, shapes)}
+    for name in settings.configs:
+        if name not in prefixes or not under(prefixes[name], shapes):
+            raise CheckpointError(
+                f"{path} has no {name}", "give a whole checkpoint's file or folder to --base"
+            )
+    components = {
+        name: Component(name, settings.configs[name], (path,), prefix=prefixes[name])
+        for name in settings.configs
+    }
+    known = tuple(prefixes.values())
+    extra = [key for key in shapes if not key.startswith(known) and not LEFT_OVERS.fullmatch(key)]
+    notes = (f"{path.name}: {len(extra)} keys belong to no model and are not read: {some(extra)}",)
+    return Checkpoint(
+        base,
+        folder,
+        family or detect_family(settings.configs["unet"]),
+        components,
+        settings.scheduler,
+        settings.zero_negative_prompt,
+        file=path,
+        notes=notes if extra else (),
+    )
+
+
+def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
+    """The shapes of a safetensors file's tensors, by key, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise CheckpointError(
+            f"{path} is a pickle, which can run code and is never opened",
+            "get it as .safetensors; or, where you trust it, let diffusers convert it: "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        )
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+            return shapes, handle.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no whole safetensors file: {error}", "download it again") from error
+
+
+def under(prefix: str, keys: Iterable[str]) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
+
+
+def refuse_others(path: Path, shapes: Shapes) -> None:
+    """CheckpointError for a file that is no text-to-image base of these architectures."""
+    whole = "give a whole checkpoint's file or folder to --base"
+    if any(re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$", key) for key in shapes):
+        raise CheckpointError(f"{path} is a LoRA, no base", f"--lora {path} fuses it into a --base")
+    told = {
+        "joint_blocks.": "a Stable Diffusion 3 model",
+        "double_blocks.": "a Flux model or a relative of it",
+        "control_model.": "a ControlNet",
+        "conditioner.embedders.0.model.": "an SDXL refiner, which draws no picture alone",
+        "edm_mean": "a Playground 2.5 model, whose noise LCM's schedule does not fit",
+        "down_blocks.": "a diffusers UNet without its other models",
+    }
+    for part, kind in told.items():
+        if any(key.removeprefix(UNET).startswith(part) for key in shapes):
+            raise CheckpointError(f"{path} is {kind}; Stable Diffusion 1, 2 and XL bases are known", whole)
+    if not under(UNET, shapes):
+        if under(VAE, shapes) or under("decoder.", shapes):
+            raise CheckpointError(f"{path} is a VAE alone", f"--vae {path}, with a --base")
+        raise CheckpointError(
+            f"{path} is no Stable Diffusion checkpoint: no key begins with {UNET} (it has {some([*shapes])})",
+            whole,
+        )
+    takes = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
+    if takes != 4:
+        tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model", 9: "an inpainting model"}
+        raise CheckpointError(
+            f"{path} is {tasks.get(takes, 'of another task')}: its UNet takes {takes} channels, not 4",
+            "give a text-to-image base to --base",
+        )
+
+
+def unet_shape(shapes: Shapes) -> dict[str, Any]:
+    """The settings that a UNet's original keys and shapes tell, of those that are in families' signatures."""
+    channels: list[int] = []
+    depths: list[int] = []
+    for block in range(1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{UNET}input_"))):
+        place = f"{UNET}input_blocks.{block}."
+        if f"{place}0.op.weight" in shapes or block == 0:
+            channels.append(0)
+            depths.append(1)
+        else:
+            channels[-1] = shapes.get(f"{place}0.out_layers.3.weight", (0,))[0]
+            depths[-1] = max(depths[-1], len(transformers(f"{place}1.", shapes)))
+    widths = {shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")}
+    middle = bool(transformers(f"{UNET}middle_block.1.", shapes))
+    return {
+        "block_out_channels": channels,
+        "transformer_layers_per_block": depths,
+        "cross_attention_dim": max(widths, default=0),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+    }
+
+
+def transformers(place: str, shapes: Shapes) -> set[str]:
+    start = f"{place}transformer_blocks."
+    return {key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)}
+
+
+def settings_of(
+    path: Path, family: Family | None, config: Path | None, shapes: Shapes, metadata: Mapping[str, str]
+) -> tuple[Path, Settings]:
+    """The folder of a file's tokenizers, and its settings."""
+    if family and Path(family.base).is_absolute():
+        config = config or Path(family.base)
+    if config:
+        return config, read_settings(config)
+    if family is None:
+        seen = unet_shape(shapes)
+        raise CheckpointError(
+            f"{path} is of no known family: its blocks are {seen['block_out_channels']} wide, "
+            f"its text states {seen['cross_attention_dim']}",
+            "--config DIR, a diffusers folder of its architecture",
+        )
+    try:
+        folder = fetch(family.base, TOKENIZER_FILES)
+    except ConnectionError as error:
+        raise CheckpointError(
+            f"{path} is of the {family.name} family and holds no tokenizer, and that of {family.base} is not "
+            f"in the hub cache and can't be downloaded: {error}",
+            f"check the network (or HF_HOME, HF_TOKEN), or --config DIR, a diffusers folder of {family.name}",
+        ) from error
+    return folder, family_settings(path, family, shapes, metadata)
+
+
+def family_settings(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> Settings:
+    configs = {name: dict(config) for name, config in COMPONENTS[family.name].items()}
+    scheduler = configs.pop("scheduler")
+    scheduler["prediction_type"] = prediction = prediction_type(path, family, shapes, metadata)
+    scheduler["rescale_betas_zero_snr"] = "ztsnr" in shapes
+    if family.name == "sd21" and prediction == "epsilon":
+        configs["unet"]["sample_size"] = 64  # 2.0-base and 2.1-base: 512×512 pictures
+    return Settings(configs, scheduler, "text_encoder_2" in configs)
+
+
+def prediction_type(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> str:
+    """What a file's UNet predicts. No shape tells it, so these are asked, in this order:
+
+    the metadata of the SAI model spec; the key `v_pred`, which trainers of v-predicting SDXLs leave in their
+    files; the family. Of SD2.x, half of whose models predict v, ComfyUI's test: the biases of the last norm
+    before a self-attention spread by more than 0.09 in those that do.
+    """
+    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if told in ("epsilon", "v"):
+        return {"epsilon": "epsilon", "v": "v_prediction"}[told]
+    if "v_pred" in shapes:
+        return "v_prediction"
+    key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    if family.name != "sd21" or key not in shapes:
+        return "epsilon"
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as handle:
+        spread = float(handle.get_tensor(key).float().std(correction=0))
+    return "v_prediction" if spread > 0.09 else "epsilon"

@@ -1,0 +1,103 @@
+"""A VAE in place of the base's own: one that is named, or the one of SDXL's that fp16 does not overflow."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.checkpoints import hub_id
+from lcm_compile.components import Checkpoint, Component
+from lcm_compile.errors import CheckpointError, UsageError
+from lcm_compile.folders import FULL_FIRST, HALF_FIRST, find_component, needed_files
+from lcm_compile.hub import fetch, from_cache
+from lcm_compile.single_file import VAE, read_header, under
+from lcm_compile.spec import user_path
+
+# SDXL's VAE, finetuned until its activations fit fp16; the same latents.
+FIXED_VAE = "madebyollin/sdxl-vae-fp16-fix"
+FIXED_FOR = ("sdxl", "ssd-1b", "lcm-sdxl", "lcm-ssd-1b")
+SCALING = 0.18215  # diffusers' default
+
+
+def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
+    """The checkpoint with another VAE: a hub id, a diffusers folder of one or with one, or a file.
+
+    UsageError for a name that nothing has; CheckpointError where it can't be had or has other latents.
+    """
+    path = user_path(vae)
+    variants = FULL_FIRST
+    if hub := hub_id(vae):
+        variants = HALF_FIRST if half else FULL_FIRST
+        try:
+            path = fetch(hub[0], lambda names: needed_files(names, variants, ("vae", "")), hub[1])
+        except ConnectionError as error:
+            raise CheckpointError(
+                f"the VAE {vae} is no path here, is not in the hub cache and can't be downloaded: {error}",
+                "check the network (or HF_HOME, HF_TOKEN), or give a folder or a file to --vae",
+            ) from error
+    if path.is_file():
+        return replaced(checkpoint, vae_in_file(path, checkpoint.vae), vae)
+    if not path.is_dir():
+        raise UsageError(f"--vae {vae} does not exist", "give a hub id, a diffusers folder or a file")
+    folder = path / "vae" if (path / "vae").is_dir() else path
+    return replaced(checkpoint, find_component(folder, "vae", variants), vae)
+
+
+def vae_in_file(path: Path, config: Mapping[str, Any]) -> Component:
+    """Of a VAE's or a whole checkpoint's file, with the base's own settings: a file has none."""
+    keys, _ = read_header(path)
+    prefix = VAE if under(VAE, keys) else ""
+    if not under(f"{prefix}decoder.", keys):
+        raise CheckpointError(f"{path} has no VAE: no key begins with decoder.", "give a VAE to --vae")
+    return Component("vae", config, (path,), prefix=prefix)
+
+
+def replaced(checkpoint: Checkpoint, vae: Component, name: str) -> Checkpoint:
+    def latents(config: Mapping[str, Any]) -> tuple[Any, ...]:
+        blocks = config.get("block_out_channels") or ()
+        return config.get("latent_channels"), len(blocks), config.get("scaling_factor", SCALING)
+
+    own, other = latents(checkpoint.vae), latents(vae.config)
+    if own != other:
+        told = "latents of {} channels, {} levels down, scaled by {}"
+        raise CheckpointError(
+            f"the VAE {name} is for another base: it has {told.format(*other)}, the base {told.format(*own)}",
+            "give a VAE made for this base to --vae",
+        )
+    return replace(checkpoint, components={**checkpoint.components, "vae": vae})
+
+
+def overflows(checkpoint: Checkpoint) -> bool:
+    """Whether its VAE is SDXL's own, whose config says that it must be computed in fp32."""
+    family = checkpoint.family
+    stored = checkpoint.components["vae"].files
+    return bool(stored and family and family.name in FIXED_FOR and checkpoint.vae.get("force_upcast", True))
+
+
+def with_fixed_vae(checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint with the fixed VAE, if that is in the hub cache."""
+    try:
+        vae = find_component(from_cache(FIXED_VAE), "vae")
+    except Exception:  # the client raises what its HTTP library does
+        return None
+    note = f"the SDXL VAE overflows fp16: {FIXED_VAE} is built in its place; --vae names another"
+    return replace(replaced(checkpoint, vae, FIXED_VAE), notes=(*checkpoint.notes, note))
+
+
+@functools.cache
+def download_fixed_vae() -> str | None:
+    """Puts the fixed VAE into the hub cache, or says why not; a hub out of reach is waited for once."""
+    try:
+        fetch(FIXED_VAE, ["config.json", "diffusion_pytorch_model.safetensors"])
+    except ConnectionError as error:
+        return str(error)
+    return None
+
+
+def with_own_vae(checkpoint: Checkpoint, reason: str) -> Checkpoint:
+    what = f"the SDXL VAE overflows fp16, and {FIXED_VAE} can't be downloaded ({reason})"
+    note = f"{what}: the base's own is built, and its layers that overflow stay fp32"
+    return replace(checkpoint, notes=(*checkpoint.notes, note))

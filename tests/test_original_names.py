@@ -1,0 +1,41 @@
+"""Original names at full size, on shapes alone: against the published layouts, and back through diffusers."""
+
+from __future__ import annotations
+
+import pytest
+from original_keys import OPTIONAL, original_keys
+
+from lcm_compile.architectures import empty_module
+from lcm_compile.components import Component
+from lcm_compile.loading import quiet_libraries
+from lcm_compile.model_configs import COMPONENTS
+from lcm_compile.original_layout import as_diffusers
+from lcm_compile.original_names import original_weights
+from lcm_compile.single_file import TEXT_PREFIXES, UNET, VAE
+
+PUBLISHED = {"sd15": 1131, "sdxl": 2515}  # keys of v1-5-pruned-emaonly and of sd_xl_base_1.0
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_committed_keys_are_as_many_as_the_published_ones(family):
+    keys = original_keys(family)
+    assert len(keys) == len(set(keys))
+    assert len(keys) + len(OPTIONAL[family]) == PUBLISHED[family]
+
+
+@pytest.mark.parametrize("family", COMPONENTS)
+def test_every_key_is_the_original_layouts_and_comes_back(family):
+    models = {name: config for name, config in COMPONENTS[family].items() if name != "scheduler"}
+    written = {}
+    with quiet_libraries():
+        for name, config in models.items():
+            module = empty_module(Component(name, config))
+            own = dict(original_weights(name, config, "text_encoder_2" in models, module))
+            assert not written.keys() & own.keys()
+            written |= own
+            prefix = next(p for p in (UNET, VAE, *TEXT_PREFIXES) if all(key.startswith(p) for key in own))
+            component = Component(name, config, prefix=prefix)
+            back = as_diffusers(component, module, own)
+            shapes = {key: weight.shape for key, weight in module.state_dict().items()}
+            assert {key: weight.shape for key, weight in back.items()} == shapes
+    assert sorted(written) == sorted(original_keys(family))
