@@ -47,7 +47,7 @@ def test_a_vae_of_any_form_is_taken(sdxl_checkpoint, tmp_path, form):
         path = tmp_path / "vae.safetensors"
         save_file({key: value.contiguous() for key, value in tensors.items()}, path)
     plan, own = make_plan(base_of(sdxl_checkpoint, path)), make_plan(base_of(sdxl_checkpoint, None))
-    found = load_component(plan.checkpoint, "vae")
+    found = load_component(plan.export.checkpoint, "vae")
     assert all(torch.equal(w, found.state_dict()[key]) for key, w in vae.state_dict().items())
     assert found.config.scaling_factor == vae.config.scaling_factor
     changed = {key for key in plan.key.keys() | own.key.keys() if plan.key.get(key) != own.key.get(key)}
