@@ -209,11 +209,11 @@ def open_bundle(folder: Path) -> EngineBundle:
     return EngineBundle(folder, manifest, digest)
 
 
-def list_files(folder: Path, but: Path) -> dict[str, str]:
-    """sha256 of every file below `folder` and not below `but`, by its path with forward slashes."""
+def list_files(folder: Path, but: Path | str = MANIFEST) -> dict[str, str]:
+    """sha256 of every file of `folder` but for the file or folder `but`, by its path with forward slashes."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not path.is_relative_to(but):
+        if path.is_file() and not path.is_relative_to(folder / but):
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.relative_to(folder).as_posix()] = digest

@@ -153,7 +153,7 @@ def export(
     check_destination(out, EXPORT)
     with publishing(out, lambda: report(WAITING, None), EXPORT) as folder:
         manifest = export_into(folder, plan, report)
-        manifest = replace(manifest, files=list_files(folder, but=folder / EXPORT))
+        manifest = replace(manifest, files=list_files(folder, but=EXPORT))
         manifest.write(folder)
     return manifest
 

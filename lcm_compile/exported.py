@@ -13,6 +13,7 @@ from lcm_compile.cost import Cost
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.schema import from_json, json_text
 from lcm_compile.spec import PRECISIONS, BuildSpec, ExportedGraph, StageContract
+from lcm_compile.store import Digests
 
 EXPORT = "export.json"
 SCHEMA = 1
@@ -66,7 +67,7 @@ class ExportManifest:
 
 
 def read_export(folder: Path) -> ExportManifest:
-    """BundleError where there is no export, or it is broken, newer or hostile."""
+    """BundleError where there is no export, or it is broken, damaged, newer or hostile."""
     path = folder / EXPORT
     if not path.is_file():
         raise BundleError(f"{folder} is no export: it has no {EXPORT}", "lcm-compile export --out DIR")
@@ -87,7 +88,10 @@ def read_export(folder: Path) -> ExportManifest:
         check_inside(folder, name)
     missing = [name for name in {*named, *manifest.files} if not (folder / name).is_file()]
     if missing:
-        raise BundleError(
-            f"{folder / sorted(missing)[0]} is missing from the export", "copy the whole folder"
-        )
+        raise BundleError(f"the export lacks {folder / sorted(missing)[0]}", "copy the whole folder")
+    digests = Digests()
+    for name, expected in manifest.files.items():
+        if digests.sha256(folder / name) != expected:
+            raise BundleError(f"{folder / name} is damaged: its sha256 is not the export's", "copy it again")
+    digests.save()
     return manifest

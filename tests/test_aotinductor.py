@@ -13,11 +13,12 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.checkpoints import load_modules, open_checkpoint
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
+from lcm_compile.loading import load_modules
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request
 from lcm_compile.spec import Shape
@@ -36,7 +37,7 @@ def decode(sdxl_checkpoint, tmp_path_factory):
     (folder / "graphs").mkdir()
     (folder / "engines").mkdir()
     checkpoint = open_checkpoint(str(sdxl_checkpoint))
-    stage = make_stages(checkpoint, load_modules(checkpoint), Shape(1, 64, 64))[2]
+    stage = make_stages(checkpoint, load_modules(checkpoint).named(), Shape(1, 64, 64))[2]
     graph = export_stage(stage, aotinductor.GRAPH_FORMAT, "fp32", folder / "graphs")
     path = aotinductor.build(graph, CPU, folder / "engines")
     assert [p.name for p in (folder / "engines").iterdir()] == ["decode.pt2"]

@@ -1,0 +1,76 @@
+"""SD1.5 and SDXL at full size: random weights in the real layouts, no GPU. `make test-slow`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from factories import save_tensors
+
+from lcm_compile.bundle import read_manifest
+from lcm_compile.lora_bases import empty_modules
+from lcm_compile.training.adapters import ADAPTED
+
+pytestmark = pytest.mark.slow
+
+GIB = 1 << 30
+# Seconds and GiB of anonymous memory over the process tree that a build for an A10 may take on 2 cores.
+LIMITS = {"sd15": (4 * 60, 9), "sdxl": (12 * 60, 18)}
+MILLIONS = {"sd15": 67.5, "sdxl": 197}  # LCM-LoRA, arXiv 2311.05556, Table 1
+
+
+def lcm_compile(*words, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "lcm_compile", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_lcm_lora(family, path):
+    """Rank 64, fp16, on the modules and in the layout of the published ones."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, layer in empty_modules(family, {"unet"})["unet"].named_modules():
+        if f".{name}".endswith(tuple(f".{ending}" for ending in ADAPTED)) and hasattr(layer, "weight"):
+            key = f"lora_unet_{name.replace('.', '_')}"
+            out, *ins = layer.weight.shape
+            down = torch.randn(64, *ins, generator=generator) * 1e-3
+            up = torch.randn(out, 64, *(1 for _ in ins[1:]), generator=generator) * 1e-3
+            tensors |= {f"{key}.lora_down.weight": down.half(), f"{key}.lora_up.weight": up.half()}
+            tensors[f"{key}.alpha"] = torch.tensor(64.0).half()
+    count = sum(t.numel() for t in tensors.values() if t.ndim)
+    assert count / 1e6 == pytest.approx(MILLIONS[family], rel=0.004)
+    return save_tensors(tensors, path)
+
+
+@pytest.mark.parametrize("family", LIMITS)
+def test_a_local_folder_becomes_engines_for_an_a10(family, tmp_path, home):
+    pytest.importorskip("tensorrt_rtx")
+    base, lora = tmp_path / family, write_lcm_lora(family, tmp_path / "lcm.safetensors")
+    lcm_compile("fuse", "--base", family, "--weights", "random", "--out", base)
+    words = ("build", "--base", base, "--lcm-lora", lora, "--gpu", "a10", "--out", tmp_path / "bundle")
+    start = time.monotonic()
+    lcm_compile(*words)
+    seconds = time.monotonic() - start
+    manifest, _ = read_manifest(tmp_path / "bundle")
+    memory = max(cost.memory_bytes for cost in manifest.costs.values())
+    print(json.dumps({name: [c.seconds, c.memory_bytes] for name, c in manifest.costs.items()}, indent=1))
+    most_seconds, most_gib = LIMITS[family]
+    assert memory <= most_gib * GIB
+    assert seconds <= most_seconds
+    assert all(figure.passed and "twin" in figure.checked for figure in manifest.parity.values())
+    assert manifest.loras[0]["modules"] > 200
+    lcm_compile(*words, "--json")  # digests of the files are remembered from here on
+    start = time.monotonic()
+    assert json.loads(lcm_compile(*words, "--json"))["hit"] is True
+    assert time.monotonic() - start < 3
