@@ -138,6 +138,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "bundle": str(folder),
         "digest": digest,
         "base": manifest.spec.base,
+        "weights": manifest.spec.weights or "the base's own",
         "architecture": manifest.architecture,
         "target": manifest.target.name,
         "compute_capability": manifest.target.compute_capability,

@@ -76,6 +76,7 @@ def run(
     lcm_timesteps(steps, settings.scheduler)
     paths = picture_paths(out, prompt, request.seed, num_images)
     hint_at(request, quiet)
+    warn_of_random(bundle)
     if seed is None:
         note(f"seed {request.seed}", quiet)
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
@@ -138,6 +139,7 @@ def draw_sheet(
         lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
     path = sheet_path(out, fixed.prompt)
     hint_at(max(asked, key=lambda request: request.guidance_scale), quiet)
+    warn_of_random(bundle)
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
@@ -164,6 +166,13 @@ def hint_at(request: Request, quiet: bool) -> None:
         note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5", quiet)
 
 
+def warn_of_random(bundle: EngineBundle) -> None:
+    from lcm_compile.console import note
+
+    if weights := bundle.manifest.spec.weights:
+        note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise")
+
+
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
     """Tells the end of a prompt that did not fit; that is no hint, --quiet does not silence it."""
     from lcm_compile.console import note
@@ -187,4 +196,6 @@ def told(request: Request) -> dict[str, str]:
 
 def made_by(bundle: EngineBundle) -> dict[str, str]:
     """What drew a picture, as text chunks of a PNG."""
-    return {"bundle": bundle.digest, "software": f"lcm-compile {lcm_compile.__version__}"}
+    weights = bundle.manifest.spec.weights
+    told = {"weights": weights} if weights else {}
+    return {"bundle": bundle.digest, "software": f"lcm-compile {lcm_compile.__version__}", **told}
