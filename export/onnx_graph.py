@@ -43,7 +43,6 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
     model = onnx_model(stage).model
     path = folder / graph.path.name
     if graph.weights.exists():
-        (folder / graph.weights.name).hardlink_to(graph.weights)
         stored = onnx_ir.load(graph.path).graph.initializers
         for name, value in model.graph.initializers.items():
             tensor = stored[name].const_value if name in stored else None
@@ -58,6 +57,8 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
                     name=name,
                     base_dir=folder,
                 )
+        # Not before the weights were compared: onnx_ir reads no file of two names.
+        (folder / graph.weights.name).hardlink_to(graph.weights)
     onnx_ir.save(model, path)
     return replace(graph, path=path, contract=stage.contract)
 

@@ -100,12 +100,11 @@ def build_sharing(asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, r
     def plan_again() -> list[Plan]:
         return [make_plan(spec, out, force) for spec, out in asked]
 
+    wanted = sorted({plan.folder for plan in plan_again()})  # in one order: no two wait for each other
     with ExitStack() as stack:
         folders = {
             folder: stack.enter_context(publishing(folder, lambda: report(WAITING, None)))
-            for folder in sorted(
-                {plan.folder for plan in plan_again()}
-            )  # one order: no two wait for each other
+            for folder in wanted
         }
         plans = plan_again()
         missing = {plan.folder: plan for plan in plans if not plan.hit}

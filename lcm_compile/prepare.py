@@ -67,7 +67,7 @@ def prepare_stage(
     to_precision(stage.module, precision, kept)
     full = make_stage(plan.checkpoint, name, modules, plan.shape)
     graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
-    if plan.proof_shape != plan.shape and plan.checked == GRAPH:
+    if stage.contract != full.contract and plan.checked == GRAPH:
         twin = export_twin(stage, graph)
     prepared = Prepared(graph, twin, reference, dict(peaks), tuple(sorted(kept)))
     if plan.checked != MODULE:
