@@ -192,13 +192,17 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         if plan.checked != ENGINE:
             with watch.part(f"check {name}"):
                 db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
-            figures[name] = Parity(db, parity.STAGE_FLOORS[plan.precisions[name]], told_check(plan))
+            twin = prepared.twin != prepared.graph
+            figures[name] = Parity(db, parity.STAGE_FLOORS[plan.precisions[name]], told_check(plan, twin))
         graph = prepared.graph.path.relative_to(folder).as_posix()
         largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
         stages.append(ExportedStage(contract, graph, plan.precisions[name], prepared.fp32_layers, largest))
     if drawn:
         db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
-        figures["picture"] = Parity(db, parity.picture_floor(plan.precisions.values()), told_check(plan))
+        twin = plan.proof_shape != plan.shape
+        figures["picture"] = Parity(
+            db, parity.picture_floor(plan.precisions.values()), told_check(plan, twin)
+        )
     parity.require(figures)
     return ExportManifest(
         name=plan.checkpoint.name,
@@ -305,10 +309,8 @@ def check_stage(
         return db, parity.relay(runner, contracts, settings, folder, drawn)
 
 
-def told_check(plan: ExportPlan) -> str:
-    proved = plan.proof_shape
-    twin = "" if proved == plan.shape else f", of a twin of {proved.height}×{proved.width}"
-    return f"{plan.checked}{twin}"
+def told_check(plan: ExportPlan, twin: bool) -> str:
+    return f"{plan.checked}, of a twin of {plan.proof_shape}" if twin else plan.checked
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -1,0 +1,87 @@
+"""Large models, made small: a process for each stage, and a twin where no engine of the target runs here."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from lcm_compile import BuildSpec, build, plan
+from lcm_compile.apart import call_apart
+from lcm_compile.bundle import read_manifest
+from lcm_compile.errors import BundleError, LcmCompileError
+from lcm_compile.export import onnx_graph
+from lcm_compile.parity import STAGE_FLOORS
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Every model counts as large; weights lie beside the graph; a twin draws 32×32."""
+    monkeypatch.setattr(plan, "LARGE_BYTES", 0)
+    monkeypatch.setattr(plan, "TWIN_LATENT", 8)
+    monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
+    monkeypatch.setattr("lcm_compile.compile.call_apart", lambda function, *args: function(*args))
+
+
+def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True)
+    manifest = build(spec, tmp_path / "b").manifest
+    assert manifest.pipeline.shape.height == 64 and manifest.proof.shape.height == 32
+    told = {name: figure.checked.endswith("of a twin of 1×32×32") for name, figure in manifest.parity.items()}
+    assert told == {"encode": False, "step": True, "decode": True, "picture": True}
+    assert all(figure.db >= STAGE_FLOORS["fp16"] for figure in manifest.parity.values())
+
+
+def test_the_twin_reads_the_very_weights_of_the_graph(large, sdxl_checkpoint, tmp_path, monkeypatch):
+    """A weight that is changed in the graph's file shows in the twin, and the engine is refused."""
+    from lcm_compile import prepare
+    from lcm_compile.errors import ParityError
+
+    real, seen = prepare.export_twin, {}
+
+    def export_twin(stage, graph):
+        twin = real(stage, graph)
+        weights = np.memmap(graph.weights, np.float16, "r+")
+        weights[: len(weights) // 2] *= np.float16(1.1)
+        weights.flush()
+        seen[stage.name] = twin.path.stat().st_size / graph.weights.stat().st_size
+        return twin
+
+    monkeypatch.setattr(prepare, "export_twin", export_twin)
+    pytest.importorskip("tensorrt_rtx")
+    with pytest.raises(ParityError, match=r"step.*twin"):
+        build(BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True), tmp_path / "b")
+    assert seen["step"] < 0.5
+    assert not (tmp_path / "b").exists()
+
+
+def test_stages_made_in_processes_of_their_own_are_the_same(
+    sdxl_checkpoint, sdxl_bundle, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(plan, "LARGE_BYTES", 0)
+    bundle = build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True), tmp_path / "b")
+    before, _ = read_manifest(sdxl_bundle)
+    files = {name: bundle.manifest.files[name] for name in before.files if not name.startswith("proof/")}
+    assert files == {name: digest for name, digest in before.files.items() if name in files}
+
+
+def test_what_is_computed_apart_comes_back():
+    assert call_apart(sorted, [3, 1, 2]) == [1, 2, 3]
+    assert call_apart(os.getpid) != os.getpid()
+
+
+def test_errors_cross_over():
+    with pytest.raises(BundleError, match="there is no bundle at nowhere") as caught:
+        call_apart(read_manifest, plan.Path("nowhere"))
+    assert caught.value.hint
+    with pytest.raises(ZeroDivisionError):
+        call_apart(divmod, 1, 0)
+
+
+def test_a_process_that_is_killed_is_told():
+    with pytest.raises(LcmCompileError, match=r"_exit ended without a result \(exit code 7\)"):
+        call_apart(os._exit, 7)
+    with pytest.raises(LcmCompileError, match="want of memory"):
+        call_apart(exec, "import os; os.kill(os.getpid(), 9)")
