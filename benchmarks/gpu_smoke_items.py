@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from lcm_compile.engines import BACKENDS, find_backend, find_target_here, instal
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.targets import TARGETS, GpuTarget
+
+if TYPE_CHECKING:
+    from lcm_compile.spec import BuildSpec
 
 PACKAGES = (
     *("lcm-compile", "torch", "triton", "diffusers", "transformers", "numpy", "onnx", "onnxscript"),
@@ -92,7 +95,9 @@ def examine_backends(note: Note, target: str, work: Path) -> None:
 
 
 def draw_demo(note: Note, target: str, work: Path, backend: str) -> None:
-    build_and_draw(note, TARGETS[target], "demo", backend, DEMO_ROUNDS, no_lcm=False)
+    from lcm_compile.spec import BuildSpec
+
+    build_and_draw(note, BuildSpec("demo", target, backend=backend), DEMO_ROUNDS)
 
 
 def draw_portable(note: Note, target: str, work: Path) -> None:
@@ -135,26 +140,34 @@ def write_weights(note: Note, target: str, work: Path) -> None:
 
 def draw_sdxl(note: Note, target: str, work: Path, backend: str) -> None:
     """The checkpoint in `work/weights` on engines, and then in turns with diffusers."""
-    build_and_draw(note, TARGETS[target], str(work / "weights"), backend, SDXL_ROUNDS, no_lcm=True)
+    from lcm_compile.spec import BuildSpec
+
+    base = str(work / "weights")
+    # Its own VAE is named, or one of a machine's hub cache would be built where diffusers takes this one.
+    spec = BuildSpec(base, target, no_lcm=True, vae=base, backend=backend)
+    build_and_draw(note, spec, SDXL_ROUNDS, rival=base)
 
 
-def build_and_draw(note: Note, target: GpuTarget, base: str, backend: str, rounds: int, no_lcm: bool) -> None:
-    """Builds, which verifies; measures the engines; against diffusers too where the base is a plain one."""
+def build_and_draw(note: Note, spec: BuildSpec, rounds: int, rival: str | None = None) -> None:
+    """Builds, which verifies, and measures. The precision is the target's default: fp16 on a GPU."""
     from lcm_compile.compile import build
     from lcm_compile.pipeline import load
     from lcm_compile.plan import default_precision
-    from lcm_compile.spec import BuildSpec
 
-    precision = default_precision(target)
-    if reason := find_backend(backend).cannot_build(target, precision):
+    target = TARGETS[spec.gpu]
+    if reason := find_backend(spec.backend).cannot_build(target, default_precision(target)):
         raise Missing(reason)
-    spec = BuildSpec(base, target.name, no_lcm=no_lcm, precision=precision, backend=backend)
     bundle = build(spec, report=noting(note))
-    # Built where they run: the manifest has what parity.verify found on the engines themselves, in dB.
-    note(precision=precision, parity={k: round(p.db, 2) for k, p in bundle.manifest.parity.items()})
+    manifest = bundle.manifest
+    note(
+        precision=manifest.stages[0].precision,
+        fp32_layers={stage.contract.name: len(stage.fp32_layers) for stage in manifest.stages},
+        # Built where they run: what parity.verify found on the engines themselves, in dB.
+        parity={name: round(figure.db, 2) for name, figure in manifest.parity.items()},
+    )
     with load(bundle) as pipeline:
         note(load_ms=round(pipeline.load_ms, 1))
-        measure(note, target, pipeline, rounds, bundle.folder / "proof", base if no_lcm else None)
+        measure(note, target, pipeline, rounds, bundle.folder / "proof", rival)
 
 
 def measure(

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks import gpu_smoke, gpu_smoke_items
 from lcm_compile.benchmarks.gpu_smoke import ITEMS, Item, smoke, summary_line
+from lcm_compile.errors import BackendError
 
 
 def ends(note, target, work):
@@ -42,6 +44,14 @@ def lacks(note, target, work):
 
 def reads(note, target, work, path):
     note(read=json.loads(Path(path).read_text()))
+
+
+def compiles(graph):
+    raise BackendError("can't compile") from ValueError("line 2 of what the compiler said")
+
+
+def builds_apart(note, target, work):
+    call_apart(compiles, None)
 
 
 def is_running(process):
@@ -87,6 +97,13 @@ def test_no_item_ends_the_others(tmp_path):
     assert found["reads"]["read"]["items"].keys() == {"raises", "crashes", "hangs", "lacks"}
     for name, item in found.items():
         assert max(map(len, summary_line(name, item).splitlines())) <= 80
+
+
+def test_the_cause_of_an_error_in_a_large_build_is_in_the_report(tmp_path):
+    """Its stages are built in processes below the item's, and errors come from there without their causes."""
+    _, found = smoke([Item("builds", builds_apart)], "cpu", 60, tmp_path)
+    assert "BackendError: can't compile" in found["builds"]["error"]
+    assert "line 2 of what the compiler said" in found["builds"]["printed"]
 
 
 def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
