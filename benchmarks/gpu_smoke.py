@@ -102,12 +102,14 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
     with at_home(work / f"{item.name}.home"):
         try:
             call_apart(perform, item, target, work, seconds=seconds)
-        except TimeoutError as error:
-            ended = {"outcome": "timed out", "error": str(error)}
+        except TimeoutError:
+            ended = {"outcome": "timed out", "error": f"it took more than {seconds:.0f} s"}
         except Exception as error:  # the process ended, or item and process could not understand each other
             ended = {"outcome": "crashed", "error": str(error)}
     told = work / f"{item.name}.json"
     found: Found = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    if ended and (part := next((p for p, cost in found.get("parts", {}).items() if cost is None), None)):
+        ended["error"] += f", in: {part}"
     found |= {"began": began, "seconds": round(time.monotonic() - start, 1), **ended}
     if found["outcome"] not in ("ok", "missing"):
         with suppress(OSError):

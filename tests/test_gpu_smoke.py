@@ -34,7 +34,8 @@ def crashes(note, target, work):
 
 
 def hangs(note, target, work):
-    note(figure=4, below=subprocess.Popen(["sleep", "600"]).pid)
+    note(figure=4, parts={"export step": {"seconds": 1}, "build step": None})
+    note(below=subprocess.Popen(["sleep", "600"]).pid)
     time.sleep(600)
 
 
@@ -91,6 +92,7 @@ def test_no_item_ends_the_others(tmp_path):
     assert "SIGSEGV" in found["crashes"]["error"]
     assert found["crashes"]["printed"] == "the library's last words"
     assert "a_backend_that_is_nowhere" in found["lacks"]["error"]
+    assert found["hangs"]["error"] == "it took more than 3 s, in: build step"
     assert 3 <= found["hangs"]["seconds"] < 15
     assert not is_running(found["hangs"]["below"])
     # The report was written after every item, not at the end.
