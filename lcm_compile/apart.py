@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -17,28 +18,35 @@ from typing import Any
 from lcm_compile.errors import LcmCompileError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+LAST_WORDS = 10.0  # seconds that a limited process has to end once it has answered, or was killed
 SERVE = "import sys; sys.path[:] = {path!r}; from lcm_compile.apart import serve; serve({results})"
 
 
-def call_apart(function: Callable[..., Any], *args: Any) -> Any:
+def call_apart(function: Callable[..., Any], *args: Any, seconds: float | None = None) -> Any:
     """`function(*args)`, computed by a new process; both, and what it returns, are pickled.
 
     Errors of this package are raised here as they were there; LcmCompileError where the process was killed.
+    With `seconds`, TimeoutError after them, and all that the process started ends with it.
     """
     read, write = os.pipe()
     code = SERVE.format(path=[str(Path(folder).absolute()) for folder in sys.path], results=write)
-    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=[write])
+    limited = seconds is not None
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=[write], start_new_session=limited
+    )
     os.close(write)
     try:
         with open(read, "rb") as results:  # noqa: PTH123 - a pipe, not a path
             assert process.stdin is not None
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 pickle.dump((function, args), process.stdin)
+            if not select.select([results], [], [], seconds)[0]:
+                raise TimeoutError(f"{function.__name__} took more than {seconds:.0f} s")
             answer = results.read()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS if limited else None)
     finally:
-        process.kill()
-        process.wait()
+        end(process, limited)
     if not answer:
         raise LcmCompileError(
             f"the process of {function.__name__} ended without a result ({ended(process.returncode)})",
@@ -50,7 +58,22 @@ def call_apart(function: Callable[..., Any], *args: Any) -> Any:
     return result
 
 
-def ended(code: int) -> str:
+def end(process: subprocess.Popen[bytes], limited: bool) -> None:
+    """Kills what is left of a process, and of a limited one's whole session."""
+    if not limited:
+        process.kill()
+        process.wait()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # One that hangs inside a driver can't even be killed.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LAST_WORDS)
+
+
+def ended(code: int | None) -> str:
+    if code is None:
+        return "it hangs, and can't be killed"
     if code == -signal.SIGKILL:
         return "killed, most likely for want of memory"
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -64,8 +87,6 @@ def serve(results: int) -> None:
     try:
         function, args = pickle.load(sys.stdin.buffer)
         answer = function(*args), None
-    except LcmCompileError as error:
-        answer = None, error
     except KeyboardInterrupt:
         os._exit(130)  # the parent was interrupted too, and tells
     except Exception as error:
