@@ -183,7 +183,9 @@ def unread(folder: Path) -> Iterator[None]:
     try:
         file = (folder / MANIFEST).open("r+b")
     except FileNotFoundError:
-        raise BundleError(f"{folder} has just been removed", "lcm-compile bundles") from None
+        raise BundleError(
+            f"{folder} has no {MANIFEST}: it is no bundle, or has just been removed", "lcm-compile bundles"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,13 +20,13 @@ class ListsAlone(click.Group):
 
 @click.group(cls=ListsAlone)
 def bundles() -> None:
-    """List the bundles here, show or remove one, or prune those not used for long; alone: list."""
+    """List the bundles here, show or remove them. Alone: list."""
 
 
 @bundles.command("list")
 @json_option
 def list_bundles(as_json: bool) -> None:
-    """List the bundles of the store and those built elsewhere, the one used last first."""
+    """List them, the one used last first, also those built elsewhere with --out."""
     from lcm_compile.console import print_json, print_table
     from lcm_compile.shelf import STORE, disk_size, shelved
 
@@ -61,7 +61,7 @@ def list_bundles(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show(name: str, as_json: bool) -> None:
-    """Tell what a bundle is, by its name in the list or its path."""
+    """Tell what one is, by its name in the list or its path."""
     from lcm_compile.bundle import read_manifest
     from lcm_compile.console import print_json
     from lcm_compile.reports import describe_bundle, print_description
@@ -84,7 +84,7 @@ def show(name: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @quiet_option
 def rm(names: tuple[str, ...], quiet: bool) -> None:
-    """Remove bundles, by their names in the list or their paths; not while they are used."""
+    """Remove some, by their names in the list or their paths."""
     from lcm_compile.console import note
     from lcm_compile.shelf import find_shelved, remove
 
@@ -99,9 +99,10 @@ def rm(names: tuple[str, ...], quiet: bool) -> None:
 @json_option
 @quiet_option
 def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Remove the bundles not used for longest until the store is under a size, and what killed builds left.
+    """Remove what was not used for longest.
 
-    Bundles that are used at this moment are kept, and so are those outside the store.
+    Bundles go until the store is under the size, and what killed builds left goes in any case. Bundles that
+    are built or drawn with at this moment are kept, and so are those outside the store.
     """
     from lcm_compile.console import note, print_json
     from lcm_compile.shelf import disk_size, parse_size
