@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,19 +12,22 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from lcm_compile.cost import Cost
 from lcm_compile.engines import BACKENDS
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.scheduler import SchedulerSettings
-from lcm_compile.schema import from_json
+from lcm_compile.schema import from_json, json_text
+from lcm_compile.sharing import share
 from lcm_compile.spec import PRECISIONS, BuildSpec, Shape, StageContract
-from lcm_compile.store import Digests, home, lock
+from lcm_compile.store import Digests, bundles_folder, home, lock
 from lcm_compile.targets import GpuTarget
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+# How what a killed build leaves beside a bundle is called: a half-built one, and one put aside.
+LEFTOVERS = (".part", ".old")
 # A disk with less than this is called full when something could not be written to it.
 LITTLE_ROOM = 1 << 20
 
@@ -115,6 +119,9 @@ class BundleManifest:
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
 
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json_text(self.to_dict(), indent=1), encoding="utf-8")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BundleManifest:
         """ValueError or UsageError, naming the place, for what is no manifest of this schema."""
@@ -194,19 +201,39 @@ def open_bundle(folder: Path) -> EngineBundle:
     """Reads the manifest and checks every file's digest (remembered by stat, so a second time is quick)."""
     manifest, digest = read_manifest(folder)
     digests = Digests()
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(
-                f"{path} is missing from the bundle", "copy the whole folder, or build it again"
-            )
-        if digests.sha256(path) != expected:
-            raise BundleError(
-                f"{path} is damaged: its sha256 is not the manifest's",
-                "copy the bundle again, or build it again with --force",
-            )
+    with hold(folder):
+        for name, expected in manifest.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise BundleError(
+                    f"{path} is missing from the bundle", "copy the whole folder, or build it again"
+                )
+            if digests.sha256(path) != expected:
+                raise BundleError(
+                    f"{path} is damaged: its sha256 is not the manifest's",
+                    "copy the bundle again, or build it again with --force",
+                )
     digests.save()
     return EngineBundle(folder, manifest, digest)
+
+
+def hold(folder: Path) -> IO[bytes]:
+    """The bundle's manifest, open: until it is closed, `bundles` removes nothing of the bundle.
+
+    The lock is on the manifest itself, so it needs no place to write and holds for any LCM_COMPILE_HOME.
+    BundleError where the bundle has gone.
+    """
+    path = folder / MANIFEST
+    try:
+        file = path.open("rb")
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+    except FileNotFoundError:
+        pass
+    raise BundleError(f"{folder} has just been removed or replaced", "the same again, or build it again")
 
 
 def list_files(folder: Path, but: Path | str = MANIFEST) -> dict[str, str]:
@@ -272,34 +299,50 @@ def publishing(
 ) -> Iterator[Path]:
     """A folder to build in, which becomes `folder` when the block ends without an error.
 
-    One process at a time; what a killed one left behind is removed. At every moment `folder` is the old
-    bundle, none, or the whole new one.
+    One process at a time. At every moment `folder` is the old bundle, none, or the whole new one. In the
+    store, its files that other bundles hold too become one with theirs.
     """
     folder = folder.resolve()  # through links: a link would be replaced instead of what it points to
     folder.parent.mkdir(parents=True, exist_ok=True)
-    part = folder.parent / f".{folder.name}.part"
-    old = folder.parent / f".{folder.name}.old"
-    name = hashlib.sha256(str(folder).encode(errors="surrogateescape")).hexdigest()[:16]
+    with reserving(folder, waiting) as (part, old):
+        part.mkdir()
+        with full_disk_told(folder.parent):
+            yield part
+        if (part / manifest).is_file():
+            if folder.parent == bundles_folder().resolve():
+                share(part, folder.parent)
+            sync(part)
+            if folder.exists():
+                folder.rename(old)
+            part.rename(folder)
+
+
+@contextlib.contextmanager
+def reserving(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[tuple[Path, Path]]:
+    """Two names beside `folder`, for a new bundle and an old one, while no other process changes it.
+
+    What lies there under these names is removed before and after, such as what a killed build left.
+    """
+    part, old = (folder.parent / f".{folder.name}{ending}" for ending in LEFTOVERS)
 
     def clean_up() -> None:
-        if old.exists() and not folder.exists():  # ended between the two renames below
+        if old.exists() and not folder.exists():  # ended between the two renames of publishing
             old.rename(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    with lock(home() / "locks" / name, waiting):
+    with lock(lock_of(folder), waiting):
         clean_up()
-        part.mkdir()
         try:
-            with full_disk_told(folder.parent):
-                yield part
-            if (part / manifest).is_file():
-                sync(part)
-                if folder.exists():
-                    folder.rename(old)
-                part.rename(folder)
+            yield part, old
         finally:
             clean_up()
+
+
+def lock_of(folder: Path) -> Path:
+    """Locked by whoever builds or removes the bundle."""
+    name = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
+    return home() / "locks" / name
 
 
 @contextlib.contextmanager

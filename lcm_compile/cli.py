@@ -17,6 +17,7 @@ import click
 
 import lcm_compile
 from lcm_compile.commands.build import build, export
+from lcm_compile.commands.bundles import bundles
 from lcm_compile.commands.fuse import fuse
 from lcm_compile.commands.look import doctor, inspect, targets, verify
 from lcm_compile.commands.run import run
@@ -94,5 +95,5 @@ def cli() -> None:
     """
 
 
-for command in (build, run, verify, inspect, fuse, export, distill, train_lora, targets, doctor):
+for command in (build, run, verify, inspect, fuse, export, distill, train_lora, bundles, targets, doctor):
     cli.add_command(command)

@@ -15,7 +15,6 @@ import lcm_compile
 from lcm_compile import parity
 from lcm_compile.apart import call_apart
 from lcm_compile.bundle import (
-    MANIFEST,
     BundleManifest,
     EngineBundle,
     Parity,
@@ -28,6 +27,7 @@ from lcm_compile.bundle import (
     list_files,
     open_bundle,
     publishing,
+    read_manifest,
 )
 from lcm_compile.contracts import make_contracts
 from lcm_compile.cost import Report, Stopwatch
@@ -40,7 +40,6 @@ from lcm_compile.loading import load_tokenizer
 from lcm_compile.lora import LoraProvenance
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
-from lcm_compile.schema import json_text
 from lcm_compile.spec import BuildSpec, StageContract
 from lcm_compile.store import remember
 from lcm_compile.targets import TARGETS
@@ -110,12 +109,22 @@ def build_sharing(asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, r
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
             several = len(missing) > 1
+            built: dict[tuple[str | None, ...], Path] = {}
             with exported(next(iter(missing.values())), folders[next(iter(missing))], report) as export:
                 for folder, plan in missing.items():
-                    build_into(folders[folder], *export, plan, report, several)
+                    twin = built.get(engines_of(plan))
+                    build_into(folders[folder], *export, plan, report, several, twin)
+                    built[engines_of(plan)] = folders[folder]
             if [plan.key for plan in plan_again()] != [plan.key for plan in plans]:
                 raise CheckpointError("the base or a LoRA changed while it was being built", "build again")
     return plans
+
+
+def engines_of(plan: Plan) -> tuple[str | None, ...]:
+    """What engines depend on besides their graphs: an A10's are an A10G's."""
+    key = plan.key
+    capability = plan.target.compute_capability
+    return plan.backend_name, key["backend version"], key["builder options"], capability
 
 
 def build_from(
@@ -225,27 +234,30 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
 
 
 def build_into(
-    folder: Path, graphs: Path, export: ExportManifest, plan: Plan, report: Report, several: bool = False
+    folder: Path,
+    graphs: Path,
+    export: ExportManifest,
+    plan: Plan,
+    report: Report,
+    several: bool = False,
+    twin: Path | None = None,
 ) -> None:
-    """Fills an empty folder with the engines of an export and, last, the manifest."""
+    """Fills an empty folder with the engines of an export, or those of its `twin`, and with the manifest."""
     watch = Stopwatch(report)
-    call = call_apart if export.is_large else call_here
     told = f" for {plan.target.name}" if several else ""
     for name in ("tokenizers", "proof"):
         shutil.copytree(graphs / name, folder / name)
-    (folder / "engines").mkdir()
-    built = []
+    stages: list[StageEngine] = []
     with full_disk_told(folder.parent):
-        for stage in export.stages:
-            graph = export.graph(graphs, stage)
-            with watch.part(f"build {stage.contract.name}{told}"):
-                path = call(plan.backend.build, graph, plan.target, folder / "engines")
-            engine = path.relative_to(folder).as_posix()
-            built.append(
-                StageEngine(
-                    stage.contract, engine, stage.precision, stage.fp32_layers, stage.largest_activation
-                )
-            )
+        if twin is not None:
+            with watch.part(f"copy the engines{told}"):
+                shutil.copytree(twin / "engines", folder / "engines")
+            stages += read_manifest(twin)[0].stages
+        else:
+            (folder / "engines").mkdir()
+            stages += [
+                build_stage(folder, graphs, export, stage, plan, watch, told) for stage in export.stages
+            ]
     manifest = BundleManifest(
         spec=plan.spec,
         target=plan.target,
@@ -253,7 +265,7 @@ def build_into(
         key=plan.key,
         architecture=export.architecture,
         pipeline=export.pipeline,
-        stages=tuple(built),
+        stages=tuple(stages),
         loras=export.loras,
         parity=export.parity,
         proof=export.proof,
@@ -267,12 +279,35 @@ def build_into(
         files=list_files(folder, but=graphs),
     )
     if plan.backend.cannot_run(plan.target) is None:
+        manifest.write(folder)  # a bundle that is loaded has one
+        call = call_apart if export.is_large else call_here
         with watch.part(f"check the engines{told}"):
             figures = call(parity.verify, EngineBundle(folder, manifest, ""))
         parity.require(figures)
         manifest = replace(manifest, parity={**manifest.parity, **figures})
-    manifest = replace(manifest, costs={**export.costs, **watch.costs})
-    (folder / MANIFEST).write_text(json_text(manifest.to_dict(), indent=1), encoding="utf-8")
+    replace(manifest, costs={**export.costs, **watch.costs}).write(folder)
+
+
+def build_stage(
+    folder: Path,
+    graphs: Path,
+    export: ExportManifest,
+    stage: ExportedStage,
+    plan: Plan,
+    watch: Stopwatch,
+    told: str,
+) -> StageEngine:
+    """One engine, in `folder`/engines."""
+    call = call_apart if export.is_large else call_here
+    with watch.part(f"build {stage.contract.name}{told}"):
+        path = call(plan.backend.build, export.graph(graphs, stage), plan.target, folder / "engines")
+    return StageEngine(
+        stage.contract,
+        path.relative_to(folder).as_posix(),
+        stage.precision,
+        stage.fp32_layers,
+        stage.largest_activation,
+    )
 
 
 def call_here(function: Callable[..., Any], *args: Any) -> Any:

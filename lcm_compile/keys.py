@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lcm_compile
@@ -45,10 +45,14 @@ def explain(key: Mapping[str, str], folder: Path, force: bool) -> tuple[bool, li
     changed = differences(key, nearest)
     if not changed:
         return False, [f"there is no bundle at {folder} yet ({name} is the same build)"]
-    reasons = [f"differs from {name}:", *changed[:REASONS_SHOWN]]
-    if len(changed) > REASONS_SHOWN:
-        reasons.append(f"and {len(changed) - REASONS_SHOWN} more inputs")
-    return False, reasons
+    return False, [f"differs from {name}:", *changed]
+
+
+def briefly(reasons: Sequence[str]) -> list[str]:
+    """The first of `explain`'s reasons, and how many more there are."""
+    shown = list(reasons[: 1 + REASONS_SHOWN])
+    more = len(reasons) - len(shown)
+    return [*shown, f"and {more} more inputs, which --dry-run lists"] if more else shown
 
 
 def existing_key(folder: Path) -> dict[str, str] | None:

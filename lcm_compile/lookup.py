@@ -7,18 +7,19 @@ from pathlib import Path
 from lcm_compile.bundle import EngineBundle, open_bundle, read_manifest
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
+from lcm_compile.keys import briefly
 from lcm_compile.plan import make_plan
 from lcm_compile.spec import BuildSpec
-from lcm_compile.store import recent
+from lcm_compile.store import recent, remember
 from lcm_compile.targets import find_target
 
 
 def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> EngineBundle:
-    """The bundle that is named, or the one built or hit last that runs on this machine."""
+    """The bundle that is named, or the one used last that runs on this machine."""
     if engine is not None:
         if base or gpu:
             raise UsageError("--engine names a bundle; drop --base and --gpu")
-        return open_bundle(engine)
+        return open_used(engine)
     if base and gpu:
         return find_bundle_of(base, gpu)
     if base or gpu:
@@ -32,7 +33,7 @@ def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> Engin
             continue
         reason = find_backend(manifest.backend).cannot_run(manifest.target)
         if reason is None:
-            return open_bundle(folder)
+            return open_used(folder)
         reasons.append(f"{folder.name}: {reason}")
     told = "\n  ".join(["no bundle here runs on this machine:", *reasons[:5]])
     raise BundleError(
@@ -41,7 +42,7 @@ def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> Engin
 
 
 def find_bundle_of(base: str, gpu: str) -> EngineBundle:
-    """The bundle built or hit last of a base, whatever was fused into it, for a target.
+    """The bundle used last of a base, whatever was fused into it, for a target.
 
     BundleError where what it was built from has changed since: no stale engine is run by its base's name.
     """
@@ -55,18 +56,24 @@ def find_bundle_of(base: str, gpu: str) -> EngineBundle:
             try:
                 plan = make_plan(manifest.spec, folder)
             except LcmCompileError:  # the base or a LoRA is gone: the bundle is all there is
-                return open_bundle(folder)
+                return open_used(folder)
             if not plan.hit:
-                told = "\n  ".join(plan.reasons)
+                told = "\n  ".join(briefly(plan.reasons))
                 raise BundleError(
                     f"the bundle of {base} for {target} is out of date; what is there now {told}",
                     manifest.spec.command(),
                 )
-            return open_bundle(folder)
+            return open_used(folder)
     raise BundleError(
         f"there is no bundle of {base} for {target}",
         f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --engine",
     )
+
+
+def open_used(folder: Path) -> EngineBundle:
+    bundle = open_bundle(folder)
+    remember(folder)
+    return bundle
 
 
 def same_base(one: str, other: str) -> bool:

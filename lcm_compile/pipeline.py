@@ -13,17 +13,18 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, PipelineSettings, open_bundle
+from lcm_compile.bundle import EngineBundle, PipelineSettings, hold, open_bundle
 from lcm_compile.engines import find_backend, find_target_here
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import REBUILD, BackendError, BundleError, UsageError
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import lcm_steps
 from lcm_compile.schema import from_json
+from lcm_compile.store import remember
 from lcm_compile.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Clock:
 
 
 class LcmPipeline:
-    """A context manager that owns its runners.
+    """A context manager that owns its runners, and holds its bundle so that nobody removes that.
 
     >>> with load("bundle/") as pipeline:
     ...     images = pipeline("a large red star on a striped pink background", seed=7)
@@ -96,11 +97,13 @@ class LcmPipeline:
         runners: Mapping[str, Runner],
         tokenizers: Mapping[str, PromptTokenizer],
         load_ms: float = 0.0,
+        held: IO[bytes] | None = None,
     ) -> None:
         self.settings = settings
         self.runners = runners
         self.tokenizers = tokenizers
         self.load_ms = load_ms
+        self._held = held
 
     def __call__(
         self,
@@ -218,6 +221,8 @@ class LcmPipeline:
     def close(self) -> None:
         for runner in self.runners.values():
             runner.close()
+        if self._held is not None:
+            self._held.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,6 +245,7 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
     start = time.perf_counter()
     if not isinstance(bundle, EngineBundle):
         bundle = open_bundle(Path(bundle))
+        remember(bundle.folder)
     manifest = bundle.manifest
     backend = find_backend(manifest.backend)
     if reason := backend.cannot_run(manifest.target):
@@ -256,6 +262,7 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
             f"build it again here: {manifest.spec.command()}",
         )
     check_stages(bundle)
+    held = hold(bundle.folder)
     runners: dict[str, Runner] = {}
     try:
         for stage in manifest.stages:
@@ -265,8 +272,10 @@ def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
     except BaseException:
         for runner in runners.values():
             runner.close()
+        held.close()
         raise
-    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms=(time.perf_counter() - start) * 1000)
+    load_ms = (time.perf_counter() - start) * 1000
+    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms, held)
 
 
 def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:

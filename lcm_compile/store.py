@@ -105,18 +105,30 @@ def bundles_folder() -> Path:
 
 
 def remember(bundle: Path) -> None:
-    """Puts a bundle first among those used last."""
-    path = home() / "recent.json"
-    bundle = bundle.resolve()
+    """Notes that a bundle is used now."""
     with contextlib.suppress(OSError), lock(home() / ".recent.lock"):
-        others = [str(p) for p in recent() if p != bundle]
-        write_atomically(path, json.dumps([str(bundle), *others][:RECENT_LIMIT], indent=1))
+        used = {**last_uses(), bundle.resolve(): time.time()}
+        newest = sorted(used, key=lambda path: -used[path])[:RECENT_LIMIT]
+        times = {str(path): used[path] for path in newest}
+        write_atomically(home() / "recent.json", json.dumps(times, indent=1))
+
+
+def last_uses() -> dict[Path, float]:
+    """When bundles were built, hit or run last, in seconds since 1970; those that are gone are left out."""
+    try:
+        data = json.loads((home() / "recent.json").read_text(encoding="utf-8"))
+        times = from_json(Mapping[str, float], data)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    now = time.time()
+    return {
+        Path(name): min(max(used, 0), now)
+        for name, used in times.items()
+        if (Path(name) / "manifest.json").is_file()
+    }
 
 
 def recent() -> list[Path]:
-    """Bundles that were built or hit, the last one first; those that are gone are left out."""
-    try:
-        names = from_json(tuple[str, ...], json.loads((home() / "recent.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError):
-        return []
-    return [Path(name) for name in names if (Path(name) / "manifest.json").is_file()]
+    """The bundles of `last_uses`, the one used last first."""
+    used = last_uses()
+    return sorted(used, key=lambda path: -used[path])

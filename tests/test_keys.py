@@ -13,6 +13,7 @@ from pathlib import Path
 
 import factories
 import pytest
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from lcm_compile import BuildSpec, LoraSpec, build, compile, plan, store
@@ -174,6 +175,81 @@ def test_a_changed_request_is_a_miss(command, copy, change, told):
 def test_another_weight_of_a_lora_is_a_miss(copy, weight):
     spec = replace(copy, loras=(LoraSpec(copy.loras[0].source, weight),))
     assert f"LoRA 2 weight changed: 0.5 → {weight}" in reasons(spec)
+
+
+def test_another_strength_of_a_part_is_a_miss(copy):
+    """Of several that come to the same weights, each is a hit."""
+    source = copy.loras[0].source
+    for strengths, told in (
+        ({"text": 0.25}, "0.5 → unet=0.5,text=0.25"),
+        ({"mid_block": 0.0, "down_blocks.1": 1.0}, "0.5 → 0.5,down_blocks.1=1.0,mid_block=0.0"),
+    ):
+        spec = replace(copy, loras=(LoraSpec(source, 0.5, strengths),))
+        assert reasons(spec).splitlines()[1:] == [f"LoRA 2 weight changed: {told}"]
+    reasons(replace(copy, loras=(LoraSpec(source, 7.0, {"unet": 0.5, "text": 0.5}),)), hit=True)
+
+
+def test_another_vae_is_a_miss_that_names_its_file_alone(copy, tmp_path):
+    vae = shutil.copytree(tmp_path / "base" / "vae", tmp_path / "vae")
+    reasons(replace(copy, vae=str(vae)), hit=True)
+    edited(vae / "diffusion_pytorch_model.safetensors")
+    told = reasons(replace(copy, vae=str(vae))).splitlines()
+    assert len(told) == 2 and told[1].startswith("base vae/diffusion_pytorch_model.safetensors changed: ")
+
+
+def shelve(key, name):
+    """A bundle in the store whose key is another's."""
+    made = store.recent()[0]
+    folder = shutil.copytree(made, store.bundles_folder() / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "key": dict(key)}))
+
+
+def test_another_seed_of_random_weights_is_a_miss(copy):
+    """Full-size weights, of which a plan makes none."""
+    build(copy)  # a hit, the bundle used last
+    spec = BuildSpec(base="sd15", weights="random:7", backend="torchscript")
+    before = plan.make_plan(spec)
+    shelve(before.key, before.folder.name)
+    reasons(spec, hit=True)
+    told = reasons(replace(spec, weights="random")).splitlines()[1:]
+    assert told == ["base weights changed: random, seed 7 → random, seed 0"]
+
+
+def test_another_config_of_a_file_is_a_miss(copy, tmp_path):
+    """Its own settings and tokenizers are what it takes from --config; the weights stay."""
+    build(copy)
+    folder = Path(copy.base)
+    file = factories.write_original(
+        StableDiffusionXLPipeline.from_pretrained(folder), tmp_path / "one.safetensors"
+    )
+    spec = replace(copy, base=str(file), config=str(folder))
+    before = plan.make_plan(spec)
+    shelve(before.key, before.folder.name)
+    reasons(spec, hit=True)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_start": 0.001}))
+    with (folder / "tokenizer" / "merges.txt").open("a") as merges:
+        merges.write("\n")
+    told = [line.partition(" changed: ")[0] for line in reasons(spec).splitlines()[1:]]
+    assert told == ["base configs", "base tokenizer/merges.txt"]
+
+
+def test_a_dry_run_lists_all_that_differs_and_a_build_some(command, copy, tmp_path):
+    base = factories.write_sdxl(tmp_path / "other", seed=1)
+    for text in base.glob("tokenizer*/*.json"):
+        text.write_text(text.read_text() + "\n")
+    spec = replace(copy, base=str(base), width=32, lcm_lora=None, loras=(), no_lcm=True)
+    old, new = (plan.make_plan(s, p).key for s, p in ((copy, None), (spec, tmp_path / "out")))
+    differing = [name for name in {*old, *new} if old.get(name) != new.get(name)]
+    assert len(differing) > 12
+    words_of_all = words(spec, "--dry-run")
+    told = json.loads(command(*words_of_all, "--json")[1])["reasons"]
+    assert len(told) == 1 + len(differing)
+    shown = command(*words_of_all)[1]
+    assert all(f"{name} " in "\n".join(told) and f"{name} " in shown for name in differing)
+    err = command(*words(spec))[2]
+    assert f"and {len(differing) - 8} more inputs, which --dry-run lists" in err
 
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "lcm-compile"])

@@ -65,6 +65,7 @@ def build(
     """
     from lcm_compile.compile import build_from, build_targets
     from lcm_compile.console import Parts, note, print_json
+    from lcm_compile.keys import briefly
     from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec
@@ -90,7 +91,7 @@ def build(
     for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:
         note(remark, quiet)
     for plan in plans:
-        note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(plan.reasons)}".replace(":;", ":"), quiet)
+        note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"), quiet)
         if plan.passed_over and not plan.hit:
             why = [f"backend {plan.backend_name}", *(f"not {reason}" for reason in plan.passed_over)]
             note("; ".join(why), quiet)

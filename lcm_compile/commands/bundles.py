@@ -1,0 +1,146 @@
+"""`bundles`: what is stored, and removing it."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import click
+
+from lcm_compile.commands.options import json_option, quiet_option
+
+BASE_SHOWN = 24
+
+
+class ListsAlone(click.Group):
+    """A group that, without a command, lists."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args != ["--json"] else ["list", *args])
+
+
+@click.group(cls=ListsAlone)
+def bundles() -> None:
+    """List the bundles here, show or remove them. Alone: list."""
+
+
+@bundles.command("list")
+@json_option
+def list_bundles(as_json: bool) -> None:
+    """List them, the one used last first, also those built elsewhere with --out."""
+    from lcm_compile.console import print_json, print_table
+    from lcm_compile.shelf import STORE, disk_size, shelved
+
+    found = shelved()
+    total = disk_size(found)
+    if as_json:
+        print_json({"bundles": [one.to_dict() for one in found], "bytes": total})
+        return
+    if not found:
+        print("there is no bundle yet")
+        return
+    print_table(
+        ("used", "size", "target", "backend", "built", "base", "bundle"),
+        [
+            (
+                short_time(one.used),
+                told_size(one.size),
+                one.manifest.target.name if one.manifest else "",
+                one.manifest.backend if one.manifest else "",
+                short_time(one.built),
+                short_base(one.manifest.spec.base) if one.manifest else "",
+                one.folder.name if one.kind == STORE else f"{one.folder} ({one.kind})",
+            )
+            for one in found
+        ],
+    )
+    shared = sum(one.size for one in found) - total
+    print(f"{told_size(total)} in all" + (f"; {told_size(shared)} saved by sharing files" if shared else ""))
+
+
+@bundles.command()
+@click.argument("name")
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Tell what one is, by its name in the list or its path."""
+    from lcm_compile.bundle import read_manifest
+    from lcm_compile.console import print_json
+    from lcm_compile.reports import describe_bundle, print_description
+    from lcm_compile.shelf import ELSEWHERE, STORE, find_shelved, look_at
+    from lcm_compile.store import bundles_folder, last_uses
+
+    folder = find_shelved(name)
+    kind = STORE if folder.parent == bundles_folder().resolve() else ELSEWHERE
+    description = {
+        **describe_bundle(folder, *read_manifest(folder)),
+        **look_at(folder, kind, last_uses().get(folder)).to_dict(),
+    }
+    if as_json:
+        print_json(description)
+    else:
+        print_description(folder.name, description)
+
+
+@bundles.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@quiet_option
+def rm(names: tuple[str, ...], quiet: bool) -> None:
+    """Remove some, by their names in the list or their paths."""
+    from lcm_compile.console import note
+    from lcm_compile.shelf import find_shelved, remove
+
+    for folder in [find_shelved(name) for name in names]:
+        remove(folder)
+        note(f"removed {folder}", quiet)
+
+
+@bundles.command()
+@click.option("--keep-under", required=True, metavar="SIZE", help="50GB, 500MB, 1.5GiB; 0 keeps none.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be removed.")
+@json_option
+@quiet_option
+def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Remove what was not used for longest.
+
+    Bundles go until the store is under the size, and what killed builds left goes in any case. Bundles that
+    are built or drawn with at this moment are kept, and so are those outside the store.
+    """
+    from lcm_compile.console import note, print_json
+    from lcm_compile.shelf import disk_size, parse_size
+    from lcm_compile.shelf import prune as remove_oldest
+
+    limit = parse_size(keep_under)
+    pruned = remove_oldest(limit, dry_run)
+    size = disk_size(pruned.left)
+    if as_json:
+        print_json(
+            {
+                "removed": [one.to_dict() for one in pruned.removed],
+                "kept": list(pruned.reasons),
+                "freed_bytes": disk_size([*pruned.removed, *pruned.left]) - size,
+                "bytes": size,
+            }
+        )
+        return
+    for one in pruned.removed:
+        print(one.folder)
+    for reason in pruned.reasons:
+        note(reason)
+    done = "would be removed" if dry_run else "removed"
+    more = f", over {keep_under}" if size > limit else ""
+    note(f"{len(pruned.removed)} {done}; {told_size(size)} left{more}", quiet)
+
+
+def told_size(size: int) -> str:
+    for unit, step in (("GB", 1e9), ("MB", 1e6)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def short_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def short_base(base: str) -> str:
+    """The end of a path that is long."""
+    return base if len(base) <= BASE_SHOWN else f"…{base[1 - BASE_SHOWN :]}"
