@@ -33,9 +33,11 @@ from lcm_compile.contracts import make_contracts
 from lcm_compile.cost import Report, Stopwatch
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
+from lcm_compile.estimate import estimate
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import EXPORT, ExportedStage, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
+from lcm_compile.files import check_space
 from lcm_compile.loading import load_tokenizer
 from lcm_compile.lora import LoraProvenance
 from lcm_compile.parity import Call, Trace
@@ -159,6 +161,7 @@ def export(
     """
     plan = plan_graphs(spec, graph_format)
     check_destination(out, EXPORT)
+    check_space(out.absolute(), estimate(plan).bundle_bytes)
     with publishing(out, lambda: report(WAITING, None), EXPORT) as folder:
         manifest = export_into(folder, plan, report)
         manifest = replace(manifest, files=list_files(folder, but=EXPORT))
@@ -171,6 +174,7 @@ def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, E
     """The export that a bundle is built from, until that is done."""
     assert plan.export is not None
     # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
+    check_space(plan.folder, estimate(plan.export).disk_bytes)
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
         with full_disk_told(folder.parent):
             export = export_into(Path(scratch), plan.export, report)

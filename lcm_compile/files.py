@@ -56,7 +56,8 @@ def check_out(out: Path, folder: bool = False) -> None:
 
 def check_space(out: Path, size: int) -> None:
     """A full disk is better found before the work than after it. `size`: bytes of all that is written."""
-    free = shutil.disk_usage(out.parent).free
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < 1.1 * size + 1_000_000:
         raise LcmCompileError(
             f"{out.parent} has {free / 1e6:.1f} MB free; {out.name} and what is written beside it take "

@@ -10,11 +10,13 @@ from typing import Any
 from lcm_compile.bundle import BundleManifest, Parity
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.console import print_table
+from lcm_compile.estimate import Estimate
 from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.plan import Plan
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan, cost: Estimate | None) -> None:
+    """`cost` is what building it would take; None where that is not known."""
     export = plan.export
     made = (
         []
@@ -31,10 +33,23 @@ def print_plan(plan: Plan) -> None:
         *made,
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", "\n".join((plan.backend_name, *(f"not {reason}" for reason in plan.passed_over)))),
+        *(() if cost is None else told_estimate(cost)),
         ("bundle", str(plan.folder)),
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]
     print_table(("", "plan"), rows)
+
+
+def told_size(size: int) -> str:
+    for unit, step in (("GB", 1e9), ("MB", 1e6)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
+def told_estimate(cost: Estimate) -> list[tuple[str, str]]:
+    rows = [("disk", f"{told_size(cost.bundle_bytes)}, and {told_size(cost.disk_bytes)} while it is built")]
+    return [*rows, ("memory", told_size(cost.memory_bytes))]
 
 
 def told_parity(figures: Mapping[str, Parity]) -> str:

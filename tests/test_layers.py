@@ -45,7 +45,7 @@ LAYERS = [
     {"keys"},
     {"exported"},
     {"parity", "plan"},
-    {"lookup", "prepare", "fuse"},
+    {"lookup", "prepare", "fuse", "estimate"},
     {"compile", "doctor"},
     {"console", "images", "sheets"},
     {"grid", "benchmarks", "demo.training", "demo.pictures"},

@@ -81,11 +81,18 @@ def build(
         specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
         plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
     if dry_run:
+        from lcm_compile.estimate import estimate
+
+        costs = [None if plan.hit or plan.export is None else estimate(plan.export) for plan in plans]
         if as_json:
-            print_json([plan.to_dict() for plan in plans] if len(plans) > 1 else plans[0].to_dict())
+            dicts = [
+                {**plan.to_dict(), "estimate": cost and cost.to_dict()}
+                for plan, cost in zip(plans, costs, strict=True)
+            ]
+            print_json(dicts if len(dicts) > 1 else dicts[0])
             return
-        for plan in plans:
-            print_plan(plan)
+        for plan, cost in zip(plans, costs, strict=True):
+            print_plan(plan, cost)
         return
     lead = plans[0]
     for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:

@@ -130,13 +130,6 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     note(f"{len(pruned.removed)} {done}; {told_size(size)} left{more}", quiet)
 
 
-def told_size(size: int) -> str:
-    for unit, step in (("GB", 1e9), ("MB", 1e6)):
-        if size >= step:
-            return f"{size / step:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
-
-
 def short_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
