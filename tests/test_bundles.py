@@ -301,10 +301,10 @@ def test_load_of_a_bundle_that_was_removed_since_it_was_opened(sdxl_bundle, shel
         load(bundle)
 
 
-def test_builds_of_different_targets_at_once_and_a_prune(command, sdxl_checkpoint, shelf):
+def test_builds_of_different_targets_at_once_and_a_prune(command, sd15_checkpoint, shelf):
     """One builds for two equal GPUs, once; the other waits for one of them and builds its own for a third."""
     pytest.importorskip("tensorrt_rtx")
-    words = ["build", "--base", str(sdxl_checkpoint), "--no-lcm", "--json", "--gpu"]
+    words = ["build", "--base", str(sd15_checkpoint), "--no-lcm", "--json", "--gpu"]
     start = [sys.executable, "-m", "lcm_compile", *words, "a10", "--gpu", "a10g"]
     said = ""
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
