@@ -17,8 +17,13 @@ from lcm_compile import cli, load
 
 @pytest.fixture
 def build(sdxl_checkpoint):
-    """The words of a build of the tiny SDXL; what is given comes last, and wins."""
-    return lambda *words: ("build", "--base", sdxl_checkpoint, "--gpu", "cpu", "--no-lcm", *words)
+    """The words of a build of the tiny SDXL, for the CPU unless a target is given; what comes last wins."""
+
+    def words_of(*words):
+        target = () if "--gpu" in words else ("--gpu", "cpu")
+        return "build", "--base", sdxl_checkpoint, *target, "--no-lcm", *words
+
+    return words_of
 
 
 @pytest.mark.parametrize(
