@@ -34,8 +34,8 @@ def test_random_weights_are_counted_too(family, millions, monkeypatch):
     assert parameters(plan.export.checkpoint.components["unet"]) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-# Of full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of the engines, and of memory.
-MEASURED = {"sd15": (2.1, 6.3)}
+# Of full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, and of the engines.
+MEASURED = {"sd15": (6.3, 2.09), "sdxl": (13.4, None)}
 
 
 @pytest.mark.parametrize("family", MEASURED)
@@ -43,9 +43,9 @@ def test_within_thirty_percent_of_what_was_measured(family, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("tensorrt_rtx")
     told = estimate(make_plan(BuildSpec(family, gpu="a10", weights="random")).export)
-    disk, memory = MEASURED[family]
-    assert told.bundle_bytes / 1e9 == pytest.approx(disk, rel=0.3)
+    memory, disk = MEASURED[family]
     assert told.memory_bytes / 1e9 == pytest.approx(memory, rel=0.3)
+    assert disk is None or told.bundle_bytes / 1e9 == pytest.approx(disk, rel=0.3)
 
 
 def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle):
