@@ -80,6 +80,9 @@ def build(
     else:
         specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
         plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
+    lead = plans[0]
+    for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:
+        note(remark, quiet)
     if dry_run:
         from lcm_compile.estimate import estimate
 
@@ -94,9 +97,6 @@ def build(
         for plan, cost in zip(plans, costs, strict=True):
             print_plan(plan, cost)
         return
-    lead = plans[0]
-    for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:
-        note(remark, quiet)
     for plan in plans:
         note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"), quiet)
         if plan.passed_over and not plan.hit:
