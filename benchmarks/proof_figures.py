@@ -163,7 +163,11 @@ def styles(cells: Drawn, path: Path) -> None:
 
 def universal(rows: Drawn, path: Path) -> None:
     """The same prompts and seeds by every row."""
-    names = [f"{record['label']}, {record['steps']} steps".replace(", ", ",\n") for record, _ in rows]
+    names = [
+        f"{record['label']}, {record['steps']} steps".replace(", ", ",\n")
+        + f",\nguidance {record['guidance']:g}" * (record["guidance"] > 1)
+        for record, _ in rows
+    ]
     picture_lines([(name, shown, []) for name, (_, shown) in zip(names, rows, strict=True)], path)
 
 
