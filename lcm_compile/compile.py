@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from lcm_compile.prepare import Prepared
 
 WAITING = "wait for another build of this bundle"
+CHANGED = "the base or a LoRA changed while it was being built"
 
 
 def build(
@@ -65,14 +66,7 @@ def build(
     it starts, and its cost as it ends. Raises UsageError, CheckpointError, LoraError, BackendError, and
     ParityError when the engines do not draw what torch draws; nothing is published then.
     """
-    return build_planned(spec, None if out is None else Path(out), force, report)[1]
-
-
-def build_planned(
-    spec: BuildSpec, out: Path | None, force: bool, report: Report
-) -> tuple[Plan, EngineBundle]:
-    """`build`, with the plan that was followed: a hit too where another process built it meanwhile."""
-    return build_targets([(spec, out)], force, report)[0]
+    return build_targets([(spec, None if out is None else Path(out))], force, report)[0][1]
 
 
 def build_targets(
@@ -87,7 +81,8 @@ def build_targets(
             shared = [key_digest(plan.export.key), plan.export.checked, str(plan.export.proof_shape)]
             sharing.setdefault(" ".join(shared), []).append(i)
     for members in sharing.values():
-        followed = build_sharing([asked[i] for i in members], force, report)
+        wanted = {plans[i].folder for i in members}
+        followed = build_sharing([asked[i] for i in members], wanted, force, report)
         for i, plan in zip(members, followed, strict=True):
             plans[i] = plan
     for plan in plans:
@@ -95,19 +90,25 @@ def build_targets(
     return [(plan, open_bundle(plan.folder)) for plan in plans]
 
 
-def build_sharing(asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, report: Report) -> list[Plan]:
-    """Builds bundles that need the same graphs; those that another process built meanwhile are hits."""
+def build_sharing(
+    asked: Sequence[tuple[BuildSpec, Path | None]], wanted: Iterable[Path], force: bool, report: Report
+) -> list[Plan]:
+    """Builds bundles that need the same graphs into the folders `wanted`.
+
+    Those that another process built meanwhile are hits.
+    """
 
     def plan_again() -> list[Plan]:
         return [make_plan(spec, out, force) for spec, out in asked]
 
-    wanted = sorted({plan.folder for plan in plan_again()})  # in one order: no two wait for each other
     with ExitStack() as stack:
         folders = {
             folder: stack.enter_context(publishing(folder, lambda: report(WAITING, None)))
-            for folder in wanted
+            for folder in sorted(wanted)  # in one order: no two builds wait for each other
         }
         plans = plan_again()
+        if {plan.folder for plan in plans} != folders.keys():
+            raise CheckpointError(CHANGED, "build again")
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
             several = len(missing) > 1
@@ -118,7 +119,7 @@ def build_sharing(asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, r
                     build_into(folders[folder], *export, plan, report, several, twin)
                     built[engines_of(plan)] = folders[folder]
             if [plan.key for plan in plan_again()] != [plan.key for plan in plans]:
-                raise CheckpointError("the base or a LoRA changed while it was being built", "build again")
+                raise CheckpointError(CHANGED, "build again")
     return plans
 
 

@@ -14,7 +14,7 @@ from lcm_compile.single_file import read_header
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # The half of a VAE that draws: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
-# Measured on SD1.5 and SDXL at full size (docs of the tests: tests/test_full_size.py): libraries and what
+# Measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md): libraries and what
 # they keep for themselves, and bytes for each weight while it is drawn with in fp32 or compiled.
 LIBRARIES, PER_WEIGHT = 0.5e9, 4.4
 # ONNX Runtime computes an fp16 twin in fp32, and keeps what it unpacks.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.bundle import MANIFEST, read_manifest
-from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint, read_json
+from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
 from lcm_compile.families import LCM_LORA_FILE, TEXT_WIDTHS
 from lcm_compile.lora import find_lora, read_lora
@@ -77,14 +77,13 @@ def read_header(path: Path) -> Header:
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     height, width = checkpoint.default_size
-    scheduler = read_json(checkpoint.folder / "scheduler" / "scheduler_config.json")
     return {
         "checkpoint": str(checkpoint.folder),
         "family": checkpoint.family.name if checkpoint.family else None,
         "architecture": checkpoint.architecture,
         "size": {"height": height, "width": width},
         "prediction_type": checkpoint.scheduler.prediction_type,
-        "scheduler": scheduler.get("_class_name"),
+        "scheduler": checkpoint.scheduler_config.get("_class_name"),
         "guidance_embedding": checkpoint.has_guidance_embedding,
         "components": [describe_component(component) for component in checkpoint.components.values()],
     }
