@@ -1,0 +1,84 @@
+"""A benchmark's saved file: raw samples with the machine and the versions that they were taken with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.errors import UsageError
+from lcm_compile.schema import from_json, json_text
+from lcm_compile.spec import BuildSpec
+from lcm_compile.store import write_atomically
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where samples were taken. `device` is what ran the engines: the GPU's name, or the processor's."""
+
+    device: str
+    processor: str
+    cores: int
+    versions: Mapping[str, str]
+    taken: str  # ISO 8601, UTC
+    gpu_driver: str | None = None
+
+
+@dataclass(frozen=True)
+class Rival:
+    """What was timed in turn with a case: sample i right before or after the case's sample i."""
+
+    samples_ms: tuple[float, ...]
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that was timed. None stands for what was not measured."""
+
+    name: str
+    samples_ms: tuple[float, ...]
+    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    engine_bytes: int | None = None
+    parity_db: float | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `bench` was asked for, so that `compare` can take the same samples on another machine."""
+
+    spec: BuildSpec
+    against: tuple[str, ...]
+    runs: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class BenchmarkReport:
+    environment: Environment
+    benchmark: Benchmark
+    cases: tuple[Case, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json_text(self.to_dict(), indent=1))
+
+
+def read_report(path: Path) -> BenchmarkReport:
+    """UsageError, naming the place, for what is no report of this schema."""
+    again = "lcm-compile bench --save FILE writes one"
+    try:
+        data = json.loads(path.read_bytes())
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            raise UsageError(f"{path} is no benchmark report of schema {SCHEMA}", again)
+        return from_json(BenchmarkReport, {k: v for k, v in data.items() if k != "schema"})
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is no benchmark report: {error}", again) from error
