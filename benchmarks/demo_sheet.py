@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.console import Bar, Parts, note
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline import STAGES, Request
 from lcm_compile.sheets import GAP, INK, wrap
 
 PROMPTS = (
@@ -61,16 +62,15 @@ def main(out: Path, seed: int, steps: int) -> None:
     with Parts() as parts:
         bundle = build(BuildSpec(base="demo", gpu="cpu"), report=parts)
     built = time.perf_counter() - start
-    totals = {"encode": 0.0, "step": 0.0, "decode": 0.0}
+    totals = dict.fromkeys(STAGES, 0.0)
     drawn = []
     with load(bundle) as pipeline, Bar("drawing") as bar:
         for i, prompt in enumerate(PROMPTS):
             bar.update(i, len(PROMPTS))
             drawing = pipeline.draw(Request(prompt, seed, steps=steps))
             drawn.append((drawing.images()[0], prompt))
-            totals["encode"] += drawing.ms["encode"]
-            totals["step"] += sum(drawing.ms["step"])
-            totals["decode"] += drawing.ms["decode"]
+            for stage in STAGES:
+                totals[stage] += np.sum(drawing.ms[stage])
         load_ms = pipeline.load_ms
     contact_sheet(drawn).save(out)
     n = len(PROMPTS)

@@ -11,35 +11,44 @@ from diffusers import EulerDiscreteScheduler
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.noise import TorchNoise
-from lcm_compile.pipeline import LcmPipeline, Request
+from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
+from lcm_compile.scheduler import LcmStep
 
 Draw = Callable[[Request], np.ndarray]
 
 
 def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
-    """Draws a picture (height, width, 3), float32 in 0…1, with the base's own scheduler as diffusers does."""
+    """Draws a picture (height, width, 3) of 8 bits, with the base's own scheduler as diffusers does."""
     config = dict(open_checkpoint(bundle.manifest.spec.base).scheduler_config)
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
-    def predict(latent: torch.Tensor, timestep: torch.Tensor, conditioning: dict) -> torch.Tensor:
-        inputs = {"latent": latent.numpy(), "timestep": timestep.float().reshape(1).numpy()}
-        device = {name: step.to_device(array) for name, array in inputs.items()}
-        return torch.from_numpy(step.to_host(step({**device, **conditioning})["prediction"]) + 0)
+    none = LcmStep(0, 0, 0, 0, 0, 0, 0)  # of the step's own arithmetic nothing is wanted
+
+    def predict(latent: torch.Tensor, condition: dict) -> torch.Tensor:
+        noisy = step.to_device(latent.numpy())
+        given = step({"latent": noisy, **pipeline.step_inputs(none, noisy), **condition})
+        return torch.from_numpy(step.to_host(given["prediction"]) + 0)
 
     def draw(request: Request) -> np.ndarray:
         scheduler = EulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(request.steps)
-        conditioning, _ = pipeline.encode(request.prompt)
-        unconditional = pipeline.encode_negative(request.negative_prompt, conditioning)
+        timesteps = [float(timestep) for timestep in scheduler.timesteps]
+        text, _ = pipeline.encode(request.prompt)
+        conditions = pipeline.condition(text, timesteps)
+        plain_text = pipeline.encode_negative(request.negative_prompt, text)
+        plain_conditions = pipeline.condition(plain_text, timesteps)
         latent = torch.from_numpy(TorchNoise(request.seed)(latent_shape)) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        for timestep, condition, plain_condition in zip(
+            scheduler.timesteps, conditions, plain_conditions, strict=True
+        ):
             noisy = scheduler.scale_model_input(latent, timestep)
-            output = predict(noisy, timestep, conditioning)
+            output = predict(noisy, condition)
             if request.guidance_scale > 1:
-                plain = predict(noisy, timestep, unconditional)
+                plain = predict(noisy, plain_condition)
                 output = plain + request.guidance_scale * (output - plain)
             latent = scheduler.step(output, timestep, latent).prev_sample
-        return decode.to_host(decode({"latent": decode.to_device(latent.numpy())})["picture"])[0]
+        drawn = decode.to_host(decode({"latent": decode.to_device(latent.numpy())})["picture"])
+        return eight_bits(drawn[0])
 
     return draw

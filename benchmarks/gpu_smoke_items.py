@@ -197,6 +197,8 @@ def eager(target: GpuTarget, base: str) -> Draw:
     import torch
     from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
+    from lcm_compile.pipeline import eight_bits
+
     dtype = torch.float32 if target.is_cpu else torch.float16
     pipe = StableDiffusionXLPipeline.from_pretrained(base, torch_dtype=dtype, add_watermarker=False)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
@@ -208,7 +210,7 @@ def eager(target: GpuTarget, base: str) -> Draw:
     def draw() -> np.ndarray:
         generator = torch.Generator("cpu").manual_seed(SEED)
         options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "np"}
-        return pipe(SAMPLE_PROMPT, generator=generator, **options).images[0]
+        return eight_bits(pipe(SAMPLE_PROMPT, generator=generator, **options).images[0])
 
     return draw
 

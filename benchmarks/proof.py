@@ -97,7 +97,7 @@ def drawn(row: Row, draw: Draw) -> features.Pictures:
     pictures = []
     with Bar(f"{row.label}, {row.steps}") as bar:
         for i, request in enumerate(asked):
-            pictures.append(np.rint(draw(request) * 255).astype(np.uint8))
+            pictures.append(draw(request))
             bar.update(i + 1, len(asked))
     return np.stack(pictures)
 

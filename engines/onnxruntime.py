@@ -111,7 +111,7 @@ def quiet_options() -> Any:
 
 def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
     """BackendError unless the engine takes and gives arrays of the contract's shapes and types."""
-    types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+    types = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
     has = [(list(x.shape), x.type) for x in found]
     needs = [(list(spec.shape), types.get(spec.dtype)) for spec in specs]
     if has != needs:

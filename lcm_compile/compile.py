@@ -29,7 +29,7 @@ from lcm_compile.bundle import (
     publishing,
     read_manifest,
 )
-from lcm_compile.contracts import make_contracts
+from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.cost import Report, Stopwatch
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
@@ -184,7 +184,7 @@ def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, E
 
 def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifest:
     """Fills an empty folder with graphs, tokenizers and proof. ParityError where the graphs miss it."""
-    from lcm_compile.prepare import check_fit, prepare_stage
+    from lcm_compile.prepare import check_fit, prepare_part
 
     watch = Stopwatch(report)
     call = call_apart if plan.is_large else call_here
@@ -192,25 +192,29 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     if plan.loras:
         with watch.part("check that the LoRAs fit"):
             provenance = call(check_fit, plan)
-    contracts = make_contracts(plan.checkpoint, plan.shape)
-    settings = write_tokenizers(folder, plan, contracts["encode"])
+    encode = make_contracts(plan.checkpoint, plan.shape)["encode"]
+    settings = write_tokenizers(folder, plan, encode)
     proving = replace(settings, shape=plan.proof_shape)
     trace: Trace = {}  # torch's own calls
     drawn: Trace = {}  # those of the graphs
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
-    for name, contract in contracts.items():
-        with watch.part(f"export {name}"):
-            prepared = call(prepare_stage, plan, name, proving, folder, trace, drawn)
-        trace[name], peaks[name] = prepared.reference, prepared.peaks
-        if plan.checked != ENGINE:
-            with watch.part(f"check {name}"):
-                db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
-            twin = prepared.twin != prepared.graph
-            figures[name] = Parity(db, parity.STAGE_FLOORS[plan.precisions[name]], told_check(plan, twin))
-        graph = prepared.graph.path.relative_to(folder).as_posix()
-        largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
-        stages.append(ExportedStage(contract, graph, plan.precisions[name], prepared.fp32_layers, largest))
+    for part in PARTS:
+        with watch.part(f"export {part}"):
+            made = call(prepare_part, plan, part, proving, folder, trace, drawn)
+        for prepared in made:
+            contract = prepared.graph.contract
+            name, precision = contract.name, plan.precisions[contract.name]
+            trace[name], peaks[name] = prepared.reference, prepared.peaks
+            if plan.checked != ENGINE:
+                with watch.part(f"check {name}"):
+                    db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
+                twin = prepared.twin != prepared.graph
+                floor = parity.stage_floor(contract, precision)
+                figures[name] = Parity(db, floor, told_check(plan, twin))
+            graph = prepared.graph.path.relative_to(folder).as_posix()
+            largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
+            stages.append(ExportedStage(contract, graph, precision, prepared.fp32_layers, largest))
     if drawn:
         db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
         twin = plan.proof_shape != plan.shape
@@ -342,7 +346,7 @@ def check_stage(
     if prepared.cast is not None:
         assert prepared.cast_db is not None
         return prepared.cast_db, prepared.cast
-    contracts = make_contracts(plan.checkpoint, plan.proof_shape)
+    contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites)
     name = prepared.twin.contract.name
     with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
         db = parity.compare_calls(runner, trace[name])

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.spec import Shape, StageContract, TensorSpec
 
-# The components that each stage is made of, in the order the pipeline runs the stages.
-COMPONENTS = {"encode": ("text_encoder", "text_encoder_2"), "step": ("unet",), "decode": ("vae",)}
+# The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
+PARTS = {
+    "text": (("encode",), ("text_encoder", "text_encoder_2")),
+    "unet": (("context", "step"), ("unet",)),
+    "vae": (("decode",), ("vae",)),
+}
+# The timesteps of one call of the context stage; a picture of more steps calls it again.
+CONTEXT_STEPS = 4
 
 
-def make_contracts(checkpoint: Checkpoint, shape: Shape) -> dict[str, StageContract]:
-    """The stages' contracts for pictures of one shape."""
+def make_contracts(
+    checkpoint: Checkpoint, shape: Shape, rewrites: Collection[str] = ()
+) -> dict[str, StageContract]:
+    """The stages' contracts for pictures of one shape, in the order the pipeline runs them."""
     factor = checkpoint.vae_factor
     latent = (shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor)
     tokens = tuple(
@@ -22,28 +35,74 @@ def make_contracts(checkpoint: Checkpoint, shape: Shape) -> dict[str, StageContr
         )
         for i, name in enumerate(checkpoint.text_encoders)
     )
-    width = checkpoint.unet["cross_attention_dim"]
-    hidden = TensorSpec(
-        "hidden_states", (shape.batch, tokens[0].shape[1], width), "float32", "text states, one a token"
-    )
-    conditioning: tuple[TensorSpec, ...] = (hidden,)
-    if "text_encoder_2" in checkpoint.components:
-        pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]
-        conditioning += (TensorSpec("pooled", (shape.batch, pooled), "float32", "one text state a prompt"),)
-    step_inputs = (
-        TensorSpec("latent", latent, "float32", "noisy latent"),
-        TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"),
-        *conditioning,
-    )
+    text = text_specs(checkpoint, shape, tokens[0].shape[1])
+    contracts = {"encode": StageContract("encode", tokens, text)}
+    conditioning = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
     if checkpoint.has_guidance_embedding:
-        step_inputs += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
+        guidance = TensorSpec("guidance", (1,), "float32", "guidance scale minus 1")
+        conditioning = (*conditioning, guidance)
+    if "context" in rewrites:
+        timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
+        keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])
+        contracts["context"] = StageContract("context", (timesteps, *conditioning[1:]), (*keys_values, times))
+        time = TensorSpec("time", times.shape[1:], "float32", "one of the context's times")
+        conditioning = (time, *keys_values)
+    noisy = TensorSpec("latent", latent, "float32", "noisy latent")
     prediction = TensorSpec(
         "prediction", latent, "float32", f"the UNet's {checkpoint.scheduler.prediction_type}"
     )
+    inputs: tuple[TensorSpec, ...] = (noisy, *conditioning)
+    outputs: tuple[TensorSpec, ...] = (prediction,)
+    if "lcm-step" in rewrites:
+        inputs += (
+            TensorSpec("noise", latent, "float32", "what the next latent is made noisy with"),
+            TensorSpec("coefficients", (6,), "float32", "the step's numbers, in LcmStep's order"),
+        )
+        outputs += (TensorSpec("next_latent", latent, "float32", "the latent of the next step"),)
+    contracts["step"] = StageContract("step", inputs, outputs)
     clean = TensorSpec("latent", latent, "float32", "clean latent, as the loop leaves it")
-    picture = TensorSpec("picture", (shape.batch, shape.height, shape.width, 3), "float32", "RGB, 0 to 1")
-    return {
-        "encode": StageContract("encode", tokens, conditioning),
-        "step": StageContract("step", step_inputs, (prediction,)),
-        "decode": StageContract("decode", (clean,), (picture,)),
-    }
+    size = (shape.batch, shape.height, shape.width, 3)
+    picture = (
+        TensorSpec("picture", size, "uint8", "RGB, 0 to 255")
+        if "rgb8" in rewrites
+        else TensorSpec("picture", size, "float32", "RGB, 0 to 1")
+    )
+    contracts["decode"] = StageContract("decode", (clean,), (picture,))
+    return contracts
+
+
+def text_specs(checkpoint: Checkpoint, shape: Shape, length: int) -> tuple[TensorSpec, ...]:
+    """What the text encoders give."""
+    width = checkpoint.unet["cross_attention_dim"]
+    hidden = TensorSpec("hidden_states", (shape.batch, length, width), "float32", "text states, one a token")
+    if "text_encoder_2" not in checkpoint.components:
+        return (hidden,)
+    pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]
+    return hidden, TensorSpec("pooled", (shape.batch, pooled), "float32", "one text state a prompt")
+
+
+def context_specs(
+    checkpoint: Checkpoint, shape: Shape, length: int
+) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
+    """What the context stage gives: keys and values by the form of their heads, and the steps' times."""
+    forms, width = unet_sizes(json.dumps(dict(checkpoint.unet), sort_keys=True))
+    keys_values = tuple(
+        TensorSpec(
+            name,
+            (layers, shape.batch, heads, length, head_width),
+            "float32",
+            f"keys and values of cross-attention with {heads} heads of width {head_width}, in turn",
+        )
+        for name, (layers, heads, head_width) in forms.items()
+    )
+    meaning = "time embeddings as every ResBlock adds them, side by side"
+    return keys_values, TensorSpec("times", (CONTEXT_STEPS, shape.batch, width), "float32", meaning)
+
+
+@cache
+def unet_sizes(config: str) -> Any:
+    """context_sizes of a UNet, by its config as JSON."""
+    from lcm_compile.architectures import empty_unet
+    from lcm_compile.shaping import context_sizes
+
+    return context_sizes(empty_unet(json.loads(config)))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcm_compile.components import Component
-from lcm_compile.contracts import COMPONENTS
+from lcm_compile.contracts import PARTS
 from lcm_compile.plan import GRAPH, ExportPlan
 from lcm_compile.single_file import read_header
 
@@ -37,11 +37,11 @@ def estimate(export: ExportPlan) -> Estimate:
     """For one bundle. CheckpointError for a weight file that is damaged."""
     components = export.checkpoint.components
     weights = {
-        stage: sum(parameters(components[name]) for name in names if name in components)
-        for stage, names in COMPONENTS.items()
+        part: sum(parameters(components[name]) for name in names if name in components)
+        for part, (_, names) in PARTS.items()
     }
-    weights["decode"] = int(weights["decode"] * DECODER)
-    engines = sum(BYTES[export.precisions[stage]] * count for stage, count in weights.items())
+    weights["vae"] = int(weights["vae"] * DECODER)
+    engines = sum(BYTES[export.precisions[PARTS[part][0][-1]]] * count for part, count in weights.items())
     # One stage at a time is in memory where the model is large, else all of them.
     largest = max(weights.values()) if export.is_large else sum(weights.values())
     checking = CHECKING if export.is_large and export.checked == GRAPH else 0

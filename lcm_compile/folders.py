@@ -67,6 +67,9 @@ NEEDED: dict[str, dict[str, Sequence[int]]] = {
     "text_encoder_2": {"projection_dim": [0]},
 }
 
+# What a UNet is told by besides a prompt, a timestep and SDXL's size ids; in text-to-image bases, by nothing.
+FOREIGN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type")
+
 
 def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
     """CheckpointError for a setting that is missing or senseless, or a UNet that is for another task."""
@@ -78,6 +81,13 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
                 raise CheckpointError(
                     f"{folder / name}/config.json: {key} is {value!r}", "download the checkpoint again"
                 )
+    foreign = [key for key in FOREIGN if configs["unet"].get(key) not in (None, "text_time")]
+    if foreign:
+        raise CheckpointError(
+            f"{folder / 'unet'}/config.json: {foreign[0]} is {configs['unet'][foreign[0]]!r}, which no "
+            "Stable Diffusion has",
+            "give a text-to-image base to --base",
+        )
     takes, gives = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
     if takes != gives:
         raise CheckpointError(

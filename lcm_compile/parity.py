@@ -2,7 +2,7 @@
 
 A real 4-step picture is drawn with the fp32 torch modules; each stage's inputs and outputs are kept.
 An engine is given the same inputs, and its error is told as signal-to-noise, 10·log10(Σr²/Σ(r−e)²) dB,
-the worst output of the worst call. The whole picture is compared as PSNR over 0…1.
+the worst output of the worst call. The whole picture, of 8 bits, is compared as PSNR.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from lcm_compile.bundle import EngineBundle, Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
-from lcm_compile.pipeline import LcmPipeline, Request, load, load_tokenizers
+from lcm_compile.pipeline import LcmPipeline, Request, eight_bits, load, load_tokenizers
 from lcm_compile.spec import StageContract
 
 if TYPE_CHECKING:
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0}
 # The whole picture, where four steps feed each error to the next.
 PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0}
-# A standard deviation of all pixels under this is no picture.
-FLAT = 0.01
+# What an output of 8 bits must reach: there, one value of 60 that is rounded the other way is 60 dB.
+EIGHT_BIT_FLOOR = 60.0
+# A standard deviation of all pixels under this, of 255, is no picture.
+FLAT = 2.5
 PROOF_SEED = 0
 PROOF_STEPS = 4
 
@@ -53,7 +55,7 @@ def snr_db(reference: np.ndarray, actual: np.ndarray) -> float:
     return 10 * math.log10(signal / noise) if signal > 0 else -200.0
 
 
-def psnr_db(reference: np.ndarray, actual: np.ndarray, peak: float = 1.0) -> float:
+def psnr_db(reference: np.ndarray, actual: np.ndarray, peak: float = 255.0) -> float:
     """10·log10(peak² / mean (r − a)²), with the same ends as snr_db."""
     reference, actual = reference.astype(np.float64), actual.astype(np.float64)
     if not np.isfinite(actual).all():
@@ -130,8 +132,9 @@ def relay(
     settings: PipelineSettings,
     folder: Path,
     trace: Trace,
+    calls: int = PROOF_STEPS,
 ) -> list[Call]:
-    """The calls of one stage while the sample prompt is drawn, its earlier stages replayed from a trace.
+    """The first calls of a stage while the sample prompt is drawn, the stages before replayed from a trace.
 
     So a picture can be drawn with one stage in memory at a time.
     """
@@ -139,28 +142,41 @@ def relay(
     runners = {stage: Replay(contract, trace.get(stage, []), runner) for stage, contract in contracts.items()}
     request = Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
     pipeline = LcmPipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
-    done_after = {"encode": 1, "step": 1 + PROOF_STEPS, "decode": 2 + PROOF_STEPS}
     progress = pipeline.progress(request)
-    while next(progress)[0] < done_after[name]:
-        pass
+    while len(recorder.calls) < (calls if name == "step" else 1):
+        next(progress)
     return recorder.calls
 
 
 def picture_of(trace: Trace) -> np.ndarray:
-    """The first picture (h, w, 3) of a trace."""
-    return trace["decode"][-1][1]["picture"][0]
+    """The first picture (h, w, 3) of a trace, of 8 bits."""
+    return eight_bits(trace["decode"][-1][1]["picture"][0])
 
 
 def require_picture(trace: Trace) -> None:
-    """ParityError where torch itself, in fp32, draws NaN or nothing."""
+    """ParityError where torch itself, in fp32, draws nothing."""
     picture = picture_of(trace)
-    if not np.isfinite(picture).all():
-        raise ParityError("the model draws NaN in fp32 torch", "check the base and the LoRAs")
     if float(picture.std()) < FLAT:
         raise ParityError(
-            f"the model draws a flat picture (standard deviation {picture.std():.4f}) in fp32 torch",
+            f"the model draws a flat picture (standard deviation {picture.std():.1f} of 255) in fp32 torch",
             "check the base, the LoRAs and their weights",
         )
+
+
+def require_same(unshaped: Call, shaped: Call) -> None:
+    """ParityError where a rewritten stage does not give in fp32 what the model gave, or that is NaN."""
+    for name, reference in unshaped[1].items():
+        if not np.isfinite(reference).all():
+            raise ParityError("the model draws NaN in fp32 torch", "check the base and the LoRAs")
+        actual = shaped[1][name]
+        if actual.dtype == np.uint8:
+            reference = eight_bits(reference)
+        db = snr_db(reference, actual)
+        if db < (floor := EIGHT_BIT_FLOOR if actual.dtype == np.uint8 else STAGE_FLOORS["fp32"]):
+            raise ParityError(
+                f"shaped for LCM, the model's {name} is {db:.1f} dB from what it was, not {floor:g}",
+                "please report it; --without leaves a rewrite out",
+            )
 
 
 def compare_calls(runner: Runner, calls: Sequence[Call]) -> float:
@@ -247,11 +263,11 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
         for name, runner in pipeline.runners.items():
             if whole or name == "encode":
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
-                figures[name] = Parity(db, STAGE_FLOORS[precisions[name]], "engine")
+                figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
         picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
         if float(picture.std()) < FLAT:
             raise ParityError(
-                f"the engines draw a flat picture (standard deviation {picture.std():.4f})", REBUILD
+                f"the engines draw a flat picture (standard deviation {picture.std():.1f} of 255)", REBUILD
             )
         if whole:
             reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
@@ -260,6 +276,11 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
             db = psnr_db(reference, picture)
             figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
     return figures
+
+
+def stage_floor(contract: StageContract, precision: str) -> float:
+    eight_bits = any(spec.dtype == "uint8" for spec in contract.outputs)
+    return min(STAGE_FLOORS[precision], EIGHT_BIT_FLOOR if eight_bits else math.inf)
 
 
 def picture_floor(precisions: Any) -> float:

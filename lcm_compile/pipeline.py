@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from lcm_compile.engines import find_backend, find_target_here
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import REBUILD, BackendError, BundleError, UsageError
 from lcm_compile.noise import TorchNoise
-from lcm_compile.scheduler import lcm_steps
+from lcm_compile.scheduler import LcmStep, lcm_steps
 from lcm_compile.schema import from_json
 from lcm_compile.store import remember
 from lcm_compile.tokens import PromptTokenizer
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Any]
 Report = Callable[[int, int], None]
-STAGES = ("encode", "step", "decode")
+STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Request:
 
 @dataclass
 class Drawing:
-    """What a request became: pictures (n, height, width, 3) float32 in 0…1, and milliseconds by stage."""
+    """What a request became: pictures (n, height, width, 3) of 8 bits, and milliseconds by stage."""
 
     pictures: np.ndarray
     ms: dict[str, Any]
@@ -66,7 +66,7 @@ class Drawing:
     def images(self) -> list[Image]:
         from PIL import Image
 
-        return [Image.fromarray((p * 255).round().astype(np.uint8)) for p in self.pictures]
+        return [Image.fromarray(picture) for picture in self.pictures]
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Clock:
     """Milliseconds spent in each stage."""
 
     encode: float = 0.0
+    context: float = 0.0
     step: list[float] = field(default_factory=list)
     decode: float = 0.0
     _start: float = field(default_factory=time.perf_counter)
@@ -136,70 +137,109 @@ class LcmPipeline:
         settings, shape = self.settings, self.settings.shape
         steps = lcm_steps(request.steps, settings.scheduler)
         step, decode = self.runners["step"], self.runners["decode"]
-        contract = {spec.name: spec for spec in step.contract.inputs}
-        latent_shape = contract["latent"].shape[1:]
+        latent_shape = {spec.name: spec.shape for spec in step.contract.inputs}["latent"][1:]
         # A full LCM takes the guidance scale as an input; any other is guided by a second pass.
-        guided = request.guidance_scale > 1.0 and "guidance" not in contract
+        guided = request.guidance_scale > 1.0 and not self.takes("guidance")
         chunks = -(-request.num_images // shape.batch)
-        total = 1 + guided + chunks * (len(steps) * (1 + guided) + 1)
+        total = 1 + guided + ("context" in self.runners) + chunks * (len(steps) * (1 + guided) + 1)
         done = 0
         start, clock = time.perf_counter(), Clock()
 
-        conditioning, cut = self.encode(request.prompt)
+        text, cut = self.encode(request.prompt)
         done += 1
         yield done, total
-        unconditional: Arrays = {}
+        plain_text: Arrays = {}
         if guided:
-            unconditional = self.encode_negative(request.negative_prompt, conditioning)
+            plain_text = self.encode_negative(request.negative_prompt, text)
             done += 1
             yield done, total
         clock.encode = clock.lap()
-        extra: Arrays = {}
-        if "guidance" in contract:
-            extra["guidance"] = step.to_device(np.asarray([request.guidance_scale - 1], np.float32))
+        timesteps = [float(lcm_step.timestep) for lcm_step in steps]
+        conditions = self.condition(text, timesteps, request.guidance_scale)
+        plain_conditions = self.condition(plain_text, timesteps) if guided else []
+        clock.context = clock.lap()
+        if "context" in self.runners:
+            done += 1
+            yield done, total
 
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
         noise = TorchNoise(request.seed)
         draws = [noise((request.num_images, *latent_shape)) for _ in steps]
         clock.lap()
-        pictures = []
+        pictures, finite = [], True
         for first in range(0, request.num_images, shape.batch):
             rows = np.minimum(np.arange(first, first + shape.batch), request.num_images - 1)
             latent = step.to_device(draws[0][rows])
             for i, lcm_step in enumerate(steps):
-                timestep = step.to_device(np.asarray([lcm_step.timestep], np.float32))
-                inputs = {"latent": latent, "timestep": timestep, **extra}
-                output = step({**inputs, **conditioning})["prediction"]
+                fresh = None if lcm_step is steps[-1] else step.to_device(draws[i + 1][rows])
+                inputs = {"latent": latent, **self.step_inputs(lcm_step, latent if fresh is None else fresh)}
+                given = step({**inputs, **conditions[i]})
                 done += 1
                 if guided:
-                    output = output + 0  # the runner may reuse its output memory
-                    plain = step({**inputs, **unconditional})["prediction"]
+                    output = given["prediction"] + 0  # the runner may reuse its output memory
+                    plain = step({**inputs, **plain_conditions[i]})["prediction"]
                     output = plain + request.guidance_scale * (output - plain)
                     done += 1
-                last = i == len(steps) - 1
-                latent = lcm_step(latent, output, None if last else step.to_device(draws[i + 1][rows]))
+                    latent = lcm_step(latent, output, fresh)
+                elif "next_latent" in given:
+                    latent = given["next_latent"] + 0
+                else:
+                    latent = lcm_step(latent, given["prediction"], fresh)
                 clock.step.append(clock.lap())
                 yield done, total
             picture = decode.to_host(decode({"latent": latent})["picture"])
-            pictures.append(np.array(picture[: request.num_images - first]))
+            finite = finite and all(np.isfinite(array).all() for array in (step.to_host(latent), picture))
+            pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
             clock.decode += clock.lap()
             done += 1
             yield done, total
         drawn = np.concatenate(pictures)
-        if not np.isfinite(drawn).all():
-            raise BackendError(
-                "the engines drew NaN: they overflow their precision on this machine",
-                "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
-            )
+        check_drawn(drawn, finite)
         ms = {
             "encode": clock.encode,
+            "context": clock.context,
             "step": clock.step,
             "decode": clock.decode,
             "total": (time.perf_counter() - start) * 1000,
             "load": self.load_ms,
         }
         return Drawing(drawn, ms, cut)
+
+    def takes(self, name: str) -> bool:
+        """Whether the stages that are given text take such an input too."""
+        stages = [self.runners[stage] for stage in ("context", "step") if stage in self.runners]
+        return any(spec.name == name for stage in stages for spec in stage.contract.inputs)
+
+    def step_inputs(self, lcm_step: LcmStep, noise: Any) -> Arrays:
+        """What a step takes that does its own LCM arithmetic; nothing for one that does not."""
+        if not self.takes("coefficients"):
+            return {}
+        coefficients = np.asarray(lcm_step.coefficients, np.float32)
+        return {"noise": noise, "coefficients": self.runners["step"].to_device(coefficients)}
+
+    def condition(
+        self, text: Arrays, timesteps: Sequence[float], guidance_scale: float = 1.0
+    ) -> list[Arrays]:
+        """What the step takes at each of the timesteps for a text, besides the latent."""
+        runner = self.runners.get("context", self.runners["step"])
+        given = dict(text)
+        if self.takes("guidance"):
+            given["guidance"] = runner.to_device(np.asarray([guidance_scale - 1], np.float32))
+        if "context" not in self.runners:
+            return [{**given, "timestep": runner.to_device(np.asarray([t], np.float32))} for t in timesteps]
+        at_once = {spec.name: spec.shape for spec in runner.contract.inputs}["timesteps"][0]
+        conditions: list[Arrays] = []
+        shared: Arrays = {}
+        for first in range(0, len(timesteps), at_once):
+            some = timesteps[first : first + at_once]
+            padded = np.asarray([*some, *[some[-1]] * (at_once - len(some))], np.float32)
+            arrays = runner({**given, "timesteps": runner.to_device(padded)})
+            # Copies: the runner's output memory may be reused for the negative prompt.
+            shared = shared or {name: array + 0 for name, array in arrays.items() if name != "times"}
+            times = arrays["times"] + 0
+            conditions += [{**shared, "time": times[i]} for i in range(len(some))]
+        return conditions
 
     def encode(self, prompt: str) -> tuple[Arrays, str]:
         """The conditioning of a prompt, and the part of the prompt that did not fit."""
@@ -231,6 +271,20 @@ class LcmPipeline:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def check_drawn(pictures: np.ndarray, finite: bool) -> None:
+    """BackendError for NaN; where 8 bits can't hold it, the picture is of one colour."""
+    if not finite or any((picture == picture[0, 0]).all() for picture in pictures):
+        raise BackendError(
+            "the engines drew NaN: they overflow their precision on this machine",
+            "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
+        )
+
+
+def eight_bits(pictures: np.ndarray) -> np.ndarray:
+    """Pictures in 0…1 as 8 bits; those of 8 bits as they are."""
+    return pictures if pictures.dtype == np.uint8 else (pictures * 255).round().astype(np.uint8)
 
 
 def draw_seed() -> int:
@@ -291,27 +345,37 @@ def check_stages(bundle: EngineBundle) -> None:
     """BundleError unless the contracts are those of an LCM loop and fit each other."""
     settings = bundle.manifest.pipeline
     contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
-    if tuple(contracts) != STAGES:
+    if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
-    encode, step, decode = (
-        ({spec.name: spec.shape for spec in contract.inputs}, {s.name: s.shape for s in contract.outputs})
-        for contract in contracts.values()
-    )
-    shape, latent = settings.shape, step[0].get("latent", ())
-    tokens = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
-    own = {"latent": latent, "timestep": (1,), "guidance": (1,)}
-    wanted = [
-        (encode[0], tokens),
-        (step[0], {name: {**own, **encode[1]}.get(name) for name in step[0]}),
-        (step[1], {"prediction": latent}),
-        (decode[0], {"latent": latent}),
-        (decode[1], {"picture": (shape.batch, shape.height, shape.width, 3)}),
+    takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
+    gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
+    shape, latent = settings.shape, takes["step"].get("latent", ())
+    own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
+    given = {**own, **gives["encode"]}
+    wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (takes["encode"], {t.input: (shape.batch, t.max_length) for t in settings.tokenizers})
     ]
+    if "context" in contracts:
+        wanted.append((takes["context"], picked(given, takes["context"])))
+        given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
+    given |= {"latent": latent, "noise": latent, "coefficients": (6,)}
+    wanted += [
+        (takes["step"], picked(given, takes["step"])),
+        (gives["step"], picked({"prediction": latent, "next_latent": latent}, gives["step"])),
+        (takes["decode"], {"latent": latent}),
+        (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
+    ]
+    whole = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == ("noise" in takes["step"])
+    timed = "time" in takes["step"] or "timestep" in takes["step"]
     for has, needs in wanted:
-        if has != needs or "timestep" not in step[0] or latent[:1] != (shape.batch,):
+        if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
             raise BundleError(
                 f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD
             )
+
+
+def picked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: given.get(name) for name in names}
 
 
 def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:

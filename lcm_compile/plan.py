@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,11 @@ def plan_export(
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    precisions = dict.fromkeys(STAGES, precision)
+    stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
+    precisions = dict.fromkeys(stages, precision)
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
-    key = export_key(checkpoint, loras, shape, precisions, graph_format, digests)
+    key = export_key(checkpoint, loras, shape, spec.rewrites, precisions, graph_format, digests)
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
     return ExportPlan(spec, checkpoint, loras, shape, precisions, graph_format, checked, key)
@@ -277,6 +278,7 @@ def export_key(
     checkpoint: Checkpoint,
     loras: tuple[PlannedLora, ...],
     shape: Shape,
+    rewrites: Collection[str],
     precisions: Mapping[str, str],
     graph_format: str,
     digests: Digests,
@@ -287,6 +289,7 @@ def export_key(
         key[f"LoRA {i}"] = lora.sha256
         key[f"LoRA {i} weight"] = lora.spec.effective
     key["shape"] = str(shape)
+    key["rewrites"] = ", ".join(rewrites)
     key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
     key["graph format"] = graph_format
     for package in EXPORTERS[graph_format]:

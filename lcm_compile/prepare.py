@@ -1,14 +1,17 @@
-"""One stage on its way to an engine, all that needs torch: loaded, fused, drawn with, cast, exported."""
+"""One model on its way to engines, all that needs torch: load, fuse, shape, draw with, cast, export."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from lcm_compile import parity
 from lcm_compile.architectures import empty_module
 from lcm_compile.bundle import PipelineSettings
-from lcm_compile.contracts import COMPONENTS, make_contracts
+from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.loading import load_component
 from lcm_compile.lora import LoraProvenance, check_loras, merge_loras, read_lora
@@ -16,7 +19,7 @@ from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision
 from lcm_compile.spec import ExportedGraph
-from lcm_compile.stages import make_stage
+from lcm_compile.stages import make_stage, shape_modules
 
 
 @dataclass(frozen=True)
@@ -43,34 +46,59 @@ def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
     return check_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
 
 
-def prepare_stage(
-    plan: ExportPlan, name: str, settings: PipelineSettings, folder: Path, trace: Trace, cast: Trace
-) -> Prepared:
-    """Makes one stage's graph in `folder/graphs`.
+def prepare_part(
+    plan: ExportPlan, part: str, settings: PipelineSettings, folder: Path, trace: Trace, cast: Trace
+) -> list[Prepared]:
+    """Makes the graphs of one model's stages in `folder/graphs`.
 
     `folder` holds the tokenizers, `settings` are for the proof's shape; `trace` and `cast` are the earlier
     stages' calls in fp32, and in the precision of the engines. CheckpointError, LoraError, ParityError.
     """
-    components = [c for c in COMPONENTS[name] if c in plan.checkpoint.components]
-    modules = {c: load_component(plan.checkpoint, c) for c in components}
+    names, components = PARTS[part]
+    checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
+    modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
     merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
-    contracts = make_contracts(plan.checkpoint, plan.proof_shape)
-    stage = make_stage(plan.checkpoint, name, modules, plan.proof_shape)
-    runner = parity.TorchRunner(stage)
-    with record_peaks(stage.module) as peaks:
-        reference = parity.relay(runner, contracts, settings, folder, trace)
-    if name == "decode":
-        parity.require_picture({**trace, name: reference})
+    unshaped = first_call(plan, names[-1], modules, settings, folder, trace)
+    modules = shape_modules(modules, rewrites, (plan.shape, plan.proof_shape), checkpoint.vae_factor)
+    contracts = make_contracts(checkpoint, plan.proof_shape, rewrites)
+    whole = make_contracts(checkpoint, plan.shape, rewrites)
+    trace, cast, prepared = dict(trace), dict(cast), []
+    for name in names:
+        if name not in contracts:
+            continue
+        stage = make_stage(checkpoint, contracts[name], modules, plan.proof_shape)
+        runner = parity.TorchRunner(stage)
+        with record_peaks(stage.module) as peaks:
+            trace[name] = parity.relay(runner, contracts, settings, folder, trace)
+        if name == names[-1]:
+            parity.require_same(unshaped, trace[name][0])
+        if name == "decode":
+            parity.require_picture(trace)
 
-    precision = plan.precisions[name]
-    kept = layers_over(stage.module, peaks) if precision == "fp16" else set()
-    to_precision(stage.module, precision, kept)
-    full = make_stage(plan.checkpoint, name, modules, plan.shape)
-    graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
-    if stage.contract != full.contract and plan.checked == GRAPH:
-        twin = export_twin(stage, graph)
-    prepared = Prepared(graph, twin, reference, dict(peaks), tuple(sorted(kept)))
-    if plan.checked != MODULE:
-        return prepared
-    calls = parity.relay(runner, contracts, settings, folder, cast)
-    return replace(prepared, cast_db=parity.compare_calls(runner, reference), cast=calls)
+        precision = plan.precisions[name]
+        kept = layers_over(stage.module, peaks) if precision == "fp16" else set()
+        to_precision(stage.module, precision, kept)
+        full = make_stage(checkpoint, whole[name], modules, plan.shape)
+        graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
+        if stage.contract != full.contract and plan.checked == GRAPH:
+            twin = export_twin(stage, graph)
+        done = Prepared(graph, twin, trace[name], dict(peaks), tuple(sorted(kept)))
+        if plan.checked == MODULE:
+            cast[name] = parity.relay(runner, contracts, settings, folder, cast)
+            done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
+        prepared.append(done)
+    return prepared
+
+
+def first_call(
+    plan: ExportPlan,
+    name: str,
+    modules: Mapping[str, nn.Module],
+    settings: PipelineSettings,
+    folder: Path,
+    trace: Trace,
+) -> Call:
+    """A stage's first call in the proof's picture as the model was before it was rewritten."""
+    contracts = make_contracts(plan.checkpoint, plan.proof_shape)
+    stage = make_stage(plan.checkpoint, contracts[name], modules, plan.proof_shape)
+    return parity.relay(parity.TorchRunner(stage), contracts, settings, folder, trace, calls=1)[0]

@@ -51,6 +51,11 @@ class SchedulerSettings:
         if len(alphas_cumprod(self)) != self.num_train_timesteps:
             raise ValueError(f"{len(betas)} betas do not fit {self.num_train_timesteps} timesteps")
 
+    @property
+    def clip(self) -> float | None:
+        """The largest absolute value of x̂0, where it is clipped."""
+        return self.clip_sample_range if self.clip_sample else None
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -102,7 +107,7 @@ class LcmStep:
 
     x̂0 = x0_latent·latent + x0_output·output
     next = sqrt(ᾱ_prev)·(c_skip·latent + c_out·x̂0) + sqrt(1 − ᾱ_prev)·noise,
-    on the last step without the noise and with ᾱ_prev = 1.
+    on the last step without the noise (None will do) and with ᾱ_prev = 1.
     """
 
     timestep: int
@@ -114,12 +119,18 @@ class LcmStep:
     noise_scale: float
     clip: float | None = None
 
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """The numbers that a graph of this arithmetic takes."""
+        scales = self.denoised_scale, self.noise_scale
+        return (self.x0_latent, self.x0_output, self.c_skip, self.c_out, *scales)
+
     def __call__(self, latent: Any, output: Any, noise: Any) -> Any:
         x0 = latent * self.x0_latent + output * self.x0_output
         if self.clip is not None:
             x0 = x0.clip(-self.clip, self.clip)
         denoised = x0 * self.c_out + latent * self.c_skip
-        if self.noise_scale == 0.0:
+        if noise is None:
             return denoised
         return denoised * self.denoised_scale + noise * self.noise_scale
 
@@ -147,7 +158,6 @@ def x0_coefficients(prediction_type: str, root_alpha: float, root_beta: float) -
 def lcm_steps(num_steps: int, settings: SchedulerSettings) -> list[LcmStep]:
     alphas = alphas_cumprod(settings)
     timesteps = lcm_timesteps(num_steps, settings)
-    clip = settings.clip_sample_range if settings.clip_sample else None
     steps = []
     for i, t in enumerate(timesteps):
         root_alpha, root_beta = math.sqrt(alphas[t]), math.sqrt(1 - alphas[t])
@@ -156,5 +166,5 @@ def lcm_steps(num_steps: int, settings: SchedulerSettings) -> list[LcmStep]:
         alpha_prev = 1.0 if last else float(alphas[timesteps[i + 1]])
         c_skip, c_out = boundary_scalings(t, settings.timestep_scaling)
         scales = math.sqrt(alpha_prev), math.sqrt(1 - alpha_prev)
-        steps.append(LcmStep(t, x0_latent, x0_output, c_skip, c_out, *scales, clip))
+        steps.append(LcmStep(t, x0_latent, x0_output, c_skip, c_out, *scales, settings.clip))
     return steps

@@ -13,6 +13,14 @@ from lcm_compile.errors import UsageError, unknown_name
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PRECISIONS = ("fp32", "fp16", "bf16")
+# How graphs are shaped for LCM, exact to rounding. Each can be left out.
+REWRITES = {
+    "context": "what depends on the prompt and the timesteps alone is computed once a prompt",
+    "qkv": "one product for the queries, keys and values of a self-attention",
+    "upsampling": "doubling a map and convolving it 3×3 as four 2×2 convolutions on the small map",
+    "lcm-step": "the scheduler's arithmetic is part of the step's graph",
+    "rgb8": "the decoder's graph ends in 8-bit RGB",
+}
 
 
 def user_path(text: str) -> Path:
@@ -152,8 +160,12 @@ class BuildSpec:
     weights: str | None = None
     config: str | None = None
     vae: str | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in self.without:
+            if name not in REWRITES:
+                raise unknown_name("rewrite", name, REWRITES)
         if self.no_lcm and self.lcm_lora:
             raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
         if self.weights and self.config:
@@ -163,6 +175,11 @@ class BuildSpec:
         self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded; 8 stands for a side that is not given.
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
+
+    @property
+    def rewrites(self) -> tuple[str, ...]:
+        """The names of those that are asked for."""
+        return tuple(name for name in REWRITES if name not in self.without)
 
     @property
     def random_seed(self) -> int | None:
@@ -196,6 +213,8 @@ class BuildSpec:
                 words += [f"--{name}", str(getattr(self, name))]
         if self.batch != 1:
             words += ["--batch", str(self.batch)]
+        for name in self.without:
+            words += ["--without", name]
         for name in ("precision", "backend"):
             if getattr(self, name) != "auto":
                 words += [f"--{name}", getattr(self, name)]
@@ -204,7 +223,7 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One array at a stage's edge. `dtype` is NumPy's name: float32 everywhere but for tokens."""
+    """One array at a stage's edge. `dtype` is NumPy's name: float32 but for tokens and 8-bit pictures."""
 
     name: str
     shape: tuple[int, ...]

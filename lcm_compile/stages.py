@@ -1,4 +1,4 @@
-"""A checkpoint's modules as three static graphs: encode, step, decode.
+"""A checkpoint's modules as static graphs: encode, context, step, decode.
 
 Every float at a stage's edge is float32; whatever precision a stage computes in stays inside it.
 What depends on the shape alone (SDXL's size ids) is part of the graph.
@@ -7,7 +7,7 @@ What depends on the shape alone (SDXL's size ids) is part of the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.contracts import COMPONENTS, make_contracts
+from lcm_compile.contracts import make_contracts
+from lcm_compile.scheduler import LcmStep
+from lcm_compile.shaping import shape_unet, shape_vae
 from lcm_compile.spec import Shape, StageContract
 
 
@@ -37,19 +39,40 @@ class Stage:
         )
 
 
-def make_stages(checkpoint: Checkpoint, modules: Mapping[str, nn.Module], shape: Shape) -> list[Stage]:
-    """The stages of a base for pictures of one shape, in the order the pipeline runs them."""
-    return [make_stage(checkpoint, name, modules, shape) for name in COMPONENTS]
+def shape_modules(
+    modules: Mapping[str, nn.Module], rewrites: Collection[str], shapes: Sequence[Shape], factor: int
+) -> dict[str, nn.Module]:
+    """Rewrites modules in place for pictures of these shapes; with them, the `context` that was taken out."""
+    shaped = dict(modules)
+    if unet := modules.get("unet"):
+        latents = [(shape.height // factor, shape.width // factor) for shape in shapes]
+        if context := shape_unet(unet, rewrites, latents):
+            shaped["context"] = context.eval()
+    if vae := modules.get("vae"):
+        shape_vae(vae, rewrites)
+    return shaped
 
 
-def make_stage(checkpoint: Checkpoint, name: str, modules: Mapping[str, nn.Module], shape: Shape) -> Stage:
-    """One stage, of the modules that COMPONENTS names."""
-    contract = make_contracts(checkpoint, shape)[name]
+def make_stages(
+    checkpoint: Checkpoint, modules: Mapping[str, nn.Module], shape: Shape, rewrites: Collection[str] = ()
+) -> list[Stage]:
+    """The stages of a base whose modules have these rewrites, in the order the pipeline runs them."""
+    contracts = make_contracts(checkpoint, shape, rewrites)
+    return [make_stage(checkpoint, contract, modules, shape) for contract in contracts.values()]
+
+
+def make_stage(
+    checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module], shape: Shape
+) -> Stage:
+    """One stage, of modules as shape_modules leaves them."""
+    names = [spec.name for spec in contract.inputs]
     module: nn.Module
-    if name == "step":
-        module = Step(modules["unet"], shape, [spec.name for spec in contract.inputs])
-    elif name == "decode":
-        module = Decode(modules["vae"])
+    if contract.name == "context":
+        module = ContextStage(modules["context"], shape, names)
+    elif contract.name == "step":
+        module = Step(modules["unet"], shape, names, checkpoint.scheduler.clip)
+    elif contract.name == "decode":
+        module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif "text_encoder_2" in modules:
         module = EncodeTwo(modules["text_encoder"], modules["text_encoder_2"])
     else:
@@ -96,37 +119,73 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
-class Step(nn.Module):
-    """One UNet pass. Text states and the timestep arrive in fp32 and are cast where the UNet needs it."""
+def size_ids(shape: Shape) -> Tensor:
+    """SDXL's: original size, crop corner, target size, (b, 6)."""
+    return torch.tensor([[shape.height, shape.width, 0, 0, shape.height, shape.width]] * shape.batch).float()
 
-    def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str]) -> None:
+
+class ContextStage(nn.Module):
+    """What a prompt and timesteps settle, in the contract's order: keys and values, then times."""
+
+    def __init__(self, context: nn.Module, shape: Shape, inputs: list[str]) -> None:
+        super().__init__()
+        self.context = context
+        self.inputs = inputs
+        # A plain tensor, not a buffer: casting the module to half precision leaves it as it is.
+        self.size_ids = size_ids(shape)
+
+    def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.inputs, arrays, strict=True))
+        context: Any = self.context
+        dtype = weight_type(context)
+        added = guidance = None
+        if "pooled" in given:
+            embedded = context.add_time_proj(self.size_ids.flatten()).reshape(len(self.size_ids), -1)
+            added = torch.cat([given["pooled"], embedded], dim=-1).to(dtype)
+        if "guidance" in given:
+            guidance = guidance_embedding(given["guidance"], context.time_cond_width).to(dtype)
+        keys_values, times = context(given["hidden_states"].to(dtype), given["timesteps"], added, guidance)
+        return tuple(array.float() for array in (*keys_values, times))
+
+
+class Step(nn.Module):
+    """One UNet pass and the LCM step after it. Floats arrive in fp32 and are cast where the UNet needs it."""
+
+    def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str], clip: float | None) -> None:
         super().__init__()
         self.unet = unet
         self.inputs = inputs
-        # original size, crop corner, target size: (b, 6)
-        ids = [shape.height, shape.width, 0, 0, shape.height, shape.width]
-        # A plain tensor, not a buffer: casting the module to half precision leaves it as it is.
-        self.time_ids = torch.tensor([ids] * shape.batch, dtype=torch.float32)
+        self.clip = clip
+        self.size_ids = size_ids(shape)
 
-    def forward(self, *arrays: Tensor) -> Tensor:
+    def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         given = dict(zip(self.inputs, arrays, strict=True))
+        latent = given["latent"]
+        conditions = self.hoisted(given) if "time" in given else self.conditions(given)
+        prediction = self.unet(latent.to(self.dtype), **conditions, return_dict=False)[0].float()
+        if "coefficients" not in given:
+            return prediction
+        numbers: list[Any] = [0, *given["coefficients"].unbind(), self.clip]
+        step = LcmStep(*numbers)
+        return prediction, step(latent, prediction, given["noise"])
+
+    def hoisted(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What a UNet takes whose context was taken out of it."""
+        keys_values = {k: v.to(self.dtype) for k, v in given.items() if k.startswith("keys_values")}
+        return {"timestep": given["time"].to(self.dtype), "encoder_hidden_states": keys_values}
+
+    def conditions(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
         config: Any = self.unet.config
         options: dict[str, Any] = {}
         # Pooled text meets fp32 time embeddings in one Concat, which ONNX Runtime and TensorRT refuse
         # when the types differ: it stays fp32 up to there.
         if "pooled" in given:
-            options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": self.time_ids}
+            options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": self.size_ids}
         if "guidance" in given:
             embedding = guidance_embedding(given["guidance"], config.time_cond_proj_dim)
             options["timestep_cond"] = embedding.to(self.dtype)
-        prediction = self.unet(
-            given["latent"].to(self.dtype),
-            given["timestep"],
-            encoder_hidden_states=given["hidden_states"].to(self.dtype),
-            return_dict=False,
-            **options,
-        )[0]
-        return prediction.float()
+        states = given["hidden_states"].to(self.dtype)
+        return {"timestep": given["timestep"], "encoder_hidden_states": states, **options}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,8 +199,9 @@ def weight_type(module: nn.Module) -> torch.dtype:
 class Decode(nn.Module):
     """Latents as the loop leaves them → pictures, undoing the scaling that the VAE's config names."""
 
-    def __init__(self, vae: nn.Module) -> None:
+    def __init__(self, vae: nn.Module, rgb8: bool = False) -> None:
         super().__init__()
+        self.rgb8 = rgb8
         # The encoder half is no part of the graph.
         parts: Any = vae
         self.post_quant_conv: nn.Module | None = parts.post_quant_conv
@@ -161,5 +221,5 @@ class Decode(nn.Module):
         z = z.to(weight_type(self.post_quant_conv or self.decoder))
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        picture = self.decoder(z).float()
-        return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        picture = (self.decoder(z).float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (picture * 255).round().to(torch.uint8) if self.rgb8 else picture

@@ -50,7 +50,7 @@ def test_run_json(command, sdxl_bundle, tmp_path):
     assert all((tmp_path / "many").joinpath(f"{i:03d}.png").is_file() for i in range(3))
     assert {image["seed"] for image in data["images"]} == {5}
     assert (data["steps"], data["guidance_scale"], data["engine"]) == (4, 1.0, str(sdxl_bundle))
-    assert set(data["ms"]) == {"encode", "step", "decode", "total", "load"}
+    assert set(data["ms"]) == {"encode", "context", "step", "decode", "total", "load"}
     assert len(data["ms"]["step"]) == 12
     parts = data["ms"]["encode"] + sum(data["ms"]["step"]) + data["ms"]["decode"]
     assert 0 < parts <= data["ms"]["total"] * 1.01
@@ -115,7 +115,7 @@ def test_verify_passes_and_tells_its_figures(command, sdxl_bundle):
     code, out, _ = command("verify", sdxl_bundle, "--json")
     data = json.loads(out)
     assert (code, data["passed"]) == (0, True)
-    assert set(data["parity"]) == {"encode", "step", "decode", "picture"}
+    assert set(data["parity"]) == {"encode", "context", "step", "decode", "picture"}
     assert all(figure["db"] >= 80 for figure in data["parity"].values())
 
 
@@ -189,7 +189,7 @@ def test_dry_run_tells_the_plan_and_builds_nothing(command, sdxl_checkpoint, tmp
     )
     plan = json.loads(stdout)
     assert (code, plan["hit"], plan["backend"]) == (0, False, "tensorrt-rtx")
-    assert plan["precisions"] == {"encode": "fp16", "step": "fp16", "decode": "fp16"}
+    assert plan["precisions"] == dict.fromkeys(("encode", "context", "step", "decode"), "fp16")
     assert plan["shape"] == {"batch": 1, "height": 64, "width": 64}
     assert plan["reasons"] and not out.exists()
 
@@ -199,7 +199,7 @@ def test_inspect_a_bundle(command, sdxl_bundle):
     data = json.loads(out)
     assert code == 0
     assert (data["target"], data["backend"], data["architecture"]) == ("cpu", "onnxruntime", "sdxl")
-    assert [stage["name"] for stage in data["stages"]] == ["encode", "step", "decode"]
+    assert [stage["name"] for stage in data["stages"]] == ["encode", "context", "step", "decode"]
     assert command("inspect", sdxl_bundle)[0] == 0
 
 

@@ -31,10 +31,10 @@ def graphs(base, tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """The names of the stages that torch prepared."""
-    made, real = [], prepare.prepare_stage
+    """The names of the models that torch prepared."""
+    made, real = [], prepare.prepare_part
     monkeypatch.setattr(
-        prepare, "prepare_stage", lambda plan, name, *rest: (made.append(name), real(plan, name, *rest))[1]
+        prepare, "prepare_part", lambda plan, name, *rest: (made.append(name), real(plan, name, *rest))[1]
     )
     return made
 
@@ -44,7 +44,7 @@ def test_several_targets_share_one_export(command, base, counted, tmp_path):
     words = ("build", "--base", base.base, "--no-lcm", "--gpu", "a10", "--gpu", "l4", "--gpu", "A10")
     code, out, err = command(*words, "--out", tmp_path / "both")
     assert code == 0, err
-    assert counted == ["encode", "step", "decode"]
+    assert counted == ["text", "unet", "vae"]
     folders = [tmp_path / "both" / name for name in ("a10", "l4")]
     assert out.split() == [str(folder) for folder in folders]
     capabilities = [read_manifest(folder)[0].target.compute_capability for folder in folders]

@@ -183,7 +183,7 @@ def test_engines_and_diffusers_draw_the_same_picture_in_turns(sdxl_checkpoint, t
         "decode",
         "picture",
     }
-    assert found["stage_ms"].keys() == {"encode", "step", "decode"}
+    assert found["stage_ms"].keys() == {"encode", "context", "step", "decode"}
     assert found["in_turns_ms"].keys() == {"engines", "diffusers"}
     for times in (*found["stage_ms"].values(), *found["in_turns_ms"].values()):
         assert len(times["samples"]) == 3 and times["median"] == sorted(times["samples"])[1] > 0

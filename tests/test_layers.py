@@ -25,7 +25,7 @@ LAYERS = [
     {"lora_kinds", "lora_names", "lora_folders"},
     {"lora_files"},
     {"lora_match"},
-    {"apart"},
+    {"apart", "shaping"},
     {"checkpoints", "store", "demo.model"},
     {"vae", "sharing"},
     {"contracts"},

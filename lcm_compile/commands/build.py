@@ -21,6 +21,12 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
             ),
             click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16."),
+            click.option(
+                "--without",
+                multiple=True,
+                metavar="REWRITE",
+                help="Leave a rewrite for LCM out: context, qkv, upsampling, lcm-step, rgb8. Repeatable.",
+            ),
         )
     ):
         command = option(command)

@@ -100,7 +100,8 @@ def run(
         print(path)
     ms = drawing.ms
     note(
-        f"{ms['total']:.0f} ms (encode {ms['encode']:.0f}, {len(ms['step'])} steps {sum(ms['step']):.0f}, "
+        f"{ms['total']:.0f} ms (encode {ms['encode'] + ms['context']:.0f}, "
+        f"{len(ms['step'])} steps {sum(ms['step']):.0f}, "
         f"decode {ms['decode']:.0f}) after {ms['load']:.0f} ms of loading",
         quiet,
     )
