@@ -36,8 +36,9 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
         timesteps = [float(timestep) for timestep in scheduler.timesteps]
         text, _ = pipeline.encode(request.prompt)
         conditions = pipeline.condition(text, timesteps)
-        plain_text = pipeline.encode_negative(request.negative_prompt, text)
-        plain_conditions = pipeline.condition(plain_text, timesteps)
+        zeros = request.negative_prompt is None and pipeline.settings.zero_negative_prompt
+        no_text = pipeline.no_text() if zeros else pipeline.encode(request.negative_prompt or "")[0]
+        plain_conditions = pipeline.condition(no_text, timesteps)
         latent = torch.from_numpy(TorchNoise(request.seed)(latent_shape)) * scheduler.init_noise_sigma
         for timestep, condition, plain_condition in zip(
             scheduler.timesteps, conditions, plain_conditions, strict=True

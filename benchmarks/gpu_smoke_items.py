@@ -105,7 +105,8 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
     from lcm_compile.compile import export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
     from lcm_compile.parity import compare_calls, read_calls
-    from lcm_compile.pipeline import LcmPipeline, load_tokenizers
+    from lcm_compile.pipeline import LcmPipeline
+    from lcm_compile.runners import load_tokenizers
     from lcm_compile.spec import BuildSpec
 
     if reason := tensorrt_rtx.cannot_run(TARGETS[target]):
@@ -151,8 +152,8 @@ def draw_sdxl(note: Note, target: str, work: Path, backend: str) -> None:
 def build_and_draw(note: Note, spec: BuildSpec, rounds: int, rival: str | None = None) -> None:
     """Builds, which verifies, and measures. The precision is the target's default: fp16 on a GPU."""
     from lcm_compile.compile import build
-    from lcm_compile.pipeline import load
     from lcm_compile.plan import default_precision
+    from lcm_compile.runners import load
 
     target = TARGETS[spec.gpu]
     if reason := find_backend(spec.backend).cannot_build(target, default_precision(target)):

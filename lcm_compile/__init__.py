@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lcm_compile.compile import build
-    from lcm_compile.pipeline import load
+    from lcm_compile.runners import load
     from lcm_compile.spec import BuildSpec, LoraSpec
 
 __version__ = "0.1.0"
 __all__ = ["BuildSpec", "LoraSpec", "__version__", "build", "load"]
 
-_HOMES = {"build": "compile", "load": "pipeline", "BuildSpec": "spec", "LoraSpec": "spec"}
+_HOMES = {"build": "compile", "load": "runners", "BuildSpec": "spec", "LoraSpec": "spec"}
 
 
 def __getattr__(name: str) -> Any:

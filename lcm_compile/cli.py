@@ -31,6 +31,8 @@ def main() -> NoReturn:
     """Runs the command and turns every error into a message and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as the bytes they came in as
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         cli.main(prog_name="lcm-compile", standalone_mode=False)
     except LcmCompileError as error:

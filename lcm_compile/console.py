@@ -12,8 +12,9 @@ from lcm_compile.schema import json_text
 from lcm_compile.targets import GIB
 
 
-def print_json(data: Any) -> None:
-    sys.stdout.write(json_text(data, indent=2) + "\n")
+def print_json(data: Any, one_line: bool = False) -> None:
+    sys.stdout.write(json_text(data, indent=None if one_line else 2) + "\n")
+    sys.stdout.flush()
 
 
 def note(text: str, quiet: bool = False) -> None:

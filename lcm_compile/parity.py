@@ -19,7 +19,8 @@ import numpy as np
 from lcm_compile.bundle import EngineBundle, Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits, load, load_tokenizers
+from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
+from lcm_compile.runners import load, load_tokenizers
 from lcm_compile.spec import StageContract
 
 if TYPE_CHECKING:

@@ -6,25 +6,20 @@ unless an engine does.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, PipelineSettings, hold, open_bundle
-from lcm_compile.engines import find_backend, find_target_here
+from lcm_compile.bundle import PipelineSettings
 from lcm_compile.engines.runner import Runner
-from lcm_compile.errors import REBUILD, BackendError, BundleError, UsageError
+from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import LcmStep, lcm_steps
-from lcm_compile.schema import from_json
-from lcm_compile.store import remember
 from lcm_compile.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
@@ -32,6 +27,7 @@ if TYPE_CHECKING:
 
 Arrays = dict[str, Any]
 Report = Callable[[int, int], None]
+PROMPTS_KEPT = 8
 STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
 
 
@@ -99,12 +95,15 @@ class LcmPipeline:
         tokenizers: Mapping[str, PromptTokenizer],
         load_ms: float = 0.0,
         held: IO[bytes] | None = None,
+        prompt_cache: int = 0,
     ) -> None:
         self.settings = settings
         self.runners = runners
         self.tokenizers = tokenizers
         self.load_ms = load_ms
         self._held = held
+        self._prompt_cache = prompt_cache
+        self._prompts: dict[Any, tuple[list[Arrays], str]] = {}  # the one used last is the last
 
     def __call__(
         self,
@@ -141,26 +140,26 @@ class LcmPipeline:
         # A full LCM takes the guidance scale as an input; any other is guided by a second pass.
         guided = request.guidance_scale > 1.0 and not self.takes("guidance")
         chunks = -(-request.num_images // shape.batch)
-        total = 1 + guided + ("context" in self.runners) + chunks * (len(steps) * (1 + guided) + 1)
+        prompts = (1 + guided) * (1 + ("context" in self.runners))
+        total = prompts + chunks * (len(steps) * (1 + guided) + 1)
         done = 0
-        start, clock = time.perf_counter(), Clock()
 
-        text, cut = self.encode(request.prompt)
-        done += 1
-        yield done, total
-        plain_text: Arrays = {}
-        if guided:
-            plain_text = self.encode_negative(request.negative_prompt, text)
+        def passed() -> tuple[int, int]:
+            nonlocal done
             done += 1
-            yield done, total
-        clock.encode = clock.lap()
+            return done, total
+
+        start, clock = time.perf_counter(), Clock()
         timesteps = [float(lcm_step.timestep) for lcm_step in steps]
-        conditions = self.condition(text, timesteps, request.guidance_scale)
-        plain_conditions = self.condition(plain_text, timesteps) if guided else []
-        clock.context = clock.lap()
-        if "context" in self.runners:
-            done += 1
-            yield done, total
+        scale = request.guidance_scale
+        embedded = 1.0 if not self.takes("guidance") else scale
+        conditions, cut = yield from self.conditions(request.prompt, timesteps, embedded, clock, passed)
+        plain_conditions: list[Arrays] = []
+        if guided:
+            negative = request.negative_prompt
+            if negative is None and not settings.zero_negative_prompt:
+                negative = ""
+            plain_conditions, _ = yield from self.conditions(negative, timesteps, 1.0, clock, passed)
 
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
@@ -175,25 +174,23 @@ class LcmPipeline:
                 fresh = None if lcm_step is steps[-1] else step.to_device(draws[i + 1][rows])
                 inputs = {"latent": latent, **self.step_inputs(lcm_step, latent if fresh is None else fresh)}
                 given = step({**inputs, **conditions[i]})
-                done += 1
                 if guided:
+                    passed()
                     output = given["prediction"] + 0  # the runner may reuse its output memory
                     plain = step({**inputs, **plain_conditions[i]})["prediction"]
-                    output = plain + request.guidance_scale * (output - plain)
-                    done += 1
+                    output = plain + scale * (output - plain)
                     latent = lcm_step(latent, output, fresh)
                 elif "next_latent" in given:
                     latent = given["next_latent"] + 0
                 else:
                     latent = lcm_step(latent, given["prediction"], fresh)
                 clock.step.append(clock.lap())
-                yield done, total
+                yield passed()
             picture = decode.to_host(decode({"latent": latent})["picture"])
             finite = finite and all(np.isfinite(array).all() for array in (step.to_host(latent), picture))
             pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
             clock.decode += clock.lap()
-            done += 1
-            yield done, total
+            yield passed()
         drawn = np.concatenate(pictures)
         check_drawn(drawn, finite)
         ms = {
@@ -241,8 +238,37 @@ class LcmPipeline:
             conditions += [{**shared, "time": times[i]} for i in range(len(some))]
         return conditions
 
+    def conditions(
+        self,
+        prompt: str | None,
+        timesteps: Sequence[float],
+        guidance_scale: float,
+        clock: Clock,
+        passed: Callable[[], tuple[int, int]],
+    ) -> Generator[tuple[int, int], None, tuple[list[Arrays], str]]:
+        """What the step takes at each timestep for a prompt, and the part of it that did not fit.
+
+        None stands for text states of zeros. Yields after each stage; what is known already is not computed.
+        """
+        key = (prompt, tuple(timesteps), guidance_scale)
+        kept = self._prompts.pop(key, None)
+        if kept is None:
+            text, cut = (self.no_text(), "") if prompt is None else self.encode(prompt)
+        clock.encode += clock.lap()
+        yield passed()
+        if kept is None:
+            kept = self.condition(text, timesteps, guidance_scale), cut
+        clock.context += clock.lap()
+        if "context" in self.runners:
+            yield passed()
+        if self._prompt_cache:
+            self._prompts[key] = kept
+            while len(self._prompts) > self._prompt_cache:
+                del self._prompts[next(iter(self._prompts))]
+        return kept
+
     def encode(self, prompt: str) -> tuple[Arrays, str]:
-        """The conditioning of a prompt, and the part of the prompt that did not fit."""
+        """The text states of a prompt, and the part of the prompt that did not fit."""
         runner = self.runners["encode"]
         tokens, cuts = {}, []
         for name, tokenizer in self.tokenizers.items():
@@ -253,10 +279,10 @@ class LcmPipeline:
         arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
         return {name: array + 0 for name, array in arrays.items()}, max(cuts, key=len, default="")
 
-    def encode_negative(self, negative_prompt: str | None, like: Arrays) -> Arrays:
-        if negative_prompt is None and self.settings.zero_negative_prompt:
-            return {name: array * 0 for name, array in like.items()}
-        return self.encode(negative_prompt or "")[0]
+    def no_text(self) -> Arrays:
+        """What stands for no prompt in SDXL: states of zeros."""
+        runner = self.runners["encode"]
+        return {s.name: runner.to_device(np.zeros(s.shape, np.float32)) for s in runner.contract.outputs}
 
     def close(self) -> None:
         for runner in self.runners.values():
@@ -289,94 +315,3 @@ def eight_bits(pictures: np.ndarray) -> np.ndarray:
 
 def draw_seed() -> int:
     return secrets.randbelow(2**32)
-
-
-def load(bundle: str | Path | EngineBundle) -> LcmPipeline:
-    """The pipeline of a bundle, engines loaded.
-
-    BundleError: no bundle, a damaged one, or one for another GPU. BackendError: its backend is missing.
-    """
-    start = time.perf_counter()
-    if not isinstance(bundle, EngineBundle):
-        bundle = open_bundle(Path(bundle))
-        remember(bundle.folder)
-    manifest = bundle.manifest
-    backend = find_backend(manifest.backend)
-    if reason := backend.cannot_run(manifest.target):
-        here = find_target_here()
-        rebuilt = replace(manifest.spec, gpu=here, precision="auto", backend="auto")
-        raise BundleError(
-            f"{bundle.folder} was built for {manifest.target.name} ({manifest.target.description}) "
-            f"and can't run on this machine ({here}): {reason}",
-            f"copy it to a machine with that GPU, or build for this one: {rebuilt.command()}",
-        )
-    if reason := backend.cannot_load(*built_with(bundle)):
-        raise BundleError(
-            f"{bundle.folder} can't be loaded here: {reason}",
-            f"build it again here: {manifest.spec.command()}",
-        )
-    check_stages(bundle)
-    held = hold(bundle.folder)
-    runners: dict[str, Runner] = {}
-    try:
-        for stage in manifest.stages:
-            path = bundle.path(stage.engine)
-            runners[stage.contract.name] = backend.load(path, stage.contract, manifest.target)
-        tokenizers = load_tokenizers(bundle.folder, manifest.pipeline)
-    except BaseException:
-        for runner in runners.values():
-            runner.close()
-        held.close()
-        raise
-    load_ms = (time.perf_counter() - start) * 1000
-    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms, held)
-
-
-def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:
-    """The backend's version and the builder options, from the key. BundleError where it holds none."""
-    key = bundle.manifest.key
-    try:
-        return key["backend version"], from_json(Mapping[str, Any], json.loads(key["builder options"]))
-    except (KeyError, ValueError, RecursionError) as error:
-        raise BundleError(f"{bundle.folder} does not tell what built it: {error}", REBUILD) from error
-
-
-def check_stages(bundle: EngineBundle) -> None:
-    """BundleError unless the contracts are those of an LCM loop and fit each other."""
-    settings = bundle.manifest.pipeline
-    contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
-    if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
-        raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
-    takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
-    gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
-    shape, latent = settings.shape, takes["step"].get("latent", ())
-    own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
-    given = {**own, **gives["encode"]}
-    wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (takes["encode"], {t.input: (shape.batch, t.max_length) for t in settings.tokenizers})
-    ]
-    if "context" in contracts:
-        wanted.append((takes["context"], picked(given, takes["context"])))
-        given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    given |= {"latent": latent, "noise": latent, "coefficients": (6,)}
-    wanted += [
-        (takes["step"], picked(given, takes["step"])),
-        (gives["step"], picked({"prediction": latent, "next_latent": latent}, gives["step"])),
-        (takes["decode"], {"latent": latent}),
-        (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
-    ]
-    whole = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == ("noise" in takes["step"])
-    timed = "time" in takes["step"] or "timestep" in takes["step"]
-    for has, needs in wanted:
-        if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
-            raise BundleError(
-                f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD
-            )
-
-
-def picked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: given.get(name) for name in names}
-
-
-def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:
-    return {t.input: PromptTokenizer(folder / t.file, t) for t in settings.tokenizers}

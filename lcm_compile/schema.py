@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
-def json_text(data: Any, indent: int) -> str:
+def json_text(data: Any, indent: int | None) -> str:
     """JSON in plain letters; escaped where a path holds bytes that are no text. ValueError for NaN."""
     text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
     try:

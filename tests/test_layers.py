@@ -42,6 +42,7 @@ LAYERS = [
     {"export", "engines"},
     {"bundle", "tokens"},
     {"pipeline", "shelf"},
+    {"runners"},
     {"keys"},
     {"exported"},
     {"parity", "plan"},

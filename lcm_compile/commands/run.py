@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,12 @@ from click.core import ParameterSource
 
 import lcm_compile
 from lcm_compile.commands.options import json_option, quiet_option
+from lcm_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
     from lcm_compile.grid import Axis
-    from lcm_compile.pipeline import Request
+    from lcm_compile.pipeline import LcmPipeline, Request
 
 GUIDANCE_HINT = 2.0
 CUT_SHOWN = 200
@@ -32,6 +34,7 @@ CUT_SHOWN = 200
 @click.option("--guidance-scale", type=float, default=1.0, show_default=True)
 @click.option("--seed", type=int, help="Default: drawn at random and printed.")
 @click.option("--num-images", type=int, default=1, show_default=True)
+@click.option("--stdin", is_flag=True, help="A prompt on each line of stdin; the engines are loaded once.")
 @click.option("--grid", metavar="AXES", help="One sheet of every combination: steps=1..8,guidance=1,1.5.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file, or a folder for several pictures.")
 @json_option
@@ -48,6 +51,7 @@ def run(
     guidance_scale: float,
     seed: int | None,
     num_images: int,
+    stdin: bool,
     grid: str | None,
     out: Path | None,
     as_json: bool,
@@ -58,12 +62,15 @@ def run(
     The axes of a grid are steps, seed, guidance and prompt=FILE (a prompt on each line): numbers as 1..8
     or 1,1.5. The first runs across the sheet.
     """
-    from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.images import picture_paths, save_picture
+    from lcm_compile.console import note
+    from lcm_compile.images import picture_paths
     from lcm_compile.lookup import find_bundle
-    from lcm_compile.pipeline import Request, draw_seed, load
+    from lcm_compile.pipeline import Request, draw_seed
+    from lcm_compile.runners import load
     from lcm_compile.scheduler import lcm_timesteps
 
+    if stdin and (grid is not None or prompt is not None):
+        raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
     bundle = find_bundle(engine, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
@@ -74,12 +81,48 @@ def run(
         draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json, quiet)
         return
     lcm_timesteps(steps, settings.scheduler)
-    paths = picture_paths(out, prompt, request.seed, num_images)
     hint_at(request, quiet)
     warn_of_random(bundle)
+    if stdin:
+        if out is not None and not out.is_dir():
+            raise UsageError(f"--out {out} is no folder, and --stdin may give many pictures", f"mkdir {out}")
+        with load(bundle, wait=False) as pipeline:
+            for line in sys.stdin:
+                if line.strip():
+                    own = replace(request, prompt=line.strip(), seed=draw_seed() if seed is None else seed)
+                    paths = picture_paths(folder_of(out, own), own.prompt, own.seed, num_images)
+                    draw_pictures(pipeline, bundle, own, paths, as_json, quiet, one_line=True)
+        return
+    paths = picture_paths(out, prompt, request.seed, num_images)
     if seed is None:
         note(f"seed {request.seed}", quiet)
-    with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
+    with load(bundle, wait=False) as pipeline:
+        draw_pictures(pipeline, bundle, request, paths, as_json, quiet)
+
+
+def folder_of(out: Path | None, request: Request) -> Path | None:
+    """Where the pictures of one of many prompts go: several into a folder of their own in `out`."""
+    from lcm_compile.images import slug
+
+    if out is None or request.num_images == 1:
+        return out
+    return out / f"{slug(request.prompt)}-{request.seed}"
+
+
+def draw_pictures(
+    pipeline: LcmPipeline,
+    bundle: EngineBundle,
+    request: Request,
+    paths: Sequence[Path],
+    as_json: bool,
+    quiet: bool,
+    one_line: bool = False,
+) -> None:
+    """Draws one request into files, and tells them."""
+    from lcm_compile.console import Bar, note, print_json
+    from lcm_compile.images import save_picture
+
+    with Bar("drawing", quiet) as bar:
         drawing = pipeline.draw(request, bar.update)
     warn_of_cut(bundle, drawing.cut)
     metadata = {**told(request), **made_by(bundle)}
@@ -88,21 +131,22 @@ def run(
     if as_json:
         print_json(
             {
+                "prompt": request.prompt,
                 "images": [{"path": str(p), "seed": request.seed, "index": i} for i, p in enumerate(paths)],
-                "steps": steps,
-                "guidance_scale": guidance_scale,
+                "steps": request.steps,
+                "guidance_scale": request.guidance_scale,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
-            }
+            },
+            one_line,
         )
         return
     for path in paths:
-        print(path)
+        print(path, flush=True)
     ms = drawing.ms
     note(
         f"{ms['total']:.0f} ms (encode {ms['encode'] + ms['context']:.0f}, "
-        f"{len(ms['step'])} steps {sum(ms['step']):.0f}, "
-        f"decode {ms['decode']:.0f}) after {ms['load']:.0f} ms of loading",
+        f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})",
         quiet,
     )
 
@@ -132,7 +176,7 @@ def draw_sheet(
     from lcm_compile.console import Bar, note, print_json
     from lcm_compile.grid import FIELDS, draw_grid, requests
     from lcm_compile.images import save_picture, sheet_path
-    from lcm_compile.pipeline import load
+    from lcm_compile.runners import load
     from lcm_compile.scheduler import lcm_timesteps
 
     asked = requests(axes, fixed)
