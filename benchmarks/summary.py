@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -94,11 +95,10 @@ def print_report(report: BenchmarkReport, quiet: bool) -> None:
     picture, summary = report.cases[0], summarise(report)
     print()
     print_table(("", "of the whole picture"), whole_rows(picture, summary))
-    if picture.rivals:
-        print()
-        print_rivals(report.cases)
+    print()
+    print_rivals(report.cases)
     if line := summary["budget"]:
-        print(f"\n{line}")
+        print(textwrap.fill(line, 80))
     for text in report.notes:
         note(f"warning: {text}", quiet)
 
@@ -136,12 +136,12 @@ def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_rivals(cases: Sequence[Case]) -> None:
-    """A line for each rival, a column for each case that it shares with us: its median, and the ratio."""
+    """A table for each rival, with a line for each case that it shares with us."""
     for name in cases[0].rivals:
         shared = [case for case in cases if name in case.rivals]
         print_table(
             (f"against {name}", "ours", "theirs", "theirs : ours", "spread"),
-            [rival_row(case, name) for case in shared],
+            [*(rival_row(case, name) for case in shared), *memory_rows(cases[0], name)],
         )
         print()
 
@@ -156,3 +156,10 @@ def rival_row(case: Case, name: str) -> tuple[str, ...]:
         f"{median(pairs):.2f}×",
         f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
     )
+
+
+def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:
+    ours, theirs = picture.memory_bytes, picture.rivals[name].memory_bytes
+    if not ours or not theirs:
+        return []
+    return [("peak memory", told_size(ours), told_size(theirs), f"{theirs / ours:.2f}×", "")]
