@@ -207,6 +207,11 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
                 f"{name} draws {its}, and {bundle.folder} draws {shape}",
                 "compare bundles of one batch, height and width",
             )
+    inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
+    if "euler-25" in found and "guidance" in inputs:
+        raise UsageError(
+            f"{manifest.spec.base} is a full LCM, which Euler's sampler can't draw with", "drop it"
+        )
     if "openvino" in found and importlib.util.find_spec("openvino") is None:
         raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
     if "openvino" in found and not manifest.target.is_cpu:

@@ -11,8 +11,7 @@ from typing import Any
 from lcm_compile.benchmarks.bench import COLD_START, FIRST, LOAD, PASSES, PICTURE
 from lcm_compile.benchmarks.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.timing import quantile, ratios
-from lcm_compile.console import note, print_table
-from lcm_compile.reports import told_size
+from lcm_compile.console import note, print_table, told_size
 
 APART = (PICTURE, COLD_START, LOAD, FIRST)  # every other case is a stage
 
@@ -82,7 +81,7 @@ def told_ms(ms: float) -> str:
     return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
-def print_report(report: BenchmarkReport, quiet: bool) -> None:
+def print_report(report: BenchmarkReport) -> None:
     """Tables of at most 80 columns on stdout; what one should know of the figures on stderr."""
     asked, environment = report.benchmark, report.environment
     precisions = ", ".join(sorted(set(asked.precisions.values())))
@@ -100,7 +99,7 @@ def print_report(report: BenchmarkReport, quiet: bool) -> None:
     if line := summary["budget"]:
         print(textwrap.fill(line, 80))
     for text in report.notes:
-        note(f"warning: {text}", quiet)
+        note(f"warning: {text}")
 
 
 def latency_row(case: Case) -> tuple[str, ...]:

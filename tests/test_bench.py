@@ -45,6 +45,15 @@ def draw_slowly(folder):
     return slowed
 
 
+def stands_still(worker):
+    """Whether the process gets stopped: then none of its threads can spin."""
+    for _ in range(100):
+        if Path(f"/proc/{worker._process.pid}/stat").read_text().split()[2] == "T":
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def give_up():
     raise UsageError("not today", "tomorrow")
 
@@ -136,7 +145,7 @@ def test_the_tables_fit_in_80_columns(measured, capsys):
     from lcm_compile.benchmarks.summary import print_report
 
     _, report, _ = measured
-    print_report(report, quiet=False)
+    print_report(report)
     out, err = capsys.readouterr()
     body = [line for line in out.splitlines() if str(report.benchmark.spec.base) not in line]
     assert max(map(len, body)) <= 80
@@ -164,8 +173,7 @@ def test_turns_are_taken_one_at_a_time_in_swapping_order_and_a_slow_rival_is_tol
     with Worker(SELF, makers[SELF], 1) as ours, Worker("slow", makers["slow"], 1) as slow:
         workers = {SELF: ours, "slow": slow}
         samples = timing.take_turns(workers, "a star", runs=4, seconds=60)
-        states = [Path(f"/proc/{w._process.pid}/stat").read_text().split()[2] for w in workers.values()]
-    assert states == ["T", "T"]  # both are stopped: neither can spin
+        assert all(stands_still(worker) for worker in workers.values())
     taken = sorted((s.start, s.end, name) for name, taken in samples.items() for s in taken)
     assert [name for *_, name in taken] == [SELF, "slow", "slow", SELF] * 2
     assert all(earlier[1] <= later[0] for earlier, later in pairwise(taken))
@@ -221,7 +229,7 @@ def test_the_counted_work_is_the_published_one(family, side, unet, decoder, text
     checkpoint = Checkpoint(family, Path("none"), FAMILIES[family], components, {}, False)
     work = count_work(checkpoint, Shape(1, side, side))
     assert work["step"].flop / 1e12 == pytest.approx(unet, abs=0.005)
-    assert work["decode"].flop / 1e12 == pytest.approx(decoder, abs=0.005)
+    assert work["decode"].flop / 1e12 == pytest.approx(decoder, rel=0.003)
     assert work["encode"].flop / 1e12 == pytest.approx(text, rel=0.05)
     assert work["step"].weights / 1e6 == pytest.approx({"sd15": 859.5, "sdxl": 2567.5}[family], abs=0.05)
     assert work["decode"].weights / 1e6 == pytest.approx(49.5, abs=0.05)
