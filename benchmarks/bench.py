@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from lcm_compile.benchmarks import timing
 from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used, physical_cores
@@ -86,7 +87,7 @@ def bench(
         shape=setup.shape,
         bundle=bundle.digest,
     )
-    notes += warnings(picture, precisions)
+    notes += warnings(picture, stages, precisions)
     return BenchmarkReport(environment, asked, (picture, *stages, *cold_cases(measured)), tuple(notes))
 
 
@@ -235,7 +236,7 @@ def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 
-def warnings(picture: Case, precisions: Mapping[str, str]) -> list[str]:
+def warnings(picture: Case, stages: Sequence[Case], precisions: Mapping[str, str]) -> list[str]:
     """What a reader of the figures must know."""
     told = []
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
@@ -246,5 +247,11 @@ def warnings(picture: Case, precisions: Mapping[str, str]) -> list[str]:
         told.append(
             f"ours is not the picture that diffusers draws: PSNR {picture.parity_db:.1f} dB, and "
             f"{floor:g} dB is the floor of its precision; has the base changed since the build?"
+        )
+    over = [stage.name for stage in stages if stage.limit_ms and stage.limit_ms > median(stage.samples_ms)]
+    if over:
+        told.append(
+            f"{', '.join(over)} took less than the limit: the engine does with less work than the plain model, "
+            "or another program slowed the measuring of the peak"
         )
     return told

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
-from lcm_compile.benchmarks.bench import counted
+from lcm_compile.benchmarks.bench import counted, warnings
 from lcm_compile.benchmarks.report import read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
 from lcm_compile.benchmarks.summary import budget, summarise
@@ -133,6 +133,14 @@ def test_the_budget_names_the_stage_furthest_above_its_limit(measured):
     line = budget(with_times(picture=100.0, encode=11.0, step=40.0, decode=45.0))
     assert line.startswith("decode takes 45%") and "at 22%" in line and "35.0 ms of 100 ms" in line
     assert budget(with_times(picture=100.0, encode=11.0, step=70.0, decode=15.0)).startswith("step takes 70%")
+
+
+def test_a_stage_that_beats_its_limit_is_told(measured):
+    _, report, _ = measured
+    picture, stage = report.cases[:2]
+    slow, fast = (replace(stage, samples_ms=(ms, ms), limit_ms=10.0) for ms in (11.0, 9.0))
+    assert not any("limit" in note for note in warnings(picture, [slow], {"step": "fp32"}))
+    assert any(f"{stage.name} took less" in note for note in warnings(picture, [fast], {"step": "fp32"}))
 
 
 def test_the_plot_is_a_picture(measured):
