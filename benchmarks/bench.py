@@ -251,7 +251,7 @@ def warnings(picture: Case, stages: Sequence[Case], precisions: Mapping[str, str
     over = [stage.name for stage in stages if stage.limit_ms and stage.limit_ms > median(stage.samples_ms)]
     if over:
         told.append(
-            f"{', '.join(over)} took less than the limit: the engine does with less work than the plain model, "
-            "or another program slowed the measuring of the peak"
+            f"{', '.join(over)} took less than the limit: the engine does with less work than the plain "
+            "model, or another program slowed the measuring of the peak"
         )
     return told
