@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import lcm_compile
+from lcm_compile.commands.bench import bench
 from lcm_compile.commands.build import build, export
 from lcm_compile.commands.bundles import bundles
 from lcm_compile.commands.fuse import fuse
@@ -97,5 +98,18 @@ def cli() -> None:
     """
 
 
-for command in (build, run, verify, inspect, fuse, export, distill, train_lora, bundles, targets, doctor):
+for command in (
+    build,
+    run,
+    verify,
+    bench,
+    inspect,
+    fuse,
+    export,
+    distill,
+    train_lora,
+    bundles,
+    targets,
+    doctor,
+):
     cli.add_command(command)
