@@ -1,6 +1,6 @@
 """The command. stdout is data, stderr is progress and hints.
 
-Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity gate · 130 interrupted.
+Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity or performance gate · 130 interrupted.
 The commands are in lcm_compile/commands and import everything heavy inside: `--help` costs click alone.
 """
 
@@ -18,6 +18,7 @@ import click
 import lcm_compile
 from lcm_compile.commands.build import build, export
 from lcm_compile.commands.bundles import bundles
+from lcm_compile.commands.compare import compare
 from lcm_compile.commands.fuse import fuse
 from lcm_compile.commands.look import doctor, inspect, targets, verify
 from lcm_compile.commands.run import run
@@ -95,5 +96,18 @@ def cli() -> None:
     """
 
 
-for command in (build, run, verify, inspect, fuse, export, distill, train_lora, bundles, targets, doctor):
+for command in (
+    build,
+    run,
+    verify,
+    compare,
+    inspect,
+    fuse,
+    export,
+    distill,
+    train_lora,
+    bundles,
+    targets,
+    doctor,
+):
     cli.add_command(command)
