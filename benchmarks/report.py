@@ -10,7 +10,7 @@ from typing import Any
 
 from lcm_compile.errors import UsageError
 from lcm_compile.schema import from_json, json_text
-from lcm_compile.spec import BuildSpec
+from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.store import write_atomically
 
 SCHEMA = 1
@@ -26,6 +26,9 @@ class Environment:
     versions: Mapping[str, str]
     taken: str  # ISO 8601, UTC
     gpu_driver: str | None = None
+    threads: int | None = None
+    peak_flops: Mapping[str, float] = field(default_factory=dict)  # a second, by precision
+    bandwidth: float | None = None  # bytes a second
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Rival:
 
     samples_ms: tuple[float, ...]
     memory_bytes: int | None = None
+    gpu_memory_bytes: int | None = None
+    parity_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class Case:
 
     `groups` tells how many consecutive samples each process took, where several did. `environment` is where
     they were taken, if not where the report's were. ValueError for samples that can't be.
+
+    A sample of a stage is all of its calls for one picture, or batch of them. `flop` and `weight_bytes` are
+    the plain model's for as much; `limit_ms` is the least that this device could take for that.
     """
 
     name: str
@@ -51,6 +59,9 @@ class Case:
     gpu_memory_bytes: int | None = None
     engine_bytes: int | None = None
     parity_db: float | None = None
+    flop: float | None = None
+    weight_bytes: int | None = None
+    limit_ms: float | None = None
     groups: tuple[int, ...] = ()
     environment: Environment | None = None
 
@@ -73,6 +84,10 @@ class Benchmark:
     against: tuple[str, ...]
     runs: int
     seconds: float
+    backend: str = ""
+    precisions: Mapping[str, str] = field(default_factory=dict)
+    shape: Shape | None = None
+    bundle: str = ""  # its digest
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ class BenchmarkReport:
     environment: Environment
     benchmark: Benchmark
     cases: tuple[Case, ...]
+    notes: tuple[str, ...] = ()  # what a reader of the figures must know
     loosened: tuple[Loosening, ...] = ()
 
     def __post_init__(self) -> None:

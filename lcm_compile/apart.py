@@ -81,8 +81,7 @@ def ended(code: int | None) -> str:
 
 def serve(results: int) -> None:
     """The other end of call_apart. It dies with its parent."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     answer: tuple[Any, BaseException | None]
     try:
         function, args = pickle.load(sys.stdin.buffer)
@@ -95,6 +94,11 @@ def serve(results: int) -> None:
         answer = None, portable(error)
     with open(results, "wb") as pipe:
         pickle.dump(answer, pipe)
+
+
+def die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def portable(error: Exception) -> Exception:

@@ -16,6 +16,7 @@ from typing import NoReturn
 import click
 
 import lcm_compile
+from lcm_compile.commands.bench import bench
 from lcm_compile.commands.build import build, export
 from lcm_compile.commands.bundles import bundles
 from lcm_compile.commands.compare import compare
@@ -100,6 +101,7 @@ for command in (
     build,
     run,
     verify,
+    bench,
     compare,
     inspect,
     fuse,

@@ -46,12 +46,17 @@ def check_out(out: Path, folder: bool = False) -> None:
         raise UsageError(f"--out {out} exists", "give the name of a new folder")
     if not folder and out.suffix != ".safetensors":
         raise UsageError(f"--out {out} is no .safetensors file", "for example --out lora.safetensors")
-    if out.is_dir():
-        raise UsageError(f"--out {out} is a folder", "give a file name")
-    if not out.parent.is_dir():
-        raise UsageError(f"the folder {out.parent} of --out does not exist", f"mkdir -p {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise UsageError(f"the folder {out.parent} of --out can't be written", "give another --out")
+    check_file(out, "--out")
+
+
+def check_file(path: Path, option: str) -> None:
+    """UsageError where a file can't be written to `path`; one that is there is replaced."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder", "give a file name")
+    if not path.parent.is_dir():
+        raise UsageError(f"the folder {path.parent} of {option} does not exist", f"mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"the folder {path.parent} of {option} can't be written", f"give another {option}")
 
 
 def check_space(out: Path, size: int) -> None:

@@ -1,0 +1,248 @@
+"""`lcm-compile bench`: a bundle and its rivals measured in turn.
+
+Main path: what is counted (work, peaks) → rivals fused → workers take turns → cold starts → BenchmarkReport.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lcm_compile.benchmarks import timing
+from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used, physical_cores
+from lcm_compile.benchmarks.peaks import BYTES, Peak, peak_of
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
+from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
+from lcm_compile.benchmarks.work import Work, count_work
+from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
+from lcm_compile.bundle import EngineBundle, StageEngine
+from lcm_compile.errors import LcmCompileError
+from lcm_compile.parity import picture_floor, psnr_db
+from lcm_compile.plan import open_base
+
+PICTURE, COLD_START, LOAD, FIRST = "picture", "cold start", "load", "first picture"
+COLD_STARTS = 3
+PASSES = {"step": STEPS}  # of a stage for one picture, where it is not one
+REFERENCE = "eager"  # whose pictures the others are compared with
+
+# Told what is being done, and how much of it is done.
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class Measured:
+    """What the workers gave, by who drew: us, or a rival's name."""
+
+    samples: dict[str, list[Sample]]
+    memory: dict[str, int | None]
+    gpu_memory: dict[str, int | None]
+    colds: dict[str, list[ColdStart]] = field(default_factory=dict)
+
+
+def bench(
+    bundle: EngineBundle,
+    against: Sequence[str] = (),
+    runs: int = 20,
+    seconds: float = 120.0,
+    report: Report = lambda doing, done, total: None,
+) -> BenchmarkReport:
+    """Measures every stage of a bundle, the whole picture and cold starts, with rivals taking turns.
+
+    UsageError for a rival that can't be had; else what opening the base or loading the bundle raises.
+    """
+    manifest = bundle.manifest
+    rivals = check_rivals(tuple(against), bundle)
+    precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
+    cores = physical_cores()
+    setup = Setup(manifest.pipeline.shape, precisions["step"], cores, not manifest.target.is_cpu)
+
+    report("measure the device's peak", 0, 1)
+    peaks = {
+        precision: peak
+        for precision in sorted(set(precisions.values()))
+        if (peak := peak_of(manifest.target, precision, cores)) is not None
+    }
+    work, notes = counted(bundle)
+    with makers(rivals, manifest.spec, setup, lambda doing: report(doing, 0, 1)) as made:
+        drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
+        prompt = manifest.pipeline.sample_prompt
+        measured = take_warm(drawers, prompt, cores, runs, seconds, report)
+        measured.colds = take_cold(drawers, prompt, cores, min(COLD_STARTS, runs), report)
+
+    stages = [
+        stage_case(stage, bundle, measured, work.get(stage.contract.name), peaks.get(stage.precision))
+        for stage in manifest.stages
+    ]
+    picture = picture_case(bundle, stages, measured)
+    environment = environment_of(manifest.target, cores, peaks)
+    asked = Benchmark(
+        spec=manifest.spec,
+        against=tuple(rivals),
+        runs=runs,
+        seconds=seconds,
+        backend=manifest.backend,
+        precisions=precisions,
+        shape=setup.shape,
+        bundle=bundle.digest,
+    )
+    notes += warnings(picture, precisions)
+    return BenchmarkReport(environment, asked, (picture, *stages, *cold_cases(measured)), tuple(notes))
+
+
+def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
+    """The work of one pass by stage; none, and a note, where the checkpoint that it is counted on is gone."""
+    manifest = bundle.manifest
+    try:
+        return count_work(open_base(manifest.spec, half=True), manifest.pipeline.shape), []
+    except LcmCompileError as error:
+        return {}, [f"the work could not be counted, which takes the base's settings: {error.message}"]
+
+
+def take_warm(
+    drawers: Mapping[str, Maker], prompt: str, threads: int, runs: int, seconds: float, report: Report
+) -> Measured:
+    """Each loaded and warm in a process of its own, then samples of each in turn."""
+    gpu_memory: dict[str, int | None] = {}
+    with ExitStack() as stack:
+        workers = {}
+        for i, (name, maker) in enumerate(drawers.items()):
+            report(f"load and warm up {name}", i, len(drawers))
+            before = gpu_memory_used()
+            workers[name] = stack.enter_context(Worker(name, maker, threads))
+            timing.warm_up(workers[name], prompt)
+            after = gpu_memory_used()
+            gpu_memory[name] = None if before is None or after is None else after - before
+        samples = timing.take_turns(
+            workers, prompt, runs, seconds, lambda done, total: report("draw in turn", done, total)
+        )
+        return Measured(samples, {name: worker.peak_memory() for name, worker in workers.items()}, gpu_memory)
+
+
+def take_cold(
+    drawers: Mapping[str, Maker], prompt: str, threads: int, rounds: int, report: Report
+) -> dict[str, list[ColdStart]]:
+    """Processes that draw one picture each, in turn; of what is compiled anew in each process, none.
+
+    Files are in the system's cache by then: no disk is measured. A bundle is started by the command that
+    people type, diffusers by the shortest script.
+    """
+    names = [name for name in drawers if name not in RIVALS or RIVALS[name].starts_cold]
+    colds: dict[str, list[ColdStart]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "picture.png"
+        for i, (words, seed) in zip(range(rounds), timing.requests(prompt), strict=False):
+            for name in timing.in_turn(names, i):
+                if name in RIVALS:
+                    cold = cold_start(drawers[name], words, seed, path, threads)
+                else:
+                    cold = cold_run(drawers[name].args[0], words, seed, path, threads)
+                colds[name].append(cold)
+            report("start cold", i + 1, rounds)
+    return colds
+
+
+def milliseconds(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(value, 3) for value in values)
+
+
+def picture_case(bundle: EngineBundle, stages: Sequence[Case], measured: Measured) -> Case:
+    """The whole picture, from prompt to 8-bit RGB."""
+    parity = parities(measured.samples)
+    recorded = bundle.manifest.parity.get(PICTURE)
+    limits = [stage.limit_ms for stage in stages if stage.limit_ms is not None]
+    return Case(
+        PICTURE,
+        milliseconds([sample.ms for sample in measured.samples[SELF]]),
+        {
+            name: Rival(
+                milliseconds([sample.ms for sample in samples]),
+                measured.memory[name],
+                measured.gpu_memory[name],
+                parity.get(name),
+            )
+            for name, samples in measured.samples.items()
+            if name != SELF
+        },
+        memory_bytes=measured.memory[SELF],
+        gpu_memory_bytes=measured.gpu_memory[SELF],
+        engine_bytes=sum(stage.engine_bytes or 0 for stage in stages),
+        parity_db=parity.get(SELF, None if recorded is None else round(recorded.db, 2)),
+        flop=sum(stage.flop or 0.0 for stage in stages) or None,
+        weight_bytes=sum(stage.weight_bytes or 0 for stage in stages) or None,
+        limit_ms=sum(limits) if limits else None,
+    )
+
+
+def stage_case(
+    stage: StageEngine, bundle: EngineBundle, measured: Measured, work: Work | None, peak: Peak | None
+) -> Case:
+    """One stage, with those rivals that could time it apart."""
+    name = stage.contract.name
+    figure = bundle.manifest.parity.get(name)
+    apart = {
+        who: milliseconds([sample.drawn.stages[name] for sample in samples])
+        for who, samples in measured.samples.items()
+        if name in samples[0].drawn.stages
+    }
+    passes = PASSES.get(name, 1)
+    return Case(
+        name,
+        apart.pop(SELF, ()),
+        {who: Rival(samples) for who, samples in apart.items()},
+        engine_bytes=engine_bytes(bundle, stage),
+        parity_db=None if figure is None else round(figure.db, 2),
+        flop=None if work is None else passes * work.flop,
+        weight_bytes=None if work is None else passes * work.weights * BYTES[stage.precision],
+        limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
+    )
+
+
+def cold_cases(measured: Measured) -> list[Case]:
+    """From a process's start to its end; loading alone; the first picture alone."""
+    cases = []
+    for case, of in (
+        (COLD_START, lambda cold: cold.ms),
+        (LOAD, lambda cold: cold.load_ms),
+        (FIRST, lambda cold: cold.first_ms),
+    ):
+        samples = {name: milliseconds(list(map(of, colds))) for name, colds in measured.colds.items()}
+        cases.append(Case(case, samples.pop(SELF), {name: Rival(ms) for name, ms in samples.items()}))
+    return cases
+
+
+def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
+    """The worst PSNR to diffusers' own picture over the first rounds, which every run has; in dB."""
+    if REFERENCE not in samples:
+        return {}
+    compared = range(min(timing.LEAST_ROUNDS, len(samples[REFERENCE])))
+    reference = [samples[REFERENCE][i].drawn.pictures for i in compared]
+    return {
+        name: round(min(psnr_db(reference[i], drawn[i].drawn.pictures, 255.0) for i in compared), 2)
+        for name, drawn in samples.items()
+        if name != REFERENCE and (name not in RIVALS or RIVALS[name].lcm)
+    }
+
+
+def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
+    """The engine's file, and those beside it under the same name: a backend may keep weights apart."""
+    stem = stage.engine.rpartition(".")[0] or stage.engine
+    files = [name for name in bundle.manifest.files if name == stage.engine or name.startswith(f"{stem}.")]
+    return sum((bundle.folder / name).stat().st_size for name in files)
+
+
+def warnings(picture: Case, precisions: Mapping[str, str]) -> list[str]:
+    """What a reader of the figures must know."""
+    told = []
+    others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
+    if noise := timing.too_noisy(picture.samples_ms, others):
+        told.append(noise)
+    floor = picture_floor(precisions.values())
+    if REFERENCE in picture.rivals and picture.parity_db is not None and picture.parity_db < floor:
+        told.append(
+            f"ours is not the picture that diffusers draws: PSNR {picture.parity_db:.1f} dB, and "
+            f"{floor:g} dB is the floor of its precision; has the base changed since the build?"
+        )
+    return told

@@ -1,0 +1,87 @@
+"""The machine and the versions that samples were taken with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from lcm_compile.benchmarks.peaks import Peak
+from lcm_compile.benchmarks.report import Environment
+from lcm_compile.engines.gpu import DRIVER
+from lcm_compile.targets import GpuTarget
+
+PACKAGES = (
+    *("lcm-compile", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu"),
+    *("openvino", "nncf", "tensorrt", "tensorrt-rtx"),
+)
+
+
+def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -> Environment:
+    """Of this machine as it is now."""
+    return Environment(
+        device=processor() if target.is_cpu else gpu_name(),
+        processor=processor(),
+        cores=len(os.sched_getaffinity(0)),
+        versions=versions(),
+        taken=datetime.now(UTC).isoformat(timespec="seconds"),
+        gpu_driver=DRIVER.read_text().strip() if DRIVER.is_file() else None,
+        threads=threads,
+        peak_flops={precision: peak.flops for precision, peak in peaks.items()},
+        bandwidth=max((peak.bandwidth for peak in peaks.values()), default=None),
+    )
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """The model's name, and what of its instruction set decides how fast a network runs."""
+    lines: dict[str, str] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
+        name, _, value = line.partition(":")
+        lines.setdefault(name.strip(), value.strip())
+    flags = lines.get("flags", "").split()
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+    told = ", ".join(flag for flag in wanted if flag in flags)
+    name = lines.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({told})" if told else name
+
+
+def gpu_name() -> str:
+    from lcm_compile.engines.gpu import gpu_here
+
+    here = gpu_here()
+    return here[0] if here else "no GPU"
+
+
+def gpu_memory_used() -> int | None:
+    """Bytes in use on the first GPU by all processes, as the driver tells; None without one."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.strip()) << 20
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+
+
+def physical_cores() -> int:
+    """Those that this process may run on: what numerical libraries use threads for."""
+    siblings = set()
+    for cpu in os.sched_getaffinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return len(siblings)

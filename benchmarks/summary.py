@@ -1,0 +1,158 @@
+"""A benchmark as people read it: tables, and the line that names the next win."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from lcm_compile.benchmarks.bench import COLD_START, FIRST, LOAD, PASSES, PICTURE
+from lcm_compile.benchmarks.report import BenchmarkReport, Case
+from lcm_compile.benchmarks.timing import quantile, ratios
+from lcm_compile.console import note, print_table
+from lcm_compile.reports import told_size
+
+APART = (PICTURE, COLD_START, LOAD, FIRST)  # every other case is a stage
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds. `share` is the limit's part of the median."""
+
+    median: float
+    p90: float
+    p99: float
+    share: float | None
+
+    @classmethod
+    def of(cls, case: Case) -> Latency:
+        middle = median(case.samples_ms)
+        share = None if case.limit_ms is None else case.limit_ms / middle
+        return cls(middle, quantile(case.samples_ms, 0.9), quantile(case.samples_ms, 0.99), share)
+
+
+def summarise(report: BenchmarkReport) -> dict[str, Any]:
+    """What the raw samples come to: by case, and ratios of a rival's to ours, pair by pair."""
+    picture = report.cases[0]
+    batch = report.benchmark.shape.batch if report.benchmark.shape else 1
+    return {
+        "pictures_a_second": 1000 * batch / median(picture.samples_ms),
+        "batch": batch,
+        "cases": {
+            case.name: {
+                **vars(Latency.of(case)),
+                "samples": len(case.samples_ms),
+                "rivals": {
+                    name: {
+                        "median": median(rival.samples_ms),
+                        "ratio": median(ratios(case.samples_ms, rival.samples_ms)),
+                    }
+                    for name, rival in case.rivals.items()
+                },
+            }
+            for case in report.cases
+            if case.samples_ms
+        },
+        "budget": budget(report),
+    }
+
+
+def stages_of(report: BenchmarkReport) -> list[Case]:
+    return [case for case in report.cases if case.name not in APART and case.samples_ms]
+
+
+def budget(report: BenchmarkReport) -> str | None:
+    """The stage that has most to gain: the one whose time is furthest above its limit; None uncounted."""
+    whole = median(report.cases[0].samples_ms)
+    stages = [(case, median(case.samples_ms)) for case in stages_of(report) if case.limit_ms is not None]
+    if not stages:
+        return None
+    case, ms = max(stages, key=lambda pair: pair[1] - (pair[0].limit_ms or 0.0))
+    limit = case.limit_ms or 0.0
+    device = "processor" if report.environment.device == report.environment.processor else "GPU"
+    return (
+        f"{case.name} takes {ms / whole:.0%} of the picture and runs at {limit / ms:.0%} of this {device}'s "
+        f"peak: {told_ms(ms - limit)} of {told_ms(whole)} could be won there at most"
+    )
+
+
+def told_ms(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
+
+
+def print_report(report: BenchmarkReport, quiet: bool) -> None:
+    """Tables of at most 80 columns on stdout; what one should know of the figures on stderr."""
+    asked, environment = report.benchmark, report.environment
+    precisions = ", ".join(sorted(set(asked.precisions.values())))
+    print(f"{asked.spec.base} {asked.shape}, {asked.backend}, {precisions}")
+    print(f"{environment.device}, {environment.threads} threads\n")
+    print_table(
+        ("", "median", "p90", "p99", "of limit", "engine"),
+        [latency_row(case) for case in report.cases if case.samples_ms],
+    )
+    picture, summary = report.cases[0], summarise(report)
+    print()
+    print_table(("", "of the whole picture"), whole_rows(picture, summary))
+    if picture.rivals:
+        print()
+        print_rivals(report.cases)
+    if line := summary["budget"]:
+        print(f"\n{line}")
+    for text in report.notes:
+        note(f"warning: {text}", quiet)
+
+
+def latency_row(case: Case) -> tuple[str, ...]:
+    latency = Latency.of(case)
+    passes = PASSES.get(case.name, 1)
+    return (
+        case.name if passes == 1 else f"{case.name} × {passes}",
+        told_ms(latency.median),
+        told_ms(latency.p90),
+        told_ms(latency.p99),
+        "" if latency.share is None else f"{latency.share:.0%}",
+        "" if case.engine_bytes is None else told_size(case.engine_bytes),
+    )
+
+
+def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    batch = summary["batch"]
+    by = f", by {batch}" if batch > 1 else ""
+    rows = [("pictures a second", f"{summary['pictures_a_second']:.2f}{by}")]
+    if picture.flop is not None and picture.weight_bytes is not None:
+        rows.append(
+            ("work", f"{picture.flop / 1e12:.3g} TFLOP, {told_size(picture.weight_bytes)} of weights")
+        )
+    if picture.limit_ms is not None:
+        rows.append(("limit", told_ms(picture.limit_ms)))
+    if picture.memory_bytes is not None:
+        rows.append(("peak memory", told_size(picture.memory_bytes)))
+    if picture.gpu_memory_bytes is not None:
+        rows.append(("GPU memory", told_size(picture.gpu_memory_bytes)))
+    if picture.parity_db is not None:
+        rows.append(("PSNR", f"{picture.parity_db:.1f} dB"))
+    return [*rows, ("samples", f"{len(picture.samples_ms)}")]
+
+
+def print_rivals(cases: Sequence[Case]) -> None:
+    """A line for each rival, a column for each case that it shares with us: its median, and the ratio."""
+    for name in cases[0].rivals:
+        shared = [case for case in cases if name in case.rivals]
+        print_table(
+            (f"against {name}", "ours", "theirs", "theirs : ours", "spread"),
+            [rival_row(case, name) for case in shared],
+        )
+        print()
+
+
+def rival_row(case: Case, name: str) -> tuple[str, ...]:
+    theirs = case.rivals[name].samples_ms
+    pairs = ratios(case.samples_ms, theirs)
+    return (
+        case.name,
+        told_ms(median(case.samples_ms)),
+        told_ms(median(theirs)),
+        f"{median(pairs):.2f}×",
+        f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
+    )

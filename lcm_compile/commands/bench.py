@@ -1,0 +1,77 @@
+"""`bench`: how fast a bundle is, and against what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from lcm_compile.commands.options import json_option, quiet_option
+
+
+@click.command()
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--base", metavar="BASE", help="With --gpu: the bundle built for these.")
+@click.option("--gpu", metavar="TARGET", help="With --base.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="RIVAL",
+    help="eager, eager-bf16, compile, openvino, euler-25, or another bundle; repeatable.",
+)
+@click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Pictures of each.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=120.0,
+    show_default=True,
+    help="Begin no more pictures after these, but draw at least 3 of each.",
+)
+@click.option("--save", type=click.Path(path_type=Path), help="A JSON file, for lcm-compile compare.")
+@click.option("--plot", type=click.Path(path_type=Path), help="A PNG of the stages, and of time and quality.")
+@json_option
+@quiet_option
+def bench(
+    bundle: Path | None,
+    base: str | None,
+    gpu: str | None,
+    against: tuple[str, ...],
+    runs: int,
+    seconds: float,
+    save: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a bundle's stages, pictures and starts, in turn with its rivals.
+
+    Rivals have the same weights with the LoRAs fused, as many threads, and the same prompts and seeds, which
+    change with every picture. Each is in a process of its own, which stands still when it is not its turn.
+    """
+    from lcm_compile.benchmarks.bench import bench as measure
+    from lcm_compile.benchmarks.chart import check_plot, plot_report
+    from lcm_compile.benchmarks.summary import print_report, summarise
+    from lcm_compile.console import Bar, note, print_json
+    from lcm_compile.files import check_file
+    from lcm_compile.lookup import find_bundle
+
+    found = find_bundle(bundle, base, gpu)
+    if save is not None:
+        check_file(save, "--save")
+    if plot is not None:
+        check_plot(plot)
+    note(f"measuring {found.folder}", quiet)
+    with Bar("measuring", quiet) as bar:
+        report = measure(
+            found, against, runs, seconds, lambda doing, done, total: bar.update(done, total, doing)
+        )
+    if save is not None:
+        report.save(save)
+    if plot is not None:
+        plot_report(report, plot)
+    if as_json:
+        print_json({**report.to_dict(), "summary": summarise(report)})
+    else:
+        print_report(report, quiet)
+    for path in filter(None, (save, plot)):
+        note(f"wrote {path}", quiet)
