@@ -1,9 +1,9 @@
-"""How much a timing changed, and how surely: a two-level bootstrap over processes and their samples.
+"""How much a timing changed, and how surely, where processes differ more than their samples do.
 
 Samples of one process are correlated, and two processes of the same program often differ by more than their
-samples do: memory lies elsewhere, other threads meet on a core. So the process is what is drawn again, and
-inside it blocks of consecutive samples. After Kalibera and Jones, "Quantifying Performance Changes with
-Effect Size Confidence Intervals" (2012); blocks after Künsch (1989).
+samples do: memory lies elsewhere, other threads meet on a core. So the process is the unit; where there
+is one process only, blocks of its consecutive samples are. After Kalibera and Jones, "Quantifying Performance
+Changes with Effect Size Confidence Intervals" (2012); blocks after Künsch (1989).
 """
 
 from __future__ import annotations
@@ -45,17 +45,16 @@ def fewest_samples(quantile: float) -> int:
 
 def spread(processes: Sequence[np.ndarray], quantile: float) -> Spread:
     """`processes` holds each process's log times in the order they were taken, `fewest_samples` or more."""
-    rng = np.random.default_rng(0)  # the same files give the same verdict
     n = len(processes)
-    redrawn = np.stack([np.quantile(draw_blocks(p, rng), quantile, axis=1) for p in processes])
-    which = rng.integers(n, size=(DRAWS, n))
-    means = redrawn[which, rng.integers(DRAWS, size=(DRAWS, n))].mean(axis=1)
-    value = float(np.mean([np.quantile(p, quantile) for p in processes]))
-    if n == 1:
-        blocks = len(processes[0]) / block_length(len(processes[0]))
-        return Spread(value, float(means.var()) + PROCESS_SPREAD**2, blocks - 1)
-    # Drawn from n, a variance comes out small by (n − 1)/n.
-    return Spread(value, float(means.var()) * n / (n - 1), n - 1)
+    values = np.array([np.quantile(p, quantile) for p in processes])
+    if n > 1:
+        # What a bootstrap over processes converges to, without its shrinkage by (n − 1)/n.
+        return Spread(float(values.mean()), float(values.var(ddof=1)) / n, n - 1)
+    (samples,) = processes
+    rng = np.random.default_rng(0)  # the same files give the same verdict
+    redrawn = np.quantile(draw_blocks(samples, rng), quantile, axis=1)
+    blocks = len(samples) / block_length(len(samples))
+    return Spread(float(values[0]), float(redrawn.var()) + PROCESS_SPREAD**2, blocks - 1)
 
 
 def draw_blocks(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
