@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo proof test test-slow check clean
+.PHONY: bench demo proof test test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
@@ -10,6 +10,13 @@ demo: .venv/installed
 # Measures what the demo model shows; ARGS="--tuned DIR" also on a base tuned to another palette.
 proof: .venv/installed
 	$(BIN)/python -m lcm_compile.benchmarks.proof $(ARGS)
+
+# Measures the demo model against diffusers here, and fills the README's table; ARGS="--against compile" for more.
+bench: .venv/installed
+	$(BIN)/lcm-compile build --base demo --gpu cpu
+	$(BIN)/lcm-compile bench --base demo --gpu cpu --against eager --against eager-bf16 \
+		--save benchmarks/results/bench-demo-cpu.json $(ARGS)
+	$(BIN)/python -m lcm_compile.benchmarks.readme_table
 
 # Every fast test, ruff and mypy.
 test: check

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from lcm_compile.benchmarks.work import Work
 from lcm_compile.targets import GpuTarget
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-SIDE = 2048  # of the matrices: larger ones are no faster
+SIDES = (1024, 2048)  # of the matrices; many cores want larger ones, a busy machine shorter tries
 COPIED = 256 << 20  # bytes, more than any cache holds
-MEASURED_FOR = 1.0  # seconds, of each
+MEASURED_FOR = 0.5  # seconds, of each
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,20 @@ def peak_of(target: GpuTarget, precision: str, threads: int) -> Peak | None:
     return Peak(tflops * 1e12 * (1 + (precision in EIGHT_BITS)), gigabytes * 1e9)
 
 
+def peaks_of(target: GpuTarget, precisions: Iterable[str], threads: int) -> dict[str, Peak]:
+    """By precision, those that are known."""
+    found = {precision: peak_of(target, precision, threads) for precision in sorted(set(precisions))}
+    return {precision: peak for precision, peak in found.items() if peak is not None}
+
+
+def higher(one: Mapping[str, Peak], other: Mapping[str, Peak]) -> dict[str, Peak]:
+    """The better of two measurements."""
+    return {
+        name: Peak(max(a.flops, other[name].flops), max(a.bandwidth, other[name].bandwidth))
+        for name, a in one.items()
+    }
+
+
 def measure(precision: str, threads: int) -> tuple[float, float]:
     """FLOP and bytes a second of torch's matrix product and copy: the best of many."""
     import torch
@@ -67,11 +81,16 @@ def measure(precision: str, threads: int) -> tuple[float, float]:
     torch.set_num_threads(threads)
     # Processors compute fp16 in fp32; 8-bit layers are held to bf16's or fp32's peak as the rest is.
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(SIDE, SIDE).to(dtype) for _ in range(2))
     source = torch.zeros(COPIED // 4)
     copy = torch.empty_like(source)
     with torch.inference_mode():
-        return 2 * SIDE**3 / best(lambda: a @ b), 2 * COPIED / best(lambda: copy.copy_(source))
+        products = [product(torch.randn(side, side).to(dtype)) for side in SIDES]
+        return max(products), 2 * COPIED / best(lambda: copy.copy_(source))
+
+
+def product(matrix: Any) -> float:
+    """FLOP a second of a square matrix times itself."""
+    return 2 * len(matrix) ** 3 / best(lambda: matrix @ matrix)
 
 
 def best(call: Callable[[], Any]) -> float:

@@ -1,7 +1,7 @@
 """What a bundle is timed against: the same fused weights as others would run them.
 
-Each `draw_…` function is called in a worker's process, loads there, and returns what draws: the prompt's way to
-8-bit RGB, as `LcmPipeline.draw` goes it. None of them is timed while it loads.
+Each `draw_…` function is called in a worker's process, loads there, and returns what draws: from a prompt to
+8-bit RGB.
 """
 
 from __future__ import annotations
@@ -200,12 +200,18 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
             found[name] = open_bundle(Path(name))
         else:
             raise unknown_name("rival", name, (*RIVALS, "or a bundle's folder"))
+    shape = manifest.pipeline.shape
     for name, other in found.items():
-        if other is not None and other.manifest.pipeline.shape != manifest.pipeline.shape:
+        if other is not None and (its := other.manifest.pipeline.shape) != shape:
             raise UsageError(
-                f"{name} draws {other.manifest.pipeline.shape}, and {bundle.folder} {manifest.pipeline.shape}",
+                f"{name} draws {its}, and {bundle.folder} draws {shape}",
                 "compare bundles of one batch, height and width",
             )
+    inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
+    if "euler-25" in found and "guidance" in inputs:
+        raise UsageError(
+            f"{manifest.spec.base} is a full LCM, which Euler's sampler can't draw with", "drop it"
+        )
     if "openvino" in found and importlib.util.find_spec("openvino") is None:
         raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
     if "openvino" in found and not manifest.target.is_cpu:

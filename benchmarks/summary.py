@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -10,8 +11,7 @@ from typing import Any
 from lcm_compile.benchmarks.bench import COLD_START, FIRST, LOAD, PASSES, PICTURE
 from lcm_compile.benchmarks.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.timing import quantile, ratios
-from lcm_compile.console import note, print_table
-from lcm_compile.reports import told_size
+from lcm_compile.console import note, print_table, told_size
 
 APART = (PICTURE, COLD_START, LOAD, FIRST)  # every other case is a stage
 
@@ -81,7 +81,7 @@ def told_ms(ms: float) -> str:
     return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
-def print_report(report: BenchmarkReport, quiet: bool) -> None:
+def print_report(report: BenchmarkReport) -> None:
     """Tables of at most 80 columns on stdout; what one should know of the figures on stderr."""
     asked, environment = report.benchmark, report.environment
     precisions = ", ".join(sorted(set(asked.precisions.values())))
@@ -94,13 +94,12 @@ def print_report(report: BenchmarkReport, quiet: bool) -> None:
     picture, summary = report.cases[0], summarise(report)
     print()
     print_table(("", "of the whole picture"), whole_rows(picture, summary))
-    if picture.rivals:
-        print()
-        print_rivals(report.cases)
+    print()
+    print_rivals(report.cases)
     if line := summary["budget"]:
-        print(f"\n{line}")
+        print(textwrap.fill(line, 80))
     for text in report.notes:
-        note(f"warning: {text}", quiet)
+        note(f"warning: {text}")
 
 
 def latency_row(case: Case) -> tuple[str, ...]:
@@ -136,12 +135,12 @@ def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_rivals(cases: Sequence[Case]) -> None:
-    """A line for each rival, a column for each case that it shares with us: its median, and the ratio."""
+    """A table for each rival, with a line for each case that it shares with us."""
     for name in cases[0].rivals:
         shared = [case for case in cases if name in case.rivals]
         print_table(
             (f"against {name}", "ours", "theirs", "theirs : ours", "spread"),
-            [rival_row(case, name) for case in shared],
+            [*(rival_row(case, name) for case in shared), *memory_rows(cases[0], name)],
         )
         print()
 
@@ -156,3 +155,10 @@ def rival_row(case: Case, name: str) -> tuple[str, ...]:
         f"{median(pairs):.2f}×",
         f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
     )
+
+
+def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:
+    ours, theirs = picture.memory_bytes, picture.rivals[name].memory_bytes
+    if not ours or not theirs:
+        return []
+    return [("peak memory", told_size(ours), told_size(theirs), f"{theirs / ours:.2f}×", "")]

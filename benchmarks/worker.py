@@ -185,7 +185,7 @@ def cold_start(maker: Maker, prompt: str, seed: int, path: Path, threads: int) -
     read, write = os.pipe()
     with start_process("draw_once", write, threads) as process:
         os.close(write)
-        with open(read, "rb") as pipe:
+        with open(read, "rb") as pipe:  # noqa: PTH123 - a pipe, not a path
             process.communicate(pickle.dumps((maker, prompt, seed, path)))
             answer = pipe.read()
     ms = (time.perf_counter() - start) * 1000

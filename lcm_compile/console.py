@@ -39,6 +39,13 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
+def told_size(size: int) -> str:
+    for unit, step in (("GB", 1e9), ("MB", 1e6)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size / 1e3:.1f} kB"
+
+
 class Parts:
     """Reports a build's parts: a live line on a terminal while one runs, and a line with its cost after it.
 

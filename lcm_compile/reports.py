@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_compile.bundle import BundleManifest, Parity
 from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.console import print_table
+from lcm_compile.console import print_table, told_size
 from lcm_compile.estimate import Estimate
 from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.plan import Plan
@@ -38,13 +38,6 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]
     print_table(("", "plan"), rows)
-
-
-def told_size(size: int) -> str:
-    for unit, step in (("GB", 1e9), ("MB", 1e6)):
-        if size >= step:
-            return f"{size / step:.1f} {unit}"
-    return f"{size / 1e3:.1f} kB"
 
 
 def told_estimate(cost: Estimate) -> list[tuple[str, str]]:

@@ -72,6 +72,6 @@ def bench(
     if as_json:
         print_json({**report.to_dict(), "summary": summarise(report)})
     else:
-        print_report(report, quiet)
+        print_report(report)
     for path in filter(None, (save, plot)):
         note(f"wrote {path}", quiet)

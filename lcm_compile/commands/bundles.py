@@ -27,8 +27,7 @@ def bundles() -> None:
 @json_option
 def list_bundles(as_json: bool) -> None:
     """List them, the one used last first, also those built elsewhere with --out."""
-    from lcm_compile.console import print_json, print_table
-    from lcm_compile.reports import told_size
+    from lcm_compile.console import print_json, print_table, told_size
     from lcm_compile.shelf import STORE, disk_size, shelved
 
     found = shelved()
@@ -105,8 +104,7 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     Bundles go until the store is under the size, and what killed builds left goes in any case. Bundles that
     are built or drawn with at this moment are kept, and so are those outside the store.
     """
-    from lcm_compile.console import note, print_json
-    from lcm_compile.reports import told_size
+    from lcm_compile.console import note, print_json, told_size
     from lcm_compile.shelf import disk_size, parse_size
     from lcm_compile.shelf import prune as remove_oldest
 
