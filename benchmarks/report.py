@@ -45,6 +45,9 @@ class Rival:
 class Case:
     """One thing that was timed. None stands for what was not measured.
 
+    `groups` tells how many consecutive samples each process took, where several did. `environment` is where
+    they were taken, if not where the report's were. ValueError for samples that can't be.
+
     A sample of a stage is all of its calls for one picture, or batch of them. `flop` and `weight_bytes` are
     the plain model's for as much; `limit_ms` is the least that this device could take for that.
     """
@@ -59,6 +62,18 @@ class Case:
     flop: float | None = None
     weight_bytes: int | None = None
     limit_ms: float | None = None
+    groups: tuple[int, ...] = ()
+    environment: Environment | None = None
+
+    def __post_init__(self) -> None:
+        sides = {"": self.samples_ms, **{f" of {name}": r.samples_ms for name, r in self.rivals.items()}}
+        for side, samples in sides.items():
+            if not samples or min(samples) <= 0:
+                raise ValueError(f"case {self.name!r}: the samples{side} are none, or not all above zero")
+            if len(samples) != len(self.samples_ms):
+                raise ValueError(f"case {self.name!r}: the samples{side} do not pair with the case's")
+        if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.samples_ms)):
+            raise ValueError(f"case {self.name!r}: its groups do not add up to its samples")
 
 
 @dataclass(frozen=True)
@@ -76,11 +91,25 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
+class Loosening:
+    """When and why a baseline was replaced by whatever was measured."""
+
+    when: str  # ISO 8601, UTC
+    why: str
+
+
+@dataclass(frozen=True)
 class BenchmarkReport:
     environment: Environment
     benchmark: Benchmark
     cases: tuple[Case, ...]
     notes: tuple[str, ...] = ()  # what a reader of the figures must know
+    loosened: tuple[Loosening, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        if len(set(names)) != len(names):
+            raise ValueError("two cases have one name")
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}

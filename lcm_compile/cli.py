@@ -1,6 +1,6 @@
 """The command. stdout is data, stderr is progress and hints.
 
-Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity gate · 130 interrupted.
+Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity or performance gate · 130 interrupted.
 The commands are in lcm_compile/commands and import everything heavy inside: `--help` costs click alone.
 """
 
@@ -19,6 +19,7 @@ import lcm_compile
 from lcm_compile.commands.bench import bench
 from lcm_compile.commands.build import build, export
 from lcm_compile.commands.bundles import bundles
+from lcm_compile.commands.compare import compare
 from lcm_compile.commands.fuse import fuse
 from lcm_compile.commands.look import doctor, inspect, targets, verify
 from lcm_compile.commands.run import run
@@ -103,6 +104,7 @@ for command in (
     run,
     verify,
     bench,
+    compare,
     inspect,
     fuse,
     export,

@@ -6,7 +6,8 @@ LcmCompileError        exit 1   the request is fine, this machine or these files
 ├── BackendError                a backend that can't build or run here
 ├── BundleError                 a bundle that is missing, damaged or made for another machine
 ├── UsageError         exit 2   a request that can't be right on any machine
-└── ParityError        exit 3   engines that do not draw what torch draws
+├── ParityError        exit 3   engines that do not draw what torch draws
+└── PerformanceError   exit 3   measurements that are worse than a baseline's, or missing
 
 Each says what happened and why in `message`, and the next command to type in `hint`.
 """
@@ -49,6 +50,10 @@ class UsageError(LcmCompileError):
 
 
 class ParityError(LcmCompileError):
+    exit_code = 3
+
+
+class PerformanceError(LcmCompileError):
     exit_code = 3
 
 

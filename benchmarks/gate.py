@@ -1,0 +1,228 @@
+"""The performance gate: a new report against a baseline, every case and metric with a verdict.
+
+Times are compared as ratios to a rival that both reports timed in turn with the case, so that the machine's
+own speed cancels; without such a rival as they are, on the same device only.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lcm_compile.benchmarks.report import BenchmarkReport, Case, Environment
+from lcm_compile.benchmarks.statistics import change, fewest_samples, spread
+from lcm_compile.errors import UsageError, unknown_name
+
+QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
+SIZES = {"memory": "memory_bytes", "gpu-memory": "gpu_memory_bytes", "engine-size": "engine_bytes"}
+PARITY = "parity"
+METRICS = (*QUANTILES, *SIZES, PARITY)
+
+# Relative, but for parity's drop in dB.
+DEFAULT_LIMITS = {"median": 0.05, "memory": 0.10, "engine-size": 0.05, PARITY: 1.0}
+# The chance of one false alarm among all times of a comparison.
+ALPHA = 0.01
+
+WORSE, BETTER, OK, UNSURE, MISSING, NEW = "worse", "better", "ok", "~", "missing", "new"
+FAILING = (WORSE, MISSING)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`change` is relative, more being worse; of parity it is the dB lost. `base` and `new` are in `unit`.
+
+    The change of a time lies between `low` and `high`; what was counted, not sampled, has neither.
+    """
+
+    case: str
+    metric: str
+    status: str
+    unit: str = ""
+    base: float | None = None
+    new: float | None = None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    limit: float | None = None
+    why: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.status in FAILING
+
+
+@dataclass(frozen=True)
+class Comparison:
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def failures(self) -> list[Verdict]:
+        return [verdict for verdict in self.verdicts if verdict.failed]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": not self.failures, **asdict(self)}
+
+
+def parse_limits(texts: tuple[str, ...]) -> dict[str, float]:
+    """DEFAULT_LIMITS, changed or added to by `METRIC:PERCENT%` and `parity:DECIBEL`. UsageError."""
+    limits = dict(DEFAULT_LIMITS)
+    for text in texts:
+        metric, _, amount = text.partition(":")
+        if metric not in METRICS:
+            raise unknown_name("metric", metric, METRICS, "--fail-on median:5%")
+        unit = "dB" if metric == PARITY else "%"
+        found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({unit})?", amount, re.IGNORECASE)
+        if not found:
+            raise UsageError(
+                f"--fail-on {text!r}: {amount!r} is no number of {unit}", f"--fail-on {metric}:5{unit}"
+            )
+        limits[metric] = float(found[1]) / (1 if metric == PARITY else 100)
+    return limits
+
+
+def compare_reports(base: BenchmarkReport, new: BenchmarkReport, limits: Mapping[str, float]) -> Comparison:
+    """A verdict for every case and every metric that has a limit, and on cases that only NEW has.
+
+    UsageError where times are to be compared that are of two devices.
+    """
+    given = {case.name: case for case in new.cases}
+    times = len(base.cases) * sum(metric in QUANTILES for metric in limits)
+    alpha = ALPHA / max(1, times)
+    verdicts: list[Verdict] = []
+    for case in base.cases:
+        if case.name not in given:
+            verdicts.append(Verdict(case.name, "case", MISSING, why="the baseline has this case"))
+            continue
+        pair = Pair(case, given.pop(case.name), where(case, base), new.environment)
+        verdicts += judge(pair, limits, alpha)
+    verdicts += [Verdict(name, "case", NEW, why="the baseline has no such case") for name in given]
+    return Comparison(tuple(verdicts), tuple(remarks(base, new)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case of both reports, and where each was measured."""
+
+    base: Case
+    new: Case
+    was: Environment
+    now: Environment
+
+    @property
+    def rival(self) -> str | None:
+        return next((name for name in self.base.rivals if name in self.new.rivals), None)
+
+
+def where(case: Case, report: BenchmarkReport) -> Environment:
+    return case.environment or report.environment
+
+
+def judge(pair: Pair, limits: Mapping[str, float], alpha: float) -> Iterator[Verdict]:
+    for metric in METRICS:
+        if metric in limits:
+            if metric in QUANTILES:
+                yield judge_time(pair, metric, limits[metric], alpha)
+            else:
+                yield judge_figure(pair, metric, limits[metric])
+
+
+def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
+    if pair.rival is None:
+        require_one_device(pair)
+    quantile = QUANTILES[metric]
+    sides = [log_times(case, pair.rival, metric) for case in (pair.base, pair.new)]
+    needed, fewest = fewest_samples(quantile), min(len(process) for side in sides for process in side)
+    if fewest < needed:
+        why = f"takes {needed} samples from every process; one has {fewest}"
+        return Verdict(pair.base.name, metric, UNSURE, limit=limit, why=why)
+    base, new = (spread(side, quantile) for side in sides)
+    found = change(base, new, alpha)
+    if found.low > 0 and found.value > limit:
+        status = WORSE
+    elif found.high < 0:
+        status = BETTER
+    elif found.low <= 0 and found.high > limit:
+        status = UNSURE  # no change at all would give this, and so would one beyond the limit
+    else:
+        status = OK
+    return Verdict(
+        *(pair.base.name, metric, status),
+        unit=f"× {pair.rival}" if pair.rival else "ms",
+        base=math.exp(base.value),
+        new=math.exp(new.value),
+        change=found.value,
+        low=found.low,
+        high=found.high,
+        limit=limit,
+    )
+
+
+def log_times(case: Case, rival: str | None, metric: str) -> list[np.ndarray]:
+    """Each process's log samples, relative to the rival where there is one.
+
+    For the median sample by sample, whose pairs were taken side by side. A tail is held to the rival's median
+    in the same process: its own tail would hide ours.
+    """
+    cuts = np.cumsum(case.groups or (len(case.samples_ms),))[:-1]
+    ours = np.split(np.log(case.samples_ms), cuts)
+    if rival is None:
+        return ours
+    theirs = np.split(np.log(case.rivals[rival].samples_ms), cuts)
+    if metric == "median":
+        return [a - b for a, b in zip(ours, theirs, strict=True)]
+    return [a - np.median(b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def require_one_device(pair: Pair) -> None:
+    """UsageError where two machines' own times would be compared. A processor's cores count too."""
+    was, now = (
+        f"{e.device}{f', {e.cores} cores' if e.device == e.processor else ''}" for e in (pair.was, pair.now)
+    )
+    if was != now:
+        raise UsageError(
+            f"case {pair.base.name!r} was timed on {was}, and now on {now}, with no rival in both: "
+            "times of two machines can't be compared",
+            "lcm-compile bench --against eager --save FILE on both: ratios to a rival can",
+        )
+
+
+def judge_figure(pair: Pair, metric: str, limit: float) -> Verdict:
+    """What has one value a report: sizes, and parity."""
+    name = SIZES.get(metric, "parity_db")
+    base, new = getattr(pair.base, name), getattr(pair.new, name)
+    place = (pair.base.name, metric)
+    if base is None:
+        return Verdict(*place, UNSURE, limit=limit, why="the baseline has none")
+    if new is None:
+        return Verdict(*place, MISSING, limit=limit, why="the baseline has it")
+    if metric != PARITY and pair.was.device != pair.now.device and on_gpu(pair):
+        return Verdict(*place, UNSURE, limit=limit, why="of another GPU")
+    # Processors hardly matter to sizes; a GPU's engines are its own.
+    worse = base - new if metric == PARITY else new / base - 1 if base else math.inf * new
+    status = WORSE if worse > limit else BETTER if worse < -limit else OK
+    unit = "dB" if metric == PARITY else "bytes"
+    return Verdict(*place, status, unit=unit, base=base, new=new, change=worse, limit=limit)
+
+
+def on_gpu(pair: Pair) -> bool:
+    return any(e.device != e.processor for e in (pair.was, pair.now))
+
+
+def remarks(base: BenchmarkReport, new: BenchmarkReport) -> Iterator[str]:
+    """What a reader should know before believing the verdicts."""
+    for name, report in (("the baseline", base), ("the new report", new)):
+        if any(not case.groups or len(case.groups) == 1 for case in report.cases):
+            yield (
+                f"{name} is of one process, so its intervals are wider: processes differ. compare without "
+                "NEW runs several, and --update --loosen WHY keeps them"
+            )
+    was, now = base.environment.versions, new.environment.versions
+    changed = [f"{k} {was[k]} → {now[k]}" for k in was if k in now and was[k] != now[k]]
+    if changed:
+        yield f"versions differ, of rivals perhaps too: {', '.join(changed)}"

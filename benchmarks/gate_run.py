@@ -1,0 +1,98 @@
+"""A baseline's own benchmark, run again here in several fresh processes."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median_low
+
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival, read_report
+from lcm_compile.benchmarks.statistics import MIN_SAMPLES
+from lcm_compile.compile import build
+from lcm_compile.errors import LcmCompileError
+
+# On a busy machine it takes so many to tell 15 % from nothing: tests/test_gate_power.py.
+PROCESSES = 10
+
+
+def run_again(
+    benchmark: Benchmark, note: Callable[[str], None], processes: int = PROCESSES
+) -> BenchmarkReport:
+    """The benchmark's samples, its runs and seconds shared out; the bundle is built if need be."""
+    bundle = build(benchmark.spec).folder
+    share = replace(
+        benchmark,
+        runs=max(MIN_SAMPLES, math.ceil(benchmark.runs / processes)),
+        seconds=benchmark.seconds / processes,
+    )
+    reports = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(processes):
+            note(f"benchmark, process {i + 1} of {processes}")
+            reports.append(take(share, bundle, Path(scratch) / f"{i}.json"))
+    return replace(joined(reports), benchmark=benchmark)
+
+
+def take(benchmark: Benchmark, bundle: Path, saved: Path) -> BenchmarkReport:
+    """Samples of one new process of `lcm-compile bench`."""
+    words = ["bench", str(bundle)]
+    for rival in benchmark.against:
+        words += ["--against", rival]
+    words += ["--runs", str(benchmark.runs), "--seconds", str(benchmark.seconds)]
+    done = subprocess.run(
+        [sys.executable, "-m", "lcm_compile", *words, "--save", str(saved), "--quiet"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        told = done.stderr.strip()[-2000:]
+        raise LcmCompileError(
+            f"the benchmark ended with exit code {done.returncode}: {told}",
+            shlex.join(["lcm-compile", *words]),
+        )
+    return read_report(saved)
+
+
+def joined(reports: Sequence[BenchmarkReport]) -> BenchmarkReport:
+    """Reports of one benchmark from several processes as one; only cases and rivals that all of them have."""
+    first = reports[0]
+    cases = []
+    for case in first.cases:
+        same = [c for report in reports for c in report.cases if c.name == case.name]
+        if len(same) == len(reports):
+            cases.append(join_case(same))
+    return replace(first, cases=tuple(cases))
+
+
+def join_case(cases: Sequence[Case]) -> Case:
+    """Sizes are the middle process's, parity is the worst one's; what one process lacks, all lack."""
+
+    def middle(name: str) -> int | None:
+        values = [getattr(case, name) for case in cases]
+        return None if None in values else median_low(values)
+
+    parity = [case.parity_db for case in cases]
+    names = [name for name in cases[0].rivals if all(name in case.rivals for case in cases)]
+    return replace(
+        cases[0],
+        samples_ms=sum((case.samples_ms for case in cases), ()),
+        rivals={name: join_rival([case.rivals[name] for case in cases]) for name in names},
+        groups=tuple(len(case.samples_ms) for case in cases),
+        memory_bytes=middle("memory_bytes"),
+        gpu_memory_bytes=middle("gpu_memory_bytes"),
+        engine_bytes=middle("engine_bytes"),
+        parity_db=None if None in parity else min(p for p in parity if p is not None),
+    )
+
+
+def join_rival(rivals: Sequence[Rival]) -> Rival:
+    return replace(rivals[0], samples_ms=sum((rival.samples_ms for rival in rivals), ()))

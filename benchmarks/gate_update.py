@@ -1,0 +1,45 @@
+"""A baseline after a comparison: tightened by what became better, or replaced for a reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from lcm_compile.benchmarks.gate import (
+    BETTER,
+    PARITY,
+    QUANTILES,
+    SIZES,
+    Comparison,
+    where,
+)
+from lcm_compile.benchmarks.report import BenchmarkReport, Case, Loosening
+
+
+def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Comparison) -> BenchmarkReport:
+    """`base`, with what NEW is surely better at and the cases that only NEW has. Nothing gets worse."""
+    better = {(v.case, v.metric) for v in comparison.verdicts if v.status == BETTER}
+    given = {case.name: case for case in new.cases}
+
+    def tighten(case: Case) -> Case:
+        fresh = given.pop(case.name)
+        figures = {
+            field: getattr(fresh, field)
+            for metric, field in {**SIZES, PARITY: "parity_db"}.items()
+            if (case.name, metric) in better
+        }
+        times = {v.status for v in comparison.verdicts if v.case == case.name and v.metric in QUANTILES}
+        if BETTER in times:
+            taken = {name: getattr(fresh, name) for name in ("samples_ms", "rivals", "groups")}
+            case = replace(case, **taken, environment=where(fresh, new))
+        return replace(case, **figures)
+
+    cases = [tighten(case) for case in base.cases]
+    cases += [replace(case, environment=where(case, new)) for case in given.values()]
+    return replace(base, cases=tuple(cases))
+
+
+def replaced(base: BenchmarkReport, new: BenchmarkReport, why: str) -> BenchmarkReport:
+    """NEW as the baseline, with the reasons of this replacement and of those before."""
+    noted = Loosening(datetime.now(UTC).isoformat(timespec="seconds"), why)
+    return replace(new, loosened=(*base.loosened, noted))

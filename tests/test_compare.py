@@ -1,0 +1,328 @@
+"""The performance gate: what it fails on, what it does not, and what it says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from lcm_compile import BuildSpec
+from lcm_compile.benchmarks import gate_run
+from lcm_compile.benchmarks.gate import DEFAULT_LIMITS, compare_reports
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, Rival, read_report
+from lcm_compile.benchmarks.statistics import change, spread, t_quantile
+
+CPU = Environment("EPYC", "EPYC", 2, {"torch": "2.13.0"}, "2026-11-01T00:00:00+00:00")
+OTHER_CPU = replace(CPU, device="Xeon", processor="Xeon")
+GPU = replace(CPU, device="NVIDIA H200")
+
+
+def case(
+    seed=0, *, name="picture", scale=1.0, machine=1.0, processes=5, samples=20, rival="eager", **figures
+):
+    """Samples with what real ones have: noise within a process, more of it between processes, both sides
+    slowed at once by the machine."""
+    rng = np.random.default_rng(seed)
+    shape = (processes, samples)
+    together = machine * np.exp(0.2 * np.abs(rng.standard_normal(shape)))
+    ours = 65 * scale * together * np.exp(0.02 * rng.standard_normal(shape))
+    ours *= np.exp(0.01 * rng.standard_normal((processes, 1)))
+    theirs = 210 * together * np.exp(0.02 * rng.standard_normal(shape))
+    rivals = {rival: Rival(tuple(theirs.ravel().tolist()))} if rival else {}
+    figures = {"memory_bytes": 10**9, "engine_bytes": 10**8, "parity_db": 80.0, **figures}
+    groups = (samples,) * processes if processes > 1 else ()
+    return Case(name, tuple(ours.ravel().tolist()), rivals, groups=groups, **figures)
+
+
+def report(*cases, environment=CPU):
+    benchmark = Benchmark(BuildSpec(base="demo"), ("eager",), 100, 60.0)
+    return BenchmarkReport(environment, benchmark, cases)
+
+
+def statuses(base, new, limits=DEFAULT_LIMITS):
+    found = compare_reports(base, new, limits)
+    return {(v.case, v.metric): v.status for v in found.verdicts}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(name, *cases, **options):
+        path = tmp_path / name
+        report(*cases, **options).save(path)
+        return path
+
+    return save
+
+
+def test_the_same_again_passes(command, saved):
+    code, out, err = command("compare", saved("base.json", case(1)), saved("new.json", case(2)))
+    assert code == 0, out
+    assert "none worse" in err
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_slowdown_is_exit_3_and_told(command, saved, tmp_path):
+    base, new = saved("base.json", case(1)), saved("new.json", case(2, scale=1.15))
+    page, tests = tmp_path / "page.md", tmp_path / "tests.xml"
+    code, out, err = command("compare", base, new, "--markdown", page, "--junit", tests)
+    assert code == 3
+    assert "picture median" in err and "limit 5 %" in err and "--loosen" in err
+    assert "worse" in out and "eager" in out
+    assert "**worse" in page.read_text()
+    suite = ElementTree.parse(tests).getroot()
+    failed = [test.get("name") for test in suite if test.find("failure") is not None]
+    assert (suite.tag, suite.get("tests"), suite.get("failures"), failed) == (
+        "testsuite",
+        "4",
+        "1",
+        ["median"],
+    )
+
+
+def test_a_slower_machine_is_no_slower_program(command, saved):
+    """Another processor, half as fast: the ratio to the rival is what it was."""
+    base = saved("base.json", case(1))
+    slow = saved("slow.json", case(2, machine=2.0), environment=OTHER_CPU)
+    assert command("compare", base, slow)[0] == 0
+    slower = saved("slower.json", case(2, machine=0.5, scale=1.15), environment=OTHER_CPU)
+    assert command("compare", base, slower)[0] == 3
+
+
+def test_times_of_two_devices_are_refused_without_a_rival(refused, saved, command):
+    base = saved("base.json", case(1, rival=None))
+    refused(
+        *(2, ["EPYC", "Xeon", "--against eager"]),
+        *("compare", base, saved("new.json", case(2, rival=None), environment=OTHER_CPU)),
+    )
+    refused(2, "4 cores", "compare", base, saved("n.json", case(2), environment=replace(CPU, cores=4)))
+    gpus = saved("gpu.json", case(1, rival=None), environment=GPU)
+    refused(
+        *(2, "NVIDIA L4", "compare", gpus),
+        saved("other.json", case(1, rival=None), environment=replace(GPU, device="NVIDIA L4")),
+    )
+    assert command("compare", base, saved("same.json", case(2, rival="compile")))[0] == 0
+
+
+def test_absolute_times_on_the_same_device():
+    base = report(case(1, rival=None))
+    assert statuses(base, report(case(2, rival=None)))[("picture", "median")] != "worse"
+    slow = statuses(base, report(case(2, rival=None, scale=1.4)))
+    assert slow[("picture", "median")] == "worse"
+
+
+def test_what_noise_hides_is_told_as_unknown_and_passes(command, saved):
+    """Three samples of one process say little."""
+    base, new = case(3, processes=1, samples=3), case(4, processes=1, samples=3, scale=1.08)
+    code, out, _ = command("compare", saved("b.json", base), saved("n.json", new))
+    assert code == 0 and " ~" in out
+
+
+def test_one_process_is_judged_with_room_for_the_next():
+    """6 % between two processes is nothing; 6 % between five and five is a regression."""
+    one = [report(case(seed, processes=1, samples=60, scale=s)) for seed, s in ((1, 1.0), (2, 1.06))]
+    five = [report(case(seed, samples=60, scale=s)) for seed, s in ((1, 1.0), (2, 1.06))]
+    assert statuses(*one)[("picture", "median")] == "~"
+    assert statuses(*five)[("picture", "median")] == "worse"
+    assert any("one process" in note for note in compare_reports(*one, DEFAULT_LIMITS).notes)
+
+
+def test_improvement_is_told(command, saved):
+    code, out, _ = command("compare", saved("b.json", case(1)), saved("n.json", case(2, scale=0.85)))
+    assert code == 0 and "better" in out
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "fine", "worse"),
+    [
+        ("memory", {"memory_bytes": 1000}, {"memory_bytes": 1090}, {"memory_bytes": 1110}),
+        ("engine-size", {"engine_bytes": 1000}, {"engine_bytes": 1040}, {"engine_bytes": 1060}),
+        ("parity", {"parity_db": 80.0}, {"parity_db": 79.5}, {"parity_db": 78.5}),
+    ],
+)
+def test_sizes_and_parity_are_gated(metric, base, fine, worse):
+    before = report(case(1, **base))
+    assert statuses(before, report(case(1, **fine)))[("picture", metric)] == "ok"
+    assert statuses(before, report(case(1, **worse)))[("picture", metric)] == "worse"
+    gone = dict.fromkeys(base)
+    assert statuses(before, report(case(1, **gone)))[("picture", metric)] == "missing"
+    assert statuses(report(case(1, **gone)), before)[("picture", metric)] == "~"
+
+
+def test_engines_of_another_gpu_have_other_sizes():
+    small, large = case(1, engine_bytes=1000), case(1, engine_bytes=2000)
+    other = replace(GPU, device="NVIDIA L4")
+    assert statuses(report(small, environment=GPU), report(large))[("picture", "engine-size")] == "~"
+    moved = statuses(report(small, environment=GPU), report(large, environment=other))
+    assert moved[("picture", "engine-size")] == "~"
+    assert (
+        statuses(report(small), report(large, environment=OTHER_CPU))[("picture", "engine-size")] == "worse"
+    )
+
+
+def test_a_missing_case_fails_and_a_new_one_does_not(command, saved):
+    both = case(1), case(1, name="load")
+    code, out, err = command("compare", saved("b.json", *both), saved("n.json", case(2)))
+    assert code == 3 and "missing" in out and "load" in err
+    code, out, _ = command("compare", saved("b.json", case(1)), saved("n.json", *both))
+    assert code == 0 and "new" in out
+
+
+def test_limits(command, saved, refused):
+    base, new = saved("b.json", case(1)), saved("n.json", case(2, scale=1.15, parity_db=77.0))
+    assert command("compare", base, new, "--fail-on", "median:30%", "--fail-on", "parity:4dB")[0] == 0
+    assert command("compare", base, new, "--fail-on", "median:30%")[0] == 3
+    slow = saved("s.json", case(2, scale=2.0))
+    data = json.loads(command("compare", base, slow, "--fail-on", "p90:5%", "--json")[1])
+    p90 = next(v for v in data["verdicts"] if v["metric"] == "p90")
+    assert (data["passed"], p90["status"]) == (False, "worse")
+    assert p90["change"] == pytest.approx(1.0, abs=0.3) and p90["low"] < p90["change"] < p90["high"]
+    data = json.loads(command("compare", base, new, "--fail-on", "p99:5%", "--json")[1])
+    p99 = next(v for v in data["verdicts"] if v["metric"] == "p99")
+    assert p99["status"] == "~" and "100 samples" in p99["why"]
+    for words, told in (
+        ("speed:5%", "median"),
+        ("median:fast", "fast"),
+        ("median", "median:5%"),
+        ("median:-5%", "-5%"),
+        ("parity:5%", "dB"),
+        ("memory:1dB", "%"),
+    ):
+        refused(2, told, "compare", base, new, "--fail-on", words)
+
+
+def change_case(path, **changes):
+    data = json.loads(path.read_text())
+    data["cases"][0].update(changes)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"samples_ms": []}, "samples"),
+        ({"samples_ms": [1.0, 0.0], "rivals": {}, "groups": []}, "above zero"),
+        ({"samples_ms": ["fast"]}, "samples_ms.0"),
+        ({"rivals": {"eager": {"samples_ms": [1.0]}}}, "pair"),
+        ({"groups": [3]}, "add up"),
+        ({"speed": 3}, "speed"),
+    ],
+)
+def test_bad_files_are_refused(refused, saved, changes, told):
+    good, bad = saved("good.json", case(1)), change_case(saved("bad.json", case(1)), **changes)
+    refused(2, [told, "bad.json"], "compare", good, bad)
+
+
+def test_other_files_are_refused(refused, saved, tmp_path):
+    good, other = saved("good.json", case(1)), tmp_path / "other.json"
+    refused(2, "other.json", "compare", other, good)
+    for text in ("{", "[]", "{}", '{"schema": 2}'):
+        other.write_text(text)
+        refused(2, "other.json", "compare", good, other)
+    data = json.loads(good.read_text())
+    other.write_text(json.dumps({**data, "cases": data["cases"] * 2}))
+    refused(2, "one name", "compare", other, good)
+    refused(2, "--update", "compare", good, good, "--loosen", "because")
+    refused(2, "reason", "compare", good, good, "--update", "--loosen", " ")
+
+
+def test_update_only_tightens(command, saved):
+    base = saved("b.json", case(1, memory_bytes=1000), case(1, name="load"))
+    before = read_report(base)
+
+    same = saved("same.json", case(2, memory_bytes=1050), case(2, name="load"))
+    assert command("compare", base, same, "--update")[0] == 0
+    assert read_report(base) == before
+
+    bad = saved("bad.json", case(2, scale=0.8), case(2, name="load", scale=1.3))
+    assert command("compare", base, bad, "--update")[0] == 3
+    assert read_report(base) == before
+
+    good = saved(
+        *("good.json", case(2, scale=0.8, memory_bytes=1050), case(2, name="load"), case(3, name="extra")),
+        environment=OTHER_CPU,
+    )
+    assert command("compare", base, good, "--update")[0] == 0
+    after = {c.name: c for c in read_report(base).cases}
+    assert after["picture"].samples_ms == read_report(good).cases[0].samples_ms
+    assert after["picture"].memory_bytes == 1000
+    assert after["picture"].environment == OTHER_CPU
+    assert after["load"] == before.cases[1]
+    assert after["extra"].samples_ms == read_report(good).cases[2].samples_ms
+    assert command("compare", base, good)[0] == 0
+    assert command("compare", base, saved("old.json", *before.cases, case(4, name="extra")))[0] == 3
+
+
+def test_loosen_replaces_and_notes_why(command, saved):
+    base, worse = saved("b.json", case(1)), saved("w.json", case(2, scale=1.5))
+    assert command("compare", base, worse)[0] == 3
+    assert command("compare", base, worse, "--update", "--loosen", "a safer VAE")[0] == 0
+    assert command("compare", base, worse)[0] == 0
+    assert (
+        command("compare", base, saved("w2.json", case(3, scale=2.0)), "--update", "--loosen", "more")[0] == 0
+    )
+    data = json.loads(base.read_text())
+    assert [noted["why"] for noted in data["loosened"]] == ["a safer VAE", "more"]
+
+
+def test_versions_that_differ_are_told(command, saved):
+    newer = saved("n.json", case(2), environment=replace(CPU, versions={"torch": "2.14.0"}))
+    _, _, err = command("compare", saved("b.json", case(1)), newer)
+    assert "torch 2.13.0 → 2.14.0" in err
+
+
+def test_names_of_any_letters(command, saved, tmp_path):
+    name = "a|b <&> \x1b[31m"
+    files = saved("b.json", case(1, name=name)), saved("n.json", case(2, name=name, scale=1.3))
+    page, tests = tmp_path / "p.md", tmp_path / "t.xml"
+    code, out, _ = command("compare", *files, "--markdown", page, "--junit", tests)
+    assert code == 3 and "\x1b" not in out
+    assert "a\\|b" in page.read_text()
+    assert ElementTree.parse(tests).getroot()[0].get("classname").startswith("a|b <&>")
+
+
+def test_without_new_the_baselines_benchmark_runs_in_several_processes(command, saved, monkeypatch):
+    """What each process gave becomes a group; a case that one of them lacks is missing."""
+    base, asked = saved("b.json", case(1), case(1, name="load")), []
+
+    def take(benchmark, bundle, path):
+        asked.append((benchmark.runs, benchmark.seconds, bundle))
+        one = case(len(asked) + 10, processes=1, memory_bytes=10**9 + len(asked))
+        return report(one, *([case(1, name="load", processes=1)] if len(asked) != 3 else []))
+
+    class Bundle:
+        folder = "bundle"
+
+    monkeypatch.setattr(gate_run, "build", lambda spec: Bundle)
+    monkeypatch.setattr(gate_run, "take", take)
+    code, out, err = command("compare", base, "--json")
+    data = json.loads(out)
+    assert code == 3 and "load case" in err
+    assert asked == [(10, 6.0, "bundle")] * 10
+    (joined,) = data["new"]["cases"]
+    assert joined["groups"] == [20] * 10
+    assert joined["memory_bytes"] == 10**9 + 5
+    assert joined["samples_ms"][20:40] == list(case(12, processes=1).samples_ms)
+    assert next(v for v in data["verdicts"] if v["metric"] == "median")["status"] != "worse"
+
+
+def test_t_is_students():
+    """Values of any table of Student's distribution."""
+    for p, freedom, value in ((0.975, 1, 12.706), (0.99, 8, 2.896), (0.995, 4, 4.604), (0.9995, 30, 3.646)):
+        assert t_quantile(p, freedom) == pytest.approx(value, abs=1e-3)
+
+
+def test_intervals_hold_what_they_promise():
+    """Of 95 % intervals of five processes with a known change of nothing, 2.5 % miss on either side."""
+    rng = np.random.default_rng(5)
+
+    def side():
+        processes = 0.03 * rng.standard_normal((5, 1)) + 0.05 * rng.standard_normal((5, 15))
+        return spread(list(processes), 0.5)
+
+    found = [change(side(), side(), 0.025) for _ in range(200)]
+    assert sum(not c.low <= 0 <= c.high for c in found) <= 16  # more has a chance under 3 % at 5 % misses
+    assert np.mean([c.high - c.low for c in found]) < 0.15
