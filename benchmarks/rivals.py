@@ -57,7 +57,8 @@ class Rival:
 
 
 def draw_with_bundle(folder: Path) -> Draw:
-    from lcm_compile.pipeline import Request, load
+    from lcm_compile.pipeline import Request
+    from lcm_compile.runners import load
 
     pipeline = load(folder)
     batch = pipeline.settings.shape.batch
