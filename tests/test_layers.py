@@ -43,7 +43,7 @@ LAYERS = [
     {"bundle", "tokens"},
     {"pipeline", "shelf"},
     {"keys"},
-    {"exported"},
+    {"exported", "measured"},
     {"parity", "plan"},
     {"lookup", "prepare", "fuse", "estimate"},
     {"compile", "doctor"},
