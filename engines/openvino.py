@@ -139,7 +139,7 @@ def import_openvino() -> Any:
     return openvino
 
 
-def first_reason(error: RuntimeError) -> str:
+def first_reason(error: Exception) -> str:
     """OpenVINO's errors begin with the lines of its source that they passed through."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith(("Exception from", "Check "))), lines[0])
