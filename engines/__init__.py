@@ -31,6 +31,7 @@ BACKENDS = {
     "tensorrt-rtx": "lcm_compile.engines.tensorrt_rtx",
     "tensorrt": "lcm_compile.engines.tensorrt",
     "onnxruntime": "lcm_compile.engines.onnxruntime",
+    "openvino": "lcm_compile.engines.openvino",
     "torchscript": "lcm_compile.engines.torchscript",
     "aotinductor": "lcm_compile.engines.aotinductor",
     "onnxruntime-tensorrt": "lcm_compile.engines.onnxruntime_tensorrt",
@@ -72,10 +73,7 @@ def choose_backend(
     """
     reasons: list[str] = []
     for name in BACKENDS:
-        backend = find_backend(name)
-        reason = backend.cannot_build(target, precision)
-        if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
-            reason = f"builds from {backend.GRAPH_FORMAT} graphs"
+        reason = cannot_build_from(name, target, precision, graph_format)
         if reason is None:
             return name, tuple(reasons)
         reasons.append(f"{name}: {reason}")
@@ -83,6 +81,15 @@ def choose_backend(
         f"no backend can build {precision} engines for {target.name} here.\n  " + "\n  ".join(reasons),
         "lcm-compile doctor" if target.is_cpu else ON_THE_GPU.format(target.description),
     )
+
+
+def cannot_build_from(name: str, target: GpuTarget, precision: str, graph_format: str | None) -> str | None:
+    """Why a backend can't build for the target here, or not from graphs of that format if one is given."""
+    backend = find_backend(name)
+    reason = backend.cannot_build(target, precision)
+    if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
+        return f"builds from {backend.GRAPH_FORMAT} graphs"
+    return reason
 
 
 def find_target_here() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -24,3 +25,15 @@ def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
     if machine == "x86_64":
         flags = {flag for flag in flags if flag.startswith(KINDS)}
     return [machine, *sorted(flags)]
+
+
+def model_name(cpuinfo: Path = CPUINFO) -> str:
+    """As the kernel tells it, with the number of cores that this process may use."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.machine())}, {cores()} cores"
+
+
+def cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

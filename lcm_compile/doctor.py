@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from lcm_compile.engines import BACKENDS, Backend, find_backend, installed_version
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.export import export_stage
+from lcm_compile.measured import SLOW_TO_BUILD, time_on_cpu
 from lcm_compile.parity import snr_db
 from lcm_compile.spec import StageContract, TensorSpec
 from lcm_compile.targets import TARGETS, GpuTarget
@@ -19,20 +20,27 @@ from lcm_compile.targets import TARGETS, GpuTarget
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`builds_for`: targets that an engine was built for, just now; `runs`: an engine ran and was right."""
+    """`builds_for`: targets that an engine was built for, just now; `runs`: an engine ran and was right.
+
+    `milliseconds`: of the small fp32 network by which `auto` chooses on this CPU; None where it does not.
+    """
 
     backend: str
     version: str | None
     builds_for: tuple[str, ...]
     runs: bool
     reason: str
+    milliseconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def examine() -> list[Diagnosis]:
-    return [examine_backend(name) for name in BACKENDS]
+    found = [examine_backend(name) for name in BACKENDS]
+    timed = [d.backend for d in found if "cpu" in d.builds_for and d.backend not in SLOW_TO_BUILD]
+    milliseconds = time_on_cpu(timed, "fp32")
+    return [replace(d, milliseconds=milliseconds.get(d.backend)) for d in found]
 
 
 def examine_backend(name: str) -> Diagnosis:

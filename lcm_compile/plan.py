@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lcm_compile.exported import read_export
 from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.lora_folders import lora_files_of
+from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import STAGES
 from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, LoraSpec, Shape
@@ -240,9 +242,12 @@ def default_precision(target: GpuTarget) -> str:
 def settle_backend(
     spec: BuildSpec, target: GpuTarget, precision: str, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """The backend asked for, or the first that can build, from such graphs if their format is given."""
+    """The backend asked for, or the first that can build (on a CPU the fastest), from such graphs if their
+    format is given.
+    """
     if spec.backend == "auto":
-        return choose_backend(target, precision, graph_format)
+        choose = choose_on_cpu if target.is_cpu else partial(choose_backend, target)
+        return choose(precision, graph_format)
     backend = find_backend(spec.backend)
     reason = backend.cannot_build(target, precision)
     if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):

@@ -35,9 +35,9 @@ def sd15_checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sdxl_bundle(sdxl_checkpoint, tmp_path_factory):
-    """The folder of a plain SDXL bundle for this CPU. Copy it before changing it."""
+    """The folder of a plain SDXL bundle for ONNX Runtime on this CPU. Copy it before changing it."""
     out = tmp_path_factory.mktemp("bundle") / "sdxl"
-    return build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True), out).folder
+    return build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime"), out).folder
 
 
 @pytest.fixture(scope="session")

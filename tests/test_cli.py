@@ -222,7 +222,9 @@ def test_doctor_finds_out_by_computing(command):
     found = {backend["backend"]: backend for backend in json.loads(out)}
     assert code == 0
     assert set(found) == set(BACKENDS)
-    assert all(found[name]["runs"] for name in ("onnxruntime", "torchscript", "aotinductor"))
+    assert all(found[name]["runs"] for name in ("onnxruntime", "openvino", "torchscript", "aotinductor"))
+    timed = {name for name, backend in found.items() if backend["milliseconds"]}
+    assert timed == {"onnxruntime", "openvino", "torchscript"}
     if not torch.cuda.is_available():
         assert not found["tensorrt-rtx"]["runs"]
         assert "GPU" in found["tensorrt-rtx"]["reason"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from importlib import metadata
@@ -82,16 +81,6 @@ def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
     assert all(f"{backend}: " in caught.value.message for backend in BACKENDS)
     hint = caught.value.hint or ""
     assert find_target(name).description in hint and "pip install 'lcm-compile[tensorrt]'" in hint
-
-
-def test_auto_tells_why_it_passed_over_the_backends_before(command, sdxl_checkpoint):
-    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run")
-    code, out, _ = command(*words, "--json")
-    plan = json.loads(out)
-    assert (code, plan["backend"]) == (0, "onnxruntime")
-    assert [why.partition(":")[0] for why in plan["passed_over"]] == ["tensorrt-rtx", "tensorrt"]
-    assert "not tensorrt-rtx: builds for NVIDIA GPUs only" in command(*words)[1]
-    assert "not " not in command(*words, "--backend", "torchscript")[1].split("shape")[0]
 
 
 def test_every_call_that_needs_a_gpu_is_in_the_real_bindings():

@@ -44,7 +44,7 @@ LAYERS = [
     {"pipeline", "shelf"},
     {"runners"},
     {"keys"},
-    {"exported"},
+    {"exported", "measured"},
     {"parity", "plan"},
     {"lookup", "prepare", "fuse", "estimate"},
     {"compile", "doctor"},

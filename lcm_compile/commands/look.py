@@ -96,7 +96,7 @@ def doctor(as_json: bool) -> None:
         print_json([diagnosis.to_dict() for diagnosis in found])
         return
     print_table(
-        ("backend", "version", "runs here", "builds for", "why"),
+        ("backend", "version", "runs here", "builds for", "ms on this CPU", "why"),
         [
             (
                 d.backend,
@@ -105,6 +105,7 @@ def doctor(as_json: bool) -> None:
                 f"{len(d.builds_for)} targets"
                 if len(d.builds_for) > 1
                 else "".join(d.builds_for) or "nothing",
+                "" if d.milliseconds is None else f"{d.milliseconds:.1f}",
                 d.reason,
             )
             for d in found

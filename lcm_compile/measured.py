@@ -1,0 +1,146 @@
+"""The fastest backend on this CPU, by a quick measurement that is remembered.
+
+A small network of the layers that diffusion models are made of is built with every backend that can, and the
+engines are timed in turns. While nothing that matters has changed since, the figures are read, not measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lcm_compile.engines import (
+    BACKENDS,
+    cannot_build_from,
+    choose_backend,
+    find_backend,
+    installed_version,
+)
+from lcm_compile.engines.processor import instruction_set, model_name
+from lcm_compile.engines.runner import Runner
+from lcm_compile.schema import from_json
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
+from lcm_compile.store import home, write_atomically
+from lcm_compile.targets import TARGETS
+
+if TYPE_CHECKING:
+    import torch
+
+CPU = TARGETS["cpu"]
+# Not timed, and so never chosen: it compiles for half a minute, and as long again for every stage.
+SLOW_TO_BUILD = {"aotinductor": "compiles for minutes; --backend aotinductor takes it"}
+ROUNDS = 7
+REMEMBERED = 20
+# A UNet's block at a quarter of its size: channels, heads, and a side of the map.
+CHANNELS, HEADS, SIDE = 320, 8, 32
+
+
+def choose_on_cpu(precision: str, graph_format: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """The fastest backend for this CPU, and why not the others; BackendError where none can build."""
+    against = {
+        name: SLOW_TO_BUILD.get(name) or cannot_build_from(name, CPU, precision, graph_format)
+        for name in BACKENDS
+    }
+    able = [name for name, reason in against.items() if reason is None]
+    if not able:
+        return choose_backend(CPU, precision, graph_format)  # aotinductor, or the error
+    milliseconds = time_on_cpu(able, precision) if len(able) > 1 else {}
+    fastest = min(able, key=lambda name: milliseconds.get(name, 0.0))
+    for name, ms in milliseconds.items():
+        against[name] = f"{ms:.1f} ms for a small network, and {fastest} {milliseconds[fastest]:.1f} ms"
+    return fastest, tuple(f"{name}: {why}" for name, why in against.items() if why and name != fastest)
+
+
+def time_on_cpu(names: list[str], precision: str) -> Mapping[str, float]:
+    """Milliseconds that each backend's engine of the small network takes here, remembered or measured."""
+    path = home() / "cpu.json"
+    known: dict[str, Mapping[str, float]] = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        known = dict(from_json(Mapping[str, Mapping[str, float]], figures))
+    key = circumstances(names, precision)
+    if set(known.get(key, ())) != set(names):
+        known[key] = measure(names, precision)
+        with contextlib.suppress(OSError):
+            write_atomically(path, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1))
+    return known[key]
+
+
+def circumstances(names: list[str], precision: str) -> str:
+    """What the figures depend on."""
+    versions = [installed_version(find_backend(name).PACKAGES) for name in names]
+    return json.dumps([precision, model_name(), instruction_set(), dict(zip(names, versions, strict=True))])
+
+
+def measure(names: list[str], precision: str) -> dict[str, float]:
+    """Median milliseconds of each backend, in turns, so that what else the machine does hits all alike."""
+    x = np.random.default_rng(0).standard_normal((1, CHANNELS, SIDE, SIDE), np.float32)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        runners = {
+            name: stack.enter_context(runner)
+            for name, runner in small_engines(names, precision, Path(folder))
+        }
+        for i in range(ROUNDS):
+            for name, runner in runners.items():
+                start = time.perf_counter()
+                runner({"x": x})
+                if i:  # the first call of some is slow
+                    seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(taken) for name, taken in seconds.items()}
+
+
+def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tuple[str, Runner]]:
+    """The small network's engine of each backend, made in `folder`. BackendError where one can't."""
+    from lcm_compile.export import export_stage
+    from lcm_compile.precision import to_precision
+    from lcm_compile.stages import Stage
+
+    array = TensorSpec("x", (1, CHANNELS, SIDE, SIDE), "float32", "a feature map")
+    contract = StageContract("small", (array,), (replace(array, name="y"),))
+    stage = Stage(contract, to_precision(small_network(), precision))
+    graphs: dict[str, ExportedGraph] = {}
+    for name in names:
+        backend = find_backend(name)
+        if (form := backend.GRAPH_FORMAT) not in graphs:
+            (folder / f"{form} graph").mkdir()
+            graphs[form] = export_stage(stage, form, precision, folder / f"{form} graph")
+        (folder / name).mkdir()
+        yield name, backend.load(backend.build(graphs[form], CPU, folder / name), contract, CPU)
+
+
+def small_network() -> torch.nn.Module:
+    import torch
+    from torch import Tensor, nn
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            c = CHANNELS
+            self.norm = nn.GroupNorm(32, c)
+            self.convolutions = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1) for _ in range(2))
+            self.linears = nn.ModuleList(nn.Linear(c, c) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            # (1, c, h, w) → (1, c, h, w)
+            x = x.to(self.norm.weight.dtype)
+            for convolution in self.convolutions:
+                x = x + convolution(nn.functional.silu(self.norm(x)))
+            tokens = x.flatten(2).transpose(1, 2)
+            heads = [linear(tokens).unflatten(2, (HEADS, -1)).transpose(1, 2) for linear in self.linears[:3]]
+            mixed = nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+            return (tokens + self.linears[3](mixed)).transpose(1, 2).reshape(x.shape).float()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Network().eval().requires_grad_(False)

@@ -1,0 +1,123 @@
+"""`--backend auto` on a CPU: the fastest backend, measured once and remembered."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lcm_compile import measured
+from lcm_compile.engines import BACKENDS, cannot_build_from
+from lcm_compile.engines.processor import model_name
+from lcm_compile.errors import BackendError
+from lcm_compile.measured import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
+
+ABLE = [n for n in BACKENDS if n not in SLOW_TO_BUILD and not cannot_build_from(n, CPU, "fp32", None)]
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def dry_run(command, checkpoint, *words):
+    code, out, _ = command(
+        "build", "--base", checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run", "--json", *words
+    )
+    assert code == 0
+    return json.loads(out)
+
+
+def test_auto_takes_the_fastest_and_tells_of_each_other_why_not(command, sdxl_checkpoint, own_home):
+    plan = dry_run(command, sdxl_checkpoint)
+    figures = next(iter(json.loads((own_home / "cpu.json").read_text()).values()))
+    assert set(figures) == set(ABLE) and min(figures.values()) > 0
+    assert plan["backend"] == min(figures, key=figures.get)
+    why = dict(reason.split(": ", 1) for reason in plan["passed_over"])
+    assert set(why) == set(BACKENDS) - {plan["backend"]}
+    for name in figures.keys() - {plan["backend"]}:
+        assert f"{figures[name]:.1f} ms" in why[name] and f"{figures[plan['backend']]:.1f} ms" in why[name]
+    assert why["tensorrt-rtx"].startswith("builds for NVIDIA GPUs only") and "compiles" in why["aotinductor"]
+    assert dry_run(command, sdxl_checkpoint, "--backend", "torchscript")["passed_over"] == []
+
+
+def test_a_delay_in_a_runner_is_seen(monkeypatch):
+    """The fastest is slowed down by two seconds a call, and is not the fastest any more."""
+    before = measured.measure(ABLE, "fp32")
+    fastest = min(before, key=before.get)
+    engines = measured.small_engines
+
+    def slowed(*asked):
+        for name, runner in engines(*asked):
+            if name == fastest:
+                call = type(runner).__call__
+                slow = type(
+                    "Slow", (type(runner),), {"__call__": lambda *a, f=call: (time.sleep(2), f(*a))[1]}
+                )
+                runner.__class__ = slow
+            yield name, runner
+
+    monkeypatch.setattr(measured, "small_engines", slowed)
+    monkeypatch.setattr(measured, "ROUNDS", 3)
+    after = measured.measure(ABLE, "fp32")
+    assert min(after, key=after.get) != fastest and after[fastest] >= 2000
+
+
+def test_what_is_remembered_is_read_without_torch(own_home, monkeypatch):
+    names = ["onnxruntime", "torchscript"]
+    key = measured.circumstances(names, "fp32")
+    own_home.mkdir()
+    (own_home / "cpu.json").write_text(json.dumps({key: {"onnxruntime": 3.0, "torchscript": 2.0}}))
+    monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("measured again"))
+    assert time_on_cpu(names, "fp32") == {"onnxruntime": 3.0, "torchscript": 2.0}
+    script = f"""
+import sys
+from lcm_compile.measured import time_on_cpu
+time_on_cpu({names!r}, "fp32")
+assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("changed", ["model_name", "instruction_set", "installed_version"])
+def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, changed):
+    asked = []
+    monkeypatch.setattr(
+        measured, "measure", lambda names, _: asked.append(names) or dict.fromkeys(names, 1.0)
+    )
+    time_on_cpu(ABLE, "fp32")
+    time_on_cpu(ABLE, "fp32")
+    assert len(asked) == 1
+    monkeypatch.setattr(measured, changed, lambda *_: "another")
+    time_on_cpu(ABLE, "fp32")
+    assert len(asked) == 2
+    time_on_cpu(ABLE, "bf16")
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', "\x00"])
+def test_a_broken_memory_is_measured_over(own_home, monkeypatch, content):
+    monkeypatch.setattr(measured, "measure", lambda names, _: dict.fromkeys(names, 1.0))
+    own_home.mkdir()
+    (own_home / "cpu.json").write_text(content)
+    assert set(time_on_cpu(ABLE, "fp32")) == set(ABLE)
+    assert json.loads((own_home / "cpu.json").read_text())
+
+
+def test_one_candidate_needs_no_measurement(own_home, monkeypatch):
+    monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("nothing to compare"))
+    assert choose_on_cpu("fp32", "torchscript")[0] == "torchscript"
+    assert not Path(own_home / "cpu.json").exists()
+    with pytest.raises(BackendError, match="no backend can build"):
+        choose_on_cpu("fp32", "no such format")
+
+
+def test_the_processor_is_told_with_its_cores(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU 9000\nflags\t: avx\n")
+    assert model_name(cpuinfo).startswith("Some CPU 9000, ") and model_name(cpuinfo).endswith(" cores")
