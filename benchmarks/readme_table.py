@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -53,12 +52,8 @@ def filled(text: str, inside: str) -> str:
 
 
 def reports_in(folder: Path) -> list[BenchmarkReport]:
-    """Those of `bench`, by file name; other JSON is none of this command's."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        if "benchmark" in json.loads(path.read_bytes()):
-            found.append(read_report(path))
-    return found
+    """Those that `bench --save` wrote under names of its own, by file name."""
+    return [read_report(path) for path in sorted(folder.glob("bench-*.json"))]
 
 
 @click.command()
