@@ -26,6 +26,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             ("vae", export.checkpoint.components["vae"].location),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
+            ("rewrites", ", ".join(export.spec.rewrites) or "none"),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
         ]
     )
@@ -42,7 +43,12 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
 
 def told_estimate(cost: Estimate) -> list[tuple[str, str]]:
     rows = [("disk", f"{told_size(cost.bundle_bytes)}, and {told_size(cost.disk_bytes)} while it is built")]
-    return [*rows, ("memory", told_size(cost.memory_bytes))]
+    time = f"about {told_time(cost.seconds)} on 2 cores"
+    return [*rows, ("memory", told_size(cost.memory_bytes)), ("time", time)]
+
+
+def told_time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def told_parity(figures: Mapping[str, Parity]) -> str:

@@ -164,7 +164,7 @@ def test_the_tables_fit_in_80_columns(measured, capsys):
 
 def test_the_readme_is_filled_between_its_markers(measured, tmp_path):
     _, report, _ = measured
-    report.save(tmp_path / "results" / "here.json")
+    report.save(tmp_path / "results" / "bench-here.json")
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{readme_table.START}\nold\n{readme_table.END}\nafter\n")
     arguments = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
