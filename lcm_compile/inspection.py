@@ -7,10 +7,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lcm_compile import single_file
 from lcm_compile.bundle import MANIFEST, read_manifest
 from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
-from lcm_compile.families import LCM_LORA_FILE, TEXT_WIDTHS
+from lcm_compile.families import LCM_LORA_FILE, detect_family
 from lcm_compile.lora import find_lora, read_lora
 from lcm_compile.lora_folders import CONFIG
 from lcm_compile.lora_report import describe_lora
@@ -108,16 +109,28 @@ def describe_component(component: Component) -> dict[str, Any]:
 
 
 def describe_single_file(path: Path) -> dict[str, Any]:
-    header = read_header(path)
-    unet = {key: shape for key, (shape, _) in header.items() if key.startswith(SINGLE_FILE)}
-    widths = {shape[1] for key, shape in unet.items() if key.endswith("attn2.to_k.weight")}
-    family = " or ".join(TEXT_WIDTHS.get(width, "unknown") for width in sorted(widths)) or "unknown"
-    if widths == {2048}:
-        # Of the two, SSD-1B's middle block is one residual block.
-        family = "SDXL" if any(f"{SINGLE_FILE}middle_block.1." in key for key in unet) else "SSD-1B"
+    """CheckpointError for a file in that layout that is no text-to-image base of these architectures."""
+    shapes, metadata = single_file.read_header(path)
+    single_file.refuse_others(path, shapes)
+    family = detect_family(single_file.unet_shape(shapes))
+    types = {key: dtype for key, (_, dtype) in read_header(path).items()}
+    components = []
+    for name, prefix in single_file.models_in(shapes).items():
+        own = [key for key in shapes if key.startswith(prefix)]
+        components.append(
+            {
+                "name": name,
+                "parameters": sum(math.prod(shapes[key]) for key in own),
+                "dtype": Counter(types[key] for key in own).most_common(1)[0][0],
+                "variant": None,
+            }
+        )
+    extra = single_file.unread(shapes)
     return {
         "single_file": str(path),
         "layout": "a whole checkpoint in the original Stable Diffusion's layout, not a LoRA",
-        "family": family,
-        "parameters": sum(math.prod(shape) for shape, _ in header.values()),
+        "family": family.name if family else "none that is known: give its settings with --config DIR",
+        "prediction_type": single_file.prediction_type(path, family, shapes, metadata) if family else None,
+        "keys of no model": f"{len(extra)}, such as {extra[0]}" if extra else None,
+        "components": components,
     }

@@ -48,10 +48,9 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
     refuse_others(path, shapes)
     family = detect_family(unet_shape(shapes))
     folder, settings = settings_of(path, family, config, shapes, metadata)
-    prefixes = {"unet": UNET, "vae": VAE}
-    prefixes |= {name: prefix for prefix, name in TEXT_PREFIXES.items() if under(prefix, shapes)}
+    prefixes = models_in(shapes)
     for name in settings.configs:
-        if name not in prefixes or not under(prefixes[name], shapes):
+        if name not in prefixes:
             raise CheckpointError(
                 f"{path} has no {name}", "give a whole checkpoint's file or folder to --base"
             )
@@ -59,8 +58,7 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
         name: Component(name, settings.configs[name], (path,), prefix=prefixes[name])
         for name in settings.configs
     }
-    known = tuple(prefixes.values())
-    extra = [key for key in shapes if not key.startswith(known) and not LEFT_OVERS.fullmatch(key)]
+    extra = unread(shapes)
     notes = (f"{path.name}: {len(extra)} keys belong to no model and are not read: {some(extra)}",)
     return Checkpoint(
         base,
@@ -72,6 +70,18 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
         file=path,
         notes=notes if extra else (),
     )
+
+
+def models_in(shapes: Shapes) -> dict[str, str]:
+    """The models of a file, and what their keys begin with."""
+    known = {UNET: "unet", VAE: "vae", **TEXT_PREFIXES}
+    return {name: prefix for prefix, name in known.items() if under(prefix, shapes)}
+
+
+def unread(shapes: Shapes) -> list[str]:
+    """The keys that belong to no model, and are none of what training leaves."""
+    known = tuple(models_in(shapes).values())
+    return [key for key in shapes if not key.startswith(known) and not LEFT_OVERS.fullmatch(key)]
 
 
 def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:

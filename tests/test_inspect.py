@@ -284,20 +284,6 @@ def test_a_checkpoint_in_half_precision(inspected, command, sd15_checkpoint, tmp
     assert "BF16" in out and "PNDMScheduler" in out
 
 
-@pytest.mark.parametrize(
-    ("width", "middle", "family"),
-    [(768, True, "SD1.5"), (1024, True, "SD2.x"), (2048, True, "SDXL"), (2048, False, "SSD-1B")],
-)
-def test_a_single_file_is_recognised(inspected, tmp_path, width, middle, family):
-    stem = "model.diffusion_model."
-    tensors = {f"{stem}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(4, width)}
-    if middle:
-        tensors[f"{stem}middle_block.1.proj_in.weight"] = torch.ones(4, 4)
-    path = factories.save_tensors(tensors, tmp_path / "model.safetensors")
-    data = inspected(path)
-    assert (data["single_file"], data["family"]) == (str(path), family)
-
-
 def test_refusals(refused, tmp_path, sdxl_checkpoint):
     refused(1, ["no bundle, LoRA or checkpoint at sdxl", "demo"], "inspect", "sdxl")
     refused(1, ["nowhere.safetensors", "does not exist"], "inspect", tmp_path / "nowhere.safetensors")

@@ -189,6 +189,28 @@ def test_families_are_recognised_at_full_size(tokenizers, tmp_path, family, meta
     assert out == f"{family} {size} {prediction}", err
 
 
+# Millions of the UNet and of the text encoders, as they are published.
+MILLIONS = {
+    "sd15": (859.5, 123.1),
+    "sd21": (865.9, 340.4),
+    "sdxl": (2567.5, 817.7),
+    "ssd-1b": (1331.3, 817.7),
+}
+
+
+@pytest.mark.parametrize("family", MILLIONS)
+def test_inspect_tells_a_file_of_full_size(command, tmp_path, family):
+    file = write_full_size(family, tmp_path / "full.safetensors")
+    told = json.loads(command("inspect", file, "--json")[1])
+    assert (told["single_file"], told["family"]) == (str(file), family)
+    millions = {part["name"]: part["parameters"] / 1e6 for part in told["components"]}
+    unet, text = MILLIONS[family]
+    assert millions["unet"] == pytest.approx(unet, abs=0.1)
+    assert sum(n for name, n in millions.items() if "text" in name) == pytest.approx(text, abs=0.3)
+    assert {part["dtype"] for part in told["components"]} == {"F16"}
+    assert family in command("inspect", file)[1]
+
+
 def test_sd2_that_predicts_v_is_told_by_its_norms(tokenizers, tmp_path):
     """As ComfyUI tells it: published v models' biases spread by more than 0.09."""
     file = write_full_size("sd21", tmp_path / "full.safetensors")
