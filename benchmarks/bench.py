@@ -6,8 +6,8 @@ Main path: what is counted (work, peaks) → rivals fused → workers take turns
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -43,6 +43,25 @@ class Measured:
     colds: dict[str, list[ColdStart]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Contest:
+    """A bundle and its rivals, ready to be loaded; `work` of one pass by stage, where it could be counted."""
+
+    bundle: EngineBundle
+    drawers: Mapping[str, Maker]
+    threads: int
+    work: Mapping[str, Work]
+    notes: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        return self.bundle.manifest.pipeline.sample_prompt
+
+    @property
+    def precisions(self) -> dict[str, str]:
+        return {stage.contract.name: stage.precision for stage in self.bundle.manifest.stages}
+
+
 def bench(
     bundle: EngineBundle,
     against: Sequence[str] = (),
@@ -54,41 +73,69 @@ def bench(
 
     UsageError for a rival that can't be had; else what opening the base or loading the bundle raises.
     """
-    manifest = bundle.manifest
-    rivals = check_rivals(tuple(against), bundle)
-    precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
-    cores = physical_cores()
-    setup = Setup(manifest.pipeline.shape, precisions["step"], cores, not manifest.target.is_cpu)
-
-    report("measure the device's peak", 0, 1)
-    peaks = peaks_of(manifest.target, precisions.values(), cores)
-    work, notes = counted(bundle)
-    with makers(rivals, manifest.spec, setup, lambda doing: report(doing, 0, 1)) as made:
-        drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
-        prompt = manifest.pipeline.sample_prompt
-        measured = take_warm(drawers, prompt, cores, runs, seconds, report)
-        measured.colds = take_cold(drawers, prompt, cores, min(COLD_STARTS, runs), report)
-
+    manifest, cores = bundle.manifest, physical_cores()
+    with contest(bundle, against, report) as rivals:
+        report("measure the device's peak", 0, 1)
+        peaks = peaks_of(manifest.target, rivals.precisions.values(), cores)
+        measured = measure(rivals, runs, seconds, min(COLD_STARTS, runs), report)
     # Once more: what another program took from the first time is not the device's.
-    peaks = higher(peaks, peaks_of(manifest.target, precisions.values(), cores))
-    stages = [
-        stage_case(stage, bundle, measured, work.get(stage.contract.name), peaks.get(stage.precision))
-        for stage in manifest.stages
-    ]
-    picture = picture_case(bundle, stages, measured)
-    environment = environment_of(manifest.target, cores, peaks)
+    peaks = higher(peaks, peaks_of(manifest.target, rivals.precisions.values(), cores))
+    cases = cases_of(rivals, measured, peaks)
     asked = Benchmark(
         spec=manifest.spec,
-        against=tuple(rivals),
+        against=tuple(name for name in rivals.drawers if name != SELF),
         runs=runs,
         seconds=seconds,
         backend=manifest.backend,
-        precisions=precisions,
-        shape=setup.shape,
+        precisions=rivals.precisions,
+        shape=manifest.pipeline.shape,
         bundle=bundle.digest,
     )
-    notes += warnings(picture, stages, precisions)
-    return BenchmarkReport(environment, asked, (picture, *stages, *cold_cases(measured)), tuple(notes))
+    notes = (*rivals.notes, *warnings(cases, rivals.precisions))
+    return BenchmarkReport(environment_of(manifest.target, cores, peaks), asked, cases, notes)
+
+
+@contextmanager
+def contest(
+    bundle: EngineBundle, against: Sequence[str], report: Report = lambda doing, done, total: None
+) -> Iterator[Contest]:
+    """Fuses what the rivals need, which is gone afterwards. UsageError for one that can't be had."""
+    manifest = bundle.manifest
+    rivals = check_rivals(tuple(against), bundle)
+    work, notes = counted(bundle)
+    step = next(stage for stage in manifest.stages if stage.contract.name == "step")
+    setup = Setup(manifest.pipeline.shape, step.precision, physical_cores(), not manifest.target.is_cpu)
+    with makers(rivals, manifest.spec, setup, lambda doing: report(doing, 0, 1)) as made:
+        drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
+        yield Contest(bundle, drawers, setup.threads, work, tuple(notes))
+
+
+def measure(
+    rivals: Contest,
+    runs: int,
+    seconds: float,
+    cold_starts: int,
+    report: Report = lambda doing, done, total: None,
+) -> Measured:
+    """Samples of new processes: warm ones in turn, then cold starts."""
+    measured = take_warm(rivals.drawers, rivals.prompt, rivals.threads, runs, seconds, report)
+    measured.colds = take_cold(rivals.drawers, rivals.prompt, rivals.threads, cold_starts, report)
+    return measured
+
+
+def cases_of(rivals: Contest, measured: Measured, peaks: Mapping[str, Peak]) -> tuple[Case, ...]:
+    """The picture, each stage, and cold starts."""
+    stages = [
+        stage_case(
+            stage,
+            rivals.bundle,
+            measured,
+            rivals.work.get(stage.contract.name),
+            peaks.get(stage.precision),
+        )
+        for stage in rivals.bundle.manifest.stages
+    ]
+    return picture_case(rivals.bundle, stages, measured), *stages, *cold_cases(measured)
 
 
 def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
@@ -236,9 +283,9 @@ def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 
-def warnings(picture: Case, stages: Sequence[Case], precisions: Mapping[str, str]) -> list[str]:
+def warnings(cases: Sequence[Case], precisions: Mapping[str, str]) -> list[str]:
     """What a reader of the figures must know."""
-    told = []
+    picture, told = cases[0], []
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
     if noise := timing.too_noisy(picture.samples_ms, others):
         told.append(noise)
@@ -248,7 +295,7 @@ def warnings(picture: Case, stages: Sequence[Case], precisions: Mapping[str, str
             f"ours is not the picture that diffusers draws: PSNR {picture.parity_db:.1f} dB, and "
             f"{floor:g} dB is the floor of its precision; has the base changed since the build?"
         )
-    over = [stage.name for stage in stages if stage.limit_ms and stage.limit_ms > median(stage.samples_ms)]
+    over = [stage.name for stage in cases[1:] if stage.limit_ms and stage.limit_ms > median(stage.samples_ms)]
     if over:
         told.append(
             f"{', '.join(over)} took less than the limit: the engine does with less work than the plain "

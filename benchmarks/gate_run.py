@@ -3,63 +3,32 @@
 from __future__ import annotations
 
 import math
-import shlex
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import median_low
 
-from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival, read_report
+from lcm_compile.benchmarks.bench import cases_of, contest, measure
+from lcm_compile.benchmarks.environment import environment_of
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.statistics import MIN_SAMPLES
 from lcm_compile.compile import build
-from lcm_compile.errors import LcmCompileError
 
 # On a busy machine it takes so many to tell 15 % from nothing: tests/test_gate_power.py.
 PROCESSES = 10
 
 
-def run_again(
-    benchmark: Benchmark, note: Callable[[str], None], processes: int = PROCESSES
-) -> BenchmarkReport:
+def run_again(benchmark: Benchmark, note: Callable[[str], None]) -> BenchmarkReport:
     """The benchmark's samples, its runs and seconds shared out; the bundle is built if need be."""
-    bundle = build(benchmark.spec).folder
-    share = replace(
-        benchmark,
-        runs=max(MIN_SAMPLES, math.ceil(benchmark.runs / processes)),
-        seconds=benchmark.seconds / processes,
-    )
+    bundle = build(benchmark.spec)
+    runs = max(MIN_SAMPLES, math.ceil(benchmark.runs / PROCESSES))
     reports = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for i in range(processes):
-            note(f"benchmark, process {i + 1} of {processes}")
-            reports.append(take(share, bundle, Path(scratch) / f"{i}.json"))
-    return replace(joined(reports), benchmark=benchmark)
-
-
-def take(benchmark: Benchmark, bundle: Path, saved: Path) -> BenchmarkReport:
-    """Samples of one new process of `lcm-compile bench`."""
-    words = ["bench", str(bundle)]
-    for rival in benchmark.against:
-        words += ["--against", rival]
-    words += ["--runs", str(benchmark.runs), "--seconds", str(benchmark.seconds)]
-    done = subprocess.run(
-        [sys.executable, "-m", "lcm_compile", *words, "--save", str(saved), "--quiet"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        told = done.stderr.strip()[-2000:]
-        raise LcmCompileError(
-            f"the benchmark ended with exit code {done.returncode}: {told}",
-            shlex.join(["lcm-compile", *words]),
-        )
-    return read_report(saved)
+    with contest(bundle, benchmark.against) as rivals:
+        environment = environment_of(bundle.manifest.target, rivals.threads, {})
+        for i in range(PROCESSES):
+            note(f"benchmark, process {i + 1} of {PROCESSES}")
+            measured = measure(rivals, runs, benchmark.seconds / PROCESSES, cold_starts=1)
+            reports.append(BenchmarkReport(environment, benchmark, cases_of(rivals, measured, {})))
+    return joined(reports)
 
 
 def joined(reports: Sequence[BenchmarkReport]) -> BenchmarkReport:

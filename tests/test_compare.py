@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from lcm_compile import BuildSpec
+from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks import gate_run
 from lcm_compile.benchmarks.gate import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, Rival, read_report
@@ -284,29 +284,22 @@ def test_names_of_any_letters(command, saved, tmp_path):
     assert ElementTree.parse(tests).getroot()[0].get("classname").startswith("a|b <&>")
 
 
-def test_without_new_the_baselines_benchmark_runs_in_several_processes(command, saved, monkeypatch):
-    """What each process gave becomes a group; a case that one of them lacks is missing."""
-    base, asked = saved("b.json", case(1), case(1, name="load")), []
-
-    def take(benchmark, bundle, path):
-        asked.append((benchmark.runs, benchmark.seconds, bundle))
-        one = case(len(asked) + 10, processes=1, memory_bytes=10**9 + len(asked))
-        return report(one, *([case(1, name="load", processes=1)] if len(asked) != 3 else []))
-
-    class Bundle:
-        folder = "bundle"
-
-    monkeypatch.setattr(gate_run, "build", lambda spec: Bundle)
-    monkeypatch.setattr(gate_run, "take", take)
-    code, out, err = command("compare", base, "--json")
-    data = json.loads(out)
-    assert code == 3 and "load case" in err
-    assert asked == [(10, 6.0, "bundle")] * 10
-    (joined,) = data["new"]["cases"]
-    assert joined["groups"] == [20] * 10
-    assert joined["memory_bytes"] == 10**9 + 5
-    assert joined["samples_ms"][20:40] == list(case(12, processes=1).samples_ms)
-    assert next(v for v in data["verdicts"] if v["metric"] == "median")["status"] != "worse"
+def test_without_new_the_baselines_benchmark_runs_in_several_processes(
+    command, sdxl_bundle, sdxl_checkpoint, tmp_path, monkeypatch
+):
+    """For real, against another bundle: what each process gave becomes a group, and nothing has changed."""
+    monkeypatch.setattr(gate_run, "PROCESSES", 2)
+    plain = BuildSpec(str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime", without=("qkv",))
+    other = build(plain, tmp_path / "other")
+    base = tmp_path / "base.json"
+    words = ("bench", sdxl_bundle, "--against", other.folder, "--runs", 6, "--save", base)
+    assert command(*words, "--quiet")[0] == 0
+    code, out, err = command("compare", base, "--fail-on", "median:400%", "--fail-on", "memory:50%", "--json")
+    assert code == 0, err
+    assert "process 2 of 2" in err
+    picture = json.loads(out)["new"]["cases"][0]
+    assert picture["groups"] == [3, 3] and len(picture["samples_ms"]) == 6
+    assert len(picture["rivals"][str(other.folder)]["samples_ms"]) == 6
 
 
 def test_t_is_students():

@@ -32,7 +32,7 @@ def slow(self, inputs):
 
 onnxruntime.OnnxRuntimeRunner.__call__ = slow
 """
-CALLS = 6  # of the runner for one picture: encode, four steps, decode
+CALLS = 7  # of the runner for one picture: encode, context, four steps, decode
 
 
 @pytest.fixture(scope="module")
