@@ -19,7 +19,7 @@ from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Riva
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
-from lcm_compile.bundle import EngineBundle, StageEngine
+from lcm_compile.bundle import EngineBundle, StageEngine, told_loss
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
@@ -87,7 +87,7 @@ def bench(
         shape=setup.shape,
         bundle=bundle.digest,
     )
-    notes += warnings(picture, stages, precisions)
+    notes += warnings(picture, stages, precisions, manifest.lossy)
     return BenchmarkReport(environment, asked, (picture, *stages, *cold_cases(measured)), tuple(notes))
 
 
@@ -236,9 +236,11 @@ def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 
-def warnings(picture: Case, stages: Sequence[Case], precisions: Mapping[str, str]) -> list[str]:
+def warnings(
+    picture: Case, stages: Sequence[Case], precisions: Mapping[str, str], lossy: Mapping[str, str]
+) -> list[str]:
     """What a reader of the figures must know."""
-    told = []
+    told = told_loss(lossy)
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
     if noise := timing.too_noisy(picture.samples_ms, others):
         told.append(noise)
