@@ -19,7 +19,7 @@ from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Riva
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
-from lcm_compile.bundle import EngineBundle, StageEngine
+from lcm_compile.bundle import EngineBundle, StageEngine, told_loss
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
@@ -91,7 +91,7 @@ def bench(
         shape=manifest.pipeline.shape,
         bundle=bundle.digest,
     )
-    notes = (*rivals.notes, *warnings(cases, rivals.precisions))
+    notes = (*rivals.notes, *warnings(cases, rivals.precisions, manifest.lossy))
     return BenchmarkReport(environment_of(manifest.target, cores, peaks), asked, cases, notes)
 
 
@@ -283,9 +283,9 @@ def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 
-def warnings(cases: Sequence[Case], precisions: Mapping[str, str]) -> list[str]:
+def warnings(cases: Sequence[Case], precisions: Mapping[str, str], lossy: Mapping[str, str]) -> list[str]:
     """What a reader of the figures must know."""
-    picture, told = cases[0], []
+    picture, told = cases[0], told_loss(lossy)
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
     if noise := timing.too_noisy(picture.samples_ms, others):
         told.append(noise)

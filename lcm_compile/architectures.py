@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_compile.components import Component
+from lcm_compile.components import Component, is_tiny
 from lcm_compile.errors import CheckpointError
 from lcm_compile.hub import first_line
 
@@ -29,14 +29,23 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 
 def module_of(name: str, config: Mapping[str, Any]) -> Any:
+    kind = kind_of(name, config)
     if name in ("unet", "vae"):
-        import diffusers
-
-        kind = diffusers.UNet2DConditionModel if name == "unet" else diffusers.AutoencoderKL
         return kind.from_config(dict(config))
     import transformers
 
-    settings = transformers.CLIPTextConfig(**config)
+    return kind(transformers.CLIPTextConfig(**config))
+
+
+def kind_of(name: str, config: Mapping[str, Any]) -> Any:
+    """The class of a component, diffusers' or transformers'."""
+    if name in ("unet", "vae"):
+        import diffusers
+
+        vae = diffusers.AutoencoderTiny if is_tiny(config) else diffusers.AutoencoderKL
+        return diffusers.UNet2DConditionModel if name == "unet" else vae
+    import transformers
+
     if name == "text_encoder_2":
-        return transformers.CLIPTextModelWithProjection(settings)
-    return transformers.CLIPTextModel(settings)
+        return transformers.CLIPTextModelWithProjection
+    return transformers.CLIPTextModel

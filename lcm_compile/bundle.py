@@ -101,6 +101,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class BundleManifest:
+    """`lossy`: the stages that draw with loss by the user's choice, each with why."""
+
     spec: BuildSpec
     target: GpuTarget
     backend: str
@@ -115,6 +117,7 @@ class BundleManifest:
     costs: Mapping[str, Cost]
     created: str
     files: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {"schema": SCHEMA, **asdict(self)}
@@ -126,6 +129,11 @@ class BundleManifest:
     def from_dict(cls, data: Mapping[str, Any]) -> BundleManifest:
         """ValueError or UsageError, naming the place, for what is no manifest of this schema."""
         return from_json(cls, {k: v for k, v in data.items() if k != "schema"})
+
+
+def told_loss(lossy: Mapping[str, str]) -> list[str]:
+    """What a manifest or a checkpoint says of its loss, to people."""
+    return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
 
 
 @dataclass(frozen=True)

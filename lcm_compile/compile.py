@@ -239,6 +239,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         proof=parity.write_proof(trace, peaks, proving, folder),
         toolchain={"lcm-compile": lcm_compile.__version__, **versions(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
+        lossy=plan.checkpoint.lossy,
     )
 
 
@@ -286,6 +287,7 @@ def build_into(
         costs={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         files=list_files(folder, but=graphs),
+        lossy=export.lossy,
     )
     if plan.backend.cannot_run(plan.target) is None:
         manifest.write(folder)  # a bundle that is loaded has one

@@ -17,6 +17,17 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MODELS = (*TEXT_ENCODERS, "unet", "vae")
 
 
+def is_tiny(vae: Mapping[str, Any]) -> bool:
+    """Whether a VAE's config is that of a tiny autoencoder (TAESD), which draws with loss."""
+    return bool(vae.get("_class_name") == "AutoencoderTiny")
+
+
+def factor_of(vae: Mapping[str, Any]) -> int:
+    """Picture pixels to a latent's, a side; a tiny autoencoder's config has names of its own."""
+    blocks = vae.get("decoder_block_out_channels") or vae.get("block_out_channels") or [0]
+    return int(vae.get("upsampling_scaling_factor", 2) ** (len(blocks) - 1))
+
+
 @dataclass(frozen=True)
 class Component:
     """One model of a checkpoint: its config and its weights.
@@ -101,7 +112,12 @@ class Checkpoint:
     @property
     def vae_factor(self) -> int:
         """Picture pixels to a latent's, a side."""
-        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return factor_of(self.vae)
+
+    @property
+    def lossy(self) -> dict[str, str]:
+        """The stages that draw with loss, each with why."""
+        return {"decode": "a tiny autoencoder in the VAE's place"} if is_tiny(self.vae) else {}
 
     @property
     def default_size(self) -> tuple[int, int]:

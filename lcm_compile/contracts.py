@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from functools import cache
 from typing import Any
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoints import Checkpoint, Component
 from lcm_compile.spec import Shape, StageContract, TensorSpec
 
 # The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
@@ -18,6 +17,7 @@ PARTS = {
 }
 # The timesteps of one call of the context stage; a picture of more steps calls it again.
 CONTEXT_STEPS = 4
+SIZES: dict[str, Any] = {}  # see unet_sizes
 
 
 def make_contracts(
@@ -85,7 +85,7 @@ def context_specs(
     checkpoint: Checkpoint, shape: Shape, length: int
 ) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
     """What the context stage gives: keys and values by the form of their heads, and the steps' times."""
-    forms, width = unet_sizes(json.dumps(dict(checkpoint.unet), sort_keys=True))
+    forms, width = unet_sizes(checkpoint.components["unet"])
     keys_values = tuple(
         TensorSpec(
             name,
@@ -99,10 +99,12 @@ def context_specs(
     return keys_values, TensorSpec("times", (CONTEXT_STEPS, shape.batch, width), "float32", meaning)
 
 
-@cache
-def unet_sizes(config: str) -> Any:
-    """context_sizes of a UNet, by its config as JSON."""
-    from lcm_compile.architectures import empty_unet
+def unet_sizes(unet: Component) -> Any:
+    """context_sizes of a UNet, worked out once for each config. CheckpointError for a senseless one."""
+    from lcm_compile.architectures import empty_module
     from lcm_compile.shaping import context_sizes
 
-    return context_sizes(empty_unet(json.loads(config)))
+    config = json.dumps(dict(unet.config), sort_keys=True)
+    if config not in SIZES:
+        SIZES[config] = context_sizes(empty_module(unet))
+    return SIZES[config]

@@ -53,6 +53,7 @@ class ExportManifest:
     toolchain: Mapping[str, str]
     costs: Mapping[str, Cost]
     files: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def precision(self) -> str:

@@ -88,6 +88,11 @@ def write_file(
             "name for that weight",
             "give a folder to --out",
         )
+    if checkpoint.lossy:
+        raise UsageError(
+            "the original layout has no names for a tiny autoencoder's weights",
+            "give a folder to --out, or leave --vae out",
+        )
     xl = checkpoint.architecture == "sdxl"
     configs = {name: component.config for name, component in checkpoint.components.items()}
     shapes = {

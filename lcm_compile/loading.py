@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcm_compile.architectures import kind_of
 from lcm_compile.components import Checkpoint, Component
 from lcm_compile.errors import CheckpointError
 from lcm_compile.hub import first_line
@@ -59,19 +60,11 @@ def stored_component(component: Component, folder: Path) -> torch.nn.Module:
         "local_files_only": True,
         "output_loading_info": True,
     }
+    # diffusers and transformers name it differently.
+    dtype = "torch_dtype" if component.name in ("unet", "vae") else "dtype"
+    kind = kind_of(component.name, component.config)
     try:
-        if component.name in ("unet", "vae"):
-            import diffusers
-
-            kind = diffusers.UNet2DConditionModel if component.name == "unet" else diffusers.AutoencoderKL
-            module, info = kind.from_pretrained(folder, torch_dtype=torch.float32, **options)
-        else:
-            import transformers
-
-            text_kind: Any = transformers.CLIPTextModel
-            if component.name == "text_encoder_2":
-                text_kind = transformers.CLIPTextModelWithProjection
-            module, info = text_kind.from_pretrained(folder, dtype=torch.float32, **options)
+        module, info = kind.from_pretrained(folder, **{dtype: torch.float32}, **options)
     except Exception as error:
         raise CheckpointError(
             f"{folder} can't be loaded: {first_line(error)}", "download the checkpoint again"

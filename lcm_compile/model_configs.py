@@ -22,6 +22,17 @@ VAE = {
 }
 VAE_XL = {**VAE, "sample_size": 1024, "scaling_factor": 0.13025}
 
+# The tiny autoencoder of both: TAESD and TAESDXL differ in their weights alone.
+TAESD = {
+    "_class_name": "AutoencoderTiny",
+    "encoder_block_out_channels": [64] * 4,
+    "decoder_block_out_channels": [64] * 4,
+    "num_encoder_blocks": [1, 3, 3, 3],
+    "num_decoder_blocks": [3, 3, 3, 1],
+    "latent_channels": 4,
+    "scaling_factor": 1.0,
+}
+
 # OpenAI's CLIP ViT-L/14, and OpenCLIP's ViT-bigG/14 and ViT-H/14.
 # eos_token_id 2 is how the hub's files have it: transformers then takes the largest id for the end.
 CLIP_L = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.architectures import empty_module
-from lcm_compile.components import Component
+from lcm_compile.components import Component, is_tiny
 from lcm_compile.errors import CheckpointError
 from lcm_compile.single_file import CLIP, CLIP_XL
 
@@ -22,6 +22,11 @@ def component_in_file(component: Component) -> torch.nn.Module:
     """A component in fp32, of the keys that begin with its prefix. CheckpointError where they don't fit."""
     import torch
 
+    if is_tiny(component.config):
+        raise CheckpointError(
+            f"the VAE's config is a tiny autoencoder's, and {component.files[0]} has no weights for one",
+            "give --vae a folder with config.json, or a hub id",
+        )
     module = empty_module(component)
     weights = as_diffusers(component, module, read_weights(component))
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.components import SCHEDULER, Checkpoint
+from lcm_compile.components import SCHEDULER, Checkpoint, is_tiny
 from lcm_compile.loading import load_tokenizer, quiet_libraries
 
 
@@ -38,7 +38,7 @@ def index_of(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "vae": ["diffusers", "AutoencoderTiny" if is_tiny(checkpoint.vae) else "AutoencoderKL"],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
     }

@@ -113,6 +113,7 @@ class Plan:
             else {
                 "base": str(export.checkpoint.location),
                 "vae": export.checkpoint.components["vae"].location,
+                "lossy": export.checkpoint.lossy,
                 "architecture": export.checkpoint.architecture,
                 "loras": [
                     {

@@ -24,6 +24,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         else [
             ("base", f"{export.checkpoint.location} ({export.checkpoint.architecture})"),
             ("vae", export.checkpoint.components["vae"].location),
+            *((f"lossy {stage}", why) for stage, why in export.checkpoint.lossy.items()),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
@@ -66,7 +67,7 @@ def print_parity(figures: Mapping[str, Parity]) -> None:
 
 
 def print_description(name: str, description: Mapping[str, Any]) -> None:
-    print_table(("", name), [(key, told(value)) for key, value in description.items()])
+    print_table(("", name), [(key, told(value)) for key, value in description.items() if value != {}])
 
 
 def told(value: Any) -> str:
@@ -158,6 +159,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "compute_capability": manifest.target.compute_capability,
         "backend": manifest.backend,
         "shape": vars(manifest.pipeline.shape),
+        "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
         "stages": [
             {

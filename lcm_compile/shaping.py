@@ -7,6 +7,7 @@ that they take less arithmetic. REWRITES in spec names them; each can be switche
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,8 +38,13 @@ def shape_unet(
 
 def shape_vae(vae: nn.Module, rewrites: Collection[str]) -> None:
     """Rewrites the drawing half of a VAE in place."""
-    if "upsampling" in rewrites:
-        shape_upsampling(vae.decoder, [])  # type: ignore[arg-type]
+    decoder: Any = vae.decoder
+    if "upsampling" not in rewrites:
+        return
+    if hasattr(decoder, "up_blocks"):
+        shape_upsampling(decoder, [])
+    else:
+        shape_sequence(decoder.layers)
 
 
 def parts(module: Any, name: str) -> Any:
@@ -260,9 +266,21 @@ def shape_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> None
     ]
     for number, (block, i, upsampler) in enumerate(found):
         conv: Any = getattr(upsampler, "conv", None)
-        plain = isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
-        if plain and upsampler.interpolate and all(doubles[number] for doubles in exact):
+        if is_plain(conv) and upsampler.interpolate and all(doubles[number] for doubles in exact):
             block.upsamplers[i] = Upsampling(conv)
+
+
+def shape_sequence(layers: nn.Sequential) -> None:
+    """The same in a tiny autoencoder's decoder, whose layers are one sequence."""
+    pairs: Any = pairwise(layers)
+    for i, (layer, conv) in enumerate(pairs):
+        doubles = isinstance(layer, nn.Upsample) and (layer.scale_factor, layer.mode) == (2, "nearest")
+        if doubles and is_plain(conv):
+            layers[i], layers[i + 1] = Upsampling(conv), nn.Identity()
+
+
+def is_plain(conv: Any) -> bool:
+    return isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
 
 
 class Upsampling(nn.Module):

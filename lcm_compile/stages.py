@@ -204,7 +204,7 @@ class Decode(nn.Module):
         self.rgb8 = rgb8
         # The encoder half is no part of the graph.
         parts: Any = vae
-        self.post_quant_conv: nn.Module | None = parts.post_quant_conv
+        self.post_quant_conv: nn.Module | None = getattr(parts, "post_quant_conv", None)
         self.decoder: nn.Module = parts.decoder
         config = parts.config
         scale = torch.full((1, config.latent_channels, 1, 1), 1.0 / config.scaling_factor)

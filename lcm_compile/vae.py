@@ -1,4 +1,4 @@
-"""A VAE in place of the base's own: one that is named, or the one of SDXL's that fp16 does not overflow."""
+"""A VAE in place of the base's own: one that is named, a tiny one, or SDXL's that fp16 does not overflow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.checkpoints import hub_id
-from lcm_compile.components import Checkpoint, Component
+from lcm_compile.components import Checkpoint, Component, factor_of, is_tiny
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.folders import FULL_FIRST, HALF_FIRST, find_component, needed_files
 from lcm_compile.hub import fetch, from_cache
+from lcm_compile.model_configs import TAESD
 from lcm_compile.single_file import VAE, read_header, under
 from lcm_compile.spec import user_path
 
@@ -20,16 +21,26 @@ from lcm_compile.spec import user_path
 FIXED_VAE = "madebyollin/sdxl-vae-fp16-fix"
 FIXED_FOR = ("sdxl", "ssd-1b", "lcm-sdxl", "lcm-ssd-1b")
 SCALING = 0.18215  # diffusers' default
+# What `--vae taesd` is, by how a base's latents are scaled: each kind of VAE has a number of its own.
+TINY = "taesd"
+TINY_VAES = {0.18215: "madebyollin/taesd", 0.13025: "madebyollin/taesdxl"}
 
 
 def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
-    """The checkpoint with another VAE: a hub id, a diffusers folder of one or with one, or a file.
+    """The checkpoint with another VAE: `taesd`, a hub id, a diffusers folder of one or with one, or a file.
 
     UsageError for a name that nothing has; CheckpointError where it can't be had or has other latents.
     """
+    if vae == TINY:
+        vae = published_tiny(checkpoint)
+        if checkpoint.random_seed is not None:
+            return replaced(checkpoint, Component("vae", TAESD), vae)
     path = user_path(vae)
     variants = FULL_FIRST
     if hub := hub_id(vae):
+        if hub[0] in TINY_VAES.values() and hub[0] != published_tiny(checkpoint):
+            told = f"the VAE {vae} is for other latents than those of {checkpoint.base}"
+            raise CheckpointError(told, f"--vae {TINY} takes the right one")
         variants = HALF_FIRST if half else FULL_FIRST
         try:
             path = fetch(hub[0], lambda names: needed_files(names, variants, ("vae", "")), hub[1])
@@ -46,23 +57,41 @@ def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
     return replaced(checkpoint, find_component(folder, "vae", variants), vae)
 
 
+def published_tiny(checkpoint: Checkpoint) -> str:
+    """The hub id of the tiny autoencoder for a base's latents; UsageError where none is known."""
+    channels, factor, scaling = latents(checkpoint.vae)
+    plain = (channels, factor) == (4, 8) and not checkpoint.vae.get("latents_mean")
+    if not plain or scaling not in TINY_VAES:
+        raise UsageError(
+            f"no tiny autoencoder is known for the latents of {checkpoint.base}",
+            "give an AutoencoderTiny made for them to --vae: a hub id or a folder",
+        )
+    return TINY_VAES[scaling]
+
+
 def vae_in_file(path: Path, config: Mapping[str, Any]) -> Component:
     """Of a VAE's or a whole checkpoint's file, with the base's own settings: a file has none."""
     keys, _ = read_header(path)
     prefix = VAE if under(VAE, keys) else ""
     if not under(f"{prefix}decoder.", keys):
         raise CheckpointError(f"{path} has no VAE: no key begins with decoder.", "give a VAE to --vae")
+    if under(f"{prefix}decoder.layers.", keys):
+        raise CheckpointError(
+            f"{path} is a tiny autoencoder's file, which does not tell its settings",
+            "give its folder, with config.json, to --vae",
+        )
     return Component("vae", config, (path,), prefix=prefix)
 
 
 def replaced(checkpoint: Checkpoint, vae: Component, name: str) -> Checkpoint:
-    def latents(config: Mapping[str, Any]) -> tuple[Any, ...]:
-        blocks = config.get("block_out_channels") or ()
-        return config.get("latent_channels"), len(blocks), config.get("scaling_factor", SCALING)
+    """CheckpointError where the other VAE's latents are not the base's.
 
+    A tiny autoencoder takes them as the UNet leaves them, unscaled: how the base scales them does not matter.
+    """
     own, other = latents(checkpoint.vae), latents(vae.config)
-    if own != other:
-        told = "latents of {} channels, {} levels down, scaled by {}"
+    tiny = is_tiny(checkpoint.vae) or is_tiny(vae.config)
+    if own[:2] != other[:2] or (own != other and not tiny):
+        told = "latents of {} channels, each of {} pixels a side, scaled by {}"
         raise CheckpointError(
             f"the VAE {name} is for another base: it has {told.format(*other)}, the base {told.format(*own)}",
             "give a VAE made for this base to --vae",
@@ -70,11 +99,17 @@ def replaced(checkpoint: Checkpoint, vae: Component, name: str) -> Checkpoint:
     return replace(checkpoint, components={**checkpoint.components, "vae": vae})
 
 
+def latents(vae: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Their channels, how many pixels a side each is, and their scale."""
+    return vae.get("latent_channels"), factor_of(vae), vae.get("scaling_factor", SCALING)
+
+
 def overflows(checkpoint: Checkpoint) -> bool:
     """Whether its VAE is SDXL's own, whose config says that it must be computed in fp32."""
     family = checkpoint.family
     stored = checkpoint.components["vae"].files
-    return bool(stored and family and family.name in FIXED_FOR and checkpoint.vae.get("force_upcast", True))
+    stores_own = stored and family and family.name in FIXED_FOR and not is_tiny(checkpoint.vae)
+    return bool(stores_own and checkpoint.vae.get("force_upcast", True))
 
 
 def with_fixed_vae(checkpoint: Checkpoint) -> Checkpoint | None:

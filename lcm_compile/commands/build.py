@@ -69,6 +69,7 @@ def build(
     The model is fused and exported once for all of them. With --from it was exported before, perhaps on
     another machine: see lcm-compile export.
     """
+    from lcm_compile.bundle import told_loss
     from lcm_compile.compile import build_from, build_targets
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.keys import briefly
@@ -87,8 +88,10 @@ def build(
         specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
         plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
     lead = plans[0]
-    for remark in () if lead.hit or lead.export is None else lead.export.checkpoint.notes:
-        note(remark, quiet)
+    if not lead.hit and lead.export is not None:
+        checkpoint = lead.export.checkpoint
+        for remark in (*checkpoint.notes, *told_loss(checkpoint.lossy)):
+            note(remark, quiet)
     if dry_run:
         from lcm_compile.estimate import estimate
 

@@ -40,7 +40,11 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--config", metavar="DIR", help="Settings and tokenizers of a base that is one file."
             ),
-            click.option("--vae", metavar="VAE", help="Instead of the base's: a hub id, a folder or a file."),
+            click.option(
+                "--vae",
+                metavar="VAE",
+                help="Instead of the base's: a hub id, a folder, a file, or taesd, the tiny one (lossy).",
+            ),
             click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
             click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
             click.option(

@@ -83,6 +83,7 @@ def run(
     lcm_timesteps(steps, settings.scheduler)
     hint_at(request, quiet)
     warn_of_random(bundle)
+    tell_loss(bundle, quiet)
     if stdin:
         if out is not None and not out.is_dir():
             raise UsageError(f"--out {out} is no folder, and --stdin may give many pictures", f"mkdir {out}")
@@ -185,6 +186,7 @@ def draw_sheet(
     path = sheet_path(out, fixed.prompt)
     hint_at(max(asked, key=lambda request: request.guidance_scale), quiet)
     warn_of_random(bundle)
+    tell_loss(bundle, quiet)
     with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
@@ -216,6 +218,14 @@ def warn_of_random(bundle: EngineBundle) -> None:
 
     if weights := bundle.manifest.spec.weights:
         note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise")
+
+
+def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
+    from lcm_compile.bundle import told_loss
+    from lcm_compile.console import note
+
+    for told in told_loss(bundle.manifest.lossy):
+        note(told, quiet)
 
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:

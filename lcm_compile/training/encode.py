@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.errors import CheckpointError
 from lcm_compile.loading import load_component, load_tokenizer
 from lcm_compile.stages import EncodeOne, EncodeTwo
 from lcm_compile.training.consistency import Conditioning
@@ -24,6 +25,11 @@ Encoded = Callable[[Sequence[int]], tuple[Tensor, Conditioning]]
 
 
 def open_vae(checkpoint: Checkpoint, device: torch.device) -> Any:
+    if checkpoint.lossy:
+        raise CheckpointError(
+            f"{checkpoint.base} has a tiny autoencoder, whose latents of pictures are only nearly the VAE's",
+            "train on the base with its own VAE",
+        )
     vae: Any = load_component(checkpoint, "vae").to(device)
     if device.type == "cuda":
         vae.use_slicing = True  # one picture at a time: SDXL's take gigabytes each
