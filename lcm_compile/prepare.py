@@ -80,7 +80,8 @@ def prepare_part(
         to_precision(stage.module, precision, kept)
         full = make_stage(checkpoint, whole[name], modules, plan.shape)
         graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
-        if stage.contract != full.contract and plan.checked == GRAPH:
+        # The encoders know nothing of a picture's size; the context's contract does not tell SDXL's size ids.
+        if name != "encode" and plan.proof_shape != plan.shape and plan.checked == GRAPH:
             twin = export_twin(stage, graph)
         done = Prepared(graph, twin, trace[name], dict(peaks), tuple(sorted(kept)))
         if plan.checked == MODULE:

@@ -113,7 +113,7 @@ def test_its_loss_is_told(sd15_checkpoint, command, tmp_path):
     assert command(*draw)[2].count(LOSSY) == 1
     assert command(*draw, "--quiet")[2] == ""
     lossy = read_manifest(tmp_path / "b")[0].lossy
-    assert LOSSY in str(warnings(Case("picture", (1.0, 1.0), {}), [], {"decode": "fp32"}, lossy))
+    assert LOSSY in str(warnings([Case("picture", (1.0, 1.0), {})], {"decode": "fp32"}, lossy))
 
 
 def test_loss_is_told_of_engines_built_from_an_export(sd15_checkpoint, command, tmp_path):

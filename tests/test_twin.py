@@ -30,7 +30,7 @@ def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_
     manifest = build(spec, tmp_path / "b").manifest
     assert manifest.pipeline.shape.height == 64 and manifest.proof.shape.height == 32
     told = {name: figure.checked.endswith("of a twin of 1×32×32") for name, figure in manifest.parity.items()}
-    assert told == {"encode": False, "step": True, "decode": True, "picture": True}
+    assert told == {"encode": False, "context": True, "step": True, "decode": True, "picture": True}
     assert all(figure.db >= STAGE_FLOORS["fp16"] for figure in manifest.parity.values())
 
 
