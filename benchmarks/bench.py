@@ -49,6 +49,7 @@ def bench(
     runs: int = 20,
     seconds: float = 120.0,
     report: Report = lambda doing, done, total: None,
+    cold_starts: int = COLD_STARTS,
 ) -> BenchmarkReport:
     """Measures every stage of a bundle, the whole picture and cold starts, with rivals taking turns.
 
@@ -67,7 +68,8 @@ def bench(
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
         prompt = manifest.pipeline.sample_prompt
         measured = take_warm(drawers, prompt, cores, runs, seconds, report)
-        measured.colds = take_cold(drawers, prompt, cores, min(COLD_STARTS, runs), report)
+        if cold_starts:
+            measured.colds = take_cold(drawers, prompt, cores, min(cold_starts, runs), report)
 
     # Once more: what another program took from the first time is not the device's.
     peaks = higher(peaks, peaks_of(manifest.target, precisions.values(), cores))
@@ -201,6 +203,8 @@ def stage_case(
 
 def cold_cases(measured: Measured) -> list[Case]:
     """From a process's start to its end; loading alone; the first picture alone."""
+    if not measured.colds:
+        return []
     cases = []
     for case, of in (
         (COLD_START, lambda cold: cold.ms),
