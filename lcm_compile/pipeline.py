@@ -168,17 +168,22 @@ class LcmPipeline:
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
         noise = TorchNoise(request.seed)
-        draws = [noise((request.num_images, *latent_shape)) for _ in steps]
+        draws: list[np.ndarray] = []
+
+        def drawn(i: int) -> np.ndarray:
+            if i == len(draws):
+                draws.append(noise((request.num_images, *latent_shape)))
+            return draws[i]
+
         coefficients = self.coefficients(steps)
         pictures, finite = [], True
         for first in range(0, request.num_images, shape.batch):
             rows = np.minimum(np.arange(first, first + shape.batch), request.num_images - 1)
-            # All that comes from the host comes before the first step, and the host waits for nothing but
-            # the picture: a GPU is never without work.
-            latent, *fresh_noise = [step.to_device(draw[rows]) for draw in draws]
-            clock.lap("")
+            latent = step.to_device(drawn(0)[rows])
             for i, lcm_step in enumerate(steps):
-                fresh = None if lcm_step is steps[-1] else fresh_noise[i]
+                # Drawn while a GPU computes the step before: the host waits for nothing but the picture.
+                fresh = None if lcm_step is steps[-1] else step.to_device(drawn(i + 1)[rows])
+                clock.lap("")
                 inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **coefficients[i]}
                 given = step({**inputs, **conditions[i]})
                 if guided:
@@ -198,14 +203,14 @@ class LcmPipeline:
             pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
             clock.lap("decode")
             yield passed()
-        drawn = np.concatenate(pictures)
-        check_drawn(drawn, finite)
+        joined = np.concatenate(pictures)
+        check_drawn(joined, finite)
         ms = {
             **clock.ms(),
             "total": (time.perf_counter() - start) * 1000,
             "load": self.load_ms,
         }
-        return Drawing(drawn, ms, cut)
+        return Drawing(joined, ms, cut)
 
     def takes(self, name: str) -> bool:
         """Whether the stages that are given text take such an input too."""
