@@ -68,6 +68,7 @@ def bench(
     runs: int = 20,
     seconds: float = 120.0,
     report: Report = lambda doing, done, total: None,
+    cold_starts: int = COLD_STARTS,
 ) -> BenchmarkReport:
     """Measures every stage of a bundle, the whole picture and cold starts, with rivals taking turns.
 
@@ -77,7 +78,7 @@ def bench(
     with contest(bundle, against, report) as rivals:
         report("measure the device's peak", 0, 1)
         peaks = peaks_of(manifest.target, rivals.precisions.values(), cores)
-        measured = measure(rivals, runs, seconds, min(COLD_STARTS, runs), report)
+        measured = measure(rivals, runs, seconds, min(cold_starts, runs), report)
     # Once more: what another program took from the first time is not the device's.
     peaks = higher(peaks, peaks_of(manifest.target, rivals.precisions.values(), cores))
     cases = cases_of(rivals, measured, peaks)
@@ -119,7 +120,8 @@ def measure(
 ) -> Measured:
     """Samples of new processes: warm ones in turn, then cold starts."""
     measured = take_warm(rivals.drawers, rivals.prompt, rivals.threads, runs, seconds, report)
-    measured.colds = take_cold(rivals.drawers, rivals.prompt, rivals.threads, cold_starts, report)
+    if cold_starts:
+        measured.colds = take_cold(rivals.drawers, rivals.prompt, rivals.threads, cold_starts, report)
     return measured
 
 
@@ -248,6 +250,8 @@ def stage_case(
 
 def cold_cases(measured: Measured) -> list[Case]:
     """From a process's start to its end; loading alone; the first picture alone."""
+    if not measured.colds:
+        return []
     cases = []
     for case, of in (
         (COLD_START, lambda cold: cold.ms),

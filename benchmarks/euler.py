@@ -23,11 +23,12 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
-    none = LcmStep(0, 0, 0, 0, 0, 0, 0)  # of the step's own arithmetic nothing is wanted
+    # Of the step's own arithmetic nothing is wanted.
+    [numbers] = pipeline.coefficients([LcmStep(0, 0, 0, 0, 0, 0, 0)])
 
     def predict(latent: torch.Tensor, condition: dict) -> torch.Tensor:
         noisy = step.to_device(latent.numpy())
-        given = step({"latent": noisy, **pipeline.step_inputs(none, noisy), **condition})
+        given = step({"latent": noisy, "noise": noisy, **numbers, **condition})
         return torch.from_numpy(step.to_host(given["prediction"]) + 0)
 
     def draw(request: Request) -> np.ndarray:

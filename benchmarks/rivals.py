@@ -252,7 +252,13 @@ def makers(
 
 
 def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
-    """A spec's base with its LoRAs as a diffusers folder; without `lcm`, with its styles alone."""
+    """A spec's base with its LoRAs as a diffusers folder; without `lcm`, with its styles alone.
+
+    A folder with nothing to fuse is used as it is.
+    """
+    plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
+    if plain and (Path(spec.base) / "model_index.json").is_file():
+        return Path(spec.base)
     from lcm_compile.apart import call_apart
     from lcm_compile.fuse import fuse
 

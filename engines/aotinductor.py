@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,12 @@ class AotInductorRunner(TensorRunner):
     def __init__(self, path: Path, contract: StageContract) -> None:
         import torch
 
+        self._turn = threading.Lock()
         # What torch._inductor.aoti_load_package returns wraps this class. That function also compiles a
         # C++ program to compare the processor: seconds, and a compiler that need not be where engines run.
+        # Single-threaded, as otherwise each call waits on the host until the GPU has done the one before.
         try:
-            self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+            self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
             raise BackendError(
                 f"torch {torch.__version__} can't open {path}: {str(error).splitlines()[0]}", REBUILD
@@ -120,7 +123,7 @@ class AotInductorRunner(TensorRunner):
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        with torch.inference_mode():
+        with self._turn, torch.inference_mode():
             outputs = self._model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 

@@ -8,7 +8,7 @@ import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.targets import GpuTarget
+
+if TYPE_CHECKING:
+    import torch
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("onnxruntime-gpu", "onnxruntime")
@@ -98,7 +101,11 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     if target.is_cpu:
         return OnnxRuntimeRunner(open_checked(path, contract, [CPU]), contract)
-    return BoundRunner(open_checked(path, contract, [CUDA]), contract, "cuda")
+    import torch
+
+    stream = torch.cuda.Stream()  # not torch's default one, whose address 0 stands for none
+    provider = CUDA, {"user_compute_stream": str(stream.cuda_stream)}
+    return BoundRunner(open_checked(path, contract, [provider]), contract, "cuda", stream)
 
 
 def quiet_options() -> Any:
@@ -159,12 +166,21 @@ class OnnxRuntimeRunner(Runner):
 class BoundRunner(TensorRunner):
     """A session whose inputs and outputs are bound where they lie: on a GPU, nothing is copied to the host.
 
-    Its outputs are the same tensors at every call.
+    Its outputs are the same tensors at every call. `stream` is the one that the session was opened to compute
+    on; without, it has its own, and each call waits until the GPU is done.
     """
 
-    def __init__(self, session: Any, contract: StageContract, device: str) -> None:
+    def __init__(
+        self, session: Any, contract: StageContract, device: str, stream: torch.cuda.Stream | None = None
+    ) -> None:
+        import onnxruntime as ort
+
         super().__init__(contract, device)
         self._session = session
+        self._stream = stream
+        self._options = ort.RunOptions()
+        if stream is not None:
+            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
         self._binding = session.io_binding()
         self._outputs = self.empty_outputs()
         for found, spec in zip(session.get_outputs(), contract.outputs, strict=True):
@@ -176,8 +192,8 @@ class BoundRunner(TensorRunner):
         for spec, tensor in zip(self.contract.inputs, held, strict=True):
             address = tensor.data_ptr()
             self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
-        self.finish_tensors()  # ONNX Runtime has a stream of its own
-        self._session.run_with_iobinding(self._binding)
+        with self.beside(self._stream):
+            self._session.run_with_iobinding(self._binding, self._options)
         return dict(self._outputs)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Self
@@ -34,6 +35,14 @@ class Runner(ABC):
 
     def to_host(self, array: Array) -> np.ndarray:
         return as_numpy(array)
+
+    def mark(self) -> Any:
+        """A moment on this engine's device: when all that was asked of it so far is done."""
+        return time.perf_counter()
+
+    def between(self, start: Any, end: Any) -> float:
+        """Milliseconds between two marks; waits for the second."""
+        return (end - start) * 1000
 
     @abstractmethod
     def close(self) -> None:

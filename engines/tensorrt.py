@@ -214,18 +214,14 @@ class TensorRtRunner(TensorRunner):
             self._context.set_tensor_address(name, self._outputs[spec.name].data_ptr())
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        import torch
-
         held = []  # inputs must outlive the launch
         for spec in self.contract.inputs:
             tensor = self.tensor(spec, inputs[spec.name])
             self._context.set_tensor_address(spec.name, tensor.data_ptr())
             held.append(tensor)
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise BackendError(f"the {self.contract.name} engine failed while running")
-        current.wait_stream(self._stream)
+        with self.beside(self._stream):
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise BackendError(f"the {self.contract.name} engine failed while running")
         return dict(self._outputs)
 
     def close(self) -> None:

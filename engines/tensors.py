@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +30,10 @@ class TensorRunner(Runner):
         """
         import torch
 
-        tensor = self.to_device(array) if isinstance(array, np.ndarray) else torch.from_dlpack(array)
+        if isinstance(array, np.ndarray):
+            array = self.to_device(array)
+        # A step takes a hundred tensors: those of torch are spared the exchange.
+        tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
         if (shape := tuple(tensor.shape)) != spec.shape:
             raise BackendError(
                 f"the {self.contract.name} engine takes {spec.name} as {spec.shape}, not {shape}"
@@ -44,17 +49,49 @@ class TensorRunner(Runner):
             for spec in self.contract.outputs
         }
 
-    def finish_tensors(self) -> None:
-        """Waits for what torch still computes on the GPU."""
+    @contextlib.contextmanager
+    def beside(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """An engine on a stream of its own takes its turn in torch's; the host waits for neither.
+
+        Without such a stream, the engine begins once the GPU has done all that torch asked of it.
+        """
         import torch
 
-        if self.device == "cuda":
-            torch.cuda.current_stream().synchronize()
+        if self.device != "cuda":
+            yield
+            return
+        current = torch.cuda.current_stream()
+        if stream is None:
+            current.synchronize()
+            yield
+            return
+        stream.wait_stream(current)
+        yield
+        current.wait_stream(stream)
+
+    def mark(self) -> Any:
+        if self.device != "cuda":
+            return super().mark()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if self.device != "cuda":
+            return super().between(start, end)
+        end.synchronize()
+        return start.elapsed_time(end)
 
     def to_device(self, array: np.ndarray) -> Array:
         import torch
 
-        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(self.device)
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
+        if self.device != "cuda":
+            return tensor
+        # From pinned memory, in the order of the stream: the host does not wait for what the GPU does before.
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def to_host(self, array: Array) -> np.ndarray:
         return array if isinstance(array, np.ndarray) else array.cpu().numpy()

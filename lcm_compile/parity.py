@@ -252,17 +252,19 @@ def read_calls(path: Path, contract: StageContract) -> list[Call]:
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
     """Replays a bundle's proof on its engines here: a figure for each stage and for the whole picture.
 
-    Where the proof is a twin's, for smaller pictures, only the stages that do not depend on their size can be
-    replayed; the whole picture is drawn nevertheless, and must be one. ParityError where it is not.
+    Where the proof is a twin's, for one smaller picture, only the stages that do not depend on its size or
+    number can be replayed; the whole picture is drawn nevertheless, and must be one. ParityError where it
+    is not.
     """
     manifest = bundle.manifest
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     proof = manifest.proof
     whole = proof.shape == manifest.pipeline.shape
+    as_many = proof.shape.batch == manifest.pipeline.shape.batch
     figures = {}
     with load(bundle) as pipeline:
         for name, runner in pipeline.runners.items():
-            if whole or name == "encode":
+            if whole or (name == "encode" and as_many):
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
                 figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
         picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]

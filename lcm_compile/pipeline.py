@@ -9,7 +9,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
@@ -65,20 +66,23 @@ class Drawing:
         return [Image.fromarray(picture) for picture in self.pictures]
 
 
-@dataclass
 class Clock:
-    """Milliseconds spent in each stage."""
+    """Milliseconds in each stage, as the engines' device tells: a GPU computes while the host goes ahead."""
 
-    encode: float = 0.0
-    context: float = 0.0
-    step: list[float] = field(default_factory=list)
-    decode: float = 0.0
-    _start: float = field(default_factory=time.perf_counter)
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._marks = [("", runner.mark())]
 
-    def lap(self) -> float:
-        now = time.perf_counter()
-        passed, self._start = (now - self._start) * 1000, now
-        return passed
+    def lap(self, stage: str) -> None:
+        """What was asked for since the last lap was this stage's."""
+        self._marks.append((stage, self._runner.mark()))
+
+    def ms(self) -> dict[str, Any]:
+        """By stage; each step apart. Waits until all is done."""
+        passed: dict[str, list[float]] = {name: [] for name in (*STAGES, "")}
+        for (_, start), (stage, end) in pairwise(self._marks):
+            passed[stage].append(self._runner.between(start, end))
+        return {name: passed[name] if name == "step" else sum(passed[name]) for name in STAGES}
 
 
 class LcmPipeline:
@@ -149,7 +153,7 @@ class LcmPipeline:
             done += 1
             return done, total
 
-        start, clock = time.perf_counter(), Clock()
+        start, clock = time.perf_counter(), Clock(self.runners["encode"])
         timesteps = [float(lcm_step.timestep) for lcm_step in steps]
         scale = request.guidance_scale
         embedded = 1.0 if not self.takes("guidance") else scale
@@ -164,15 +168,23 @@ class LcmPipeline:
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
         noise = TorchNoise(request.seed)
-        draws = [noise((request.num_images, *latent_shape)) for _ in steps]
-        clock.lap()
+        draws: list[np.ndarray] = []
+
+        def drawn(i: int) -> np.ndarray:
+            if i == len(draws):
+                draws.append(noise((request.num_images, *latent_shape)))
+            return draws[i]
+
+        coefficients = self.coefficients(steps)
         pictures, finite = [], True
         for first in range(0, request.num_images, shape.batch):
             rows = np.minimum(np.arange(first, first + shape.batch), request.num_images - 1)
-            latent = step.to_device(draws[0][rows])
+            latent = step.to_device(drawn(0)[rows])
             for i, lcm_step in enumerate(steps):
-                fresh = None if lcm_step is steps[-1] else step.to_device(draws[i + 1][rows])
-                inputs = {"latent": latent, **self.step_inputs(lcm_step, latent if fresh is None else fresh)}
+                # Drawn while a GPU computes the step before: the host waits for nothing but the picture.
+                fresh = None if lcm_step is steps[-1] else step.to_device(drawn(i + 1)[rows])
+                clock.lap("")
+                inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **coefficients[i]}
                 given = step({**inputs, **conditions[i]})
                 if guided:
                     passed()
@@ -184,36 +196,34 @@ class LcmPipeline:
                     latent = given["next_latent"] + 0
                 else:
                     latent = lcm_step(latent, given["prediction"], fresh)
-                clock.step.append(clock.lap())
+                clock.lap("step")
                 yield passed()
             picture = decode.to_host(decode({"latent": latent})["picture"])
             finite = finite and all(np.isfinite(array).all() for array in (step.to_host(latent), picture))
             pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
-            clock.decode += clock.lap()
+            clock.lap("decode")
             yield passed()
-        drawn = np.concatenate(pictures)
-        check_drawn(drawn, finite)
+        joined = np.concatenate(pictures)
+        check_drawn(joined, finite)
         ms = {
-            "encode": clock.encode,
-            "context": clock.context,
-            "step": clock.step,
-            "decode": clock.decode,
+            **clock.ms(),
             "total": (time.perf_counter() - start) * 1000,
             "load": self.load_ms,
         }
-        return Drawing(drawn, ms, cut)
+        return Drawing(joined, ms, cut)
 
     def takes(self, name: str) -> bool:
         """Whether the stages that are given text take such an input too."""
         stages = [self.runners[stage] for stage in ("context", "step") if stage in self.runners]
         return any(spec.name == name for stage in stages for spec in stage.contract.inputs)
 
-    def step_inputs(self, lcm_step: LcmStep, noise: Any) -> Arrays:
-        """What a step takes that does its own LCM arithmetic; nothing for one that does not."""
+    def coefficients(self, steps: Sequence[LcmStep]) -> list[Arrays]:
+        """What each step takes that does its own LCM arithmetic; nothing for one that does not."""
         if not self.takes("coefficients"):
-            return {}
-        coefficients = np.asarray(lcm_step.coefficients, np.float32)
-        return {"noise": noise, "coefficients": self.runners["step"].to_device(coefficients)}
+            return [{} for _ in steps]
+        table = np.asarray([lcm_step.coefficients for lcm_step in steps], np.float32)
+        numbers = self.runners["step"].to_device(table)
+        return [{"coefficients": numbers[i]} for i in range(len(steps))]
 
     def condition(
         self, text: Arrays, timesteps: Sequence[float], guidance_scale: float = 1.0
@@ -254,11 +264,11 @@ class LcmPipeline:
         kept = self._prompts.pop(key, None)
         if kept is None:
             text, cut = (self.no_text(), "") if prompt is None else self.encode(prompt)
-        clock.encode += clock.lap()
+        clock.lap("encode")
         yield passed()
         if kept is None:
             kept = self.condition(text, timesteps, guidance_scale), cut
-        clock.context += clock.lap()
+        clock.lap("context")
         if "context" in self.runners:
             yield passed()
         if self._prompt_cache:

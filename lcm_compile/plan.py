@@ -59,6 +59,7 @@ class ExportPlan:
     graph_format: str
     checked: str
     key: Mapping[str, str]
+    small_proof: bool = False
 
     @property
     def is_large(self) -> bool:
@@ -70,11 +71,12 @@ class ExportPlan:
         """The pictures that parity is measured on: the bundle's own, or smaller ones.
 
         A large model that runs on another machine has a twin: the same weights as a graph for small
-        pictures, which a CPU computes in seconds.
+        pictures, which a CPU computes in seconds. So has one that asks for a `small_proof`.
         """
         side = TWIN_LATENT * self.checkpoint.vae_factor
         small = self.shape.height * self.shape.width <= side * side
-        if self.checked == ENGINE or not self.is_large or small:
+        runs_here = self.checked == ENGINE and not self.small_proof
+        if runs_here or not self.is_large or small:
             return self.shape
         return Shape(1, side, side)
 

@@ -82,6 +82,12 @@ class LoadingRunner(Runner):
     def to_host(self, array: Array) -> np.ndarray:
         return self._loading.result().to_host(array)
 
+    def mark(self) -> Any:
+        return self._loading.result().mark()
+
+    def between(self, start: Any, end: Any) -> float:
+        return self._loading.result().between(start, end)
+
     def close(self) -> None:
         if not self._loading.cancel() and self._loading.exception() is None:
             self._loading.result().close()

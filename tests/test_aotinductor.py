@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+from torch._guards import detect_fake_mode
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoints import open_checkpoint
@@ -21,8 +22,9 @@ from lcm_compile.export import export_stage
 from lcm_compile.loading import load_modules
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request, eight_bits
-from lcm_compile.spec import Shape
-from lcm_compile.stages import make_stages
+from lcm_compile.precision import to_precision
+from lcm_compile.spec import REWRITES, Shape
+from lcm_compile.stages import make_stages, shape_modules
 from lcm_compile.targets import find_target
 
 CPU = find_target("cpu")
@@ -168,3 +170,26 @@ def test_a_bundle_draws_what_diffusers_draws(sdxl_checkpoint, tmp_path, precisio
                       height=64, width=64, output_type="np").images  # fmt: skip
     with load(bundle) as ours:
         assert psnr_db(eight_bits(expected), ours.draw(Request("a red star", 7)).pictures) >= floor
+
+
+def test_on_a_gpu_every_array_of_a_graph_is_there(sdxl_checkpoint, tmp_path):
+    """The graphs that are moved before they are compiled, run on torch's fake GPU: it knows shapes, types
+    and devices, and refuses to mix devices, as a real one does."""
+    from torch.export.passes import move_to_device_pass
+
+    checkpoint, shape = open_checkpoint(str(sdxl_checkpoint)), Shape(1, 64, 64)
+    modules = shape_modules(load_modules(checkpoint).named(), REWRITES, [shape], checkpoint.vae_factor)
+    for stage in make_stages(checkpoint, modules, shape, REWRITES):
+        to_precision(stage.module, "fp16")
+        program = torch.export.load(export_stage(stage, aotinductor.GRAPH_FORMAT, "fp16", tmp_path).path)
+        mode = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
+        for arrays in (program._state_dict, program._constants):
+            arrays.update({name: mode.from_tensor(array.detach()) for name, array in arrays.items()})
+        program._example_inputs = (tuple(mode.from_tensor(a) for a in program.example_inputs[0]), {})
+        program.validate = lambda: None  # it wants parameters, which fake arrays are not
+        with mode:
+            moved = move_to_device_pass(program, "cuda:0")
+            given = [node.meta["val"] for node in moved.graph.nodes if node.op == "placeholder"]
+            outputs = torch.fx.Interpreter(moved.graph_module).run(*given)
+        told = [(tuple(o.shape), str(o.dtype).removeprefix("torch."), o.device.type) for o in outputs]
+        assert told == [(spec.shape, spec.dtype, "cuda") for spec in stage.contract.outputs]

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
+from lcm_compile.engines.runner import Runner
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
 
@@ -184,3 +185,49 @@ def test_full_lcm_takes_guidance_as_an_input(full_lcm, guidance_scale):
 
 def test_batch_of_two_draws_three_pictures(full_lcm):
     assert min(full_lcm.psnr(num_images=3)) >= FLOOR
+
+
+@dataclass
+class Watched(Runner):
+    """A runner that tells in which order it is used; its clock tells how often it was asked."""
+
+    runner: Runner
+    told: list[str]
+
+    @property
+    def contract(self):
+        return self.runner.contract
+
+    def __call__(self, inputs):
+        self.told.append(self.contract.name)
+        return self.runner(inputs)
+
+    def to_device(self, array):
+        self.told.append("to the device")
+        return self.runner.to_device(array)
+
+    def to_host(self, array):
+        self.told.append("to the host")
+        return self.runner.to_host(array)
+
+    def mark(self):
+        return len(self.told)
+
+    def between(self, start, end):
+        return end - start
+
+    def close(self):
+        self.runner.close()
+
+
+def test_within_a_picture_the_host_waits_for_nothing(sdxl):
+    """A copy to the host between two steps would leave a GPU without work; one from it is queued."""
+    told: list[str] = []
+    runners = {name: Watched(runner, told) for name, runner in sdxl.ours.runners.items()}
+    watched = LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.tokenizers)
+    drawing = watched.draw(Request("a small blue ring", 3))
+    loop = told[told.index("step") :]
+    copied = ["step", "to the device"] * 2  # noise for the second and the third
+    assert loop == [*copied, "step", "step", "decode", "to the host", "to the host"]
+    # Stages are timed by the device's clock, and what is prepared on the host is none's.
+    assert drawing.ms["step"] == [1, 1, 1, 1] and drawing.ms["decode"] == 3

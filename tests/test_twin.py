@@ -9,10 +9,12 @@ import pytest
 
 from lcm_compile import BuildSpec, build, plan
 from lcm_compile.apart import call_apart
+from lcm_compile.benchmarks.gpu_items import build_quickly
 from lcm_compile.bundle import read_manifest
 from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
-from lcm_compile.parity import STAGE_FLOORS
+from lcm_compile.parity import STAGE_FLOORS, verify
+from lcm_compile.spec import Shape
 
 
 @pytest.fixture
@@ -85,3 +87,12 @@ def test_a_process_that_is_killed_is_told():
         call_apart(os._exit, 7)
     with pytest.raises(LcmCompileError, match="want of memory"):
         call_apart(exec, "import os; os.kill(os.getpid(), 9)")
+
+
+@pytest.mark.parametrize("batch, replayed", [(1, {"encode"}), (2, set())])
+def test_a_small_proof_of_engines_that_run_here(large, sdxl_checkpoint, tmp_path, batch, replayed):
+    """What is of another size or number than the engines take is not replayed; the picture is drawn."""
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, batch=batch)
+    bundle = build_quickly(spec, tmp_path / "b", lambda **found: None)
+    assert bundle.manifest.proof.shape == Shape(1, 32, 32)
+    assert verify(bundle).keys() == replayed

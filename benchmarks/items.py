@@ -1,11 +1,7 @@
-"""Finds out which backends really run on this machine's GPU, in under 8 minutes.
+"""Things to try on a machine that nobody has seen, each in a process and a time limit of its own.
 
-`python -m lcm_compile.benchmarks.gpu_smoke`
-
-Each item has a process and a time limit of its own: a crash or a hang ends that item and no other. After
-every item the whole report is written to `benchmarks/results/gpu_smoke-<gpu>.json`; an item that was stopped
-keeps what it had found by then. Full-size SDXL may want a run of its own: `--only sdxl-aotinductor`. What
-other runs found with the same machine and versions stays in the report.
+A crash or a hang ends that item and no other. After every item the whole report is written; one that was
+stopped keeps what it had found by then.
 """
 
 from __future__ import annotations
@@ -14,39 +10,41 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import click
-
 from lcm_compile.apart import call_apart
-from lcm_compile.benchmarks import gpu_smoke_items as does
-from lcm_compile.benchmarks.gpu_smoke_items import Found, Missing
-from lcm_compile.engines import BACKENDS
 from lcm_compile.engines.tensorrt_caches import plain
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.schema import json_text
 from lcm_compile.store import write_atomically
 
-RESULTS = Path(__file__).parent / "results"
 LOG_END = 20_000  # characters of what a failed item's libraries printed
 WIDTH = 80
+NAME_WIDTH = 31
+
+Found = dict[str, Any]
+Note = Callable[..., None]
+
+
+class Missing(Exception):
+    """What can't be tried here, and why."""
 
 
 @dataclass(frozen=True)
 class Item:
     """`run(note, target, work, *args)`. It is begun while `least` seconds are left, and ended after `most`.
 
-    `work` is a folder that all items share, `needs` the item that leaves something there. One `on_gpu` is
-    skipped without.
+    `work` is a folder that all items share, `needs` the item that leaves something there; a benchmark's
+    report goes to `report_path`. One `on_gpu` is skipped without, one `without_target` is tried even where
+    the machine's GPU is none that we know.
     """
 
     name: str
@@ -56,20 +54,11 @@ class Item:
     most: float = 180
     on_gpu: bool = False
     needs: str = ""
+    without_target: bool = False
 
 
-MACHINE = Item("machine", does.examine_machine, least=0, most=60)
-GPU_BACKENDS = [name for name in BACKENDS if name != "torchscript"]
-ITEMS = (
-    Item("doctor", does.examine_backends, most=150),
-    *(Item(f"demo-{name}", does.draw_demo, (name,)) for name in GPU_BACKENDS),
-    Item("demo-tensorrt-rtx-portable", does.draw_portable, on_gpu=True),
-    Item("sdxl-weights", does.write_weights, least=60, on_gpu=True),
-    *(
-        Item(f"sdxl-{name}", does.draw_sdxl, (name,), 120, 900, on_gpu=True, needs="sdxl-weights")
-        for name in ("aotinductor", "tensorrt", "onnxruntime")
-    ),
-)
+def report_path(work: Path, name: str) -> Path:
+    return work / f"{name}.report.json"
 
 
 def perform(item: Item, target: str, work: Path) -> None:
@@ -97,6 +86,8 @@ def perform(item: Item, target: str, work: Path) -> None:
 
 def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
     """All that an item found, however it ended."""
+    told = work / f"{item.name}.json"
+    told.unlink(missing_ok=True)
     began, start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     ended: Found = {}
     with at_home(work / f"{item.name}.home"):
@@ -106,7 +97,6 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
             ended = {"outcome": "timed out", "error": f"it took more than {seconds:.0f} s"}
         except Exception as error:  # the process ended, or item and process could not understand each other
             ended = {"outcome": "crashed", "error": str(error)}
-    told = work / f"{item.name}.json"
     found: Found = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
     if ended and (part := next((p for p, cost in found.get("parts", {}).items() if cost is None), None)):
         ended["error"] += f", in: {part}"
@@ -115,7 +105,17 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
         with suppress(OSError):
             printed = (work / f"{item.name}.log").read_text(encoding="utf-8", errors="replace")
             found["printed"] = printed[-LOG_END:]
+    write_atomically(told, json_text(found, indent=1))
     return found
+
+
+def found_in(work: Path, item: Item) -> Found | None:
+    """What an earlier run left in the same folder of an item that ended well, or None."""
+    try:
+        found: Found = json.loads((work / f"{item.name}.json").read_text(encoding="utf-8"))
+        return found if found["outcome"] == "ok" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def why_skipped(item: Item, machine: Found, done: Mapping[str, Found], left: flo
     target = machine.get("target")
     if item.on_gpu and target in (None, "cpu"):
         return "it needs a CUDA GPU, and this run has none"
-    if target is None and item.run is not does.examine_backends:
+    if target is None and not item.without_target:
         return f"no target is known here: {last_line(machine)}"
     if item.needs and done.get(item.needs, {}).get("outcome") != "ok":
         return f"{item.needs} did not end well"
@@ -146,29 +146,49 @@ def why_skipped(item: Item, machine: Found, done: Mapping[str, Found], left: flo
     return None
 
 
-def smoke(items: Sequence[Item], device: str, budget: float, results: Path) -> tuple[Path, Found]:
-    """Runs items within `budget` seconds. Returns the report's path, and what was found in this run."""
+def run_items(
+    machine: Item,
+    items: Sequence[Item],
+    device: str,
+    budget: float,
+    results: Path,
+    work: Path,
+    again: Collection[str] = (),
+) -> tuple[Path, Found]:
+    """Runs items within `budget` seconds. Returns the report's path, and what is known of each.
+
+    What an earlier run left in `work` is not done again, but for those named in `again`.
+    """
     deadline = time.monotonic() + budget
     done: dict[str, Found] = {}
-    with tempfile.TemporaryDirectory(prefix="gpu-smoke-", ignore_cleanup_errors=True) as folder:
-        work = Path(folder)
-        machine = run_item(MACHINE, device, work, min(MACHINE.most, budget))
-        gpu = machine.get("gpu") or ("cpu" if device == "cpu" else "none")
-        path = results / f"gpu_smoke-{plain(gpu)}.json"
-        others = found_before(path, machine)
-        write_report(path, machine, others)
-        for item in items:
-            left = deadline - time.monotonic()
-            if reason := why_skipped(item, machine, done, left):
-                done[item.name] = {"outcome": "skipped", "error": reason}
-            else:
-                target = machine.get("target") or "cpu"
-                done[item.name] = run_item(item, target, work, min(item.most, left))
-            # What was found before is worth more than that nothing was tried now.
-            tried = {name: found for name, found in done.items() if found["outcome"] != "skipped"}
-            write_report(path, machine, {**done, **others, **tried})
-            sys.stderr.write(summary_line(item.name, done[item.name]) + "\n")
-    return path, {"machine": machine, **done}
+    here = run_item(machine, device, work, min(machine.most, budget))
+    path = results / f"gpu_suite-{plain(here.get('gpu') or ('cpu' if device == 'cpu' else 'none'))}.json"
+    others = found_before(path, here)
+    write_report(path, here, others)
+    for item in items:
+        left = deadline - time.monotonic()
+        if item.name not in again and (before := found_in(work, item)):
+            done[item.name] = before
+        elif reason := why_skipped(item, here, done, left):
+            done[item.name] = {"outcome": "skipped", "error": reason}
+        else:
+            done[item.name] = run_item(item, here.get("target") or "cpu", work, min(item.most, left))
+        if (saved := report_path(work, item.name)).is_file():
+            shutil.copy(saved, path.with_name(f"{path.stem}-{item.name}.json"))
+        # What was found before is worth more than that nothing was tried now.
+        tried = {name: found for name, found in done.items() if found["outcome"] != "skipped"}
+        write_report(path, here, {**done, **others, **tried})
+        sys.stderr.write(summary_line(item.name, done[item.name]) + "\n")
+    return path, {"machine": here, **done}
+
+
+def with_needs(names: Collection[str], items: Sequence[Item]) -> set[str]:
+    """The named items, and all that they need."""
+    wanted, by_name = set(names), {item.name: item for item in items}
+    for item in reversed(items):
+        if item.name in wanted and item.needs:
+            wanted.add(by_name[item.needs].name)
+    return wanted
 
 
 def write_report(path: Path, machine: Found, items: Mapping[str, Found]) -> None:
@@ -189,46 +209,15 @@ def found_before(path: Path, machine: Found) -> dict[str, Found]:
 
 
 def summary_line(name: str, found: Found) -> str:
-    line = f"{name:<27}{found['outcome']:<10}{found.get('seconds', 0):>6.1f} s  {headline(found)}"
-    return textwrap.fill(line, WIDTH, subsequent_indent=" " * 47, max_lines=4, placeholder=" …")
+    line = f"{name:<{NAME_WIDTH}}{found['outcome']:<10}{found.get('seconds', 0):>6.1f} s  {headline(found)}"
+    indent = " " * (NAME_WIDTH + 20)
+    return textwrap.fill(line, WIDTH, subsequent_indent=indent, max_lines=4, placeholder=" …")
 
 
 def headline(found: Found) -> str:
-    """The figures that matter most, or the end of the error."""
-    if found["outcome"] != "ok":
-        return last_line(found)
-    told = []
-    if parity := found.get("parity"):
-        told.append(f"{min(parity.values()):.0f} dB")
-    times: Mapping[str, Found] = found.get("in_turns_ms") or found.get("picture_ms") or {}
-    for name, ms in times.items():
-        told.append(f"{name} {ms['median']:.1f} ms")
-    if backends := found.get("backends"):
-        told.append(f"run: {', '.join(name for name, found in backends.items() if found['runs']) or 'none'}")
-    if gpu := found.get("gpu"):
-        told.append(gpu)
-    return ", ".join(told)
+    """What an item tells of itself, or the end of its error."""
+    return found.get("headline", "") if found["outcome"] == "ok" else last_line(found)
 
 
 def last_line(found: Found) -> str:
     return next((x for x in reversed(found.get("error", "").splitlines()) if x.strip()), "")
-
-
-@click.command()
-@click.option("--only", multiple=True, type=click.Choice([item.name for item in ITEMS]), help="Repeatable.")
-@click.option("--budget", type=float, default=460, show_default=True, help="Seconds for all.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-def main(only: tuple[str, ...], budget: float, device: str) -> None:
-    """Tries every backend on this machine; what does not work is in the report, and no error."""
-    wanted = {*only, *(item.needs for item in ITEMS if item.name in only)} if only else None
-    items = [item for item in ITEMS if wanted is None or item.name in wanted]
-    path, found = smoke(items, device, budget, RESULTS)
-    print("\n".join(summary_line(name, told) for name, told in found.items()))
-    print(path)
-
-
-if __name__ == "__main__":
-    # Items are pickled by their module's name, which is not __main__ in the processes that run them.
-    from lcm_compile.benchmarks.gpu_smoke import main as run
-
-    run()

@@ -1,4 +1,4 @@
-"""The smoke test of GPUs, on a machine without: what it does when items crash, hang, or find no time."""
+"""The suite for GPUs, on a machine without: what it does when items crash, hang, or find no time."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from lcm_compile.apart import call_apart
-from lcm_compile.benchmarks import gpu_smoke, gpu_smoke_items
-from lcm_compile.benchmarks.gpu_smoke import ITEMS, Item, smoke, summary_line
+from lcm_compile.benchmarks import gpu_items
+from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
+from lcm_compile.benchmarks.items import Item, report_path, run_items, summary_line, with_needs
+from lcm_compile.benchmarks.report import read_report
 from lcm_compile.errors import BackendError
+from lcm_compile.spec import BuildSpec
 
 
 def ends(note, target, work):
@@ -55,6 +59,12 @@ def builds_apart(note, target, work):
     call_apart(compiles, None)
 
 
+def run(items, budget, results, device="cpu", work=None, again=()):
+    """Without `work`, in a folder of its own, as the command does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return run_items(MACHINE, items, device, budget, results, work or Path(scratch), again)
+
+
 def is_running(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -63,7 +73,7 @@ def is_running(process):
 
 
 def test_no_item_ends_the_others(tmp_path):
-    report = tmp_path / "gpu_smoke-cpu.json"
+    report = tmp_path / "gpu_suite-cpu.json"
     items = [
         Item("raises", raises),
         Item("crashes", crashes),
@@ -72,7 +82,7 @@ def test_no_item_ends_the_others(tmp_path):
         Item("reads", reads, (str(report),)),
         Item("ends", ends),
     ]
-    path, found = smoke(items, "cpu", 100, tmp_path)
+    path, found = run(items, 100, tmp_path)
     assert path == report
     written = json.loads(path.read_text())
     assert written["machine"]["versions"]["torch"] and written["machine"]["cores"]
@@ -103,7 +113,7 @@ def test_no_item_ends_the_others(tmp_path):
 
 def test_the_cause_of_an_error_in_a_large_build_is_in_the_report(tmp_path):
     """Its stages are built in processes below the item's, and errors come from there without their causes."""
-    _, found = smoke([Item("builds", builds_apart)], "cpu", 60, tmp_path)
+    _, found = run([Item("builds", builds_apart)], 60, tmp_path)
     assert "BackendError: can't compile" in found["builds"]["error"]
     assert "line 2 of what the compiler said" in found["builds"]["printed"]
 
@@ -115,7 +125,7 @@ def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
         Item("ends", ends, least=20),
         Item("after", ends, least=0, needs="ends"),
     ]
-    _, found = smoke(items, "cpu", 5, tmp_path)
+    _, found = run(items, 5, tmp_path)
     assert time.monotonic() - start < 12
     assert found["hangs"]["outcome"] == "timed out"
     assert (found["ends"]["outcome"], found["after"]["outcome"]) == ("skipped", "skipped")
@@ -124,25 +134,25 @@ def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
 
 
 def test_a_report_keeps_what_other_runs_found_on_the_same_machine(tmp_path):
-    path, first = smoke([Item("ends", ends), Item("other", ends)], "cpu", 60, tmp_path)
-    smoke([Item("other", raises), Item("ends", ends, least=1000)], "cpu", 60, tmp_path)
+    path, first = run([Item("ends", ends), Item("other", ends)], 60, tmp_path)
+    run([Item("other", raises), Item("ends", ends, least=1000)], 60, tmp_path)
     items = json.loads(path.read_text())["items"]
     assert items["ends"] == first["ends"]  # not tried again: what was found stays
     assert items["other"]["outcome"] == "failed"
     report = json.loads(path.read_text())
     report["machine"]["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(report))
-    smoke([Item("new", ends)], "cpu", 60, tmp_path)
+    run([Item("new", ends)], 60, tmp_path)
     assert json.loads(path.read_text())["items"].keys() == {"new"}
 
 
 def test_a_machine_whose_gpu_torch_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    items = [item for item in ITEMS if item.name in ("demo-onnxruntime", "sdxl-weights", "sdxl-aotinductor")]
-    path, found = smoke(items, "cuda", 60, tmp_path)
-    assert path.name == "gpu_smoke-none.json"
+    items = [item for item in ITEMS if item.name in ("demo-weights", "sdxl-weights", "sdxl-aotinductor")]
+    path, found = run(items, 60, tmp_path, "cuda")
+    assert path.name == "gpu_suite-none.json"
     assert found["machine"]["outcome"] == "missing" and found["machine"]["error"]
-    assert found["machine"]["error"] in found["demo-onnxruntime"]["error"]
+    assert found["machine"]["error"] in found["demo-weights"]["error"]
     assert all(found[item.name]["outcome"] == "skipped" for item in items)
 
 
@@ -151,53 +161,100 @@ def test_the_command(tmp_path):
     code = f"""
 import runpy, sys
 from pathlib import Path
-from lcm_compile.benchmarks import gpu_smoke
-gpu_smoke.RESULTS = Path({str(tmp_path)!r})
-sys.argv[1:] = ["--device", "cpu", "--only", "demo-tensorrt", "--only", "sdxl-aotinductor"]
-runpy.run_module("lcm_compile.benchmarks.gpu_smoke", run_name="__main__")
+from lcm_compile.benchmarks import gpu_suite
+gpu_suite.RESULTS = Path({str(tmp_path)!r})
+sys.argv[1:] = ["--device", "cpu", "--only", "sdxl-aotinductor-eager"]
+runpy.run_module("lcm_compile.benchmarks.gpu_suite", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    items = json.loads((tmp_path / "gpu_smoke-cpu.json").read_text())["items"]
+    items = json.loads((tmp_path / "gpu_suite-cpu.json").read_text())["items"]
     # An item's need comes with it.
     assert {name: item["outcome"] for name, item in items.items()} == {
-        "demo-tensorrt": "missing",
         "sdxl-weights": "skipped",
         "sdxl-aotinductor": "skipped",
+        "sdxl-aotinductor-eager": "skipped",
     }
-    assert "runs on NVIDIA GPUs only" in items["demo-tensorrt"]["error"]
     lines = done.stdout.splitlines()
-    assert max(map(len, lines[:-1])) <= 80 and lines[-1] == str(tmp_path / "gpu_smoke-cpu.json")
-    assert any(line.startswith("demo-tensorrt") and "missing" in line for line in lines)
+    assert max(map(len, lines[:-1])) <= 80 and lines[-1] == str(tmp_path / "gpu_suite-cpu.json")
+    assert any(line.startswith("sdxl-weights") and "skipped" in line for line in lines)
 
 
-def test_engines_and_diffusers_draw_the_same_picture_in_turns(sdxl_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_smoke_items, "SDXL_ROUNDS", 3)
-    (tmp_path / "weights").symlink_to(sdxl_checkpoint)
-    found = {}
-    gpu_smoke_items.draw_sdxl(lambda **told: found.update(told), "cpu", tmp_path, "onnxruntime")
-    assert found["diffusers_psnr_db"] > 65
-    assert min(found["parity"].values()) > 65 and found["parity"].keys() == {
+def test_what_ended_well_is_not_done_again_in_the_same_folder(tmp_path):
+    items = [Item("ends", ends), Item("after", ends, needs="ends")]
+    _, first = run(items, 60, tmp_path, work=tmp_path)
+    _, second = run([*items, Item("raises", raises)], 60, tmp_path, work=tmp_path, again=["after"])
+    assert second["ends"] == first["ends"] and second["after"]["outcome"] == "ok"
+    assert second["after"]["seconds"] != first["after"]["seconds"]
+    _, third = run([Item("raises", ends)], 60, tmp_path, work=tmp_path)
+    assert third["raises"]["outcome"] == "ok"  # what failed is tried again
+
+
+@pytest.fixture(scope="module")
+def noted(sdxl_checkpoint, tmp_path_factory):
+    """All that the items of one model find, called one after the other, and the folder that they share."""
+    work, told = tmp_path_factory.mktemp("work"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LCM_COMPILE_HOME", str(work / "home"))
+        patch.setitem(gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True))
+        patch.setattr(gpu_items, "RUNS", 3)
+        gpu_items.write_weights(lambda **found: told.update(found), "cpu", work, "tiny")
+        gpu_items.build_model(lambda **found: told.update(found), "cpu", work, "tiny", "onnxruntime", 2)
+        seen = []
+
+        def note(**found):
+            told.update(found)
+            seen.append(read_report(report_path(work, "speed")).benchmark.against)
+
+        gpu_items.measure(note, "cpu", work, "speed", "tiny", "onnxruntime", 2, "eager")
+    return told, work, seen
+
+
+def test_engines_and_diffusers_draw_the_same_pictures_in_turn(noted):
+    told, work, _ = noted
+    assert told["psnr_db"] > 65 and told["parity"].keys() == {
         "encode",
+        "context",
         "step",
         "decode",
         "picture",
     }
-    assert found["stage_ms"].keys() == {"encode", "context", "step", "decode"}
-    assert found["in_turns_ms"].keys() == {"engines", "diffusers"}
-    for times in (*found["stage_ms"].values(), *found["in_turns_ms"].values()):
-        assert len(times["samples"]) == 3 and times["median"] == sorted(times["samples"])[1] > 0
+    cases = {case.name: case for case in read_report(report_path(work, "speed")).cases}
+    assert cases.keys() == {"picture", "encode", "context", "step", "decode"}  # no cold starts
+    assert len(cases["picture"].samples_ms) == len(cases["picture"].rivals["eager"].samples_ms) == 3
+    middle = sorted(cases["picture"].samples_ms)[1]
+    assert told["summary"]["cases"]["picture"]["median"] == middle
+    assert told["summary"]["pictures_a_second"] == pytest.approx(2 * 1000 / middle)
 
 
-def test_what_takes_turns_alternates():
-    order = []
-    calls = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    times = gpu_smoke_items.timed(calls, gpu_smoke_items.TARGETS["cpu"], 20)
-    assert order == ["a", "b"] * (20 + gpu_smoke_items.WARM_UP)
-    assert all(len(found["samples"]) == 20 for found in times.values())
+def test_our_own_figure_is_kept_before_a_rival_is_loaded(noted):
+    assert noted[2] == [(), ("eager",), ("eager",)]
 
 
-@pytest.mark.parametrize("item", gpu_smoke.ITEMS, ids=lambda item: item.name)
+def test_the_rival_draws_with_the_very_weights_that_were_built(noted):
+    """They are fused once: there is no second copy of a large model on the disk."""
+    _, work, _ = noted
+    assert len(list(work.rglob("unet/*.safetensors"))) == 1
+    config = json.loads((work / "weights" / "tiny" / "vae" / "config.json").read_text())
+    assert config["force_upcast"] is False  # diffusers would decode in fp32, and engines do not
+
+
+def test_the_tables_fit_a_terminal(noted, capsys):
+    print_measured({"sdxl-tensorrt-rtx-by-8-eager": noted[0], "machine": {}})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("sdxl-tensorrt-rtx-by-8-eager") for line in lines) == 2
+
+
+def test_a_named_item_comes_with_all_that_it_needs():
+    assert with_needs(["sdxl-aotinductor-compile"], ITEMS) == {
+        "sdxl-weights",
+        "sdxl-aotinductor",
+        "sdxl-aotinductor-compile",
+    }
+
+
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
 def test_needs_come_before(item):
     names = [other.name for other in ITEMS]
     assert not item.needs or names.index(item.needs) < names.index(item.name)

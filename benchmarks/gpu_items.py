@@ -1,0 +1,221 @@
+"""What gpu_suite tries: each function is called in a process of its own, where heavy packages are imported.
+
+Each is given `note`, which keeps what it finds at once, the target's name, and a folder that all share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.benchmarks.items import Found, Missing, Note, report_path
+from lcm_compile.engines import BACKENDS, find_backend, find_target_here, installed_version
+from lcm_compile.engines.gpu import gpu_here, why_no_gpu
+from lcm_compile.families import SAMPLE_PROMPT
+from lcm_compile.spec import BuildSpec
+from lcm_compile.targets import TARGETS
+
+if TYPE_CHECKING:
+    from lcm_compile.bundle import EngineBundle
+
+PACKAGES = (
+    *("lcm-compile", "torch", "triton", "diffusers", "transformers", "numpy", "onnx", "onnxscript"),
+    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx"),
+)
+MODELS = {
+    "sdxl": BuildSpec("sdxl", weights="random"),
+    "sd15": BuildSpec("sd15", weights="random"),
+    "demo": BuildSpec("demo"),
+}
+# Pictures, or batches of them, of each who draws; no more are begun after so many seconds.
+RUNS, SECONDS = 20, 20.0
+
+
+def examine_machine(note: Note, target: str, work: Path) -> None:
+    versions = {name: installed_version((name,)) for name in PACKAGES}
+    processors = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+    note(
+        python=sys.version.split()[0],
+        processor=processors[0].partition(":")[2].strip() if processors else "",
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        versions={name: version and version.split()[1] for name, version in versions.items()},
+    )
+    if target == "cpu":
+        note(target="cpu")
+        return
+    import torch
+
+    note(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    if (here := gpu_here()) is None:
+        raise Missing(why_no_gpu())
+    name = find_target_here()
+    note(
+        gpu=here[0],
+        compute_capability=here[1],
+        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory,
+        driver=driver_version(),
+        target=None if TARGETS[name].is_cpu else name,
+    )
+    note(headline=here[0])
+    if TARGETS[name].is_cpu:
+        raise Missing(f"no target has the compute capability {here[1]}: lcm-compile targets")
+
+
+def driver_version() -> str:
+    """As nvidia-smi tells it: sandboxes hide the driver's own file."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"not told: {error}"
+
+
+def examine_backends(note: Note, target: str, work: Path) -> None:
+    """What `doctor` does, backend by backend: where one ends the process, the report tells which."""
+    from lcm_compile.doctor import examine_backend
+
+    found: Found = {}
+    for name in BACKENDS:
+        note(backends={**found, name: "began"})
+        found[name] = examine_backend(name).to_dict()
+    running = [name for name, one in found.items() if one["runs"]]
+    note(backends=found, headline=f"run: {', '.join(running) or 'none'}")
+
+
+def write_weights(note: Note, target: str, work: Path, model: str) -> None:
+    """A model as a diffusers folder, its LCM-LoRA fused: one set of weights for engines and rivals."""
+    from lcm_compile.fuse import fuse
+
+    folder = weights_of(work, model)
+    folder.parent.mkdir(exist_ok=True)
+    fuse(MODELS[model], folder, "fp32" if TARGETS[target].is_cpu else "fp16", noting(note))
+    # Engines decode in half precision; as its config is, diffusers would do SDXL's decoding in fp32.
+    config = folder / "vae" / "config.json"
+    settings = {**json.loads(config.read_text()), "force_upcast": False}
+    config.write_text(json.dumps(settings, indent=2))
+
+
+def weights_of(work: Path, model: str) -> Path:
+    return work / "weights" / model
+
+
+def bundle_of(work: Path, model: str, backend: str, batch: int) -> Path:
+    return work / "bundles" / f"{model}-{backend}-{batch}"
+
+
+def build_model(note: Note, target: str, work: Path, model: str, backend: str, batch: int) -> None:
+    """A bundle from the checkpoint that write_weights left, in the precision that is the target's default."""
+    from lcm_compile.plan import default_precision
+
+    if reason := find_backend(backend).cannot_build(TARGETS[target], default_precision(TARGETS[target])):
+        raise Missing(reason)
+    base = str(weights_of(work, model))
+    # Its own VAE is named, or one of a machine's hub cache would be built where diffusers takes this one.
+    spec = BuildSpec(base, target, no_lcm=True, vae=base, backend=backend, batch=batch)
+    manifest = build_quickly(spec, bundle_of(work, model, backend, batch), note).manifest
+    parity = {name: round(figure.db, 2) for name, figure in manifest.parity.items()}
+    note(
+        precision=manifest.stages[0].precision,
+        fp32_layers={stage.contract.name: len(stage.fp32_layers) for stage in manifest.stages},
+        parity=parity,
+        headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()),
+    )
+
+
+def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
+    """As `build` does, but where a model is large torch draws the proof as a small picture.
+
+    A whole one of SDXL takes a processor minutes; `measure` compares whole pictures with those of diffusers.
+    """
+    from lcm_compile.bundle import open_bundle, publishing
+    from lcm_compile.compile import build_into, exported
+    from lcm_compile.plan import make_plan
+
+    plan = make_plan(spec, out)
+    assert plan.export is not None
+    plan = replace(plan, export=replace(plan.export, small_proof=True))
+    out.parent.mkdir(exist_ok=True)
+    report = noting(note)
+    with publishing(out, lambda: None) as folder, exported(plan, folder, report) as (graphs, export):
+        build_into(folder, graphs, export, plan, report)
+    return open_bundle(out)
+
+
+def measure(
+    note: Note, target: str, work: Path, name: str, model: str, backend: str, batch: int, *rivals: str
+) -> None:
+    """Engines alone, and then in turn with rivals: should one of those hang, what was measured is kept."""
+    from lcm_compile.benchmarks.bench import bench
+    from lcm_compile.benchmarks.summary import summarise
+    from lcm_compile.bundle import open_bundle
+
+    bundle = open_bundle(bundle_of(work, model, backend, batch))
+    for against in ((), rivals):
+        report = bench(bundle, against, RUNS, SECONDS, cold_starts=0)
+        report.save(report_path(work, name))
+        picture = report.cases[0]
+        note(
+            summary=summarise(report),
+            limit_ms=picture.limit_ms,
+            gpu_memory_bytes=picture.gpu_memory_bytes,
+            notes=report.notes,
+            headline=f"{median(picture.samples_ms):.1f} ms",
+        )
+    ratios = {name: told["ratio"] for name, told in summarise(report)["cases"]["picture"]["rivals"].items()}
+    told = [f"{name} takes {ratio:.2f}×" for name, ratio in ratios.items()]
+    note(
+        psnr_db=picture.parity_db,
+        rivals_db={name: rival.parity_db for name, rival in picture.rivals.items()},
+        headline=", ".join([f"{median(picture.samples_ms):.1f} ms", *told]),
+    )
+
+
+def draw_portable(note: Note, target: str, work: Path) -> None:
+    """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
+    from lcm_compile.compile import export
+    from lcm_compile.engines import tensorrt, tensorrt_rtx
+    from lcm_compile.parity import compare_calls, read_calls
+    from lcm_compile.pipeline import LcmPipeline, Request
+    from lcm_compile.runners import load_tokenizers
+
+    if reason := tensorrt_rtx.cannot_run(TARGETS[target]):
+        raise Missing(reason)
+    import tensorrt_rtx as trt
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        graphs = Path(folder) / "graphs"
+        parity, runners = {}, {}
+        exported = export(BuildSpec("demo", precision="fp16"), graphs, report=noting(note))
+        for stage in exported.stages:
+            name = stage.contract.name
+            note(building=name)
+            path = tensorrt.build_with(trt, exported.graph(graphs, stage), Path(folder), lambda config: None)
+            note(loading=name)
+            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
+            calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
+            parity[name] = round(compare_calls(runners[name], calls), 2)
+            note(parity=parity)
+        tokenizers = load_tokenizers(graphs, exported.pipeline)
+        with LcmPipeline(exported.pipeline, runners, tokenizers) as pipeline:
+            for _ in range(3):
+                note(ms=pipeline.draw(Request(SAMPLE_PROMPT, 0)).ms)
+
+
+def noting(note: Note) -> Callable[[str, Any], None]:
+    """A build's report as parts of what is found; the one that has not ended has no cost."""
+    parts: Found = {}
+
+    def report(part: str, cost: Any) -> None:
+        parts[part] = None if cost is None else asdict(cost)
+        note(parts=parts)
+
+    return report

@@ -1,0 +1,141 @@
+"""Measures this machine's GPU, and finds out which backends run on it, in under 9 minutes.
+
+`python -m lcm_compile.benchmarks.gpu_suite --work DIR`
+
+First the speed of full-size models with random weights, then the demo model on every backend: see `items`
+for how they are kept apart. What is measured goes to `benchmarks/results/gpu_suite-<gpu>.json`, and each
+benchmark's raw samples beside it. The same command again goes on where the last one had to end: with the same
+`--work`, what ended well is not done again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from lcm_compile.benchmarks import gpu_items as does
+from lcm_compile.benchmarks.items import Found, Item, run_items, summary_line, with_needs
+from lcm_compile.console import print_table
+from lcm_compile.engines import BACKENDS
+
+RESULTS = Path(__file__).parent / "results"
+MACHINE = Item("machine", does.examine_machine, least=0, most=60)
+GPU_BACKENDS = [name for name in BACKENDS if name != "torchscript"]
+FIRST = "aotinductor"  # wherever torch runs
+OTHERS = ("tensorrt", "onnxruntime", "tensorrt-rtx")
+
+
+def weights(model: str, most: float) -> Item:
+    return Item(f"{model}-weights", does.write_weights, (model,), most / 4, most, on_gpu=model != "demo")
+
+
+def built(model: str, backend: str, batch: int = 1) -> Item:
+    name = named(model, backend, batch)
+    large = model != "demo"
+    limits = (100, 420) if large else (20, 200)
+    arguments = (model, backend, batch)
+    return Item(name, does.build_model, arguments, *limits, on_gpu=large, needs=f"{model}-weights")
+
+
+def measured(model: str, backend: str, batch: int = 1, *rivals: str) -> Item:
+    build = named(model, backend, batch)
+    name = f"{build}-{rivals[-1]}"
+    # torch.compile compiles a UNet for minutes.
+    limits = (120, 360) if "compile" in rivals else (30, 150)
+    arguments = (name, model, backend, batch, *rivals)
+    return Item(name, does.measure, arguments, *limits, on_gpu=model != "demo", needs=build)
+
+
+def named(model: str, backend: str, batch: int) -> str:
+    return f"{model}-{backend}" + (f"-by-{batch}" if batch > 1 else "")
+
+
+def both(model: str, backend: str, batch: int = 1) -> tuple[Item, Item]:
+    return built(model, backend, batch), measured(model, backend, batch, "eager")
+
+
+# In the order of their worth: a budget may end before they do.
+SPEED = (
+    weights("sdxl", 240),
+    *both("sdxl", FIRST),
+    measured("sdxl", FIRST, 1, "eager", "compile"),
+    *(item for name in OTHERS for item in both("sdxl", name)),
+    *both("sdxl", FIRST, 4),
+    *both("sdxl", FIRST, 8),
+    weights("sd15", 120),
+    built("sd15", FIRST),
+    measured("sd15", FIRST, 1, "eager", "compile"),
+)
+WHICH_RUN = (
+    Item("doctor", does.examine_backends, most=150, without_target=True),
+    weights("demo", 60),
+    *(item for name in GPU_BACKENDS for item in both("demo", name)),
+    Item("demo-tensorrt-rtx-portable", does.draw_portable, on_gpu=True),
+)
+PARTS = {"speed": SPEED, "backends": WHICH_RUN}
+ITEMS = (*SPEED, *WHICH_RUN)
+
+
+def print_measured(found: dict[str, Found]) -> None:
+    """Tables of at most 80 columns: pictures, and the stages that they consist of."""
+    measured = {name: told for name, told in found.items() if "summary" in told}
+    if not measured:
+        return
+    print()
+    header = ("a picture, or batch", "ms", "limit", "per s", "eager", "compile", "dB")
+    print_table(header, [picture_row(name, told) for name, told in measured.items()])
+    print()
+    stages = ("ms (share of the limit)", "encode", "context", "step × 4", "decode")
+    print_table(stages, [stage_row(name, told) for name, told in measured.items()])
+
+
+def picture_row(name: str, told: Found) -> tuple[str, ...]:
+    summary, db = told["summary"], told.get("psnr_db")
+    picture = summary["cases"]["picture"]
+    rivals = (picture["rivals"].get(rival) for rival in ("eager", "compile"))
+    return (
+        name,
+        f"{picture['median']:.1f}",
+        "" if told["limit_ms"] is None else f"{told['limit_ms']:.1f}",
+        f"{summary['pictures_a_second']:.2f}",
+        *("" if rival is None else f"{rival['ratio']:.2f}×" for rival in rivals),
+        "" if db is None else f"{db:.0f}",
+    )
+
+
+def stage_row(name: str, told: Found) -> tuple[str, ...]:
+    row = [name]
+    for stage in ("encode", "context", "step", "decode"):
+        case = told["summary"]["cases"].get(stage)
+        share = "" if case is None or case["share"] is None else f" ({case['share']:.0%})"
+        row.append("" if case is None else f"{case['median']:.1f}{share}")
+    return tuple(row)
+
+
+@click.command()
+@click.option("--part", type=click.Choice(list(PARTS)), help="One of the two; both, unless it is given.")
+@click.option("--only", multiple=True, type=click.Choice([item.name for item in ITEMS]), help="Repeatable.")
+@click.option("--work", type=click.Path(path_type=Path), help="Where weights and bundles are, and stay.")
+@click.option("--budget", type=float, default=510, show_default=True, help="Seconds for all.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+def main(part: str | None, only: tuple[str, ...], work: Path | None, budget: float, device: str) -> None:
+    """Measures this machine; what does not work is in the report, and no error."""
+    asked = PARTS[part] if part else ITEMS
+    wanted = with_needs(only, ITEMS) if only else {item.name for item in asked}
+    items = [item for item in ITEMS if item.name in wanted]
+    with tempfile.TemporaryDirectory(prefix="gpu-suite-", ignore_cleanup_errors=True) as scratch:
+        folder = Path(scratch) if work is None else work.absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        path, found = run_items(MACHINE, items, device, budget, RESULTS, folder, only)
+    print("\n".join(summary_line(name, told) for name, told in found.items()))
+    print_measured(found)
+    print(path)
+
+
+if __name__ == "__main__":
+    # Items are pickled by their module's name, which is not __main__ in the processes that run them.
+    from lcm_compile.benchmarks.gpu_suite import main as run
+
+    run()
