@@ -34,8 +34,8 @@ def test_random_weights_are_counted_too(family, millions, monkeypatch):
     assert parameters(plan.export.checkpoint.components["unet"]) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-# Of full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, and of the engines.
-MEASURED = {"sd15": (6.3, 2.09), "sdxl": (13.4, None)}
+# Of full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, of the engines, seconds.
+MEASURED = {"sd15": (6.3, 2.09, 183), "sdxl": (13.2, None, 707)}
 
 
 @pytest.mark.parametrize("family", MEASURED)
@@ -43,8 +43,9 @@ def test_within_thirty_percent_of_what_was_measured(family, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("tensorrt_rtx")
     told = estimate(make_plan(BuildSpec(family, gpu="a10", weights="random")).export)
-    memory, disk = MEASURED[family]
+    memory, disk, seconds = MEASURED[family]
     assert told.memory_bytes / 1e9 == pytest.approx(memory, rel=0.3)
+    assert told.seconds == pytest.approx(seconds, rel=0.3)
     assert disk is None or told.bundle_bytes / 1e9 == pytest.approx(disk, rel=0.3)
 
 
@@ -52,7 +53,8 @@ def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle):
     words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run")
     told = json.loads(command(*words, "--json")[1])["estimate"]
     assert told["bundle_bytes"] == pytest.approx(size(sdxl_bundle / "engines"), rel=0.3)
-    assert "MB while it is built" in command(*words)[1]
+    out = command(*words)[1]
+    assert "MB while it is built" in out and "s on 2 cores" in out
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_is_done(refused, sdxl_checkpoint, monkeypatch):
