@@ -34,7 +34,7 @@ def test_random_weights_are_counted_too(family, millions, monkeypatch):
     assert parameters(plan.export.checkpoint.components["unet"]) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-# Of full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, of the engines, seconds.
+# Full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, of the engines, seconds.
 MEASURED = {"sd15": (6.3, 2.09, 183), "sdxl": (13.2, None, 707)}
 
 
