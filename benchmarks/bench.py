@@ -23,6 +23,7 @@ from lcm_compile.bundle import EngineBundle, StageEngine
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
+from lcm_compile.spec import float_type, product_type
 
 PICTURE, COLD_START, LOAD, FIRST = "picture", "cold start", "load", "first picture"
 COLD_STARTS = 3
@@ -58,7 +59,7 @@ def bench(
     rivals = check_rivals(tuple(against), bundle)
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     cores = physical_cores()
-    setup = Setup(manifest.pipeline.shape, precisions["step"], cores, not manifest.target.is_cpu)
+    setup = Setup(manifest.pipeline.shape, float_type(precisions["step"]), cores, not manifest.target.is_cpu)
 
     report("measure the device's peak", 0, 1)
     peaks = peaks_of(manifest.target, precisions.values(), cores)
@@ -194,7 +195,7 @@ def stage_case(
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
-        weight_bytes=None if work is None else passes * work.weights * BYTES[stage.precision],
+        weight_bytes=None if work is None else passes * work.weights * BYTES[product_type(stage.precision)],
         limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
     )
 

@@ -159,6 +159,8 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
                 "precision": stage.precision,
                 "engine": stage.engine,
                 "fp32_layers": len(stage.fp32_layers),
+                "quantized_layers": len(stage.quantized_layers),
+                "lossy": bool(stage.quantized_layers),
                 "largest_activation": stage.largest_activation,
             }
             for stage in manifest.stages
