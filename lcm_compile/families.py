@@ -62,7 +62,7 @@ FAMILIES: dict[str, Family] = {
                 "a green star and a red circle on a checkered white background",
                 "a large orange square on a striped black background",
                 "a blue cross and a yellow triangle on a plain gray background",
-                "a small purple circle on a checkered pink background",
+                "a small purple circle on a plain gray background",
             ),
         ),
         Family(
