@@ -23,6 +23,7 @@ from lcm_compile.bundle import EngineBundle, StageEngine, told_loss
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
+from lcm_compile.spec import float_type, product_type
 
 PICTURE, COLD_START, LOAD, FIRST = "picture", "cold start", "load", "first picture"
 COLD_STARTS = 3
@@ -105,7 +106,8 @@ def contest(
     rivals = check_rivals(tuple(against), bundle)
     work, notes = counted(bundle)
     step = next(stage for stage in manifest.stages if stage.contract.name == "step")
-    setup = Setup(manifest.pipeline.shape, step.precision, physical_cores(), not manifest.target.is_cpu)
+    precision = float_type(step.precision)
+    setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
     with makers(rivals, manifest.spec, setup, lambda doing: report(doing, 0, 1)) as made:
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
         yield Contest(bundle, drawers, setup.threads, work, tuple(notes))
@@ -243,7 +245,7 @@ def stage_case(
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
-        weight_bytes=None if work is None else passes * work.weights * BYTES[stage.precision],
+        weight_bytes=None if work is None else passes * work.weights * BYTES[product_type(stage.precision)],
         limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks.work import Work
+from lcm_compile.spec import float_type, product_type
 from lcm_compile.targets import GpuTarget
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -26,7 +27,7 @@ class Peak:
 
     def limit_ms(self, work: Work, precision: str) -> float:
         """The least that one pass can take: all products at the peak, or all weights read once."""
-        read = work.weights * BYTES[precision] / self.bandwidth
+        read = work.weights * BYTES[product_type(precision)] / self.bandwidth
         return 1000 * max(work.flop / self.flops, read)
 
 
@@ -57,7 +58,7 @@ def peak_of(target: GpuTarget, precision: str, threads: int) -> Peak | None:
     if target.name not in GPUS or precision == "fp32":
         return None
     tflops, gigabytes = GPUS[target.name]
-    return Peak(tflops * 1e12 * (1 + (precision in EIGHT_BITS)), gigabytes * 1e9)
+    return Peak(tflops * 1e12 * (1 + (product_type(precision) in EIGHT_BITS)), gigabytes * 1e9)
 
 
 def peaks_of(target: GpuTarget, precisions: Iterable[str], threads: int) -> dict[str, Peak]:
@@ -80,7 +81,7 @@ def measure(precision: str, threads: int) -> tuple[float, float]:
 
     torch.set_num_threads(threads)
     # Processors compute fp16 in fp32; 8-bit layers are held to bf16's or fp32's peak as the rest is.
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if float_type(precision) == "bf16" else torch.float32
     source = torch.zeros(COPIED // 4)
     copy = torch.empty_like(source)
     with torch.inference_mode():

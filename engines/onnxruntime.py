@@ -16,7 +16,7 @@ from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It optimises a graph only on the GPU that will run it"
-    if target.is_cpu and precision == "bf16":
+    if target.is_cpu and float_type(precision) == "bf16":
         return "its CPU provider has no bf16 kernels; use fp32, or --backend torchscript"
-    if precision not in target.precisions:
+    if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     return None
 

@@ -13,7 +13,7 @@ from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -26,7 +26,7 @@ INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It builds only on the GPU that will run the engine"
-    if precision not in target.precisions:
+    if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     return None
 
@@ -66,9 +66,10 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
         "trt_dump_ep_context_model": "1",
         "trt_ep_context_embed_mode": "1",
         "trt_ep_context_file_path": str(path),
-        # TensorRT 10 takes the graph's types as hints: half precision must be allowed as well.
-        "trt_fp16_enable": str(int(graph.precision == "fp16")),
-        "trt_bf16_enable": str(int(graph.precision == "bf16")),
+        # TensorRT 10 takes the graph's types as hints: what is less than fp32 must be allowed as well.
+        "trt_fp16_enable": str(int(float_type(graph.precision) == "fp16")),
+        "trt_bf16_enable": str(int(float_type(graph.precision) == "bf16")),
+        "trt_int8_enable": str(int(is_quantized(graph.precision))),
     }
     shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])
     if not path.is_file():

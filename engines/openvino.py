@@ -18,7 +18,7 @@ import numpy as np
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -26,7 +26,11 @@ PACKAGES = ("openvino",)
 # What its kernels compute in, and the extensions of which they need one to do so. It would take bf16 without
 # them too, and compute slowly or in fp32.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-NEEDS = {"bf16": ("avx512_bf16", "amx_bf16"), "fp16": ("avx512_fp16", "amx_fp16")}
+NEEDS = {
+    "bf16": ("avx512_bf16", "amx_bf16"),
+    "fp16": ("avx512_fp16", "amx_fp16"),
+    "int8": ("avx512_vnni", "avx_vnni", "amx_int8"),
+}
 # Where the .xml keeps the precision.
 LABEL = ["lcm_compile", "precision"]
 
@@ -45,10 +49,13 @@ def cannot_run(target: GpuTarget) -> str | None:
 
 def cannot_compute(precision: str) -> str | None:
     """Why this processor can't compute in a precision, or None."""
-    needs = NEEDS.get(precision, ())
-    if not needs or set(needs) & set(instruction_set()):
-        return None
-    return f"this processor has neither {' nor '.join(needs)}, which it computes {precision} with; use fp32"
+    for part in precision.split("+"):
+        needs = NEEDS.get(part, ())
+        if needs and not set(needs) & set(instruction_set()):
+            return (
+                f"this processor has neither {' nor '.join(needs)}, which it computes {part} with; use fp32"
+            )
+    return None
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
@@ -162,7 +169,10 @@ class OpenVinoRunner(Runner):
             precision = model.get_rt_info(LABEL).value
             if reason := cannot_compute(precision):
                 raise BackendError(f"{path} computes in {precision}: {reason}", REBUILD)
-            settings = {"INFERENCE_PRECISION_HINT": HINTS[precision], "PERFORMANCE_HINT": "LATENCY"}
+            settings = {
+                "INFERENCE_PRECISION_HINT": HINTS[float_type(precision)],
+                "PERFORMANCE_HINT": "LATENCY",
+            }
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         except (RuntimeError, KeyError) as error:
             version = ov.get_version()

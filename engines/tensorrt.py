@@ -32,7 +32,7 @@ OPTIMIZATION_LEVEL = 3
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    if precision not in target.precisions:
+    if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     reason = cannot_run(target)
     return reason and f"{reason}. It builds only on the GPU that will run the engine"

@@ -31,7 +31,7 @@ def cannot_build(target: GpuTarget, precision: str) -> str | None:
             f"it builds for compute capabilities {', '.join(CAPABILITIES)}; "
             f"{target.description} is {target.compute_capability}"
         )
-    if precision not in target.precisions:
+    if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"tensorrt_rtx is not installed; {INSTALL}"

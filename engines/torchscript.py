@@ -10,7 +10,7 @@ from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.spec import ExportedGraph, StageContract, is_quantized
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torchscript"
@@ -18,7 +18,7 @@ PACKAGES = ("torch",)
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    return cannot_run(target)
+    return cannot_run(target) or ("it has no 8-bit products" if is_quantized(precision) else None)
 
 
 def cannot_run(target: GpuTarget) -> str | None:

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnxscript import opset23
 
+import lcm_compile.quantize  # noqa: F401 - its operators
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import Stage
@@ -25,11 +28,27 @@ OPSET = 23
 INLINE_LIMIT = 1_500_000_000
 
 
+def quantize_linear(x: Any, scale: Any) -> Any:
+    return opset23.QuantizeLinear(x, scale, output_dtype=onnx.TensorProto.INT8)
+
+
+def dequantize_linear(q: Any, scale: Any, axis: int) -> Any:
+    return opset23.DequantizeLinear(q, scale, axis=axis)
+
+
+# What the operators of quantized layers are in ONNX.
+QUANTIZING: dict[Any, Any] = {
+    torch.ops.lcm_compile.quantize.default: quantize_linear,
+    torch.ops.lcm_compile.dequantize.default: dequantize_linear,
+}
+
+
 def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
     """`folder/<stage>.onnx`, with inputs and outputs named as in the contract and static shapes."""
     model = onnx_model(stage)
     path = folder / f"{stage.name}.onnx"
-    size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
+    weights = [*stage.module.parameters(), *stage.module.buffers()]
+    size = sum(w.numel() * w.element_size() for w in weights)
     model.save(path, external_data=size > INLINE_LIMIT)
     return ExportedGraph(path, precision, stage.contract)
 
@@ -81,6 +100,7 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
             output_names=output_names(stage),
             optimize=True,
             verbose=False,
+            custom_translation_table=QUANTIZING,
         )
     assert program is not None
     for node in program.model.graph:

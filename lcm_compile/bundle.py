@@ -20,7 +20,7 @@ from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileErr
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.schema import from_json, json_text
 from lcm_compile.sharing import share
-from lcm_compile.spec import PRECISIONS, BuildSpec, Shape, StageContract
+from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, Shape, StageContract
 from lcm_compile.store import Digests, bundles_folder, home, lock
 from lcm_compile.targets import GpuTarget
 
@@ -37,7 +37,7 @@ class StageEngine:
     """A stage's contract, its engine file and how it was computed.
 
     `largest_activation` is the peak seen in fp32 over a real picture; `fp32_layers` are those that fp16
-    would have overflowed.
+    would have overflowed, `quantized_layers` those whose products are in 8 bits: such a stage is lossy.
     """
 
     contract: StageContract
@@ -45,10 +45,11 @@ class StageEngine:
     precision: str
     fp32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
+    quantized_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {PRECISIONS}")
+        if self.precision not in STAGE_PRECISIONS:
+            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {STAGE_PRECISIONS}")
 
 
 @dataclass(frozen=True)

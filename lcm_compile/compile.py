@@ -197,15 +197,18 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     proving = replace(settings, shape=plan.proof_shape)
     trace: Trace = {}  # torch's own calls
     drawn: Trace = {}  # those of the graphs
+    calibration: list[Trace] = [{} for _ in plan.calibration]
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
     for part in PARTS:
         with watch.part(f"export {part}"):
-            made = call(prepare_part, plan, part, proving, folder, trace, drawn)
+            made = call(prepare_part, plan, part, proving, folder, trace, drawn, calibration)
         for prepared in made:
             contract = prepared.graph.contract
             name, precision = contract.name, plan.precisions[contract.name]
             trace[name], peaks[name] = prepared.reference, prepared.peaks
+            for seen, calls in zip(calibration, prepared.calibration, strict=False):
+                seen[name] = calls
             if plan.checked != ENGINE:
                 with watch.part(f"check {name}"):
                     db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
@@ -214,7 +217,11 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
                 figures[name] = Parity(db, floor, told_check(plan, twin))
             graph = prepared.graph.path.relative_to(folder).as_posix()
             largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
-            stages.append(ExportedStage(contract, graph, precision, prepared.fp32_layers, largest))
+            stages.append(
+                ExportedStage(
+                    contract, graph, precision, prepared.fp32_layers, largest, prepared.quantized_layers
+                )
+            )
     if drawn:
         db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
         twin = plan.proof_shape != plan.shape
@@ -239,7 +246,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         proof=parity.write_proof(trace, peaks, proving, folder),
         toolchain={"lcm-compile": lcm_compile.__version__, **versions(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
-        lossy=plan.checkpoint.lossy,
+        lossy=plan.lossy,
     )
 
 
@@ -318,6 +325,7 @@ def build_stage(
         stage.precision,
         stage.fp32_layers,
         stage.largest_activation,
+        stage.quantized_layers,
     )
 
 

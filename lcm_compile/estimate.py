@@ -11,8 +11,9 @@ from lcm_compile.components import Component
 from lcm_compile.contracts import PARTS
 from lcm_compile.plan import GRAPH, ExportPlan
 from lcm_compile.single_file import read_header
+from lcm_compile.spec import product_type
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 # The half of a VAE that draws: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
 # Measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md): libraries and what
@@ -51,7 +52,9 @@ def estimate(export: ExportPlan) -> Estimate:
         for part, (_, names) in PARTS.items()
     }
     weights["vae"] = int(weights["vae"] * DECODER)
-    engines = sum(BYTES[export.precisions[PARTS[part][0][-1]]] * count for part, count in weights.items())
+    engines = sum(
+        BYTES[product_type(export.precisions[PARTS[part][0][-1]])] * count for part, count in weights.items()
+    )
     # One stage at a time is in memory where the model is large, else all of them.
     largest = max(weights.values()) if export.is_large else sum(weights.values())
     checking = CHECKING if export.is_large and export.checked == GRAPH else 0

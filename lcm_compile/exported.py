@@ -12,7 +12,7 @@ from lcm_compile.bundle import Parity, PipelineSettings, Proof, check_inside
 from lcm_compile.cost import Cost
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.schema import from_json, json_text
-from lcm_compile.spec import PRECISIONS, BuildSpec, ExportedGraph, StageContract
+from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, ExportedGraph, StageContract
 from lcm_compile.store import Digests
 
 EXPORT = "export.json"
@@ -29,10 +29,11 @@ class ExportedStage:
     precision: str
     fp32_layers: tuple[str, ...]
     largest_activation: float | None
+    quantized_layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {PRECISIONS}")
+        if self.precision not in STAGE_PRECISIONS:
+            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {STAGE_PRECISIONS}")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class ExportManifest:
 
     @property
     def precision(self) -> str:
-        return self.stages[0].precision
+        """That of the step, which asks the most of a target."""
+        return next(stage.precision for stage in self.stages if stage.contract.name == "step")
 
     def graph(self, folder: Path, stage: ExportedStage) -> ExportedGraph:
         return ExportedGraph(folder / stage.graph, stage.precision, stage.contract)

@@ -11,6 +11,15 @@ DEMO_FOLDER = Path(__file__).parent / "demo"
 DEMO_STYLE = DEMO_FOLDER / "zebra_lora.safetensors"  # trained on the demo base alone
 
 SAMPLE_PROMPT = "a photograph of an astronaut riding a horse"
+# What an 8-bit UNet is scaled to: many kinds of pictures, light and dark, full and empty.
+CALIBRATION_PROMPTS = (
+    "a portrait of an old fisherman, studio light",
+    "a bowl of fruit on a wooden table, oil painting",
+    "a city street at night in the rain, neon signs",
+    "a snowy mountain under a clear blue sky",
+    "a black cat on a white sofa",
+    "a detailed map of an imaginary island, ink on parchment",
+)
 
 
 @dataclass(frozen=True)
@@ -18,8 +27,9 @@ class Family:
     """`base` and `lcm_lora` are hub ids, or paths for the model that comes with the package.
 
     `signature` holds the UNet settings that tell the family; where two match, the longer one counts.
-    `sample_prompt` is what `run` draws when it is given none, and what parity is measured on. Where `base` is
-    a UNet alone, `others` is the checkpoint whose other models go with it.
+    `sample_prompt` is what `run` draws when it is given none, and what parity is measured on;
+    `calibration_prompts` are what an 8-bit UNet is scaled to. Where `base` is a UNet alone, `others` is the
+    checkpoint whose other models go with it.
     """
 
     name: str
@@ -28,6 +38,7 @@ class Family:
     description: str
     signature: Mapping[str, Any]
     sample_prompt: str = SAMPLE_PROMPT
+    calibration_prompts: tuple[str, ...] = CALIBRATION_PROMPTS
     others: str | None = None
 
 
@@ -43,6 +54,16 @@ FAMILIES: dict[str, Family] = {
             "a small SDXL of coloured shapes, shipped with the package, 64×64",
             {"cross_attention_dim": 128, "block_out_channels": [64, 112]},
             "a large red star on a striped pink background",
+            (
+                "a small green square on a plain white background",
+                "a large yellow circle on a checkered black background",
+                "a purple ring and an orange cross on a striped gray background",
+                "a small blue triangle on a plain pink background",
+                "a green star and a red circle on a checkered white background",
+                "a large orange square on a striped black background",
+                "a blue cross and a yellow triangle on a plain gray background",
+                "a small purple circle on a plain gray background",
+            ),
         ),
         Family(
             "sdxl",

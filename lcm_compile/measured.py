@@ -30,7 +30,7 @@ from lcm_compile.engines import (
 from lcm_compile.engines.processor import instruction_set, model_name
 from lcm_compile.engines.runner import Runner
 from lcm_compile.schema import from_json
-from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type, is_quantized
 from lcm_compile.store import home, write_atomically
 from lcm_compile.targets import TARGETS
 
@@ -107,13 +107,23 @@ def measure(names: list[str], precision: str) -> dict[str, float]:
 
 def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tuple[str, Runner]]:
     """The small network's engine of each backend, made in `folder`. BackendError where one can't."""
+    import torch
+
     from lcm_compile.export import export_stage
     from lcm_compile.precision import to_precision
+    from lcm_compile.quantize import choose_scales, put_in, take_out
     from lcm_compile.stages import Stage
 
     array = TensorSpec("x", (1, CHANNELS, SIDE, SIDE), "float32", "a feature map")
     contract = StageContract("small", (array,), (replace(array, name="y"),))
-    stage = Stage(contract, to_precision(small_network(), precision))
+    network = small_network()
+    layers = {}
+    if is_quantized(precision):
+        scales = choose_scales(network, *[lambda: network(torch.randn(array.shape))] * 2)
+        layers = take_out(network, scales, float_type(precision))
+    to_precision(network, float_type(precision))
+    put_in(network, layers)
+    stage = Stage(contract, network)
     graphs: dict[str, ExportedGraph] = {}
     for name in names:
         backend = find_backend(name)

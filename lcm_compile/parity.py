@@ -21,17 +21,18 @@ from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
 from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
 from lcm_compile.runners import load, load_tokenizers
-from lcm_compile.spec import StageContract
+from lcm_compile.spec import StageContract, product_type
 
 if TYPE_CHECKING:
     from lcm_compile.stages import Stage
 
 # Signal-to-noise that an engine of each precision must reach, in dB. Measured on random SDXL and SD1.5
 # architectures: fp32 engines give 117 to 140, fp16 54 to 74, bf16 34.7 to 50: with 8 bits of mantissa it is
-# 18 dB coarser than fp16 with 11, so its floor is about as much lower.
-STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0}
+# 18 dB coarser than fp16 with 11, so its floor is about as much lower. An int8 step is lossy: the floor only
+# tells it from a broken one, and the picture decides.
+STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0, "int8": 15.0}
 # The whole picture, where four steps feed each error to the next.
-PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0}
+PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0, "int8": 25.0}
 # What an output of 8 bits must reach: there, one value of 60 that is rounded the other way is 60 dB.
 EIGHT_BIT_FLOOR = 60.0
 # A standard deviation of all pixels under this, of 255, is no picture.
@@ -70,14 +71,14 @@ class TorchRunner(Runner):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage.contract)
-        self._module = stage.module
+        self.module = stage.module
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         given = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self.contract.inputs]
         with torch.inference_mode():
-            outputs = self._module(*given)
+            outputs = self.module(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 
@@ -134,14 +135,17 @@ def relay(
     folder: Path,
     trace: Trace,
     calls: int = PROOF_STEPS,
+    request: Request | None = None,
 ) -> list[Call]:
-    """The first calls of a stage while the sample prompt is drawn, the stages before replayed from a trace.
+    """The first calls of a stage while a picture is drawn, the stages before replayed from its trace.
+
+    The picture is the proof's unless another one of as many steps is asked for.
 
     So a picture can be drawn with one stage in memory at a time.
     """
     name, recorder = runner.contract.name, Recorder(runner)
     runners = {stage: Replay(contract, trace.get(stage, []), runner) for stage, contract in contracts.items()}
-    request = Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
+    request = request or Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
     pipeline = LcmPipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
     progress = pipeline.progress(request)
     while len(recorder.calls) < (calls if name == "step" else 1):
@@ -283,8 +287,8 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
 
 def stage_floor(contract: StageContract, precision: str) -> float:
     eight_bits = any(spec.dtype == "uint8" for spec in contract.outputs)
-    return min(STAGE_FLOORS[precision], EIGHT_BIT_FLOOR if eight_bits else math.inf)
+    return min(STAGE_FLOORS[product_type(precision)], EIGHT_BIT_FLOOR if eight_bits else math.inf)
 
 
 def picture_floor(precisions: Any) -> float:
-    return min(PICTURE_FLOORS[p] for p in precisions)
+    return min(PICTURE_FLOORS[product_type(p)] for p in precisions)

@@ -5,6 +5,7 @@ Needs neither torch nor diffusers, so that a hit answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping
@@ -17,16 +18,17 @@ import lcm_compile
 from lcm_compile.bundle import check_destination, key_digest
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
-from lcm_compile.errors import BackendError, unknown_name
+from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
+from lcm_compile.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.lora_folders import lora_files_of
 from lcm_compile.measured import choose_on_cpu
-from lcm_compile.pipeline import STAGES
+from lcm_compile.pipeline import STAGES, Request
 from lcm_compile.random_base import open_random
-from lcm_compile.spec import BuildSpec, LoraSpec, Shape
+from lcm_compile.spec import BuildSpec, LoraSpec, Shape, float_type, is_quantized
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
@@ -65,6 +67,23 @@ class ExportPlan:
     def is_large(self) -> bool:
         """Whether each stage is made in a process of its own, so that one model at a time is in memory."""
         return self.checkpoint.random_seed is not None or self.checkpoint.weight_bytes >= LARGE_BYTES
+
+    @property
+    def lossy(self) -> dict[str, str]:
+        """The stages that draw with loss by the user's choice, each with why."""
+        eight_bits = {"step": "its products are in 8 bits"} if is_quantized(self.precisions["step"]) else {}
+        return {**self.checkpoint.lossy, **eight_bits}
+
+    @property
+    def calibration(self) -> tuple[Request, ...]:
+        """The pictures whose activations scale an 8-bit step; the proof's is none of them."""
+        if not is_quantized(self.precisions["step"]):
+            return ()
+        family = self.checkpoint.family
+        prompts = family.calibration_prompts if family else CALIBRATION_PROMPTS
+        if self.checkpoint.random_seed is not None:
+            prompts = (SAMPLE_PROMPT,)
+        return tuple(Request(prompt, seed) for seed, prompt in enumerate(prompts, 1))
 
     @property
     def proof_shape(self) -> Shape:
@@ -115,7 +134,7 @@ class Plan:
             else {
                 "base": str(export.checkpoint.location),
                 "vae": export.checkpoint.components["vae"].location,
-                "lossy": export.checkpoint.lossy,
+                "lossy": export.lossy,
                 "architecture": export.checkpoint.architecture,
                 "loras": [
                     {
@@ -149,8 +168,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         find_backend(spec.backend)
     if out is not None:
         check_destination(out)
-    precision = spec.precision if spec.precision != "auto" else default_precision(target)
-    chosen = settle_backend(spec, target, precision)
+    precision, chosen = settle_precision(spec, target)
     backend = find_backend(chosen[0])
 
     def settle(checkpoint: Checkpoint) -> Plan:
@@ -158,8 +176,9 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> 
         export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
         return finish_plan(spec, export, export.key, checkpoint.name, target, chosen, out, force)
 
-    checkpoint = open_base(spec, half=precision == "fp16")
-    if spec.vae or precision != "fp16" or not overflows(checkpoint):
+    half = float_type(precision) == "fp16"
+    checkpoint = open_base(spec, half)
+    if spec.vae or not half or not overflows(checkpoint):
         return settle(checkpoint)
     # The hub is asked for the fixed VAE when there is something to build, and not for a hit.
     if with_fixed_vae(checkpoint) is None and (plan := settle(checkpoint)).hit:
@@ -187,9 +206,13 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     """Settles an export, whatever target its graphs are for; errors as make_plan's."""
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
-    precision = spec.precision if spec.precision != "auto" else "fp16"
-    checkpoint = open_base(spec, half=precision == "fp16")
-    if precision == "fp16" and not spec.vae and overflows(checkpoint):
+    asked = spec.precision if spec.precision != "auto" else "fp16"
+    if asked == "int8" and graph_format != "onnx":
+        raise UsageError(f"there are no 8-bit graphs in the {graph_format} format", "--format onnx")
+    precision = "int8+fp16" if asked == "int8" else asked
+    half = float_type(precision) == "fp16"
+    checkpoint = open_base(spec, half)
+    if half and not spec.vae and overflows(checkpoint):
         checkpoint = with_safe_vae(checkpoint)
     return plan_export(spec, checkpoint, precision, graph_format, engine_runs=False)
 
@@ -202,7 +225,7 @@ def plan_export(
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
     stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
-    precisions = dict.fromkeys(stages, precision)
+    precisions = {name: precision if name == "step" else float_type(precision) for name in stages}
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
     key = export_key(checkpoint, loras, shape, spec.rewrites, precisions, graph_format, digests)
@@ -240,6 +263,20 @@ def finish_plan(
 
 def default_precision(target: GpuTarget) -> str:
     return "fp32" if target.is_cpu else "fp16"
+
+
+def settle_precision(spec: BuildSpec, target: GpuTarget) -> tuple[str, tuple[str, tuple[str, ...]]]:
+    """The step's precision, and the backend for it.
+
+    What of an 8-bit step is not in 8 bits is fp16 on a GPU; on a CPU bf16 if that can be built, else fp32.
+    """
+    precision = spec.precision if spec.precision != "auto" else default_precision(target)
+    if precision == "int8":
+        if target.is_cpu:
+            with contextlib.suppress(BackendError):
+                return "int8+bf16", settle_backend(spec, target, "int8+bf16")
+        precision = "int8+fp32" if target.is_cpu else "int8+fp16"
+    return precision, settle_backend(spec, target, precision)
 
 
 def settle_backend(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,12 @@ from lcm_compile.lora import LoraProvenance, check_loras, merge_loras, read_lora
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision
-from lcm_compile.spec import ExportedGraph
+from lcm_compile.quantize import choose_scales, put_in, take_out
+from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
 from lcm_compile.stages import make_stage, shape_modules
+
+# The stages that the step depends on.
+CONDITIONS = ("encode", "context")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ class Prepared:
 
     `reference` are its calls in fp32; `twin` the graph for the proof's pictures, `graph` itself where they
     are the bundle's own. `cast` are the calls of the module as it was exported, where nothing else can be
-    checked, and `cast_db` their signal-to-noise.
+    checked, and `cast_db` their signal-to-noise. `calibration` are the text encoder's in fp32, one list for
+    each picture that an 8-bit step is scaled to.
     """
 
     graph: ExportedGraph
@@ -38,6 +43,8 @@ class Prepared:
     fp32_layers: tuple[str, ...]
     cast_db: float | None = None
     cast: list[Call] | None = None
+    quantized_layers: tuple[str, ...] = ()
+    calibration: Sequence[list[Call]] = ()
 
 
 def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
@@ -47,12 +54,19 @@ def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
 
 
 def prepare_part(
-    plan: ExportPlan, part: str, settings: PipelineSettings, folder: Path, trace: Trace, cast: Trace
+    plan: ExportPlan,
+    part: str,
+    settings: PipelineSettings,
+    folder: Path,
+    trace: Trace,
+    cast: Trace,
+    calibration: Sequence[Trace] = (),
 ) -> list[Prepared]:
     """Makes the graphs of one model's stages in `folder/graphs`.
 
     `folder` holds the tokenizers, `settings` are for the proof's shape; `trace` and `cast` are the earlier
-    stages' calls in fp32, and in the precision of the engines. CheckpointError, LoraError, ParityError.
+    stages' calls in fp32, and in the precision of the engines, `calibration` those in fp32 in the pictures
+    that an 8-bit step is scaled to. CheckpointError, LoraError, ParityError.
     """
     names, components = PARTS[part]
     checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
@@ -63,6 +77,7 @@ def prepare_part(
     contracts = make_contracts(checkpoint, plan.proof_shape, rewrites)
     whole = make_contracts(checkpoint, plan.shape, rewrites)
     trace, cast, prepared = dict(trace), dict(cast), []
+    calibration = [dict(seen) for seen in calibration]
     for name in names:
         if name not in contracts:
             continue
@@ -76,19 +91,59 @@ def prepare_part(
             parity.require_picture(trace)
 
         precision = plan.precisions[name]
-        kept = layers_over(stage.module, peaks) if precision == "fp16" else set()
-        to_precision(stage.module, precision, kept)
+        floats = float_type(precision)
+        kept = layers_over(stage.module, peaks) if floats == "fp16" else set()
+        quantized = {}
+        if name in CONDITIONS:
+            for request, seen in zip(plan.calibration, calibration, strict=True):
+                seen[name] = parity.relay(runner, contracts, settings, folder, seen, request=request)
+        if is_quantized(precision):
+            scales = calibrate(plan, runner, contracts, settings, folder, calibration)
+            quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, floats)
+        to_precision(stage.module, floats, kept)
+        put_in(stage.module, quantized)
         full = make_stage(checkpoint, whole[name], modules, plan.shape)
         graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
         # The encoders know nothing of a picture's size; the context's contract does not tell SDXL's size ids.
         if name != "encode" and plan.proof_shape != plan.shape and plan.checked == GRAPH:
             twin = export_twin(stage, graph)
-        done = Prepared(graph, twin, trace[name], dict(peaks), tuple(sorted(kept)))
+        done = Prepared(
+            graph,
+            twin,
+            trace[name],
+            dict(peaks),
+            tuple(sorted(kept)),
+            quantized_layers=tuple(quantized),
+            calibration=[seen[name] for seen in calibration] if name == "encode" else (),
+        )
         if plan.checked == MODULE:
             cast[name] = parity.relay(runner, contracts, settings, folder, cast)
             done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
         prepared.append(done)
     return prepared
+
+
+def calibrate(
+    plan: ExportPlan,
+    runner: parity.TorchRunner,
+    contracts: Mapping[str, StageContract],
+    settings: PipelineSettings,
+    folder: Path,
+    calibration: Sequence[Trace],
+) -> dict[str, float]:
+    """The scales of the step's layers that bear 8 bits, from pictures drawn in fp32."""
+    recorded: list[Call] = []
+
+    def draw() -> None:
+        for request, trace in zip(plan.calibration, calibration, strict=True):
+            calls = parity.relay(runner, contracts, settings, folder, trace, request=request)
+            recorded.extend(() if recorded else calls)  # one picture's are enough to compare layers on
+
+    def replay() -> None:
+        for inputs, _ in recorded:
+            runner(inputs)
+
+    return choose_scales(runner.module, draw, replay)
 
 
 def first_call(

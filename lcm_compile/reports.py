@@ -24,7 +24,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         else [
             ("base", f"{export.checkpoint.location} ({export.checkpoint.architecture})"),
             ("vae", export.checkpoint.components["vae"].location),
-            *((f"lossy {stage}", why) for stage, why in export.checkpoint.lossy.items()),
+            *((f"lossy {stage}", why) for stage, why in export.lossy.items()),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
@@ -167,6 +167,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
                 "precision": stage.precision,
                 "engine": stage.engine,
                 "fp32_layers": len(stage.fp32_layers),
+                "quantized_layers": len(stage.quantized_layers),
                 "largest_activation": stage.largest_activation,
             }
             for stage in manifest.stages

@@ -12,7 +12,10 @@ from pathlib import Path
 from lcm_compile.errors import UsageError, unknown_name
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-PRECISIONS = ("fp32", "fp16", "bf16")
+# What can be asked for. In int8 are the step's products alone; all else is in the best that a target has.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# What a stage computes in: "int8+fp16" has its products in int8, and the rest in fp16.
+STAGE_PRECISIONS = ("fp32", "fp16", "bf16", "int8+fp32", "int8+fp16", "int8+bf16")
 # How graphs are shaped for LCM, exact to rounding. Each can be left out.
 REWRITES = {
     "context": "what depends on the prompt and the timesteps alone is computed once a prompt",
@@ -21,6 +24,20 @@ REWRITES = {
     "lcm-step": "the scheduler's arithmetic is part of the step's graph",
     "rgb8": "the decoder's graph ends in 8-bit RGB",
 }
+
+
+def is_quantized(precision: str) -> bool:
+    return product_type(precision) == "int8"
+
+
+def product_type(precision: str) -> str:
+    """What a stage's weights are kept and multiplied in: int8+bf16 → int8."""
+    return precision.partition("+")[0]
+
+
+def float_type(precision: str) -> str:
+    """What a stage computes in where it is not in 8 bits: int8+bf16 → bf16."""
+    return precision.rpartition("+")[2]
 
 
 def user_path(text: str) -> Path:

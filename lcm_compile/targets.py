@@ -24,6 +24,10 @@ class GpuTarget:
     def is_cpu(self) -> bool:
         return self.compute_capability is None
 
+    def computes(self, precision: str) -> bool:
+        """Whether it has all of a precision such as int8+fp16."""
+        return set(precision.split("+")) <= set(self.precisions)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -37,7 +41,7 @@ ADA = (*AMPERE, "fp8")
 TARGETS: dict[str, GpuTarget] = {
     target.name: target
     for target in (
-        GpuTarget("cpu", "this processor", None, None, ("fp32", "fp16", "bf16")),
+        GpuTarget("cpu", "this processor", None, None, ("fp32", "fp16", "bf16", "int8")),
         GpuTarget("t4", "Tesla T4", "7.5", 16 * GIB, TURING),
         GpuTarget("2080ti", "GeForce RTX 2080 Ti", "7.5", 11 * GIB, TURING),
         GpuTarget("a100", "A100", "8.0", 40 * GIB, AMPERE),

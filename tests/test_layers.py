@@ -35,6 +35,7 @@ LAYERS = [
     {"lora_bases"},
     {"lora"},
     {"stages", "precision"},
+    {"quantize"},
     {"training.spec", "training.consistency", "training.data"},
     {"training.encode", "training.state", "training.loop"},
     {"training.adapters", "training.full"},

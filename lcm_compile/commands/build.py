@@ -20,7 +20,9 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
             ),
-            click.option("--precision", default="auto", show_default=True, help="auto, fp32, fp16 or bf16."),
+            click.option(
+                "--precision", default="auto", show_default=True, help="auto, fp32, fp16, bf16; lossy: int8."
+            ),
             click.option(
                 "--without",
                 multiple=True,
@@ -90,7 +92,7 @@ def build(
     lead = plans[0]
     if not lead.hit and lead.export is not None:
         checkpoint = lead.export.checkpoint
-        for remark in (*checkpoint.notes, *told_loss(checkpoint.lossy)):
+        for remark in (*checkpoint.notes, *told_loss(lead.export.lossy)):
             note(remark, quiet)
     if dry_run:
         from lcm_compile.estimate import estimate
