@@ -177,6 +177,7 @@ def test_the_step_alone_is_in_8_bits_and_says_so(demo):
     quantized = stages["step"].quantized_layers
     assert len(quantized) > 40 and not any("conv_in" in name or "conv_out" in name for name in quantized)
     assert not any(stage.quantized_layers for name, stage in stages.items() if name != "step")
+    assert "8 bits" in demo.manifest.lossy["step"]
     assert demo.manifest.parity["picture"].floor == 25 and demo.manifest.parity["picture"].db >= 25
 
 
