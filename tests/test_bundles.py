@@ -308,7 +308,7 @@ def test_builds_of_different_targets_at_once_and_a_prune(command, sd15_checkpoin
     start = [sys.executable, "-m", "lcm_compile", *words, "a10", "--gpu", "a10g"]
     said = ""
     with subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as one:
-        while "export encode" not in said:
+        while "export text" not in said:
             line = one.stderr.readline()
             assert line, said
             said += line

@@ -206,14 +206,15 @@ def torchscript_bundle(sdxl_checkpoint, tmp_path_factory):
 
 
 def test_a_torchscript_stage_loads_without_this_package(torchscript_bundle, tmp_path):
-    contract = torchscript_bundle.manifest.stages[1].contract
+    contract = torchscript_bundle.manifest.stages[2].contract
+    assert contract.name == "step"
     inputs, outputs = read_calls(torchscript_bundle.path("proof/step.npz"), contract)[0]
     np.savez(tmp_path / "in.npz", *inputs.values())
     script = f"""
 import sys, numpy as np, torch
 step = torch.jit.load({str(torchscript_bundle.path("engines/step.pt"))!r})
 data = np.load({str(tmp_path / "in.npz")!r})
-np.save({str(tmp_path / "out.npy")!r}, step(*(torch.from_numpy(data[k]) for k in data.files)).numpy())
+np.save({str(tmp_path / "out.npy")!r}, step(*(torch.from_numpy(data[k]) for k in data.files))[0].numpy())
 assert "lcm_compile" not in sys.modules and "diffusers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
@@ -225,7 +226,7 @@ def test_runners_take_numpy_and_dlpack(name, request):
     bundle = request.getfixturevalue("torchscript_bundle")
     if name == "onnxruntime":
         bundle = open_bundle(request.getfixturevalue("sdxl_bundle"))
-    stage = bundle.manifest.stages[2]
+    stage = bundle.manifest.stages[3]
     inputs, _ = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
     with find_backend(name).load(bundle.path(stage.engine), stage.contract, CPU) as runner:
         from_numpy = runner(inputs)["picture"]

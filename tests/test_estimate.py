@@ -35,7 +35,7 @@ def test_random_weights_are_counted_too(family, millions, monkeypatch):
 
 
 # Full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, of the engines, seconds.
-MEASURED = {"sd15": (6.3, 2.09, 183), "sdxl": (13.2, None, 707)}
+MEASURED = {"sd15": (6.3, 2.09, 183), "sdxl": (14.1, None, 652)}
 
 
 @pytest.mark.parametrize("family", MEASURED)
