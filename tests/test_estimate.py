@@ -49,8 +49,8 @@ def test_within_thirty_percent_of_what_was_measured(family, monkeypatch):
     assert disk is None or told.bundle_bytes / 1e9 == pytest.approx(disk, rel=0.3)
 
 
-def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle):
-    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run")
+def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle, tmp_path):
+    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--out", tmp_path, "--dry-run")
     told = json.loads(command(*words, "--json")[1])["estimate"]
     assert told["bundle_bytes"] == pytest.approx(size(sdxl_bundle / "engines"), rel=0.3)
     out = command(*words)[1]
