@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import torch
 from onnxscript import opset23
 
 import lcm_compile.quantize  # noqa: F401 - its operators
+from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import Stage
@@ -114,19 +110,3 @@ def output_names(stage: Stage) -> list[str]:
     """The contract's names; an output named as an input (a latent in, a latent out) gets `_out`."""
     inputs = {spec.name for spec in stage.contract.inputs}
     return [f"{s.name}_out" if s.name in inputs else s.name for s in stage.contract.outputs]
-
-
-@contextlib.contextmanager
-def quiet_exporter() -> Iterator[None]:
-    """The exporter's progress prints and notices are not for stdout, which is data."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

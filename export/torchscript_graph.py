@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import warnings
 from pathlib import Path
 
 import torch
 
+from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.spec import ExportedGraph
 from lcm_compile.stages import Stage
 
@@ -23,8 +23,7 @@ def torchscript_from_stage(stage: Stage, precision: str, folder: Path) -> Export
     # torch.jit.save ends the whole process when the disk is full, so the room is asked for before.
     if shutil.disk_usage(folder).free < size + CODE_SIZE:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with quiet_exporter(), torch.no_grad():
         traced = torch.jit.trace(stage.module, stage.example_inputs(), check_trace=False)
         frozen = torch.jit.freeze(traced.eval())
         path = folder / f"{stage.name}.pt"

@@ -37,13 +37,28 @@ def test_auto_takes_the_fastest_and_tells_of_each_other_why_not(command, sdxl_ch
     plan = dry_run(command, sdxl_checkpoint)
     figures = next(iter(json.loads((own_home / "cpu.json").read_text()).values()))
     assert set(figures) == set(ABLE) and min(figures.values()) > 0
-    assert plan["backend"] == min(figures, key=figures.get)
+    near = [name for name in figures if figures[name] <= 1.25 * min(figures.values())]
+    assert plan["backend"] == min(near, key=list(BACKENDS).index)
     why = dict(reason.split(": ", 1) for reason in plan["passed_over"])
     assert set(why) == set(BACKENDS) - {plan["backend"]}
     for name in figures.keys() - {plan["backend"]}:
         assert f"{figures[name]:.1f} ms" in why[name] and f"{figures[plan['backend']]:.1f} ms" in why[name]
     assert why["tensorrt-rtx"].startswith("builds for NVIDIA GPUs only") and "compiles" in why["aotinductor"]
     assert dry_run(command, sdxl_checkpoint, "--backend", "torchscript")["passed_over"] == []
+
+
+@pytest.mark.parametrize(("later", "taken"), [(2.5, "onnxruntime"), (2.3, "torchscript")])
+def test_of_two_that_are_near_the_first_is_taken(monkeypatch, later, taken):
+    """Of 3 ms and 2.5 no small network knows which draws sooner."""
+    monkeypatch.setattr(measured, "time_on_cpu", lambda *_: {"onnxruntime": 3.0, "torchscript": later})
+    monkeypatch.setattr(
+        measured,
+        "cannot_build_from",
+        lambda name, *_: None if name in ("onnxruntime", "torchscript") else "not asked for",
+    )
+    chosen, why = choose_on_cpu("fp32")
+    assert chosen == taken
+    assert any("near enough" in reason for reason in why) is (taken == "onnxruntime")
 
 
 def test_a_delay_in_a_runner_is_seen(monkeypatch):
