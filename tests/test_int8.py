@@ -198,21 +198,15 @@ def test_it_draws_what_it_is_asked_for(demo, count, points):
     assert all(eight[column] >= plain[column] - points for column in plain), (plain, eight)
 
 
+def in_8_bits(base, backend):
+    return ("--base", base, "--no-lcm", "--gpu", "cpu", "--backend", backend, "--precision", "int8")
+
+
 def test_a_bad_scale_is_refused(sdxl_checkpoint, tmp_path, monkeypatch, refused):
     """Nothing is left behind."""
     monkeypatch.setattr(Seen, "scale", lambda self: self.largest / 3)
     monkeypatch.setattr("lcm_compile.quantize.LEAST_SNR", -100.0)
-    words = (
-        "--base",
-        sdxl_checkpoint,
-        "--no-lcm",
-        "--gpu",
-        "cpu",
-        "--backend",
-        "onnxruntime",
-        "--precision",
-        "int8",
-    )
+    words = in_8_bits(sdxl_checkpoint, "onnxruntime")
     refused(3, ["step", "picture", "--precision fp32"], "build", *words, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
@@ -228,17 +222,7 @@ def test_rtx_builds_it_for_an_a10(sdxl_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("backend", ["torchscript", "aotinductor"])
 def test_backends_without_it_say_so(sdxl_checkpoint, refused, backend):
-    words = (
-        "--base",
-        sdxl_checkpoint,
-        "--no-lcm",
-        "--gpu",
-        "cpu",
-        "--backend",
-        backend,
-        "--precision",
-        "int8",
-    )
+    words = in_8_bits(sdxl_checkpoint, backend)
     refused(1, [backend, "8-bit"], "build", *words)
 
 
