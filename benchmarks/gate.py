@@ -28,6 +28,7 @@ DEFAULT_LIMITS = {"median": 0.05, "memory": 0.10, "engine-size": 0.05, PARITY: 1
 # The chance of one false alarm among all times of a comparison.
 ALPHA = 0.01
 
+Samples = tuple[float, ...]
 WORSE, BETTER, OK, UNSURE, MISSING, NEW = "worse", "better", "ok", "~", "missing", "new"
 FAILING = (WORSE, MISSING)
 
@@ -99,24 +100,39 @@ def compare_reports(base: BenchmarkReport, new: BenchmarkReport, limits: Mapping
         if case.name not in given:
             verdicts.append(Verdict(case.name, "case", MISSING, why="the baseline has this case"))
             continue
-        pair = Pair(case, given.pop(case.name), where(case, base), new.environment)
-        verdicts += judge(pair, limits, alpha)
+        now = given.pop(case.name)
+        sides = yardsticks(case, base), yardsticks(now, new)
+        verdicts += judge(Pair(case, now, *sides, where(case, base), new.environment), limits, alpha)
     verdicts += [Verdict(name, "case", NEW, why="the baseline has no such case") for name in given]
     return Comparison(tuple(verdicts), tuple(remarks(base, new)))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One case of both reports, and where each was measured."""
+    """One case of both reports, what each can be told in ratios to, and where each was measured."""
 
     base: Case
     new: Case
+    base_yardsticks: Mapping[str, Samples]
+    new_yardsticks: Mapping[str, Samples]
     was: Environment
     now: Environment
 
     @property
-    def rival(self) -> str | None:
-        return next((name for name in self.base.rivals if name in self.new.rivals), None)
+    def yardstick(self) -> str | None:
+        return next((name for name in self.base_yardsticks if name in self.new_yardsticks), None)
+
+
+def yardsticks(case: Case, report: BenchmarkReport) -> dict[str, Samples]:
+    """A case's rivals; of one that none has (loading, the context), what rivals did in the same rounds."""
+    if case.rivals:
+        return {name: rival.samples_ms for name, rival in case.rivals.items()}
+    return {
+        f"{name}'s {other.name}": rival.samples_ms
+        for other in report.cases
+        if len(other.samples_ms) == len(case.samples_ms) and other.groups == case.groups
+        for name, rival in other.rivals.items()
+    }
 
 
 def where(case: Case, report: BenchmarkReport) -> Environment:
@@ -133,10 +149,13 @@ def judge(pair: Pair, limits: Mapping[str, float], alpha: float) -> Iterator[Ver
 
 
 def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
-    if pair.rival is None:
+    yardstick, quantile = pair.yardstick, QUANTILES[metric]
+    if yardstick is None:
         require_one_device(pair)
-    quantile = QUANTILES[metric]
-    sides = [log_times(case, pair.rival, metric) for case in (pair.base, pair.new)]
+    sides = [
+        log_times(case, rivals[yardstick] if yardstick else None, metric)
+        for case, rivals in ((pair.base, pair.base_yardsticks), (pair.new, pair.new_yardsticks))
+    ]
     needed, fewest = fewest_samples(quantile), min(len(process) for side in sides for process in side)
     if fewest < needed:
         why = f"takes {needed} samples from every process; one has {fewest}"
@@ -153,7 +172,7 @@ def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
         status = OK
     return Verdict(
         *(pair.base.name, metric, status),
-        unit=f"× {pair.rival}" if pair.rival else "ms",
+        unit=f"× {yardstick}" if yardstick else "ms",
         base=math.exp(base.value),
         new=math.exp(new.value),
         change=found.value,
@@ -163,8 +182,8 @@ def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
     )
 
 
-def log_times(case: Case, rival: str | None, metric: str) -> list[np.ndarray]:
-    """Each process's log samples, relative to the rival where there is one.
+def log_times(case: Case, rival: Samples | None, metric: str) -> list[np.ndarray]:
+    """Each process's log samples, relative to the rival's where there is one.
 
     For the median sample by sample, whose pairs were taken side by side. A tail is held to the rival's median
     in the same process: its own tail would hide ours.
@@ -173,7 +192,7 @@ def log_times(case: Case, rival: str | None, metric: str) -> list[np.ndarray]:
     ours = np.split(np.log(case.samples_ms), cuts)
     if rival is None:
         return ours
-    theirs = np.split(np.log(case.rivals[rival].samples_ms), cuts)
+    theirs = np.split(np.log(rival), cuts)
     if metric == "median":
         return [a - b for a, b in zip(ours, theirs, strict=True)]
     return [a - np.median(b) for a, b in zip(ours, theirs, strict=True)]

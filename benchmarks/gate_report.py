@@ -50,7 +50,8 @@ def told_status(verdict: Verdict) -> str:
 def told_scale(verdicts: list[Verdict]) -> str:
     """What a case's times are in, where they are ratios."""
     rivals = {v.unit.removeprefix("× ") for v in verdicts if v.unit.startswith("×")}
-    return "".join(f" (times as shares of {rival}'s in the same run)" for rival in rivals)
+    whose = [rival if "'s " in rival else f"{rival}'s" for rival in rivals]
+    return "".join(f" (times as shares of {it} in the same run)" for it in whose)
 
 
 def by_case(comparison: Comparison) -> Iterator[tuple[str, list[Verdict]]]:

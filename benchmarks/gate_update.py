@@ -12,17 +12,20 @@ from lcm_compile.benchmarks.gate import (
     SIZES,
     Comparison,
     where,
+    yardsticks,
 )
-from lcm_compile.benchmarks.report import BenchmarkReport, Case, Loosening
+from lcm_compile.benchmarks.report import BenchmarkReport, Case, Loosening, Rival
 
 
 def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Comparison) -> BenchmarkReport:
     """`base`, with what NEW is surely better at and the cases that only NEW has. Nothing gets worse."""
     better = {(v.case, v.metric) for v in comparison.verdicts if v.status == BETTER}
     given = {case.name: case for case in new.cases}
+    if not better and given.keys() == {case.name for case in base.cases}:
+        return base
 
     def tighten(case: Case) -> Case:
-        fresh = given.pop(case.name)
+        case, fresh = alone(case, base), alone(given.pop(case.name), new)
         figures = {
             field: getattr(fresh, field)
             for metric, field in {**SIZES, PARITY: "parity_db"}.items()
@@ -35,8 +38,13 @@ def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Compariso
         return replace(case, **figures)
 
     cases = [tighten(case) for case in base.cases]
-    cases += [replace(case, environment=where(case, new)) for case in given.values()]
+    cases += [replace(alone(case, new), environment=where(case, new)) for case in given.values()]
     return replace(base, cases=tuple(cases))
+
+
+def alone(case: Case, report: BenchmarkReport) -> Case:
+    """The case with its yardsticks, which the other cases of its report may not keep."""
+    return replace(case, rivals=case.rivals or {k: Rival(v) for k, v in yardsticks(case, report).items()})
 
 
 def replaced(base: BenchmarkReport, new: BenchmarkReport, why: str) -> BenchmarkReport:

@@ -91,6 +91,27 @@ def test_a_slower_machine_is_no_slower_program(command, saved):
     assert command("compare", base, slower)[0] == 3
 
 
+def test_what_no_rival_does_is_told_in_what_rivals_did_meanwhile(command, saved):
+    """Nobody else has a context stage, or loads apart: those times too are ratios, on any processor."""
+    context = {"name": "context", "rival": None}
+    base = saved("base.json", case(1), case(1, **context))
+    slow = saved("slow.json", case(2, machine=2.0), case(2, machine=2.0, **context), environment=OTHER_CPU)
+    code, out, _ = command("compare", base, slow)
+    assert code == 0 and "eager's picture in the same run" in out
+    slower = case(2, machine=0.5, scale=1.15, **context)
+    code, _, err = command(
+        "compare", base, saved("new.json", case(2, machine=0.5), slower, environment=OTHER_CPU)
+    )
+    assert code == 3 and "context median" in err
+    # Of a baseline whose pictures were tightened since, the context is still told in what it was told in.
+    better = saved("better.json", case(4, scale=0.8), case(4, **context))
+    assert command("compare", base, better, "--update")[0] == 0
+    assert read_report(base).cases[0].samples_ms == case(4, scale=0.8).samples_ms
+    again = case(2, machine=0.5, scale=0.8)
+    code, _, err = command("compare", base, saved("new.json", again, slower, environment=OTHER_CPU))
+    assert code == 3 and "context median" in err and "picture" not in err
+
+
 def test_times_of_two_devices_are_refused_without_a_rival(refused, saved, command):
     base = saved("base.json", case(1, rival=None))
     refused(
