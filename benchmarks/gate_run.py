@@ -17,16 +17,18 @@ from lcm_compile.compile import build
 PROCESSES = 10
 
 
-def run_again(benchmark: Benchmark, note: Callable[[str], None]) -> BenchmarkReport:
+def run_again(
+    benchmark: Benchmark, note: Callable[[str], None], processes: int = PROCESSES
+) -> BenchmarkReport:
     """The benchmark's samples, its runs and seconds shared out; the bundle is built if need be."""
     bundle = build(benchmark.spec)
-    runs = max(MIN_SAMPLES, math.ceil(benchmark.runs / PROCESSES))
+    runs = max(MIN_SAMPLES, math.ceil(benchmark.runs / processes))
     reports = []
     with contest(bundle, benchmark.against) as rivals:
         environment = environment_of(bundle.manifest.target, rivals.threads, {})
-        for i in range(PROCESSES):
-            note(f"benchmark, process {i + 1} of {PROCESSES}")
-            measured = measure(rivals, runs, benchmark.seconds / PROCESSES, cold_starts=1)
+        for i in range(processes):
+            note(f"benchmark, process {i + 1} of {processes}")
+            measured = measure(rivals, runs, benchmark.seconds / processes, cold_starts=1)
             reports.append(BenchmarkReport(environment, benchmark, cases_of(rivals, measured, {})))
     return joined(reports)
 
