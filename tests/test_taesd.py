@@ -15,8 +15,8 @@ from test_pipeline import FLOOR, Pair, reference
 from test_random_base import SMALL_TEXT, SMALL_UNET
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.benchmarks.bench import warnings
-from lcm_compile.benchmarks.report import Case
+from lcm_compile.benchmarks.bench import contest, warnings
+from lcm_compile.benchmarks.report import Case, Rival
 from lcm_compile.benchmarks.work import count_work
 from lcm_compile.bundle import read_manifest
 from lcm_compile.errors import CheckpointError, UsageError
@@ -113,7 +113,18 @@ def test_its_loss_is_told(sd15_checkpoint, command, tmp_path):
     assert command(*draw)[2].count(LOSSY) == 1
     assert command(*draw, "--quiet")[2] == ""
     lossy = read_manifest(tmp_path / "b")[0].lossy
-    assert LOSSY in str(warnings([Case("picture", (1.0, 1.0), {})], {"decode": "fp32"}, lossy))
+    eager = {"eager": Rival((3.0, 3.0))}
+    told = str(warnings([Case("picture", (1.0, 1.0), eager, parity_db=12.0)], {"decode": "fp32"}, lossy))
+    assert LOSSY in told and "base changed" not in told  # it is not to be the picture of another VAE
+
+
+def test_rivals_decode_with_the_bases_own_vae(sd15_checkpoint, tmp_path):
+    write_tiny(tmp_path / "vae")
+    bundle = build(spec_of(sd15_checkpoint, tmp_path / "vae", backend="torchscript"), tmp_path / "b")
+    with contest(bundle, ["eager"]) as rivals:
+        (folder, _) = rivals.drawers["eager"].args
+        config = json.loads((folder / "vae" / "config.json").read_text())
+    assert config["_class_name"] == "AutoencoderKL"
 
 
 def test_loss_is_told_of_engines_built_from_an_export(sd15_checkpoint, command, tmp_path):
