@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,7 @@ def build(
     for plan in plans:
         note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"), quiet)
         if plan.passed_over and not plan.hit:
-            why = [f"backend {plan.backend_name}", *(f"not {reason}" for reason in plan.passed_over)]
-            note("; ".join(why), quiet)
+            note(told_backend(plan.backend_name, plan.passed_over), quiet)
     with Parts(quiet) as parts:
         if graphs is not None:
             done = [
@@ -136,6 +136,12 @@ def build(
     built = [bundle for plan, bundle in done if not plan.hit]
     if built:
         note(f"built in {parts.seconds:.1f} s; {told_parity(built[0].manifest.parity)}", quiet)
+
+
+def told_backend(name: str, passed_over: Iterable[str]) -> str:
+    """The backend, and a line or two for each that was passed over for it."""
+    lines = [textwrap.fill(why, 79, initial_indent="  not ", subsequent_indent="    ") for why in passed_over]
+    return "\n".join((f"backend {name}", *lines))
 
 
 def refuse_model_options(context: click.Context) -> None:
