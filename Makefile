@@ -18,9 +18,9 @@ bench: .venv/installed
 		--save benchmarks/results/bench-demo-cpu.json $(ARGS)
 	$(BIN)/python -m lcm_compile.benchmarks.readme_table
 
-# Every fast test, ruff and mypy.
+# Every fast test, a file at a time on every core, ruff and mypy.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow

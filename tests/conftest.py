@@ -7,6 +7,10 @@ import shutil
 
 # Models this small lose more to a second thread than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of several workers (`pytest -n auto`) each keeps to a core: engines' threads would wait for another's.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import factories
 import pytest
