@@ -79,6 +79,23 @@ def test_fp32_engines_compute_in_nothing_less(decode):
         assert not precisions_in(runner) & {"bf16", "f16"}
 
 
+def test_the_threads_of_a_large_model_take_work_from_each_other(decode, monkeypatch):
+    path, contract, (inputs, expected) = decode
+
+    def partitioner_of(runner):
+        model = runner._request.get_compiled_model()
+        if "TBB_PARTITIONER" not in model.get_property("SUPPORTED_PROPERTIES"):
+            pytest.skip("this OpenVINO has no such setting")
+        return model.get_property("TBB_PARTITIONER").name
+
+    with openvino.load(path, contract, CPU) as small:
+        plain = partitioner_of(small)
+    monkeypatch.setattr(openvino, "LARGE", 0)
+    with openvino.load(path, contract, CPU) as large:
+        assert partitioner_of(large) == "AUTO" != plain
+        assert snr_db(expected["picture"], large(inputs)["picture"]) >= 60
+
+
 def test_it_runs_alone(decode, tmp_path):
     """In a process of its own: no torch, nothing sent to anybody, no path of the machine that built it."""
     path, contract, (inputs, outputs) = decode
