@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo proof test test-slow check clean
+.PHONY: bench demo gate proof test test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
@@ -17,6 +17,10 @@ bench: .venv/installed
 	$(BIN)/lcm-compile bench --base demo --gpu cpu --against eager --against eager-bf16 \
 		--save benchmarks/results/bench-demo-cpu.json $(ARGS)
 	$(BIN)/python -m lcm_compile.benchmarks.readme_table
+
+# Holds the demo model's speed, memory and parity to benchmarks/baseline.json, in ten processes each.
+gate: .venv/installed
+	$(BIN)/lcm-compile compare benchmarks/baseline.json --fail-on median:30%
 
 # Every fast test, a file at a time on every core, ruff and mypy.
 test: check

@@ -17,9 +17,7 @@ from lcm_compile.compile import build
 PROCESSES = 10
 
 
-def run_again(
-    benchmark: Benchmark, note: Callable[[str], None], processes: int = PROCESSES
-) -> BenchmarkReport:
+def run_again(benchmark: Benchmark, note: Callable[[str], None], processes: int) -> BenchmarkReport:
     """The benchmark's samples, its runs and seconds shared out; the bundle is built if need be."""
     bundle = build(benchmark.spec)
     runs = max(MIN_SAMPLES, math.ceil(benchmark.runs / processes))

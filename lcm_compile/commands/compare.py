@@ -47,7 +47,7 @@ def compare(
         raise click.UsageError("--loosen takes a reason, and goes with --update.")
     from lcm_compile.benchmarks import gate_report
     from lcm_compile.benchmarks.gate import compare_reports, parse_limits
-    from lcm_compile.benchmarks.gate_run import run_again
+    from lcm_compile.benchmarks.gate_run import PROCESSES, run_again
     from lcm_compile.benchmarks.gate_update import replaced, tightened
     from lcm_compile.benchmarks.report import read_report
     from lcm_compile.console import note, print_json
@@ -55,7 +55,10 @@ def compare(
 
     wanted = parse_limits(limits)
     baseline = read_report(base)
-    measured = read_report(new) if new else run_again(baseline.benchmark, lambda text: note(text, quiet))
+    if new:
+        measured = read_report(new)
+    else:
+        measured = run_again(baseline.benchmark, lambda text: note(text, quiet), PROCESSES)
     comparison = compare_reports(baseline, measured, wanted)
     if as_json:
         print_json({**comparison.to_dict(), "new": measured.to_dict()})
