@@ -207,7 +207,7 @@ def compare_graphs(note: Note, target: str, work: Path, model: str, backend: str
             worst = min(worst, psnr_db(drawn["without"].pictures, drawn["with"].pictures))
     told = drawn["with"].cuda_graph
     medians = ", ".join(f"{way} {median(values):.1f} ms" for way, values in ms.items())
-    note(cuda_graph=told, ms=ms, psnr_db=round(worst, 2), headline=f"{told}; {medians}; {worst:.0f} dB")
+    note(cuda_graph=told, ms=ms, psnr_db=round(worst, 2), headline=f"{medians}, {worst:.0f} dB; {told}")
     if worst < SAME_DB:
         raise ParityError(f"with CUDA graphs another picture is drawn: {worst:.1f} dB, needs {SAME_DB:g}")
 

@@ -53,7 +53,7 @@ def graphs(model: str, backend: str, batch: int = 1) -> Item:
     build = named(model, backend, batch)
     arguments = (model, backend, batch)
     return Item(
-        f"{build}-graphs", does.compare_graphs, arguments, 20, 90, on_gpu=model != "demo", needs=build
+        f"{build}-graph", does.compare_graphs, arguments, 20, 90, on_gpu=model != "demo", needs=build
     )
 
 
