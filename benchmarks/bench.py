@@ -20,6 +20,7 @@ from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_riva
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundle import EngineBundle, StageEngine, told_loss
+from lcm_compile.captured import USED
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
@@ -93,7 +94,10 @@ def bench(
         shape=manifest.pipeline.shape,
         bundle=bundle.digest,
     )
-    notes = (*rivals.notes, *warnings(cases, rivals.precisions, manifest.lossy))
+    told = warnings(cases, rivals.precisions, manifest.lossy)
+    if not manifest.target.is_cpu and (graphs := measured.samples[SELF][-1].drawn.cuda_graph) != USED:
+        told.append(f"CUDA graphs were {graphs}")
+    notes = (*rivals.notes, *told)
     return BenchmarkReport(environment_of(manifest.target, cores, peaks), asked, cases, notes)
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -37,6 +38,8 @@ MODELS = {
 }
 # Pictures, or batches of them, of each who draws; no more are begun after so many seconds.
 RUNS, SECONDS = 20, 20.0
+# What the pictures of one engine must reach to each other: kernels may add in any order, and nothing else.
+SAME_DB = 50.0
 
 
 def examine_machine(note: Note, target: str, work: Path) -> None:
@@ -177,6 +180,36 @@ def measure(
         rivals_db={name: rival.parity_db for name, rival in picture.rivals.items()},
         headline=", ".join([f"{median(picture.samples_ms):.1f} ms", *told]),
     )
+
+
+def compare_graphs(note: Note, target: str, work: Path, model: str, backend: str, batch: int) -> None:
+    """The same pictures with CUDA graphs and without, in turn. ParityError where they differ."""
+    from lcm_compile.benchmarks.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
+    from lcm_compile.errors import ParityError
+    from lcm_compile.parity import psnr_db
+    from lcm_compile.pipeline import Request
+    from lcm_compile.runners import load
+
+    bundle = bundle_of(work, model, backend, batch)
+    ms: dict[str, list[float]] = {"with": [], "without": []}
+    worst, start = 200.0, time.perf_counter()
+    with load(bundle, prompt_cache=0) as pipeline:
+        for i in range(WARM_UP):
+            pipeline.draw(Request(SAMPLE_PROMPT, WARM_UP_SEED + i, num_images=batch))
+        for i, (prompt, seed) in zip(range(RUNS), requests(SAMPLE_PROMPT), strict=False):
+            if i >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
+                break
+            drawn = {}
+            for way in in_turn(list(ms), i):
+                pipeline.cuda_graph = way == "with"
+                drawn[way] = pipeline.draw(Request(prompt, seed, num_images=batch))
+                ms[way].append(drawn[way].ms["total"])
+            worst = min(worst, psnr_db(drawn["without"].pictures, drawn["with"].pictures))
+    told = drawn["with"].cuda_graph
+    medians = ", ".join(f"{way} {median(values):.1f} ms" for way, values in ms.items())
+    note(cuda_graph=told, ms=ms, psnr_db=round(worst, 2), headline=f"{medians}, {worst:.0f} dB; {told}")
+    if worst < SAME_DB:
+        raise ParityError(f"with CUDA graphs another picture is drawn: {worst:.1f} dB, needs {SAME_DB:g}")
 
 
 def draw_portable(note: Note, target: str, work: Path) -> None:

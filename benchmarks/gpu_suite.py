@@ -48,6 +48,15 @@ def measured(model: str, backend: str, batch: int = 1, *rivals: str) -> Item:
     return Item(name, does.measure, arguments, *limits, on_gpu=model != "demo", needs=build)
 
 
+def graphs(model: str, backend: str, batch: int = 1) -> Item:
+    """With CUDA graphs and without."""
+    build = named(model, backend, batch)
+    arguments = (model, backend, batch)
+    return Item(
+        f"{build}-graph", does.compare_graphs, arguments, 20, 90, on_gpu=model != "demo", needs=build
+    )
+
+
 def named(model: str, backend: str, batch: int) -> str:
     return f"{model}-{backend}" + (f"-by-{batch}" if batch > 1 else "")
 
@@ -60,18 +69,20 @@ def both(model: str, backend: str, batch: int = 1) -> tuple[Item, Item]:
 SPEED = (
     weights("sdxl", 240),
     *both("sdxl", FIRST),
+    graphs("sdxl", FIRST),
     measured("sdxl", FIRST, 1, "eager", "compile"),
-    *(item for name in OTHERS for item in both("sdxl", name)),
+    *(item for name in OTHERS for item in (*both("sdxl", name), graphs("sdxl", name))),
     *both("sdxl", FIRST, 4),
     *both("sdxl", FIRST, 8),
     weights("sd15", 120),
     built("sd15", FIRST),
     measured("sd15", FIRST, 1, "eager", "compile"),
+    graphs("sd15", FIRST),
 )
 WHICH_RUN = (
     Item("doctor", does.examine_backends, most=150, without_target=True),
     weights("demo", 60),
-    *(item for name in GPU_BACKENDS for item in both("demo", name)),
+    *(item for name in GPU_BACKENDS for item in (*both("demo", name), graphs("demo", name))),
     Item("demo-tensorrt-rtx-portable", does.draw_portable, on_gpu=True),
 )
 PARTS = {"speed": SPEED, "backends": WHICH_RUN}

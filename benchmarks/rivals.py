@@ -67,7 +67,8 @@ def draw_with_bundle(folder: Path) -> Draw:
         drawing = pipeline.draw(Request(prompt, seed, steps=STEPS, num_images=batch))
         apart = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
         stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in apart.items()}
-        return Drawn(np.stack([np.asarray(image) for image in drawing.images()]), stages)
+        pictures = np.stack([np.asarray(image) for image in drawing.images()])
+        return Drawn(pictures, stages, drawing.cuda_graph)
 
     return draw
 

@@ -29,10 +29,14 @@ SERVE = "import sys; sys.path[:] = {path!r}; from lcm_compile.benchmarks.worker 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures (n, height, width, 3), uint8, and milliseconds of those stages that could be timed apart."""
+    """Pictures (n, height, width, 3), uint8, and milliseconds of those stages that could be timed apart.
+
+    `cuda_graph` is what a bundle's pipeline tells of CUDA graphs.
+    """
 
     pictures: np.ndarray
     stages: Mapping[str, float]
+    cuda_graph: str = ""
 
 
 # Prompt and seed to pictures.

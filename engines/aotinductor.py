@@ -113,7 +113,8 @@ class AotInductorRunner(TensorRunner):
         self._turn = threading.Lock()
         # What torch._inductor.aoti_load_package returns wraps this class. That function also compiles a
         # C++ program to compare the processor: seconds, and a compiler that need not be where engines run.
-        # Single-threaded, as otherwise each call waits on the host until the GPU has done the one before.
+        # Single-threaded, as otherwise each call waits on the host until the GPU has done the one before, and
+        # can't be captured (github.com/pytorch/pytorch/pull/148601).
         try:
             self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
@@ -128,6 +129,10 @@ class AotInductorRunner(TensorRunner):
         with self._turn, torch.inference_mode():
             outputs = self._model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
+
+    def cannot_capture(self) -> str | None:
+        """It enqueues on torch's current stream, and takes its memory from torch."""
+        return None if self.device == "cuda" else super().cannot_capture()
 
     def close(self) -> None:
         self._model = None

@@ -27,6 +27,8 @@ PACKAGES = ("onnxruntime-gpu", "onnxruntime")
 # A provider's name, alone or with its options.
 Provider = str | tuple[str, dict[str, Any]]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# Ids of CUDA graphs, as run options name them.
+GRAPH, NO_GRAPH = "1", "-1"
 # What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
 CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
 INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
@@ -104,8 +106,14 @@ def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     import torch
 
     stream = torch.cuda.Stream()  # not torch's default one, whose address 0 stands for none
-    provider = CUDA, {"user_compute_stream": str(stream.cuda_stream)}
-    return BoundRunner(open_checked(path, contract, [provider]), contract, "cuda", stream)
+    settings = {"user_compute_stream": str(stream.cuda_stream)}
+    cannot_graph = ""
+    try:
+        session = open_checked(path, contract, [(CUDA, {**settings, "enable_cuda_graph": "1"})])
+    except BackendError as error:  # it refuses graphs of which not every node computes on the GPU
+        cannot_graph = error.message
+        session = open_checked(path, contract, [(CUDA, settings)])
+    return BoundRunner(session, contract, "cuda", stream, cannot_graph)
 
 
 def quiet_options() -> Any:
@@ -168,27 +176,41 @@ class BoundRunner(TensorRunner):
 
     Its outputs are the same tensors at every call. `stream` is the one that the session was opened to compute
     on; without, it has its own, and each call waits until the GPU is done.
+
+    ONNX Runtime can't be captured from outside (github.com/microsoft/onnxruntime/pull/32081), but a session
+    opened with `enable_cuda_graph` captures itself in runs that name a graph. Then its inputs must stay where
+    they are, so they are copied there; in other runs they are read where they lie. Versions before
+    github.com/microsoft/onnxruntime/pull/28686 also wait for the GPU after each launch. `cannot_graph`: why
+    the session was opened without.
     """
 
     def __init__(
-        self, session: Any, contract: StageContract, device: str, stream: torch.cuda.Stream | None = None
+        self,
+        session: Any,
+        contract: StageContract,
+        device: str,
+        stream: torch.cuda.Stream | None = None,
+        cannot_graph: str = "it was opened without CUDA graphs",
     ) -> None:
-        import onnxruntime as ort
-
         super().__init__(contract, device)
         self._session = session
         self._stream = stream
-        self._options = ort.RunOptions()
-        if stream is not None:
-            self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._cannot_graph = cannot_graph
+        self._options = run_options(stream, "" if cannot_graph else NO_GRAPH)
+        self._graphed = False
+        self._fixed: list[torch.Tensor] = []  # where its CUDA graph reads its inputs, once there is one
         self._binding = session.io_binding()
-        self._outputs = self.empty_outputs()
+        self._outputs = self.empty(contract.outputs)
         for found, spec in zip(session.get_outputs(), contract.outputs, strict=True):
             address = self._outputs[spec.name].data_ptr()
             self._binding.bind_output(found.name, device, 0, np.dtype(spec.dtype), spec.shape, address)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         held = [self.tensor(spec, inputs[spec.name]) for spec in self.contract.inputs]
+        if self._graphed:
+            for own, tensor in zip(self._fixed, held, strict=True):
+                own.copy_(tensor)
+            held = self._fixed
         for spec, tensor in zip(self.contract.inputs, held, strict=True):
             address = tensor.data_ptr()
             self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
@@ -196,6 +218,61 @@ class BoundRunner(TensorRunner):
             self._session.run_with_iobinding(self._binding, self._options)
         return dict(self._outputs)
 
+    def cannot_capture(self) -> str | None:
+        if self.device != "cuda":
+            return super().cannot_capture()
+        return "ONNX Runtime can't be captured from outside"
+
+    def graph_itself(self, on: bool) -> str | None:
+        if on and not self._fixed and not self._cannot_graph:
+            self._cannot_graph = self._capture()
+        if self._cannot_graph:
+            return self._cannot_graph
+        self._use_graph(on)
+        return None
+
+    def _use_graph(self, on: bool) -> None:
+        self._graphed = on
+        self._options = run_options(self._stream, GRAPH if on else NO_GRAPH)
+
+    def _capture(self) -> str:
+        """Captures. Why its graph can't be used, or nothing: it must compute what is computed without."""
+        self._fixed = list(self.empty(self.contract.inputs).values())
+        zeros, ones = (
+            {s.name: self.to_device(np.full(s.shape, value, s.dtype)) for s in self.contract.inputs}
+            for value in (0, 1)
+        )
+        expected = [self.to_host(array + 0) for array in self(zeros).values()]
+        self(ones)  # so that nothing is left where the graph's outputs will be
+        self._use_graph(True)
+        try:
+            actual = [self.to_host(array) for array in self(zeros).values()]
+        except Exception as error:  # onnxruntime's own exceptions share no base class but this
+            return f"ONNX Runtime can't capture {self.contract.name}: {str(error).splitlines()[0]}"
+        finally:
+            self._use_graph(False)
+        if not all(map(alike, expected, actual)):
+            return f"ONNX Runtime's CUDA graph of {self.contract.name} computes something else"
+        return ""
+
     def close(self) -> None:
         self._session = self._binding = None
-        self._outputs = {}
+        self._outputs, self._fixed = {}, []
+
+
+def alike(expected: np.ndarray, actual: np.ndarray) -> bool:
+    """Whether they differ by rounding alone, of kernels that add in any order."""
+    ours, theirs = (np.nan_to_num(array.astype(np.float32)) for array in (expected, actual))
+    return bool(np.abs(ours - theirs).mean() <= 0.01 * np.abs(ours).mean())
+
+
+def run_options(stream: Any, graph: str) -> Any:
+    """Without waiting for a stream that is ours. `graph` is an id, or nothing where the session has none."""
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    if stream is not None:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    if graph:
+        options.add_run_config_entry("gpu_graph_id", graph)
+    return options

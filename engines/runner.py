@@ -36,6 +36,20 @@ class Runner(ABC):
     def to_host(self, array: Array) -> np.ndarray:
         return as_numpy(array)
 
+    def cannot_capture(self) -> str | None:
+        """Why what a call asks of the device can't be captured as a CUDA graph of torch's, or None.
+
+        What can be captured waits for nothing, and enqueues on torch's own stream while that captures.
+        """
+        return "it computes on the processor"
+
+    def graph_itself(self, on: bool) -> str | None:
+        """From now on, or no longer, each call is one launch of a CUDA graph that the engine captures itself.
+
+        Why it can't be, or None.
+        """
+        return self.cannot_capture() or "its calls are captured from outside"
+
     def mark(self) -> Any:
         """A moment on this engine's device: when all that was asked of it so far is done."""
         return time.perf_counter()

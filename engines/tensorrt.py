@@ -11,9 +11,9 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcm_compile.engines import installed_version, other_version
 from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, driver_too_old, gpu_here
@@ -24,11 +24,15 @@ from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
+if TYPE_CHECKING:
+    import torch
+
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt", "tensorrt-cu13")
 INSTALL = "pip install 'lcm-compile[tensorrt]'"
 LEAST_VERSION = 11
 OPTIMIZATION_LEVEL = 3
+ALIGNMENT = 256  # of every address that an engine is given: IExecutionContext::setTensorAddress
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
@@ -193,6 +197,7 @@ class TensorRtRunner(TensorRunner):
         import torch
 
         super().__init__(contract, "cuda")
+        self._package = trt.__name__
         logger, errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -209,20 +214,46 @@ class TensorRtRunner(TensorRunner):
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output named as an input carries a suffix.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
-        self._outputs = self.empty_outputs()
+        self._outputs = self.empty(contract.outputs)
+        self._addresses: dict[str, int] = {}
         for spec, name in zip(contract.outputs, self._output_names, strict=True):
-            self._context.set_tensor_address(name, self._outputs[spec.name].data_ptr())
+            self._place(name, self._outputs[spec.name])
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         held = []  # inputs must outlive the launch
         for spec in self.contract.inputs:
             tensor = self.tensor(spec, inputs[spec.name])
-            self._context.set_tensor_address(spec.name, tensor.data_ptr())
+            if tensor.data_ptr() % ALIGNMENT:
+                tensor = tensor.clone()
+            self._place(spec.name, tensor)
             held.append(tensor)
-        with self.beside(self._stream):
-            if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise BackendError(f"the {self.contract.name} engine failed while running")
+        self._enqueue()
         return dict(self._outputs)
+
+    def _enqueue(self) -> None:
+        """On torch's stream, which may be capturing; beside its default one, on which TensorRT would wait."""
+        import torch
+
+        around: AbstractContextManager[None] = nullcontext()
+        stream = torch.cuda.current_stream()
+        if stream == torch.cuda.default_stream():
+            stream, around = self._stream, self.beside(self._stream)
+        with around:
+            if not self._context.execute_async_v3(stream.cuda_stream):
+                raise BackendError(f"the {self.contract.name} engine failed while running")
+
+    def _place(self, name: str, tensor: torch.Tensor) -> None:
+        address = tensor.data_ptr()
+        if self._addresses.get(name) != address:
+            self._context.set_tensor_address(name, address)
+            self._addresses[name] = address
+
+    def cannot_capture(self) -> str | None:
+        """TensorRT for RTX can be asked. TensorRT refuses loops and conditionals when it is captured."""
+        asked = getattr(self._context, "is_stream_capturable", None)
+        if asked is None or asked(self._stream.cuda_stream):
+            return None
+        return f"{self._package} can't have the {self.contract.name} engine captured"
 
     def close(self) -> None:
         if self._kernels:

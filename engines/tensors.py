@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,13 +40,13 @@ class TensorRunner(Runner):
             )
         return tensor.to(self.device, getattr(torch, spec.dtype)).contiguous()
 
-    def empty_outputs(self) -> dict[str, torch.Tensor]:
-        """Memory for each output, in the contract's order."""
+    def empty(self, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
+        """Memory for each of some inputs or outputs, in their order."""
         import torch
 
         return {
             spec.name: torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self.device)
-            for spec in self.contract.outputs
+            for spec in specs
         }
 
     @contextlib.contextmanager

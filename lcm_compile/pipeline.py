@@ -17,8 +17,19 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lcm_compile.bundle import PipelineSettings
+from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
+from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, UsageError
+from lcm_compile.loop import (
+    Arrays,
+    Loop,
+    conditions_of,
+    put_coefficients,
+    put_timesteps,
+    reads_text,
+    takes,
+)
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import LcmStep, lcm_steps
 from lcm_compile.tokens import PromptTokenizer
@@ -26,7 +37,6 @@ from lcm_compile.tokens import PromptTokenizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Arrays = dict[str, Any]
 Report = Callable[[int, int], None]
 PROMPTS_KEPT = 8
 STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
@@ -54,11 +64,15 @@ class Request:
 
 @dataclass
 class Drawing:
-    """What a request became: pictures (n, height, width, 3) of 8 bits, and milliseconds by stage."""
+    """What a request became: pictures (n, height, width, 3) of 8 bits, and milliseconds by stage.
+
+    `cuda_graph` is "used" where a GPU's stages were launched as CUDA graphs, or tells why not.
+    """
 
     pictures: np.ndarray
     ms: dict[str, Any]
     cut: str = ""
+    cuda_graph: str = SWITCHED_OFF
 
     def images(self) -> list[Image]:
         from PIL import Image
@@ -88,6 +102,8 @@ class Clock:
 class LcmPipeline:
     """A context manager that owns its runners, and holds its bundle so that nobody removes that.
 
+    `cuda_graph` may be switched between two pictures.
+
     >>> with load("bundle/") as pipeline:
     ...     images = pipeline("a large red star on a striped pink background", seed=7)
     """
@@ -100,12 +116,15 @@ class LcmPipeline:
         load_ms: float = 0.0,
         held: IO[bytes] | None = None,
         prompt_cache: int = 0,
+        cuda_graph: bool = True,
     ) -> None:
         self.settings = settings
         self.runners = runners
         self.tokenizers = tokenizers
         self.load_ms = load_ms
+        self.cuda_graph = cuda_graph
         self._held = held
+        self._graphs = CudaGraphs(runners)
         self._prompt_cache = prompt_cache
         self._prompts: dict[Any, tuple[list[Arrays], str]] = {}  # the one used last is the last
 
@@ -142,28 +161,35 @@ class LcmPipeline:
         step, decode = self.runners["step"], self.runners["decode"]
         latent_shape = {spec.name: spec.shape for spec in step.contract.inputs}["latent"][1:]
         # A full LCM takes the guidance scale as an input; any other is guided by a second pass.
-        guided = request.guidance_scale > 1.0 and not self.takes("guidance")
+        guided = request.guidance_scale > 1.0 and not takes(self.runners, "guidance")
         chunks = -(-request.num_images // shape.batch)
         prompts = (1 + guided) * (1 + ("context" in self.runners))
         total = prompts + chunks * (len(steps) * (1 + guided) + 1)
         done = 0
 
-        def passed() -> tuple[int, int]:
+        def passed(count: int = 1) -> tuple[int, int]:
             nonlocal done
-            done += 1
+            done += count
             return done, total
 
         start, clock = time.perf_counter(), Clock(self.runners["encode"])
-        timesteps = [float(lcm_step.timestep) for lcm_step in steps]
+        captured = self.captured(steps, guided)
+        timesteps = [] if captured else [float(lcm_step.timestep) for lcm_step in steps]
         scale = request.guidance_scale
-        embedded = 1.0 if not self.takes("guidance") else scale
-        conditions, cut = yield from self.conditions(request.prompt, timesteps, embedded, clock, passed)
-        plain_conditions: list[Arrays] = []
+        embedded = scale if takes(self.runners, "guidance") else 1.0
+        given, cut = yield from self.conditions(request.prompt, timesteps, embedded, clock, passed)
+        conditions = [given]
         if guided:
             negative = request.negative_prompt
             if negative is None and not settings.zero_negative_prompt:
                 negative = ""
-            plain_conditions, _ = yield from self.conditions(negative, timesteps, 1.0, clock, passed)
+            conditions.append((yield from self.conditions(negative, timesteps, 1.0, clock, passed))[0])
+        factor = step.to_device(np.asarray([scale], np.float32))
+        if captured:
+            loop: Loop | CapturedLoop = captured.begin([text for [text] in conditions], factor)
+        else:
+            loop = Loop(self.runners, steps, put_coefficients(self.runners, steps), conditions, factor)
+        clock.lap("context")
 
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
@@ -175,8 +201,8 @@ class LcmPipeline:
                 draws.append(noise((request.num_images, *latent_shape)))
             return draws[i]
 
-        coefficients = self.coefficients(steps)
-        pictures, finite = [], True
+        pictures: list[np.ndarray] = []
+        floats: list[np.ndarray] = []  # looked at once the last picture is there
         for first in range(0, request.num_images, shape.batch):
             rows = np.minimum(np.arange(first, first + shape.batch), request.num_images - 1)
             latent = step.to_device(drawn(0)[rows])
@@ -184,69 +210,52 @@ class LcmPipeline:
                 # Drawn while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = None if lcm_step is steps[-1] else step.to_device(drawn(i + 1)[rows])
                 clock.lap("")
-                inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **coefficients[i]}
-                given = step({**inputs, **conditions[i]})
-                if guided:
-                    passed()
-                    output = given["prediction"] + 0  # the runner may reuse its output memory
-                    plain = step({**inputs, **plain_conditions[i]})["prediction"]
-                    output = plain + scale * (output - plain)
-                    latent = lcm_step(latent, output, fresh)
-                elif "next_latent" in given:
-                    latent = given["next_latent"] + 0
-                else:
-                    latent = lcm_step(latent, given["prediction"], fresh)
+                latent = loop.step(i, latent, fresh)
                 clock.lap("step")
-                yield passed()
-            picture = decode.to_host(decode({"latent": latent})["picture"])
-            finite = finite and all(np.isfinite(array).all() for array in (step.to_host(latent), picture))
+                yield passed(1 + guided)
+            picture = decode.to_host(loop.decode(latent))
             pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
             clock.lap("decode")
+            total_ms = (time.perf_counter() - start) * 1000
+            floats += [np.array(a) for a in (step.to_host(latent), picture) if a.dtype != np.uint8]
             yield passed()
         joined = np.concatenate(pictures)
-        check_drawn(joined, finite)
-        ms = {
-            **clock.ms(),
-            "total": (time.perf_counter() - start) * 1000,
-            "load": self.load_ms,
-        }
-        return Drawing(joined, ms, cut)
+        check_drawn(joined, floats)
+        ms = {**clock.ms(), "total": total_ms, "load": self.load_ms}
+        told = self._graphs.told(captured) if self.cuda_graph else SWITCHED_OFF
+        return Drawing(joined, ms, cut, told)
 
-    def takes(self, name: str) -> bool:
-        """Whether the stages that are given text take such an input too."""
-        stages = [self.runners[stage] for stage in ("context", "step") if stage in self.runners]
-        return any(spec.name == name for stage in stages for spec in stage.contract.inputs)
+    def captured(self, steps: Sequence[LcmStep], guided: bool) -> CapturedLoop | None:
+        """The CUDA graphs for pictures of these steps; None where they are drawn without."""
+        if not self.cuda_graph:
+            self._graphs.use_own(False)
+            return None
+
+        def make(capturer: Capturer) -> CapturedLoop:
+            coefficients = put_coefficients(self.runners, steps)
+            times = put_timesteps(self.runners, [float(lcm_step.timestep) for lcm_step in steps])
+            texts = [self.with_guidance(self.no_text(), 1.0) for _ in range(1 + guided)]
+            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts)
+
+        return self._graphs.find((len(steps), guided), make)
 
     def coefficients(self, steps: Sequence[LcmStep]) -> list[Arrays]:
         """What each step takes that does its own LCM arithmetic; nothing for one that does not."""
-        if not self.takes("coefficients"):
-            return [{} for _ in steps]
-        table = np.asarray([lcm_step.coefficients for lcm_step in steps], np.float32)
-        numbers = self.runners["step"].to_device(table)
-        return [{"coefficients": numbers[i]} for i in range(len(steps))]
+        return put_coefficients(self.runners, steps)
 
     def condition(
         self, text: Arrays, timesteps: Sequence[float], guidance_scale: float = 1.0
     ) -> list[Arrays]:
         """What the step takes at each of the timesteps for a text, besides the latent."""
-        runner = self.runners.get("context", self.runners["step"])
-        given = dict(text)
-        if self.takes("guidance"):
-            given["guidance"] = runner.to_device(np.asarray([guidance_scale - 1], np.float32))
-        if "context" not in self.runners:
-            return [{**given, "timestep": runner.to_device(np.asarray([t], np.float32))} for t in timesteps]
-        at_once = {spec.name: spec.shape for spec in runner.contract.inputs}["timesteps"][0]
-        conditions: list[Arrays] = []
-        shared: Arrays = {}
-        for first in range(0, len(timesteps), at_once):
-            some = timesteps[first : first + at_once]
-            padded = np.asarray([*some, *[some[-1]] * (at_once - len(some))], np.float32)
-            arrays = runner({**given, "timesteps": runner.to_device(padded)})
-            # Copies: the runner's output memory may be reused for the negative prompt.
-            shared = shared or {name: array + 0 for name, array in arrays.items() if name != "times"}
-            times = arrays["times"] + 0
-            conditions += [{**shared, "time": times[i]} for i in range(len(some))]
-        return conditions
+        times = put_timesteps(self.runners, timesteps)
+        given = conditions_of(self.runners, self.with_guidance(text, guidance_scale), times)
+        return given[: len(timesteps)]
+
+    def with_guidance(self, text: Arrays, scale: float) -> Arrays:
+        """A text, and the guidance scale where that is an input too."""
+        if not takes(self.runners, "guidance"):
+            return text
+        return {**text, "guidance": reads_text(self.runners).to_device(np.asarray([scale - 1], np.float32))}
 
     def conditions(
         self,
@@ -258,7 +267,9 @@ class LcmPipeline:
     ) -> Generator[tuple[int, int], None, tuple[list[Arrays], str]]:
         """What the step takes at each timestep for a prompt, and the part of it that did not fit.
 
-        None stands for text states of zeros. Yields after each stage; what is known already is not computed.
+        Without timesteps, the text alone: CUDA graphs compute the context anew, in the time that copying a
+        known one to where they read it would take. None stands for text states of zeros. Yields after each
+        stage; what is known already is not computed.
         """
         key = (prompt, tuple(timesteps), guidance_scale)
         kept = self._prompts.pop(key, None)
@@ -267,7 +278,8 @@ class LcmPipeline:
         clock.lap("encode")
         yield passed()
         if kept is None:
-            kept = self.condition(text, timesteps, guidance_scale), cut
+            given = self.with_guidance(text, guidance_scale)
+            kept = (self.condition(text, timesteps, guidance_scale) if timesteps else [given]), cut
         clock.lap("context")
         if "context" in self.runners:
             yield passed()
@@ -295,6 +307,7 @@ class LcmPipeline:
         return {s.name: runner.to_device(np.zeros(s.shape, np.float32)) for s in runner.contract.outputs}
 
     def close(self) -> None:
+        self._graphs.close()
         for runner in self.runners.values():
             runner.close()
         if self._held is not None:
@@ -309,8 +322,9 @@ class LcmPipeline:
         self.close()
 
 
-def check_drawn(pictures: np.ndarray, finite: bool) -> None:
+def check_drawn(pictures: np.ndarray, floats: Sequence[np.ndarray]) -> None:
     """BackendError for NaN; where 8 bits can't hold it, the picture is of one colour."""
+    finite = all(np.isfinite(array).all() for array in floats)
     if not finite or any((picture == picture[0, 0]).all() for picture in pictures):
         raise BackendError(
             "the engines drew NaN: they overflow their precision on this machine",

@@ -24,12 +24,17 @@ from lcm_compile.tokens import PromptTokenizer
 
 
 def load(
-    bundle: str | Path | EngineBundle, *, wait: bool = True, prompt_cache: int = PROMPTS_KEPT
+    bundle: str | Path | EngineBundle,
+    *,
+    wait: bool = True,
+    prompt_cache: int = PROMPTS_KEPT,
+    cuda_graph: bool = True,
 ) -> LcmPipeline:
     """The pipeline of a bundle, engines loaded; with `wait` False the later ones while it draws already.
 
-    `prompt_cache` is the number of prompts whose conditioning is kept. BundleError: no bundle, a damaged one,
-    or one for another GPU. BackendError: its backend is missing.
+    `prompt_cache` is the number of prompts whose conditioning is kept. With `cuda_graph` a GPU's stages are
+    launched as CUDA graphs where that can be; `Drawing.cuda_graph` tells. BundleError: no bundle, a damaged
+    one, or one for another GPU. BackendError: its backend is missing.
     """
     start = time.perf_counter()
     if not isinstance(bundle, EngineBundle):
@@ -63,7 +68,7 @@ def load(
         if loader is not None:
             loader.shutdown(wait=False)
     load_ms = (time.perf_counter() - start) * 1000
-    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache)
+    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
 
 
 class LoadingRunner(Runner):
@@ -81,6 +86,12 @@ class LoadingRunner(Runner):
 
     def to_host(self, array: Array) -> np.ndarray:
         return self._loading.result().to_host(array)
+
+    def cannot_capture(self) -> str | None:
+        return self._loading.result().cannot_capture()
+
+    def graph_itself(self, on: bool) -> str | None:
+        return self._loading.result().graph_itself(on)
 
     def mark(self) -> Any:
         return self._loading.result().mark()

@@ -103,7 +103,7 @@ def test_every_call_that_needs_a_gpu_is_in_the_real_bindings():
         trt.ProfilingVerbosity: ["DETAILED"],
         trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
         trt.IRuntimeCache: ["serialize", "deserialize"],
-        trt.IExecutionContext: ["set_tensor_address", "execute_async_v3"],
+        trt.IExecutionContext: ["set_tensor_address", "execute_async_v3", "is_stream_capturable"],
         trt.TensorIOMode: ["INPUT", "OUTPUT"],
     }.items():
         assert all(hasattr(owner, name) for name in names), owner

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from lcm_compile.benchmarks import gpu_items
 from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
 from lcm_compile.benchmarks.items import Item, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.report import read_report
-from lcm_compile.errors import BackendError
+from lcm_compile.errors import BackendError, ParityError
+from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.spec import BuildSpec
 
 
@@ -190,6 +192,10 @@ def test_what_ended_well_is_not_done_again_in_the_same_folder(tmp_path):
     assert third["raises"]["outcome"] == "ok"  # what failed is tried again
 
 
+def compare_graphs(work, told):
+    gpu_items.compare_graphs(lambda **found: told.update(found), "cpu", work, "tiny", "onnxruntime", 2)
+
+
 @pytest.fixture(scope="module")
 def noted(sdxl_checkpoint, tmp_path_factory):
     """All that the items of one model find, called one after the other, and the folder that they share."""
@@ -229,6 +235,24 @@ def test_engines_and_diffusers_draw_the_same_pictures_in_turn(noted):
 
 def test_our_own_figure_is_kept_before_a_rival_is_loaded(noted):
     assert noted[2] == [(), ("eager",), ("eager",)]
+
+
+def test_pictures_with_cuda_graphs_are_compared_with_those_without(noted, monkeypatch):
+    _, work, _ = noted
+    told = {}
+    monkeypatch.setattr(gpu_items, "RUNS", 3)
+    compare_graphs(work, told)
+    assert told["psnr_db"] == 200 and told["cuda_graph"] == "not used: it computes on the processor"
+    assert {way: len(ms) for way, ms in told["ms"].items()} == {"with": 3, "without": 3}
+    draw = LcmPipeline.draw
+
+    def draws_another(self, request):
+        return draw(self, request if self.cuda_graph else replace(request, seed=request.seed + 1))
+
+    monkeypatch.setattr(LcmPipeline, "draw", draws_another)
+    with pytest.raises(ParityError, match="another picture"):
+        compare_graphs(work, told)
+    assert told["psnr_db"] < 50  # kept, though it failed
 
 
 def test_the_rival_draws_with_the_very_weights_that_were_built(noted):

@@ -138,6 +138,7 @@ def draw_pictures(
                 "guidance_scale": request.guidance_scale,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
+                "cuda_graph": drawing.cuda_graph,
             },
             one_line,
         )
