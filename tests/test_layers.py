@@ -43,6 +43,7 @@ LAYERS = [
     {"export", "engines"},
     {"bundle", "tokens"},
     {"pipeline", "shelf"},
+    {"whole_loop"},
     {"runners"},
     {"keys"},
     {"exported", "measured"},
