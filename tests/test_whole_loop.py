@@ -13,6 +13,8 @@ from safetensors import safe_open
 from test_pipeline import FLOOR, Pair, reference
 
 from lcm_compile import BuildSpec, LoraSpec, build, load, plan
+from lcm_compile.benchmarks.bench import counted
+from lcm_compile.benchmarks.work import count_work
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
@@ -192,6 +194,16 @@ def test_the_dry_run_tells(sdxl_checkpoint, command):
     assert code == 0 and "one of the whole picture" in out
     assert json.loads(command(*words, "--whole-loop", "--json")[1])["whole_loop"] is True
     assert "one of the whole picture" not in command(*words)[1]
+
+
+def test_bench_counts_the_work_of_all_stages_and_steps(sdxl):
+    manifest = sdxl.bundle.manifest
+    parts = count_work(plan.open_base(manifest.spec, half=False), manifest.pipeline.shape)
+    work, notes = counted(sdxl.bundle)
+    once = ("encode", "decode")
+    assert not notes and list(work) == ["draw"]
+    assert work["draw"].flop == 4 * parts["step"].flop + sum(parts[name].flop for name in once)
+    assert work["draw"].weights == 4 * parts["step"].weights + sum(parts[name].weights for name in once)
 
 
 def test_a_contract_of_another_shape_is_refused(sd15):
