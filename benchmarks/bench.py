@@ -24,7 +24,7 @@ from lcm_compile.captured import USED
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
-from lcm_compile.spec import float_type, product_type
+from lcm_compile.spec import DRAW, float_type, product_type
 
 PICTURE, COLD_START, LOAD, FIRST = "picture", "cold start", "load", "first picture"
 COLD_STARTS = 3
@@ -109,8 +109,7 @@ def contest(
     manifest = bundle.manifest
     rivals = check_rivals(tuple(against), bundle)
     work, notes = counted(bundle)
-    step = next(stage for stage in manifest.stages if stage.contract.name == "step")
-    precision = float_type(step.precision)
+    precision = float_type(manifest.stages[0].precision)  # in all stages the same
     setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
     # A tiny autoencoder is our user's choice for speed: held to the base's own, it shows what that brings.
     spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
@@ -152,9 +151,16 @@ def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
     """The work of one pass by stage; none, and a note, where the checkpoint that it is counted on is gone."""
     manifest = bundle.manifest
     try:
-        return count_work(open_base(manifest.spec, half=True), manifest.pipeline.shape), []
+        work = count_work(open_base(manifest.spec, half=True), manifest.pipeline.shape)
+        return {DRAW: whole_picture(work)} if manifest.spec.whole_loop else work, []
     except LcmCompileError as error:
         return {}, [f"the work could not be counted, which takes the base's settings: {error.message}"]
+
+
+def whole_picture(work: Mapping[str, Work]) -> Work:
+    """That of all stages in one graph, which reads a step's weights at every step."""
+    passes = [stage for name, stage in work.items() for _ in range(PASSES.get(name, 1))]
+    return sum(passes[1:], passes[0])
 
 
 def take_warm(

@@ -1,5 +1,7 @@
 """What each rewrite for LCM gains: a bundle with all of them in turn with bundles that lack one, and all.
 
+With --one-graph also in turn with the whole picture as one graph.
+
 `python -m lcm_compile.benchmarks.rewrites --base demo --backend onnxruntime`, from a clone: builds the
 bundles, keeps the raw samples in benchmarks/results/, and fills the table of docs/performance.md.
 """
@@ -28,17 +30,21 @@ from lcm_compile.store import write_atomically
 
 PAGE = ROOT / "docs" / "performance.md"
 ALL = "without any"
+WHOLE = "as one graph"
 
 
-def measure(spec: BuildSpec, each: bool, runs: int, seconds: float) -> BenchmarkReport:
-    """Pictures of a spec's bundle and, in turn, of those without rewrites; errors as `build`'s."""
+def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: float) -> BenchmarkReport:
+    """Pictures of a spec's bundle and, in turn, of those without rewrites, and perhaps of one graph.
+
+    Errors as `build`'s.
+    """
     lacking = {f"without {name}": (name,) for name in REWRITES} if each else {}
+    specs = {name: replace(spec, without=left) for name, left in {**lacking, ALL: tuple(REWRITES)}.items()}
+    if one_graph:
+        specs[WHOLE] = replace(spec, whole_loop=True)
     with Parts() as parts:
         whole = build(spec, report=parts)
-        others = {
-            name: build(replace(spec, without=without), report=parts)
-            for name, without in {**lacking, ALL: tuple(REWRITES)}.items()
-        }
+        others = {name: build(other, report=parts) for name, other in specs.items()}
     manifest, cores = whole.manifest, physical_cores()
     drawers = {name: Maker(draw_with_bundle, (b.folder,)) for name, b in {SELF: whole, **others}.items()}
     with Bar("draw in turn") as bar:
@@ -63,7 +69,7 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
     ]
     lines = [["", *heads], ["---", *("--:" for _ in heads)]]
     lines.append(["all rewrites", *(told_ms(median(r.cases[0].samples_ms)) for r in reports)])
-    for name in (*(f"without {rewrite}" for rewrite in REWRITES), ALL):
+    for name in (*(f"without {rewrite}" for rewrite in REWRITES), ALL, WHOLE):
         lines.append([name, *(told_ratio(report, name) for report in reports)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -83,14 +89,22 @@ def told_ratio(report: BenchmarkReport, name: str) -> str:
 @click.option("--precision", default="fp32", show_default=True)
 @click.option("--weights", help="random, for a base that is not here.")
 @click.option("--each/--all", default=True, help="Each rewrite alone too, or all of them at once only.")
+@click.option("--one-graph", is_flag=True, help="The whole picture as one graph too.")
 @click.option("--runs", type=int, default=40, show_default=True)
 @click.option("--seconds", type=float, default=600, show_default=True)
 def main(
-    base: str, backend: str, precision: str, weights: str | None, each: bool, runs: int, seconds: float
+    base: str,
+    backend: str,
+    precision: str,
+    weights: str | None,
+    each: bool,
+    one_graph: bool,
+    runs: int,
+    seconds: float,
 ) -> None:
     """Measures, keeps the samples, and fills the table."""
     spec = BuildSpec(base, backend=backend, precision=precision, weights=weights)
-    report = measure(spec, each, runs, seconds)
+    report = measure(spec, each, one_graph, runs, seconds)
     report.save(RESULTS / f"rewrites-{base}-{backend}-{precision}.json")
     for warning in report.notes:
         note(f"warning: {warning}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import opset23
 
 import lcm_compile.quantize  # noqa: F401 - its operators
@@ -94,11 +95,14 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
             opset_version=OPSET,
             input_names=[spec.name for spec in contract.inputs],
             output_names=output_names(stage),
-            optimize=True,
+            optimize=False,
             verbose=False,
             custom_translation_table=QUANTIZING,
         )
-    assert program is not None
+        assert program is not None
+        # Before constants are folded, which would give each use of a weight a transposed copy of its own.
+        CommonSubexpressionEliminationPass()(program.model)
+        program.optimize()
     for node in program.model.graph:
         node.metadata_props.clear()
         node.doc_string = None

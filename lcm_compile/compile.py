@@ -29,7 +29,7 @@ from lcm_compile.bundle import (
     publishing,
     read_manifest,
 )
-from lcm_compile.contracts import PARTS, make_contracts
+from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.cost import Report, Stopwatch
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
@@ -200,12 +200,12 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     calibration: list[Trace] = [{} for _ in plan.calibration]
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
-    for part in PARTS:
+    for part in parts_of(plan.spec):
         with watch.part(f"export {part}"):
             made = call(prepare_part, plan, part, proving, folder, trace, drawn, calibration)
         for prepared in made:
             contract = prepared.graph.contract
-            name, precision = contract.name, plan.precisions[contract.name]
+            name, precision = contract.name, prepared.graph.precision
             trace[name], peaks[name] = prepared.reference, prepared.peaks
             for seen, calls in zip(calibration, prepared.calibration, strict=False):
                 seen[name] = calls
@@ -356,7 +356,7 @@ def check_stage(
     if prepared.cast is not None:
         assert prepared.cast_db is not None
         return prepared.cast_db, prepared.cast
-    contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites)
+    contracts = graph_contracts(plan.checkpoint, plan.proof_shape, plan.spec)
     name = prepared.twin.contract.name
     with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
         db = parity.compare_calls(runner, trace[name])

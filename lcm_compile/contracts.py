@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lcm_compile.checkpoints import Checkpoint, Component
-from lcm_compile.spec import Shape, StageContract, TensorSpec
+from lcm_compile.spec import DRAW, BuildSpec, Shape, StageContract, TensorSpec
 
 # The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
 PARTS = {
@@ -18,6 +19,35 @@ PARTS = {
 # The timesteps of one call of the context stage; a picture of more steps calls it again.
 CONTEXT_STEPS = 4
 SIZES: dict[str, Any] = {}  # see unet_sizes
+
+
+def parts_of(spec: BuildSpec) -> tuple[str, ...]:
+    """What is prepared at once, and given back before the next: a model, or for one graph all of them."""
+    return (DRAW,) if spec.whole_loop else tuple(PARTS)
+
+
+def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> dict[str, StageContract]:
+    """The contracts of a spec's graphs: the stages', or the one of a whole picture."""
+    contracts = make_contracts(checkpoint, shape, spec.rewrites)
+    return {DRAW: draw_contract(contracts)} if spec.whole_loop else contracts
+
+
+def draw_contract(contracts: Mapping[str, StageContract]) -> StageContract:
+    """What the stages of these contracts take and give as one graph of a picture of CONTEXT_STEPS steps."""
+    inputs = {name: {spec.name: spec for spec in contract.inputs} for name, contract in contracts.items()}
+    conditions = [inputs["context"][name] for name in ("timesteps", "guidance") if name in inputs["context"]]
+    latent, numbers = inputs["step"]["latent"], inputs["step"]["coefficients"]
+    noise = TensorSpec(
+        "noise",
+        (CONTEXT_STEPS, *latent.shape),
+        latent.dtype,
+        "the first latent, then what each next one is made noisy with",
+    )
+    coefficients = replace(
+        numbers, shape=(CONTEXT_STEPS, *numbers.shape), meaning="each step's numbers, in LcmStep's order"
+    )
+    given = (*contracts["encode"].inputs, *conditions, noise, coefficients)
+    return StageContract(DRAW, given, contracts["decode"].outputs)
 
 
 def make_contracts(

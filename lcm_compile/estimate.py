@@ -56,7 +56,8 @@ def estimate(export: ExportPlan) -> Estimate:
         BYTES[product_type(export.precisions[PARTS[part][0][-1]])] * count for part, count in weights.items()
     )
     # One stage at a time is in memory where the model is large, else all of them.
-    largest = max(weights.values()) if export.is_large else sum(weights.values())
+    apart = export.is_large and not export.spec.whole_loop
+    largest = max(weights.values()) if apart else sum(weights.values())
     checking = CHECKING if export.is_large and export.checked == GRAPH else 0
     memory = LIBRARIES * (not checking) + checking + PER_WEIGHT * largest
     return Estimate(2 * engines, engines, int(memory), seconds(export, weights))

@@ -12,7 +12,7 @@ from lcm_compile.bundle import Parity, PipelineSettings, Proof, check_inside
 from lcm_compile.cost import Cost
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.schema import from_json, json_text
-from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, ExportedGraph, StageContract
+from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, ExportedGraph, StageContract, is_quantized
 from lcm_compile.store import Digests
 
 EXPORT = "export.json"
@@ -58,8 +58,8 @@ class ExportManifest:
 
     @property
     def precision(self) -> str:
-        """That of the step, which asks the most of a target."""
-        return next(stage.precision for stage in self.stages if stage.contract.name == "step")
+        """That of the stage which asks the most of a target."""
+        return max((stage.precision for stage in self.stages), key=is_quantized)
 
     def graph(self, folder: Path, stage: ExportedStage) -> ExportedGraph:
         return ExportedGraph(folder / stage.graph, stage.precision, stage.contract)

@@ -13,7 +13,7 @@ from lcm_compile.store import Digests, bundles_folder
 
 REASONS_SHOWN = 8
 # How the names of those inputs begin that a command line chooses.
-ASKED = ("LoRA", "backend", "precision", "shape", "target")
+ASKED = ("LoRA", "backend", "precision", "shape", "target", "whole loop")
 
 
 def code_digest(digests: Digests) -> str:

@@ -19,9 +19,10 @@ import numpy as np
 from lcm_compile.bundle import EngineBundle, Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
+from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.runners import load, load_tokenizers
-from lcm_compile.spec import StageContract, product_type
+from lcm_compile.spec import DRAW, StageContract, product_type
+from lcm_compile.whole_loop import open_pipeline
 
 if TYPE_CHECKING:
     from lcm_compile.stages import Stage
@@ -146,7 +147,7 @@ def relay(
     name, recorder = runner.contract.name, Recorder(runner)
     runners = {stage: Replay(contract, trace.get(stage, []), runner) for stage, contract in contracts.items()}
     request = request or Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
-    pipeline = LcmPipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
+    pipeline = open_pipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
     progress = pipeline.progress(request)
     while len(recorder.calls) < (calls if name == "step" else 1):
         next(progress)
@@ -155,7 +156,21 @@ def relay(
 
 def picture_of(trace: Trace) -> np.ndarray:
     """The first picture (h, w, 3) of a trace, of 8 bits."""
-    return eight_bits(trace["decode"][-1][1]["picture"][0])
+    *_, last = trace.values()
+    return eight_bits(last[-1][1]["picture"][0])
+
+
+def joined_call(contract: StageContract, trace: Trace) -> Call:
+    """The stages' calls in a picture as the one call of a graph of them all."""
+    steps = [inputs for inputs, _ in trace["step"]]
+    noise = [steps[0]["latent"], *(step["noise"] for step in steps[:-1])]
+    given = {
+        **trace["encode"][0][0],
+        **trace["context"][0][0],
+        "noise": np.stack(noise),
+        "coefficients": np.stack([step["coefficients"] for step in steps]),
+    }
+    return {spec.name: given[spec.name] for spec in contract.inputs}, trace["decode"][0][1]
 
 
 def require_picture(trace: Trace) -> None:
@@ -185,12 +200,17 @@ def require_same(unshaped: Call, shaped: Call) -> None:
 
 
 def compare_calls(runner: Runner, calls: Sequence[Call]) -> float:
-    """The worst signal-to-noise of a runner over recorded calls, in dB."""
+    """The worst signal-to-noise of a runner over recorded calls, in dB; of whole pictures the PSNR."""
     worst = 200.0
     for inputs, expected in calls:
         actual = runner({name: runner.to_device(array) for name, array in inputs.items()})
         for name, reference in expected.items():
-            worst = min(worst, snr_db(reference, runner.to_host(actual[name])))
+            found = runner.to_host(actual[name])
+            if runner.contract.name == DRAW:
+                db = psnr_db(reference, found, 255.0 if found.dtype == np.uint8 else 1.0)
+            else:
+                db = snr_db(reference, found)
+            worst = min(worst, db)
     return worst
 
 
@@ -286,6 +306,8 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
 
 
 def stage_floor(contract: StageContract, precision: str) -> float:
+    if contract.name == DRAW:
+        return picture_floor([precision])
     eight_bits = any(spec.dtype == "uint8" for spec in contract.outputs)
     return min(STAGE_FLOORS[product_type(precision)], EIGHT_BIT_FLOOR if eight_bits else math.inf)
 

@@ -292,14 +292,19 @@ class LcmPipeline:
     def encode(self, prompt: str) -> tuple[Arrays, str]:
         """The text states of a prompt, and the part of the prompt that did not fit."""
         runner = self.runners["encode"]
+        tokens, cut = self.tokens(prompt)
+        # Copies: the runner's output memory may be reused for the negative prompt.
+        arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
+        return {name: array + 0 for name, array in arrays.items()}, cut
+
+    def tokens(self, prompt: str) -> tuple[dict[str, np.ndarray], str]:
+        """Each tokenizer's ids for a batch of a prompt, and the part of the prompt that did not fit."""
         tokens, cuts = {}, []
         for name, tokenizer in self.tokenizers.items():
             ids, cut = tokenizer(prompt)
             tokens[name] = np.ascontiguousarray(np.broadcast_to(ids, (self.settings.shape.batch, len(ids))))
             cuts.append(cut)
-        # Copies: the runner's output memory may be reused for the negative prompt.
-        arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
-        return {name: array + 0 for name, array in arrays.items()}, max(cuts, key=len, default="")
+        return tokens, max(cuts, key=len, default="")
 
     def no_text(self) -> Arrays:
         """What stands for no prompt in SDXL: states of zeros."""

@@ -146,6 +146,7 @@ class Plan:
                     for p in export.loras
                 ],
                 "shape": vars(export.shape),
+                "whole_loop": export.spec.whole_loop,
                 "precisions": dict(export.precisions),
             }
         )
@@ -229,6 +230,8 @@ def plan_export(
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
     key = export_key(checkpoint, loras, shape, spec.rewrites, precisions, graph_format, digests)
+    if spec.whole_loop:
+        key["whole loop"] = "one graph"
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
     return ExportPlan(spec, checkpoint, loras, shape, precisions, graph_format, checked, key)

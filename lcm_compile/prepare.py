@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +19,25 @@ from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision
 from lcm_compile.quantize import choose_scales, put_in, take_out
-from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
-from lcm_compile.stages import make_stage, shape_modules
+from lcm_compile.spec import DRAW, ExportedGraph, StageContract, float_type, is_quantized
+from lcm_compile.stages import Stage, join_stages, make_stage, make_stages, shape_modules
 
 # The stages that the step depends on.
 CONDITIONS = ("encode", "context")
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A stage in the precision of the engines, and what was seen of it in fp32.
+
+    `stage` is of the proof's shape, `modules` are those of its model, as shape_modules leaves them.
+    """
+
+    stage: Stage
+    modules: Mapping[str, nn.Module]
+    peaks: dict[str, tuple[float, float]]
+    fp32_layers: tuple[str, ...]
+    quantized_layers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -62,22 +76,106 @@ def prepare_part(
     cast: Trace,
     calibration: Sequence[Trace] = (),
 ) -> list[Prepared]:
-    """Makes the graphs of one model's stages in `folder/graphs`.
+    """Makes the graphs of one model's stages in `folder/graphs`; of the part DRAW, the one of all models.
 
     `folder` holds the tokenizers, `settings` are for the proof's shape; `trace` and `cast` are the earlier
     stages' calls in fp32, and in the precision of the engines, `calibration` those in fp32 in the pictures
     that an 8-bit step is scaled to. CheckpointError, LoraError, ParityError.
     """
-    names, components = PARTS[part]
+    if part == DRAW:
+        return [prepare_whole(plan, settings, folder)]
     checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
-    modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
-    merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
-    unshaped = first_call(plan, names[-1], modules, settings, folder, trace)
-    modules = shape_modules(modules, rewrites, (plan.shape, plan.proof_shape), checkpoint.vae_factor)
     contracts = make_contracts(checkpoint, plan.proof_shape, rewrites)
     whole = make_contracts(checkpoint, plan.shape, rewrites)
     trace, cast, prepared = dict(trace), dict(cast), []
     calibration = [dict(seen) for seen in calibration]
+    for made in cast_stages(plan, part, settings, folder, trace, calibration):
+        name = made.stage.name
+        full = make_stage(checkpoint, whole[name], made.modules, plan.shape)
+        graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], folder / "graphs")
+        # The encoders know nothing of a picture's size; the context's contract does not tell SDXL's size ids.
+        if name != "encode" and has_twin(plan):
+            twin = export_twin(made.stage, graph)
+        done = Prepared(
+            graph,
+            twin,
+            trace[name],
+            made.peaks,
+            made.fp32_layers,
+            quantized_layers=made.quantized_layers,
+            calibration=[seen[name] for seen in calibration] if name == "encode" else (),
+        )
+        if plan.checked == MODULE:
+            runner = parity.TorchRunner(made.stage)
+            cast[name] = parity.relay(runner, contracts, settings, folder, cast)
+            done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
+        prepared.append(done)
+    return prepared
+
+
+def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) -> Prepared:
+    """Makes one graph of the whole picture; arguments and errors as prepare_part's.
+
+    Each model is cast before the next is loaded; in the end all of them are in memory.
+    """
+    checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
+    trace: Trace = {}
+    calibration: list[Trace] = [{} for _ in plan.calibration]
+    modules: dict[str, nn.Module] = {}
+    made: list[Cast] = []
+    for part in PARTS:
+        for cast in cast_stages(plan, part, settings, folder, trace, calibration):
+            made.append(cast)
+            modules.update(cast.modules)
+    full = join_stages(make_stages(checkpoint, modules, plan.shape, rewrites))
+    graph = twin = export_stage(full, plan.graph_format, plan.precisions["step"], folder / "graphs")
+    proving = join_stages([cast.stage for cast in made])
+    if has_twin(plan):
+        twin = export_twin(proving, graph)
+    reference = [parity.joined_call(proving.contract, trace)]
+
+    def layers(field: str) -> tuple[str, ...]:
+        return tuple(f"{cast.stage.name}.{layer}" for cast in made for layer in getattr(cast, field))
+
+    done = Prepared(
+        graph,
+        twin,
+        reference,
+        {f"{cast.stage.name}.{layer}": peak for cast in made for layer, peak in cast.peaks.items()},
+        layers("fp32_layers"),
+        quantized_layers=layers("quantized_layers"),
+    )
+    if plan.checked != MODULE:
+        return done
+    runner = parity.TorchRunner(proving)
+    drawn = parity.relay(runner, {proving.name: proving.contract}, settings, folder, {})
+    return replace(done, cast_db=parity.compare_calls(runner, reference), cast=drawn)
+
+
+def has_twin(plan: ExportPlan) -> bool:
+    return plan.proof_shape != plan.shape and plan.checked == GRAPH
+
+
+def cast_stages(
+    plan: ExportPlan,
+    part: str,
+    settings: PipelineSettings,
+    folder: Path,
+    trace: Trace,
+    calibration: Sequence[Trace],
+) -> Iterator[Cast]:
+    """A model's stages, one after another: drawn with in fp32, held to the plain model, and cast.
+
+    Arguments and errors as prepare_part's; each stage's calls are added to `trace`, and to `calibration`.
+    """
+    names, components = PARTS[part]
+    checkpoint = plan.checkpoint
+    modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
+    merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
+    unshaped = first_call(plan, names[-1], modules, settings, folder, trace)
+    shapes = (plan.shape, plan.proof_shape)
+    modules = shape_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
+    contracts = make_contracts(checkpoint, plan.proof_shape, plan.spec.rewrites)
     for name in names:
         if name not in contracts:
             continue
@@ -102,25 +200,7 @@ def prepare_part(
             quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, floats)
         to_precision(stage.module, floats, kept)
         put_in(stage.module, quantized)
-        full = make_stage(checkpoint, whole[name], modules, plan.shape)
-        graph = twin = export_stage(full, plan.graph_format, precision, folder / "graphs")
-        # The encoders know nothing of a picture's size; the context's contract does not tell SDXL's size ids.
-        if name != "encode" and plan.proof_shape != plan.shape and plan.checked == GRAPH:
-            twin = export_twin(stage, graph)
-        done = Prepared(
-            graph,
-            twin,
-            trace[name],
-            dict(peaks),
-            tuple(sorted(kept)),
-            quantized_layers=tuple(quantized),
-            calibration=[seen[name] for seen in calibration] if name == "encode" else (),
-        )
-        if plan.checked == MODULE:
-            cast[name] = parity.relay(runner, contracts, settings, folder, cast)
-            done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
-        prepared.append(done)
-    return prepared
+        yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
 
 
 def calibrate(

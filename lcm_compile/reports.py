@@ -28,6 +28,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
+            *((("graphs", "one of the whole picture"),) if export.spec.whole_loop else ()),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
         ]
     )

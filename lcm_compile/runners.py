@@ -16,11 +16,13 @@ from lcm_compile.bundle import EngineBundle, PipelineSettings, StageEngine, hold
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.pipeline import PROMPTS_KEPT, STAGES, LcmPipeline
+from lcm_compile.pipeline import PROMPTS_KEPT, STAGES, LcmPipeline, Request
+from lcm_compile.scheduler import lcm_timesteps
 from lcm_compile.schema import from_json
-from lcm_compile.spec import StageContract
+from lcm_compile.spec import DRAW, StageContract
 from lcm_compile.store import remember
 from lcm_compile.tokens import PromptTokenizer
+from lcm_compile.whole_loop import check_whole, open_pipeline
 
 
 def load(
@@ -68,7 +70,7 @@ def load(
         if loader is not None:
             loader.shutdown(wait=False)
     load_ms = (time.perf_counter() - start) * 1000
-    return LcmPipeline(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
+    return open_pipeline(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
 
 
 class LoadingRunner(Runner):
@@ -137,6 +139,9 @@ def check_stages(bundle: EngineBundle) -> None:
     """BundleError unless the contracts are those of an LCM loop and fit each other."""
     settings = bundle.manifest.pipeline
     contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
+    if tuple(contracts) == (DRAW,):
+        check_draw(bundle, contracts[DRAW])
+        return
     if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
     takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
@@ -161,9 +166,33 @@ def check_stages(bundle: EngineBundle) -> None:
     timed = "time" in takes["step"] or "timestep" in takes["step"]
     for has, needs in wanted:
         if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
-            raise BundleError(
-                f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD
-            )
+            raise misfit(bundle, has, needs)
+
+
+def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
+    """BundleError unless one stage takes all that a picture is drawn from, and gives that."""
+    settings = bundle.manifest.pipeline
+    has = {s.name: s.shape for s in (*contract.inputs, *contract.outputs)}
+    shape, noise = settings.shape, has.get("noise", ())
+    needs: dict[str, tuple[int, ...]] = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
+    needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], 6)}
+    needs |= {"noise": (*noise[:1], shape.batch, *noise[2:])}
+    needs |= {"guidance": (1,)} if "guidance" in has else {}
+    needs |= {"picture": (shape.batch, shape.height, shape.width, 3)}
+    if has != needs or len(noise) != 5 or [s.name for s in contract.outputs] != ["picture"]:
+        raise misfit(bundle, has, needs)
+
+
+def misfit(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
+    return BundleError(f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD)
+
+
+def check_request(bundle: EngineBundle, request: Request) -> None:
+    """UsageError for what a bundle can't draw, before its engines are loaded."""
+    lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
+    for stage in bundle.manifest.stages:
+        if stage.contract.name == DRAW:
+            check_whole(stage.contract, request)
 
 
 def picked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ REWRITES = {
     "rgb8": "the decoder's graph ends in 8-bit RGB",
 }
 
+# The one stage of a bundle that draws a whole picture in one call, and the rewrites that it needs.
+DRAW = "draw"
+WHOLE_LOOP_NEEDS = ("context", "lcm-step")
+
 
 def is_quantized(precision: str) -> bool:
     return product_type(precision) == "int8"
@@ -178,11 +182,14 @@ class BuildSpec:
     config: str | None = None
     vae: str | None = None
     without: tuple[str, ...] = ()
+    whole_loop: bool = False
 
     def __post_init__(self) -> None:
         for name in self.without:
             if name not in REWRITES:
                 raise unknown_name("rewrite", name, REWRITES)
+            if self.whole_loop and name in WHOLE_LOOP_NEEDS:
+                raise UsageError(f"--whole-loop needs the rewrite {name}", f"drop --without {name}")
         if self.no_lcm and self.lcm_lora:
             raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
         if self.weights and self.config:
@@ -232,6 +239,8 @@ class BuildSpec:
             words += ["--batch", str(self.batch)]
         for name in self.without:
             words += ["--without", name]
+        if self.whole_loop:
+            words.append("--whole-loop")
         for name in ("precision", "backend"):
             if getattr(self, name) != "auto":
                 words += [f"--{name}", getattr(self, name)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.contracts import make_contracts
+from lcm_compile.contracts import draw_contract, make_contracts
 from lcm_compile.scheduler import LcmStep
 from lcm_compile.shaping import shape_unet, shape_vae
 from lcm_compile.spec import Shape, StageContract
@@ -78,6 +78,41 @@ def make_stage(
     else:
         module = EncodeOne(modules["text_encoder"])
     return Stage(contract, module.eval())
+
+
+def join_stages(stages: Sequence[Stage]) -> Stage:
+    """Stages with the rewrites `context` and `lcm-step` as one that draws a whole picture."""
+    contract = draw_contract({stage.name: stage.contract for stage in stages})
+    return Stage(contract, Draw(stages, [spec.name for spec in contract.inputs]).eval())
+
+
+class Draw(nn.Module):
+    """Prompt → encode → context → every step → decode. The steps share one module, and so its weights."""
+
+    def __init__(self, stages: Sequence[Stage], inputs: list[str]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict({stage.name: stage.module for stage in stages})
+        self.contracts = {stage.name: stage.contract for stage in stages}
+        self.inputs = inputs
+
+    def forward(self, *arrays: Tensor) -> Tensor:
+        given = dict(zip(self.inputs, arrays, strict=True))
+        given |= self.call("encode", given)
+        given |= self.call("context", given)
+        noises = given["noise"]
+        latent = noises[0]
+        for i, numbers in enumerate(given["coefficients"]):
+            # The last step adds none: its coefficient is 0, for any finite noise.
+            noise = noises[(i + 1) % len(noises)]
+            own = {"latent": latent, "noise": noise, "time": given["times"][i], "coefficients": numbers}
+            latent = self.call("step", {**given, **own})["next_latent"]
+        return self.call("decode", {"latent": latent})["picture"]
+
+    def call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        contract = self.contracts[name]
+        outputs = self.stages[name](*(given[spec.name] for spec in contract.inputs))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return {spec.name: array for spec, array in zip(contract.outputs, outputs, strict=True)}
 
 
 class EncodeOne(nn.Module):

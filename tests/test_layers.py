@@ -44,6 +44,7 @@ LAYERS = [
     {"bundle", "tokens", "loop"},
     {"captured"},
     {"pipeline", "shelf"},
+    {"whole_loop"},
     {"runners"},
     {"keys"},
     {"exported", "measured"},

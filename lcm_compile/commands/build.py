@@ -30,6 +30,7 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="REWRITE",
                 help="Leave a rewrite for LCM out: context, qkv, upsampling, lcm-step, rgb8. Repeatable.",
             ),
+            click.option("--whole-loop", is_flag=True, help="One graph that draws the whole 4-step picture."),
         )
     ):
         command = option(command)

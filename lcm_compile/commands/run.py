@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -66,8 +66,7 @@ def run(
     from lcm_compile.images import picture_paths
     from lcm_compile.lookup import find_bundle
     from lcm_compile.pipeline import Request, draw_seed
-    from lcm_compile.runners import load
-    from lcm_compile.scheduler import lcm_timesteps
+    from lcm_compile.runners import check_request, load
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
@@ -80,7 +79,7 @@ def run(
     if grid is not None:
         draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json, quiet)
         return
-    lcm_timesteps(steps, settings.scheduler)
+    check_request(bundle, request)
     hint_at(request, quiet)
     warn_of_random(bundle)
     tell_loss(bundle, quiet)
@@ -145,11 +144,15 @@ def draw_pictures(
         return
     for path in paths:
         print(path, flush=True)
-    ms = drawing.ms
-    note(
+    note(told_ms(drawing.ms), quiet)
+
+
+def told_ms(ms: Mapping[str, Any]) -> str:
+    if "step" not in ms:  # one graph draws it all
+        return f"{ms['total']:.0f} ms"
+    return (
         f"{ms['total']:.0f} ms (encode {ms['encode'] + ms['context']:.0f}, "
-        f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})",
-        quiet,
+        f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})"
     )
 
 
@@ -178,12 +181,11 @@ def draw_sheet(
     from lcm_compile.console import Bar, note, print_json
     from lcm_compile.grid import FIELDS, draw_grid, requests
     from lcm_compile.images import save_picture, sheet_path
-    from lcm_compile.runners import load
-    from lcm_compile.scheduler import lcm_timesteps
+    from lcm_compile.runners import check_request, load
 
     asked = requests(axes, fixed)
     for request in asked:
-        lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
+        check_request(bundle, request)
     path = sheet_path(out, fixed.prompt)
     hint_at(max(asked, key=lambda request: request.guidance_scale), quiet)
     warn_of_random(bundle)
