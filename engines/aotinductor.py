@@ -22,7 +22,7 @@ from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, is_quantized
+from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torch_export"
@@ -32,10 +32,10 @@ SETTINGS = {"aot_inductor.precompile_headers": False}
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
+    if is_quantized(precision):
+        return f"it compiles no 8-bit products; it computes in {float_type(precision)}"
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It compiles only on the GPU that will run the engine"
-    if is_quantized(precision):
-        return "it compiles no 8-bit products"
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:

@@ -16,7 +16,7 @@ from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type
+from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type, product_type
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:
@@ -32,9 +32,13 @@ GRAPH, NO_GRAPH = "1", "-1"
 # What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
 CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
 INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+# Its providers round to fp8, and then multiply in fp16.
+NO_FP8 = "it multiplies in no fp8; in int8 and fp16 it does"
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
+    if product_type(precision) == "fp8":
+        return NO_FP8
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It optimises a graph only on the GPU that will run it"
     if target.is_cpu and float_type(precision) == "bf16":

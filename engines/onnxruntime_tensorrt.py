@@ -13,7 +13,7 @@ from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
+from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized, product_type
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -24,6 +24,8 @@ INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 
 
 def cannot_build(target: GpuTarget, precision: str) -> str | None:
+    if product_type(precision) == "fp8":
+        return shared.NO_FP8
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It builds only on the GPU that will run the engine"
     if not target.computes(precision):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import opset23
@@ -25,8 +24,8 @@ OPSET = 23
 INLINE_LIMIT = 1_500_000_000
 
 
-def quantize_linear(x: Any, scale: Any) -> Any:
-    return opset23.QuantizeLinear(x, scale, output_dtype=onnx.TensorProto.INT8)
+def quantize_linear(x: Any, scale: Any, dtype: int) -> Any:
+    return opset23.QuantizeLinear(x, scale, output_dtype=dtype)
 
 
 def dequantize_linear(q: Any, scale: Any, axis: int) -> Any:

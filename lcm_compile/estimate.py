@@ -13,7 +13,8 @@ from lcm_compile.plan import GRAPH, ExportPlan
 from lcm_compile.single_file import read_header
 from lcm_compile.spec import product_type
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+# Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
 # The half of a VAE that draws: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
 # Measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md): libraries and what
@@ -52,8 +53,11 @@ def estimate(export: ExportPlan) -> Estimate:
         for part, (_, names) in PARTS.items()
     }
     weights["vae"] = int(weights["vae"] * DECODER)
-    engines = sum(
-        BYTES[product_type(export.precisions[PARTS[part][0][-1]])] * count for part, count in weights.items()
+    engines = int(
+        sum(
+            BYTES[product_type(export.precisions[PARTS[part][0][-1]])] * count
+            for part, count in weights.items()
+        )
     )
     # One stage at a time is in memory where the model is large, else all of them.
     apart = export.is_large and not export.spec.whole_loop

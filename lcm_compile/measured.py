@@ -134,8 +134,8 @@ def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tu
     network = small_network()
     layers = {}
     if is_quantized(precision):
-        scales = choose_scales(network, *[lambda: network(torch.randn(array.shape))] * 2)
-        layers = take_out(network, scales, float_type(precision))
+        scales = choose_scales(network, precision, *[lambda: network(torch.randn(array.shape))] * 2)
+        layers = take_out(network, scales, precision)
     to_precision(network, float_type(precision))
     put_in(network, layers)
     stage = Stage(contract, network)

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 # architectures: fp32 engines give 117 to 140, fp16 54 to 74, bf16 34.7 to 50: with 8 bits of mantissa it is
 # 18 dB coarser than fp16 with 11, so its floor is about as much lower. An int8 step is lossy: the floor only
 # tells it from a broken one, and the picture decides.
-STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0, "int8": 15.0}
+STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0, "int8": 15.0, "fp8": 15.0}
 # The whole picture, where four steps feed each error to the next.
-PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0, "int8": 25.0}
+PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0, "int8": 25.0, "fp8": 25.0}
 # What an output of 8 bits must reach: there, one value of 60 that is rounded the other way is 60 dB.
 EIGHT_BIT_FLOOR = 60.0
 # A standard deviation of all pixels under this, of 255, is no picture.

@@ -28,7 +28,16 @@ from lcm_compile.lora_folders import lora_files_of
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import STAGES, Request
 from lcm_compile.random_base import open_random
-from lcm_compile.spec import BuildSpec, LoraSpec, Shape, float_type, is_quantized
+from lcm_compile.spec import (
+    EIGHT_BITS,
+    BuildSpec,
+    LoraSpec,
+    Shape,
+    float_type,
+    is_quantized,
+    product_type,
+    with_floats,
+)
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
@@ -71,7 +80,8 @@ class ExportPlan:
     @property
     def lossy(self) -> dict[str, str]:
         """The stages that draw with loss by the user's choice, each with why."""
-        eight_bits = {"step": "its products are in 8 bits"} if is_quantized(self.precisions["step"]) else {}
+        product = product_type(self.precisions["step"])
+        eight_bits = {"step": f"it multiplies in 8 bits, {product}"} if product in EIGHT_BITS else {}
         return {**self.checkpoint.lossy, **eight_bits}
 
     @property
@@ -208,9 +218,9 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
     asked = spec.precision if spec.precision != "auto" else "fp16"
-    if asked == "int8" and graph_format != "onnx":
+    if is_quantized(asked) and graph_format != "onnx":
         raise UsageError(f"there are no 8-bit graphs in the {graph_format} format", "--format onnx")
-    precision = "int8+fp16" if asked == "int8" else asked
+    precision = with_floats(asked, "fp16")
     half = float_type(precision) == "fp16"
     checkpoint = open_base(spec, half)
     if half and not spec.vae and overflows(checkpoint):
@@ -240,9 +250,10 @@ def plan_export(
 def checked_graph(graph_format: str, precision: str) -> str:
     """What stands for an engine that does not run here: its graph, on ONNX Runtime's CPU provider.
 
-    That provider has no bf16: there the torch module that was exported stands for it.
+    That provider has no bf16: there the torch module that was exported stands for it. It rounds to fp8, which
+    no CPU multiplies in.
     """
-    able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], precision) is None
+    able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], float_type(precision)) is None
     return GRAPH if able and graph_format == "onnx" else MODULE
 
 
@@ -274,11 +285,10 @@ def settle_precision(spec: BuildSpec, target: GpuTarget) -> tuple[str, tuple[str
     What of an 8-bit step is not in 8 bits is fp16 on a GPU; on a CPU bf16 if that can be built, else fp32.
     """
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
-    if precision == "int8":
-        if target.is_cpu:
-            with contextlib.suppress(BackendError):
-                return "int8+bf16", settle_backend(spec, target, "int8+bf16")
-        precision = "int8+fp32" if target.is_cpu else "int8+fp16"
+    if precision == "int8" and target.is_cpu:
+        with contextlib.suppress(BackendError):
+            return "int8+bf16", settle_backend(spec, target, "int8+bf16")
+    precision = with_floats(precision, "fp32" if target.is_cpu else "fp16")
     return precision, settle_backend(spec, target, precision)
 
 
@@ -288,6 +298,12 @@ def settle_backend(
     """The backend asked for, or the first that can build (on a CPU the fastest), from such graphs if their
     format is given.
     """
+    if lacking := [part for part in precision.split("+") if part not in target.precisions]:
+        raise BackendError(
+            f"{target.description} does not compute in {' and '.join(lacking)}; "
+            f"it computes in {', '.join(target.precisions)}",
+            "--precision with one of these, or another GPU: lcm-compile targets",
+        )
     if spec.backend == "auto":
         choose = choose_on_cpu if target.is_cpu else partial(choose_backend, target)
         return choose(precision, graph_format)

@@ -197,7 +197,7 @@ def cast_stages(
                 seen[name] = parity.relay(runner, contracts, settings, folder, seen, request=request)
         if is_quantized(precision):
             scales = calibrate(plan, runner, contracts, settings, folder, calibration)
-            quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, floats)
+            quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, precision)
         to_precision(stage.module, floats, kept)
         put_in(stage.module, quantized)
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
@@ -223,7 +223,7 @@ def calibrate(
         for inputs, _ in recorded:
             runner(inputs)
 
-    return choose_scales(runner.module, draw, replay)
+    return choose_scales(runner.module, plan.precisions["step"], draw, replay)
 
 
 def first_call(

@@ -1,8 +1,8 @@
-"""The UNet in 8 bits: Linear and Conv2d layers with int8 weights and inputs, scaled to the LCM trajectory.
+"""The UNet in 8 bits: layers with int8 or fp8 weights and inputs, scaled to the LCM trajectory.
 
-A weight has a scale for each output channel, an input one for all of it, as TensorRT has it: x is taken as
-s · clamp(round(x / s), −128, 127). The layers compute that in torch too; exported they are QuantizeLinear
-and DequantizeLinear of ONNX, which every engine that has int8 kernels knows.
+x is taken as s · q(x / s), with one scale s for all of an input, as TensorRT has it: q rounds to the nearest
+value of the type, halves to even, and clips. The layers compute that in torch too; exported they are
+QuantizeLinear and DequantizeLinear of ONNX, which every engine that has kernels of the type knows.
 """
 
 from __future__ import annotations
@@ -17,9 +17,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEVELS = 127
-# Of the largest activation, where a scale may end: what is larger is clipped.
-CLIPPINGS = tuple(i / 20 for i in range(4, 21))
+from lcm_compile.precision import DTYPES
+from lcm_compile.spec import float_type, product_type
+
+
+@dataclass(frozen=True)
+class EightBits:
+    """An 8-bit type, and what is done with it.
+
+    `largest` is what the largest weight becomes, `kinds` are the layers that take it, `clippings` the parts
+    of the largest activation where a scale may end: what is larger is clipped. `by_channel`: a weight has a
+    scale for each output channel, else one for all of it.
+    """
+
+    dtype: torch.dtype
+    largest: float
+    kinds: tuple[type[nn.Module], ...]
+    clippings: tuple[float, ...]
+    by_channel: bool
+
+
+# Of a float type the small values are as exact as the large: clipping gains nothing there, nor do scales by
+# channel, which not every fp8 product of TensorRT has. Its fp8 convolutions ask for channels of some numbers,
+# and TensorRT for RTX documents none, though its builder takes them.
+TYPES = {
+    "int8": EightBits(torch.int8, 127, (nn.Linear, nn.Conv2d), tuple(i / 20 for i in range(4, 21)), True),
+    "fp8": EightBits(torch.float8_e4m3fn, 448, (nn.Linear,), (1.0,), False),
+}
 # Values of an input that are kept from each call, to choose a scale by.
 SAMPLED = 4096
 # Layers of these names stay as they are: the first and the last, and products of a single row.
@@ -30,9 +54,12 @@ SMALLEST_SCALE = 1e-6  # of half precision, and no division by zero where an inp
 
 
 @torch.library.custom_op("lcm_compile::quantize", mutates_args=())
-def quantize(x: Tensor, scale: Tensor) -> Tensor:
-    """clamp(round(x / scale), −128, 127) as int8; halves are rounded to even. `scale` is a scalar."""
-    return (x.float() / scale.float()).round().clamp(-LEVELS - 1, LEVELS).to(torch.int8)
+def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / scale as the nearest value of the type, halves to even; what is beyond its ends becomes an end."""
+    scaled = x.float() / scale.float()
+    if dtype.is_floating_point:
+        return scaled.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    return scaled.round().clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
 
 
 @torch.library.custom_op("lcm_compile::dequantize", mutates_args=())
@@ -43,8 +70,8 @@ def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 @quantize.register_fake
-def _(x: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(x, dtype=torch.int8)
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 @dequantize.register_fake
@@ -53,7 +80,7 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 class Quantized(nn.Module):
-    """A Linear or Conv2d layer with an int8 weight, which takes its input as int8.
+    """A Linear or Conv2d layer with an 8-bit weight, which takes its input in 8 bits.
 
     `dtype` is what it computes in but for that; what it gives is of its input's type.
     """
@@ -62,14 +89,17 @@ class Quantized(nn.Module):
     weight_scale: Tensor
     input_scale: Tensor
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: nn.Linear | nn.Conv2d, scale: float, dtype: torch.dtype, bits: EightBits
+    ) -> None:
         super().__init__()
+        self.bits = bits
         weight = layer.weight.detach()
-        largest = weight.abs().flatten(1).amax(1)
+        largest = weight.abs().flatten(1).amax(1) if bits.by_channel else weight.abs().amax()
         # Rounded as it will be used before the weights are divided by it.
-        scales = (largest / LEVELS).clamp_min(SMALLEST_SCALE).to(dtype)
-        whole = quantize(weight, scales.reshape(-1, *[1] * (weight.ndim - 1)))
-        self.register_buffer("weight", self.laid_out(whole))
+        scales = (largest / bits.largest).clamp_min(SMALLEST_SCALE).to(dtype)
+        small = quantize(weight, scales.reshape(-1, *[1] * (weight.ndim - 1)), bits.dtype)
+        self.register_buffer("weight", self.laid_out(small))
         self.register_buffer("weight_scale", scales)
         self.register_buffer("input_scale", torch.tensor(scale, dtype=dtype))
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(dtype))
@@ -78,8 +108,8 @@ class Quantized(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        rounded = dequantize(quantize(x.to(self.input_scale.dtype), self.input_scale), self.input_scale, 0)
-        return self.product(rounded).to(x.dtype)
+        small = quantize(x.to(self.input_scale.dtype), self.input_scale, self.bits.dtype)
+        return self.product(dequantize(small, self.input_scale, 0)).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -96,8 +126,8 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedConv2d(Quantized):
-    def __init__(self, layer: nn.Conv2d, scale: float, dtype: torch.dtype) -> None:
-        super().__init__(layer, scale, dtype)
+    def __init__(self, layer: nn.Conv2d, scale: float, dtype: torch.dtype, bits: EightBits) -> None:
+        super().__init__(layer, scale, dtype, bits)
         self.settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def product(self, x: Tensor) -> Tensor:
@@ -109,12 +139,12 @@ class QuantizedConv2d(Quantized):
 KINDS: dict[type[nn.Module], type[Quantized]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
 
 
-def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+def layers_of(module: nn.Module, bits: EightBits) -> dict[str, nn.Module]:
     """The layers that may be quantized."""
     return {
         name: layer
         for name, layer in module.named_modules()
-        if type(layer) in KINDS and not set(name.split(".")) & set(LEFT)
+        if type(layer) in bits.kinds and not set(name.split(".")) & set(LEFT)
     }
 
 
@@ -131,25 +161,26 @@ class Seen:
         stride = max(1, len(x) // SAMPLED) | 1  # an odd one does not always meet the same channels
         self.values.append(x[::stride].clone())
 
-    def scale(self) -> float:
+    def scale(self, bits: EightBits) -> float:
         """Of those that clip at some part of the largest value, the one of the least squared error."""
         values = torch.cat(self.values)
-        scales = [max(self.largest * part / LEVELS, SMALLEST_SCALE) for part in CLIPPINGS]
-        return min(scales, key=lambda scale: float(((rounded(values, scale) - values) ** 2).sum()))
+        scales = [max(self.largest * part / bits.largest, SMALLEST_SCALE) for part in bits.clippings]
+        return min(scales, key=lambda scale: float(((rounded(values, scale, bits) - values) ** 2).sum()))
 
 
 def choose_scales(
-    module: nn.Module, draw: Callable[[], None], replay: Callable[[], None]
+    module: nn.Module, precision: str, draw: Callable[[], None], replay: Callable[[], None]
 ) -> dict[str, float]:
-    """Scales of the inputs of those layers of `module` that bear 8 bits, by name.
+    """Scales of the inputs of those layers of `module` that bear a precision's 8 bits, by name.
 
     `draw` calls the module as it will be called; `replay` again, perhaps less often, to compare each layer.
     """
-    layers = layers_of(module)
+    bits = TYPES[product_type(precision)]
+    layers = layers_of(module, bits)
     with inputs_seen(layers) as seen:
         draw()
-    scales = {name: inputs.scale() for name, inputs in seen.items() if inputs.values}
-    with errors_of({name: layers[name] for name in scales}, scales) as errors:
+    scales = {name: inputs.scale(bits) for name, inputs in seen.items() if inputs.values}
+    with errors_of({name: layers[name] for name in scales}, scales, bits) as errors:
         replay()
     return {name: scale for name, scale in scales.items() if errors[name].snr_db() >= LEAST_SNR}
 
@@ -165,9 +196,9 @@ class Error:
         return 10 * math.log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
 
 
-def rounded(x: Tensor, scale: float) -> Tensor:
+def rounded(x: Tensor, scale: float, bits: EightBits) -> Tensor:
     of = torch.tensor(scale)
-    return dequantize(quantize(x, of), of, 0)
+    return dequantize(quantize(x, of, bits.dtype), of, 0)
 
 
 @contextmanager
@@ -179,12 +210,14 @@ def inputs_seen(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
 
 
 @contextmanager
-def errors_of(layers: Mapping[str, nn.Module], scales: Mapping[str, float]) -> Iterator[dict[str, Error]]:
+def errors_of(
+    layers: Mapping[str, nn.Module], scales: Mapping[str, float], bits: EightBits
+) -> Iterator[dict[str, Error]]:
     """Within it, each call of a layer is computed in 8 bits too, and compared."""
     errors = {name: Error() for name in layers}
 
     def compare(name: str, layer: Any, x: Tensor, y: Tensor) -> None:
-        found = KINDS[type(layer)](layer, scales[name], torch.float32)(x)
+        found = KINDS[type(layer)](layer, scales[name], torch.float32, bits)(x)
         errors[name].signal += float((y**2).sum())
         errors[name].noise += float(((found - y) ** 2).sum())
 
@@ -192,17 +225,18 @@ def errors_of(layers: Mapping[str, nn.Module], scales: Mapping[str, float]) -> I
         yield errors
 
 
-def take_out(module: nn.Module, scales: Mapping[str, float], floats: str) -> dict[str, Quantized]:
+def take_out(module: nn.Module, scales: Mapping[str, float], precision: str) -> dict[str, Quantized]:
     """Makes the 8-bit layers of a module in fp32, and takes their weights out of it.
 
-    `floats` is the precision of all else. Where it is bf16 the layers themselves compute in fp32: OpenVINO
-    computes bf16's QuantizeLinear wrongly (2026.4: −5 dB), and narrows what is around the product anyway.
+    They compute in the precision's floats, but for int8+bf16, where it is fp32: OpenVINO computes bf16's
+    QuantizeLinear wrongly (2026.4: −5 dB), and narrows what is around the product anyway.
     """
-    dtype = torch.float16 if floats == "fp16" else torch.float32
+    bits = TYPES[product_type(precision)]
+    dtype = torch.float32 if precision == "int8+bf16" else DTYPES[float_type(precision)]
     made = {}
     for name, scale in scales.items():
         layer: Any = module.get_submodule(name)
-        made[name] = KINDS[type(layer)](layer, scale, dtype)
+        made[name] = KINDS[type(layer)](layer, scale, dtype, bits)
         module.set_submodule(name, nn.Identity())
     return made
 

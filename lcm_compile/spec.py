@@ -12,10 +12,21 @@ from pathlib import Path
 from lcm_compile.errors import UsageError, unknown_name
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# What can be asked for. In int8 are the step's products alone; all else is in the best that a target has.
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+# Of 8 bits. In these are products of the step alone; all else is in the best that a target has.
+EIGHT_BITS = ("int8", "fp8")
+# What can be asked for.
+PRECISIONS = ("fp32", "fp16", "bf16", *EIGHT_BITS, "fp8+bf16")
 # What a stage computes in: "int8+fp16" has its products in int8, and the rest in fp16.
-STAGE_PRECISIONS = ("fp32", "fp16", "bf16", "int8+fp32", "int8+fp16", "int8+bf16")
+STAGE_PRECISIONS = (
+    "fp32",
+    "fp16",
+    "bf16",
+    "int8+fp32",
+    "int8+fp16",
+    "int8+bf16",
+    "fp8+fp16",
+    "fp8+bf16",
+)
 # How graphs are shaped for LCM, exact to rounding. Each can be left out.
 REWRITES = {
     "context": "what depends on the prompt and the timesteps alone is computed once a prompt",
@@ -31,7 +42,12 @@ WHOLE_LOOP_NEEDS = ("context", "lcm-step")
 
 
 def is_quantized(precision: str) -> bool:
-    return product_type(precision) == "int8"
+    return product_type(precision) in EIGHT_BITS
+
+
+def with_floats(precision: str, floats: str) -> str:
+    """An 8-bit precision with what it is beside, unless that was told: fp8 → fp8+fp16; others stay."""
+    return f"{precision}+{floats}" if precision in EIGHT_BITS else precision
 
 
 def product_type(precision: str) -> str:

@@ -16,12 +16,21 @@ from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
 from lcm_compile.families import CALIBRATION_PROMPTS, FAMILIES, SAMPLE_PROMPT
 from lcm_compile.parity import PROOF_SEED, snr_db
-from lcm_compile.quantize import QuantizedConv2d, QuantizedLinear, Seen, choose_scales, put_in, take_out
+from lcm_compile.quantize import (
+    TYPES,
+    QuantizedConv2d,
+    QuantizedLinear,
+    Seen,
+    choose_scales,
+    put_in,
+    take_out,
+)
 from lcm_compile.spec import StageContract, TensorSpec
 from lcm_compile.stages import Stage
 from lcm_compile.targets import find_target
 
 CPU = find_target("cpu")
+INT8 = TYPES["int8"]
 HAS_OPENVINO = openvino.cannot_build(CPU, "int8+fp32") is None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="no OpenVINO, or no VNNI")
 
@@ -42,7 +51,9 @@ def test_a_linear_layer_is_onnx_formula():
     x[0, 0] = 1000.0  # clipped
     weight = layer.weight.detach().numpy()
     expected = on_grid(x.numpy(), 0.05) @ weights_on_grid(weight).T + layer.bias.detach().numpy()
-    np.testing.assert_allclose(QuantizedLinear(layer, 0.05, torch.float32)(x), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        QuantizedLinear(layer, 0.05, torch.float32, INT8)(x), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_convolution_is_onnx_formula():
@@ -51,13 +62,13 @@ def test_a_convolution_is_onnx_formula():
     rounded = torch.from_numpy(on_grid(x.numpy(), 0.02)).float()
     weight = torch.from_numpy(weights_on_grid(layer.weight.detach().numpy())).float()
     expected = nn.functional.conv2d(rounded, weight, layer.bias, 2, 1).detach()
-    found = QuantizedConv2d(layer, 0.02, torch.float32)(x)
+    found = QuantizedConv2d(layer, 0.02, torch.float32, INT8)(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def exported(network, x, floats, folder):
-    scales = choose_scales(network, *[lambda: network(x)] * 2)
-    layers = take_out(network, scales, floats)
+    scales = choose_scales(network, f"int8+{floats}", *[lambda: network(x)] * 2)
+    layers = take_out(network, scales, f"int8+{floats}")
     network.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[floats])
     put_in(network, layers)
 
@@ -129,7 +140,7 @@ def test_a_scale_is_better_than_that_of_the_largest_value():
     seen.add(values)
     errors = [
         float(((on_grid(values.numpy(), scale) - values.numpy()) ** 2).mean())
-        for scale in (seen.scale(), largest / 127)
+        for scale in (seen.scale(INT8), largest / 127)
     ]
     assert errors[0] < 0.75 * errors[1]
 
@@ -148,7 +159,7 @@ def test_a_layer_that_8_bits_would_spoil_stays():
         layers["quiet"](x), layers["loud"](loud)
 
     with torch.no_grad():
-        assert list(choose_scales(layers, run, run)) == ["quiet"]
+        assert list(choose_scales(layers, "int8", run, run)) == ["quiet"]
 
 
 def test_the_proof_is_no_part_of_what_is_seen():
@@ -204,7 +215,7 @@ def in_8_bits(base, backend):
 
 def test_a_bad_scale_is_refused(sdxl_checkpoint, tmp_path, monkeypatch, refused):
     """Nothing is left behind."""
-    monkeypatch.setattr(Seen, "scale", lambda self: self.largest / 3)
+    monkeypatch.setattr(Seen, "scale", lambda self, bits: self.largest / 3)
     monkeypatch.setattr("lcm_compile.quantize.LEAST_SNR", -100.0)
     words = in_8_bits(sdxl_checkpoint, "onnxruntime")
     refused(3, ["step", "picture", "--precision fp32"], "build", *words, "--out", tmp_path / "b")

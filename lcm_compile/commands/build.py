@@ -22,7 +22,10 @@ def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
             ),
             click.option(
-                "--precision", default="auto", show_default=True, help="auto, fp32, fp16, bf16; lossy: int8."
+                "--precision",
+                default="auto",
+                show_default=True,
+                help="auto, fp32, fp16, bf16; lossy: int8, fp8.",
             ),
             click.option(
                 "--without",

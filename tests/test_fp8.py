@@ -1,0 +1,229 @@
+"""The UNet's Linear layers in fp8: the arithmetic, the graph, the scales, the engines, and who refuses."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import DiffusionPipeline, LCMScheduler
+from onnx.reference import ReferenceEvaluator
+from torch import nn
+
+from lcm_compile import BuildSpec, build
+from lcm_compile.benchmarks import quality
+from lcm_compile.compile import build_from, export
+from lcm_compile.demo.world import held_out_prompts
+from lcm_compile.engines import find_backend
+from lcm_compile.export import export_stage
+from lcm_compile.families import FAMILIES
+from lcm_compile.parity import snr_db
+from lcm_compile.pipeline import LcmPipeline
+from lcm_compile.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
+from lcm_compile.runners import load_tokenizers
+from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.stages import Stage
+from lcm_compile.targets import TARGETS, find_target
+
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FP8 = onnx.TensorProto.FLOAT8E4M3FN
+
+
+def on_grid(x, scale):
+    """TensorRT's formula, s · castToFp8(clip(x / s, −448, 448)), with the rounding of ml_dtypes."""
+    return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
+
+
+def test_a_linear_layer_is_the_formula():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(48, 20), 3 * torch.randn(7, 48)
+    scale = np.float32(0.02)
+    # Clipped; halfway between two values, of which the even one counts; and less than the least of all.
+    x[0, :4] = float(scale) * torch.tensor([1000.0, 17.0, 19.0, 0.0009])
+    weight = layer.weight.detach().numpy()
+    weights = on_grid(weight, np.abs(weight).max() / np.float32(448))
+    expected = on_grid(x.numpy(), scale) @ weights.T + layer.bias.detach().numpy()
+    found = QuantizedLinear(layer, float(scale), torch.float32, TYPES["fp8"])(x)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+class Network(nn.Module):
+    """A convolution and two Linear layers, between float32 edges."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 32, 3, padding=1)
+        self.wide, self.narrow = nn.Linear(32, 64), nn.Linear(64, 16, bias=False)
+
+    def forward(self, x):
+        x = self.conv(x.to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
+        return self.narrow(nn.functional.silu(self.wide(x))).float()
+
+
+@pytest.mark.parametrize(("floats", "least"), [("fp16", 45), ("bf16", 30)])
+def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats, least):
+    torch.manual_seed(0)
+    network, x = Network().eval(), torch.randn(2, 16, 12, 12)
+    y = (2, 144, 16)
+    contract = StageContract(
+        "small", (TensorSpec("x", tuple(x.shape), "float32", ""),), (TensorSpec("y", y, "float32", ""),)
+    )
+    precision = f"fp8+{floats}"
+    with torch.inference_mode():
+        plain = network(x).numpy()
+        scales = choose_scales(network, precision, *[lambda: network(x)] * 2)
+        layers = take_out(network, scales, precision)
+        put_in(network.to(FLOATS[floats]), layers)
+        expected = network(x).numpy()
+        graph = export_stage(Stage(contract, network), "onnx", precision, tmp_path)
+    assert 20 < snr_db(plain, expected) < 40  # lossy, and not broken
+    model = onnx.load(graph.path)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = [node.op_type for node in model.graph.node]
+    assert (kinds.count("QuantizeLinear"), kinds.count("DequantizeLinear")) == (2, 4)
+    tensors = {t.name: t for t in model.graph.initializer}
+    assert {tuple(t.dims) for t in tensors.values() if t.data_type == FP8} == {(32, 64), (64, 16)}
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert not tensors[node.input[1]].dims  # TensorRT has one scale for a tensor on every GPU
+    if floats == "fp16":  # ONNX's own evaluator adds up in fp16 as well, and ONNX Runtime has no bf16
+        session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
+        found = session.run(None, {"x": x.numpy()})[0]
+    else:
+        found = ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]
+    assert snr_db(expected, found) > least
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory):
+    """The demo's export in fp8 and fp16."""
+    folder = tmp_path_factory.mktemp("fp8") / "graphs"
+    return folder, export(BuildSpec("demo", precision="fp8"), folder)
+
+
+def test_scales_are_those_of_the_pictures_that_diffusers_draws(graphs):
+    """The largest input that a layer had in any step of any calibration picture, over 448."""
+    demo = FAMILIES["demo"]
+    pipe = DiffusionPipeline.from_pretrained(demo.base)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(demo.lcm_lora)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    largest: dict[str, float] = {}
+
+    def see(name):
+        def hook(layer, inputs, output):
+            largest[name] = max(largest.get(name, 0.0), float(inputs[0].abs().max()))
+
+        return hook
+
+    for name, layer in pipe.unet.named_modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(see(name))
+    for seed, prompt in enumerate(demo.calibration_prompts, 1):
+        generator = torch.Generator("cpu").manual_seed(seed)
+        pipe(prompt, num_inference_steps=4, guidance_scale=1.0, generator=generator, output_type="latent")
+
+    model = onnx.load(graphs[0] / "graphs" / "step.onnx")
+    compared = 0
+    for tensor in model.graph.initializer:
+        name = tensor.name.removesuffix(".input_scale")
+        known = [layer for layer in largest if name != tensor.name and name.endswith(f".{layer}")]
+        if known:  # projections that were fused are of other names
+            scale = float(onnx.numpy_helper.to_array(tensor))
+            assert scale == pytest.approx(largest[known[0]] / 448, rel=2e-3), name
+            compared += 1
+    assert compared > 10
+
+
+def test_linear_layers_of_the_step_alone_are_in_fp8_and_it_says_so(graphs):
+    _, manifest = graphs
+    stages = {stage.contract.name: stage for stage in manifest.stages}
+    assert {name: stage.precision for name, stage in stages.items()} == {
+        "encode": "fp16",
+        "context": "fp16",
+        "step": "fp8+fp16",
+        "decode": "fp16",
+    }
+    quantized = stages["step"].quantized_layers
+    assert len(quantized) > 20 and not any("conv" in name for name in quantized)
+    assert "fp8" in manifest.lossy["step"]
+    assert manifest.parity["step"].checked.startswith("graph")
+    assert manifest.parity["picture"].floor == 25 and manifest.parity["picture"].db >= 25
+
+
+@pytest.mark.parametrize("gpu", ["l4", "5090"])
+def test_rtx_builds_products_of_fp8(graphs, tmp_path, gpu):
+    """Its engines tell the types of what they multiply, in a text that they hold."""
+    pytest.importorskip("tensorrt_rtx")
+    plan, bundle = build_from(graphs[0], gpu, out=tmp_path / "b")
+    assert plan.backend_name == "tensorrt-rtx" and "fp8" in bundle.manifest.lossy["step"]
+    sizes = [path.stat().st_size for path in bundle.folder.glob("engines/step*")]
+    assert sizes and b"type=fp8_e4m3" in bundle.path("engines/step.engine").read_bytes()
+    assert b"type=fp8_e4m3" not in bundle.path("engines/encode.engine").read_bytes()
+
+
+def test_rtx_builds_it_beside_bf16(sdxl_checkpoint, tmp_path):
+    """What nothing here computes is checked as the module that was exported."""
+    pytest.importorskip("tensorrt_rtx")
+    spec = BuildSpec(str(sdxl_checkpoint), gpu="4090", no_lcm=True, precision="fp8+bf16")
+    manifest = build(spec, tmp_path / "b").manifest
+    step = next(stage for stage in manifest.stages if stage.contract.name == "step")
+    assert step.precision == "fp8+bf16" and step.quantized_layers
+    assert manifest.parity["step"].checked.startswith("torch module")
+    assert manifest.parity["picture"].db >= 25
+
+
+@pytest.mark.parametrize(("count", "points"), [(8, 0.13), pytest.param(100, 0.03, marks=pytest.mark.slow)])
+def test_it_draws_what_it_is_asked_for(graphs, tmp_path, count, points):
+    """By the rule-based judge, as well as the graphs in fp16 do."""
+    plain, _ = tmp_path / "fp16", export(BuildSpec("demo", precision="fp16"), tmp_path / "fp16")
+    prompts = held_out_prompts(count, seed=1)
+    figures = []
+    for folder in (plain, graphs[0]):
+        manifest = graphs[1]
+        runners = {
+            stage.contract.name: find_backend("onnxruntime").load(
+                folder / stage.graph, stage.contract, TARGETS["cpu"]
+            )
+            for stage in manifest.stages
+        }
+        pipeline = LcmPipeline(manifest.pipeline, runners, load_tokenizers(folder, manifest.pipeline))
+        pictures = [np.asarray(pipeline(prompt, seed=i)[0]) for i, prompt in enumerate(prompts)]
+        figures.append(quality.score(pictures, prompts))
+    sixteen, eight = figures
+    assert all(eight[column] >= sixteen[column] - points for column in sixteen), figures
+
+
+@pytest.mark.parametrize("gpu", ["a10", "a100", "t4", "cpu"])
+@pytest.mark.parametrize("precision", ["fp8", "fp8+bf16"])
+def test_devices_without_it_are_told_what_they_have(refused, gpu, precision):
+    told = refused(
+        1, ["fp8", "int8", "fp16"], "build", "--base", "demo", "--gpu", gpu, "--precision", precision
+    )
+    assert len(told.splitlines()) == 2  # what is wrong, and what to try
+    assert find_target(gpu).description in told
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt", "aotinductor"])
+def test_backends_without_it_are_told_what_they_have(refused, backend):
+    words = ("--base", "demo", "--gpu", "l4", "--backend", backend, "--precision", "fp8")
+    refused(1, [backend, "fp8", "fp16"], "build", *words)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "openvino"])
+def test_backends_for_the_cpu_have_none(refused, backend):
+    words = ("--base", "demo", "--gpu", "l4", "--backend", backend, "--precision", "fp8")
+    refused(1, [backend, "fp8", "CPU only"], "build", *words)
+
+
+def test_graphs_of_another_format_have_none(refused, tmp_path):
+    words = ("--base", "demo", "--precision", "fp8", "--format", "torchscript")
+    refused(2, "8-bit", "export", *words, "--out", tmp_path / "g")
+
+
+def test_an_export_in_fp8_is_refused_for_other_gpus(graphs, refused, tmp_path):
+    refused(1, ["A10", "fp8"], "build", "--from", graphs[0], "--gpu", "a10", "--out", tmp_path / "b")
