@@ -19,9 +19,10 @@ from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Riva
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
-from lcm_compile.bundle import EngineBundle, StageEngine, told_loss
+from lcm_compile.bundle import EngineBundle
 from lcm_compile.captured import USED
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.manifest import StageFile, told_loss
 from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
 from lcm_compile.spec import DRAW, float_type, product_type
@@ -239,7 +240,7 @@ def picture_case(bundle: EngineBundle, stages: Sequence[Case], measured: Measure
 
 
 def stage_case(
-    stage: StageEngine, bundle: EngineBundle, measured: Measured, work: Work | None, peak: Peak | None
+    stage: StageFile, bundle: EngineBundle, measured: Measured, work: Work | None, peak: Peak | None
 ) -> Case:
     """One stage, with those rivals that could time it apart."""
     name = stage.contract.name
@@ -294,10 +295,10 @@ def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
     }
 
 
-def engine_bytes(bundle: EngineBundle, stage: StageEngine) -> int:
+def engine_bytes(bundle: EngineBundle, stage: StageFile) -> int:
     """The engine's file, and those beside it under the same name: a backend may keep weights apart."""
-    stem = stage.engine.rpartition(".")[0] or stage.engine
-    files = [name for name in bundle.manifest.files if name == stage.engine or name.startswith(f"{stem}.")]
+    stem = stage.file.rpartition(".")[0] or stage.file
+    files = [name for name in bundle.manifest.files if name == stage.file or name.startswith(f"{stem}.")]
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 

@@ -15,19 +15,12 @@ import lcm_compile
 from lcm_compile import parity
 from lcm_compile.apart import call_apart
 from lcm_compile.bundle import (
-    BundleManifest,
     EngineBundle,
-    Parity,
-    PipelineSettings,
-    StageEngine,
-    TokenizerSettings,
     check_destination,
     full_disk_told,
-    key_digest,
     list_files,
     open_bundle,
     publishing,
-    read_manifest,
 )
 from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.cost import Report, Stopwatch
@@ -35,11 +28,20 @@ from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import estimate
 from lcm_compile.export import EXPORTERS
-from lcm_compile.exported import EXPORT, ExportedStage, ExportManifest, read_export
+from lcm_compile.exported import EXPORT, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.files import check_space
 from lcm_compile.loading import load_tokenizer
 from lcm_compile.lora import LoraProvenance
+from lcm_compile.manifest import (
+    BundleManifest,
+    Parity,
+    PipelineSettings,
+    StageFile,
+    TokenizerSettings,
+    key_digest,
+    read_manifest,
+)
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
 from lcm_compile.spec import BuildSpec, StageContract
@@ -218,7 +220,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
             graph = prepared.graph.path.relative_to(folder).as_posix()
             largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
             stages.append(
-                ExportedStage(
+                StageFile(
                     contract, graph, precision, prepared.fp32_layers, largest, prepared.quantized_layers
                 )
             )
@@ -264,7 +266,7 @@ def build_into(
     told = f" for {plan.target.name}" if several else ""
     for name in ("tokenizers", "proof"):
         shutil.copytree(graphs / name, folder / name)
-    stages: list[StageEngine] = []
+    stages: list[StageFile] = []
     with full_disk_told(folder.parent):
         if twin is not None:
             with watch.part(f"copy the engines{told}"):
@@ -310,23 +312,16 @@ def build_stage(
     folder: Path,
     graphs: Path,
     export: ExportManifest,
-    stage: ExportedStage,
+    stage: StageFile,
     plan: Plan,
     watch: Stopwatch,
     told: str,
-) -> StageEngine:
+) -> StageFile:
     """One engine, in `folder`/engines."""
     call = call_apart if export.is_large else call_here
     with watch.part(f"build {stage.contract.name}{told}"):
         path = call(plan.backend.build, export.graph(graphs, stage), plan.target, folder / "engines")
-    return StageEngine(
-        stage.contract,
-        path.relative_to(folder).as_posix(),
-        stage.precision,
-        stage.fp32_layers,
-        stage.largest_activation,
-        stage.quantized_layers,
-    )
+    return replace(stage, file=path.relative_to(folder).as_posix())
 
 
 def call_here(function: Callable[..., Any], *args: Any) -> Any:

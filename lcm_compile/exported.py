@@ -8,32 +8,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.bundle import Parity, PipelineSettings, Proof, check_inside
 from lcm_compile.cost import Cost
 from lcm_compile.errors import BundleError, UsageError
+from lcm_compile.manifest import Parity, PipelineSettings, Proof, StageFile, check_inside
 from lcm_compile.schema import from_json, json_text
-from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, ExportedGraph, StageContract, is_quantized
+from lcm_compile.spec import BuildSpec, ExportedGraph, is_quantized
 from lcm_compile.store import Digests
 
 EXPORT = "export.json"
-SCHEMA = 1
+SCHEMA = 2
 AGAIN = "lcm-compile export, again"
-
-
-@dataclass(frozen=True)
-class ExportedStage:
-    """A stage's contract, its graph file and how it computes; the fields as StageEngine's."""
-
-    contract: StageContract
-    graph: str
-    precision: str
-    fp32_layers: tuple[str, ...]
-    largest_activation: float | None
-    quantized_layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.precision not in STAGE_PRECISIONS:
-            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {STAGE_PRECISIONS}")
 
 
 @dataclass(frozen=True)
@@ -47,7 +31,7 @@ class ExportManifest:
     graph_format: str
     is_large: bool
     pipeline: PipelineSettings
-    stages: tuple[ExportedStage, ...]
+    stages: tuple[StageFile, ...]
     loras: tuple[Mapping[str, Any], ...]
     parity: Mapping[str, Parity]
     proof: Proof
@@ -61,8 +45,8 @@ class ExportManifest:
         """That of the stage which asks the most of a target."""
         return max((stage.precision for stage in self.stages), key=is_quantized)
 
-    def graph(self, folder: Path, stage: ExportedStage) -> ExportedGraph:
-        return ExportedGraph(folder / stage.graph, stage.precision, stage.contract)
+    def graph(self, folder: Path, stage: StageFile) -> ExportedGraph:
+        return ExportedGraph(folder / stage.file, stage.precision, stage.contract)
 
     def write(self, folder: Path) -> None:
         data = {"schema": SCHEMA, **asdict(self)}
@@ -83,7 +67,7 @@ def read_export(folder: Path) -> ExportManifest:
     except (ValueError, UsageError, RecursionError, OSError) as error:
         raise BundleError(f"{path} is broken: {error}", AGAIN) from error
     named = [
-        *(stage.graph for stage in manifest.stages),
+        *(stage.file for stage in manifest.stages),
         *(tokenizer.file for tokenizer in manifest.pipeline.tokenizers),
         *manifest.proof.files,
     ]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lcm_compile
-from lcm_compile.bundle import read_manifest
 from lcm_compile.errors import BundleError
+from lcm_compile.manifest import read_manifest
 from lcm_compile.store import Digests, bundles_folder
 
 REASONS_SHOWN = 8

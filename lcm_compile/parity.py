@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, Parity, PipelineSettings, Proof
+from lcm_compile.bundle import EngineBundle
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
+from lcm_compile.manifest import Parity, PipelineSettings, Proof
 from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.runners import load, load_tokenizers
 from lcm_compile.spec import DRAW, StageContract, product_type

@@ -16,7 +16,6 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lcm_compile.bundle import PipelineSettings
 from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
@@ -30,6 +29,7 @@ from lcm_compile.loop import (
     reads_text,
     takes,
 )
+from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
 from lcm_compile.scheduler import LcmStep, lcm_steps
 from lcm_compile.tokens import PromptTokenizer

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lcm_compile
-from lcm_compile.bundle import check_destination, key_digest
+from lcm_compile.bundle import check_destination
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
 from lcm_compile.errors import BackendError, UsageError, unknown_name
@@ -25,6 +25,7 @@ from lcm_compile.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.keys import code_digest, explain
 from lcm_compile.lora import find_lcm_lora, find_lora
 from lcm_compile.lora_folders import lora_files_of
+from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import STAGES, Request
 from lcm_compile.random_base import open_random

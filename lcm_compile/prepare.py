@@ -10,11 +10,11 @@ from torch import nn
 
 from lcm_compile import parity
 from lcm_compile.architectures import empty_module
-from lcm_compile.bundle import PipelineSettings
 from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.loading import load_component
 from lcm_compile.lora import LoraProvenance, check_loras, merge_loras, read_lora
+from lcm_compile.manifest import PipelineSettings
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precision import layers_over, record_peaks, to_precision

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.bundle import BundleManifest, Parity
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.console import print_table, told_size
 from lcm_compile.estimate import Estimate
 from lcm_compile.families import DEMO_STYLE, FAMILIES
+from lcm_compile.manifest import BundleManifest, Parity
 from lcm_compile.plan import Plan
 
 
@@ -166,7 +166,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
             {
                 "name": stage.contract.name,
                 "precision": stage.precision,
-                "engine": stage.engine,
+                "engine": stage.file,
                 "fp32_layers": len(stage.fp32_layers),
                 "quantized_layers": len(stage.quantized_layers),
                 "largest_activation": stage.largest_activation,

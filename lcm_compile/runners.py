@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, PipelineSettings, StageEngine, hold, open_bundle
+from lcm_compile.bundle import EngineBundle, hold, open_bundle
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError
+from lcm_compile.manifest import PipelineSettings, StageFile
 from lcm_compile.pipeline import PROMPTS_KEPT, STAGES, LcmPipeline, Request
 from lcm_compile.scheduler import lcm_timesteps
 from lcm_compile.schema import from_json
@@ -48,8 +49,8 @@ def load(
     held = hold(bundle.folder)
     runners: dict[str, Runner] = {}
 
-    def load_stage(stage: StageEngine) -> Runner:
-        return backend.load(bundle.path(stage.engine), stage.contract, manifest.target)
+    def load_stage(stage: StageFile) -> Runner:
+        return backend.load(bundle.path(stage.file), stage.contract, manifest.target)
 
     # One thread, so in the order in which the pipeline needs them.
     loader = None if wait else ThreadPoolExecutor(1)

@@ -23,7 +23,7 @@ def json_text(data: Any, indent: int | None) -> str:
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
     """`value` as a `kind`: a dataclass, tuple[X, ...], Mapping[str, X], X | None, a plain type, or Any.
 
-    ValueError names the place (`stages.0.engine`) of what is missing, unknown or of another type; whatever a
+    ValueError names the place (`stages.0.file`) of what is missing, unknown or of another type; whatever a
     dataclass's own checks raise is passed on.
     """
     if kind is Any:

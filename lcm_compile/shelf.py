@@ -15,16 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.bundle import (
-    LEFTOVERS,
-    MANIFEST,
-    BundleManifest,
-    foreign_files,
-    lock_of,
-    read_manifest,
-    reserving,
-)
+from lcm_compile.bundle import LEFTOVERS, foreign_files, lock_of, reserving
 from lcm_compile.errors import BundleError, UsageError
+from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.spec import user_path
 from lcm_compile.store import bundles_folder, last_uses, lock
 

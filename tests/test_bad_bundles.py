@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from lcm_compile import load
-from lcm_compile.bundle import MANIFEST, list_files, read_manifest
+from lcm_compile.bundle import list_files
 from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
+from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle
 from lcm_compile.schema import json_text
 
@@ -62,7 +63,7 @@ def test_a_missing_file(refuse, bundle, name):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "null", "[]", '"x"', "5", "{}", '{"schema": 1}', '{"schema": 999}', "\x00", "[" * 200_000],
+    ["", "{", "null", "[]", '"x"', "5", "{}", '{"schema": 2}', '{"schema": 999}', "\x00", "[" * 200_000],
     ids=lambda text: text[:16],
 )
 def test_a_broken_manifest(refuse, bundle, text):
@@ -76,7 +77,7 @@ def test_a_manifest_that_is_not_text(refuse, bundle):
 
 
 def change(bundle, at, value):
-    """Sets one place of the manifest, `stages.0.engine`; a value of None takes it out."""
+    """Sets one place of the manifest, `stages.0.file`; a value of None takes it out."""
     data = json.loads((bundle / MANIFEST).read_text())
     *path, last = at.split(".")
     inner = data
@@ -93,12 +94,12 @@ def change(bundle, at, value):
 @pytest.mark.parametrize(
     ("at", "value", "told"),
     [
-        ("schema", 2, ["schema 2", "reads 1"]),
-        ("schema", "1", "schema '1'"),
+        ("schema", 1, ["schema 1", "reads 2"]),
+        ("schema", "2", "schema '2'"),
         ("backend", None, "backend is missing"),
         ("backend", "os.system", "os.system"),
         ("surprise", 1, "surprise is unknown"),
-        ("stages.1.engine", 5, "stages.1.engine is a int, not a str"),
+        ("stages.1.file", 5, "stages.1.file is a int, not a str"),
         ("stages.1.precision", "fp13", "fp13"),
         ("stages.1.contract.inputs.0.shape.0", "1", "stages.1.contract.inputs.0.shape.0"),
         ("stages.1.contract.name", "../../step", "../../step"),
@@ -142,7 +143,7 @@ PATHS = [
 
 
 @pytest.mark.parametrize("name", PATHS, ids=lambda name: name[:20])
-@pytest.mark.parametrize("place", ["files", "stages.1.engine", "pipeline.tokenizers.0.file", "proof.files.0"])
+@pytest.mark.parametrize("place", ["files", "stages.1.file", "pipeline.tokenizers.0.file", "proof.files.0"])
 def test_a_path_that_leaves_the_bundle(refuse, bundle, tmp_path, name, place):
     """By name or through a link, even where what is outside is just what the digest says."""
     outside = tmp_path / "outside.onnx"

@@ -115,7 +115,7 @@ def test_the_report_says_where_it_was_taken(measured, fused_bundle):
     assert environment.threads and environment.device and {"python", "torch"} <= set(environment.versions)
     assert environment.peak_flops["fp32"] > 1e9 and environment.bandwidth > 1e8
     picture = report.cases[0]
-    files = {stage.engine for stage in manifest.stages}
+    files = {stage.file for stage in manifest.stages}
     assert picture.engine_bytes == sum((fused_bundle / name).stat().st_size for name in files)
     assert 50e6 < picture.memory_bytes < picture.rivals["eager"].memory_bytes
 

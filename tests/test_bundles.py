@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from lcm_compile import load, store
-from lcm_compile.bundle import MANIFEST, open_bundle, publishing
+from lcm_compile.bundle import open_bundle, publishing
 from lcm_compile.errors import BundleError
+from lcm_compile.manifest import MANIFEST
 from lcm_compile.shelf import parse_size, prune
 
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcm_compile.bundle import MANIFEST, open_bundle
+from lcm_compile.bundle import open_bundle
 from lcm_compile.engines import BACKENDS
+from lcm_compile.manifest import MANIFEST
 
 
 def test_run_writes_the_picture_and_how_it_was_made(command, sdxl_bundle, tmp_path):

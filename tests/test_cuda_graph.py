@@ -158,7 +158,7 @@ class OwnGraphs(onnxruntime.BoundRunner):
 def pipeline_of(folder, engine, **options):
     """The pipeline of a bundle, with engines of a class above."""
     bundle = open_bundle(folder)
-    runners = {s.contract.name: engine(bundle.path(s.engine), s.contract) for s in bundle.manifest.stages}
+    runners = {s.contract.name: engine(bundle.path(s.file), s.contract) for s in bundle.manifest.stages}
     settings = bundle.manifest.pipeline
     return LcmPipeline(settings, runners, load_tokenizers(bundle.folder, settings), **options)
 

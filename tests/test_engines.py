@@ -36,7 +36,7 @@ def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
     assert (manifest.target.compute_capability, manifest.backend) == ("8.6", "tensorrt-rtx")
     for stage in manifest.stages:
         assert stage.precision == "fp16"
-        engine = a10_bundle.path(stage.engine).read_bytes()
+        engine = a10_bundle.path(stage.file).read_bytes()
         # A serialised plan, of the size of its weights, not an ONNX file under another name.
         assert engine[:4] in (b"ftrt", b"rttr", b"trtx") or b"TRT" in engine[:4096].upper()
         assert len(engine) > 200_000
@@ -190,7 +190,7 @@ from lcm_compile.errors import BackendError
 from lcm_compile.targets import find_target
 stage = open_bundle(Path({str(a10_bundle.folder)!r})).manifest.stages[2]
 try:
-    path = Path({str(a10_bundle.path(stage.engine))!r})
+    path = Path({str(a10_bundle.path(stage.file))!r})
     find_backend("tensorrt-rtx").load(path, stage.contract, find_target("a10"))
 except BackendError as error:
     print("refused:", error)
@@ -228,7 +228,7 @@ def test_runners_take_numpy_and_dlpack(name, request):
         bundle = open_bundle(request.getfixturevalue("sdxl_bundle"))
     stage = bundle.manifest.stages[3]
     inputs, _ = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
-    with find_backend(name).load(bundle.path(stage.engine), stage.contract, CPU) as runner:
+    with find_backend(name).load(bundle.path(stage.file), stage.contract, CPU) as runner:
         from_numpy = runner(inputs)["picture"]
         from_torch = runner({k: torch.from_numpy(v) for k, v in inputs.items()})["picture"]
     np.testing.assert_array_equal(from_numpy, from_torch)
@@ -284,7 +284,7 @@ def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
     bundle = open_bundle(sdxl_bundle)
     runners = {}
     for stage in bundle.manifest.stages:
-        session = onnxruntime.open_checked(bundle.path(stage.engine), stage.contract, [onnxruntime.CPU])
+        session = onnxruntime.open_checked(bundle.path(stage.file), stage.contract, [onnxruntime.CPU])
         runners[stage.contract.name] = onnxruntime.BoundRunner(session, stage.contract, "cpu")
     settings = bundle.manifest.pipeline
     request = Request("a red star", 7, negative_prompt="blue", guidance_scale=1.5, num_images=2)

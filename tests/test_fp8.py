@@ -187,7 +187,7 @@ def test_it_draws_what_it_is_asked_for(graphs, tmp_path, count, points):
         manifest = graphs[1]
         runners = {
             stage.contract.name: find_backend("onnxruntime").load(
-                folder / stage.graph, stage.contract, TARGETS["cpu"]
+                folder / stage.file, stage.contract, TARGETS["cpu"]
             )
             for stage in manifest.stages
         }

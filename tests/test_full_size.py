@@ -12,8 +12,8 @@ import pytest
 import torch
 from factories import save_tensors
 
-from lcm_compile.bundle import read_manifest
 from lcm_compile.lora_bases import empty_modules
+from lcm_compile.manifest import read_manifest
 from lcm_compile.training.adapters import ADAPTED
 
 pytestmark = pytest.mark.slow

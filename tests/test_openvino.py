@@ -35,7 +35,7 @@ def decode(openvino_bundle):
     """The decoder's engine, its contract, and one recorded call."""
     stage = openvino_bundle.manifest.stages[-1]
     call = read_calls(openvino_bundle.path("proof/decode.npz"), stage.contract)[0]
-    return openvino_bundle.path(stage.engine), stage.contract, call
+    return openvino_bundle.path(stage.file), stage.contract, call
 
 
 def diffusers_picture(checkpoint):
@@ -61,7 +61,7 @@ def test_it_computes_in_bf16(sdxl_checkpoint, tmp_path):
     assert all(30 <= bundle.manifest.parity[name].db < 80 for name in ("encode", "step", "decode"))
     stage = bundle.manifest.stages[-1]
     inputs, outputs = read_calls(bundle.path("proof/decode.npz"), stage.contract)[0]
-    with openvino.load(bundle.path(stage.engine), stage.contract, CPU) as runner:
+    with openvino.load(bundle.path(stage.file), stage.contract, CPU) as runner:
         assert precisions_in(runner) >= {"bf16"}
         assert 30 <= snr_db(outputs["picture"], runner(inputs)["picture"]) < 80
 

@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.bundle import read_manifest
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.contracts import CONTEXT_STEPS, make_contracts
 from lcm_compile.errors import ParityError
 from lcm_compile.loading import load_modules
+from lcm_compile.manifest import read_manifest
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request
 from lcm_compile.scheduler import lcm_steps
@@ -200,7 +200,7 @@ def test_graphs_hold_no_sequences(sdxl_bundle):
     """TensorRT's parser refuses them; GEGLU's chunk is where they come from."""
     manifest, _ = read_manifest(sdxl_bundle)
     for stage in manifest.stages:
-        graph = onnx.load(sdxl_bundle / stage.engine).graph
+        graph = onnx.load(sdxl_bundle / stage.file).graph
         assert not [node.op_type for node in graph.node if "Sequence" in node.op_type]
 
 

@@ -18,9 +18,9 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.bench import contest, warnings
 from lcm_compile.benchmarks.report import Case, Rival
 from lcm_compile.benchmarks.work import count_work
-from lcm_compile.bundle import read_manifest
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.loading import load_component
+from lcm_compile.manifest import read_manifest
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.plan import make_plan, open_base
 from lcm_compile.shaping import Upsampling, shape_vae

@@ -108,7 +108,7 @@ def test_one_file_holds_all_that_another_program_needs(sd15):
     [stage] = sd15.bundle.manifest.stages
     arrays = read_arrays(sd15.bundle.path("proof/draw.npz"))
     given = {spec.name: arrays[f"0.in.{spec.name}"] for spec in stage.contract.inputs}
-    engine = onnxruntime.InferenceSession(sd15.bundle.path(stage.engine), providers=["CPUExecutionProvider"])
+    engine = onnxruntime.InferenceSession(sd15.bundle.path(stage.file), providers=["CPUExecutionProvider"])
     [picture] = engine.run(None, given)
     assert picture.shape == (1, 48, 64, 3) and picture.dtype == np.uint8
     proof = sd15.bundle.manifest.proof

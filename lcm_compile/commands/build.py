@@ -76,10 +76,10 @@ def build(
     The model is fused and exported once for all of them. With --from it was exported before, perhaps on
     another machine: see lcm-compile export.
     """
-    from lcm_compile.bundle import told_loss
     from lcm_compile.compile import build_from, build_targets
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.keys import briefly
+    from lcm_compile.manifest import told_loss
     from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec

@@ -62,8 +62,8 @@ def list_bundles(as_json: bool) -> None:
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Tell what one is, by its name in the list or its path."""
-    from lcm_compile.bundle import read_manifest
     from lcm_compile.console import print_json
+    from lcm_compile.manifest import read_manifest
     from lcm_compile.reports import describe_bundle, print_description
     from lcm_compile.shelf import ELSEWHERE, STORE, find_shelved, look_at
     from lcm_compile.store import bundles_folder, last_uses

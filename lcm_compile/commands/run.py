@@ -224,8 +224,8 @@ def warn_of_random(bundle: EngineBundle) -> None:
 
 
 def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
-    from lcm_compile.bundle import told_loss
     from lcm_compile.console import note
+    from lcm_compile.manifest import told_loss
 
     for told in told_loss(bundle.manifest.lossy):
         note(told, quiet)

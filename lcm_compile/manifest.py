@@ -1,0 +1,180 @@
+"""manifest.json of a bundle: what it holds, how it was made, and what was proved of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lcm_compile.cost import Cost
+from lcm_compile.engines import BACKENDS
+from lcm_compile.errors import REBUILD, BundleError, UsageError
+from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.schema import from_json, json_text
+from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, Shape, StageContract
+from lcm_compile.targets import GpuTarget
+
+MANIFEST = "manifest.json"
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class StageFile:
+    """A stage's contract, its file (an engine, or in an export a graph) and how it computes.
+
+    `largest_activation` is the peak seen in fp32 over a real picture; `fp32_layers` are those that fp16
+    would have overflowed, `quantized_layers` those whose products are in 8 bits: such a stage is lossy.
+    """
+
+    contract: StageContract
+    file: str
+    precision: str
+    fp32_layers: tuple[str, ...] = ()
+    largest_activation: float | None = None
+    quantized_layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision not in STAGE_PRECISIONS:
+            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {STAGE_PRECISIONS}")
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """Which stage input a tokenizer feeds, and how it pads."""
+
+    input: str
+    file: str
+    max_length: int
+    pad_token_id: int
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """All that the LCM loop needs to know besides the stages' contracts."""
+
+    shape: Shape
+    scheduler: SchedulerSettings
+    tokenizers: tuple[TokenizerSettings, ...]
+    zero_negative_prompt: bool
+    sample_prompt: str
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One figure. `checked` says what was compared: the engine, or the graph where no engine runs here."""
+
+    db: float
+    floor: float
+    checked: str
+
+    @property
+    def passed(self) -> bool:
+        return self.db >= self.floor
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "db": round(self.db, 2)}
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The request whose recording `verify` replays, the shape it was recorded for, and its files."""
+
+    prompt: str
+    seed: int
+    steps: int
+    shape: Shape
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class BundleManifest:
+    """`lossy`: the stages that draw with loss by the user's choice, each with why."""
+
+    spec: BuildSpec
+    target: GpuTarget
+    backend: str
+    key: Mapping[str, str]
+    architecture: str
+    pipeline: PipelineSettings
+    stages: tuple[StageFile, ...]
+    loras: tuple[Mapping[str, Any], ...]
+    parity: Mapping[str, Parity]
+    proof: Proof
+    toolchain: Mapping[str, str]
+    costs: Mapping[str, Cost]
+    created: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    lossy: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **asdict(self)}
+
+    def write(self, folder: Path) -> None:
+        (folder / MANIFEST).write_text(json_text(self.to_dict(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BundleManifest:
+        """ValueError or UsageError, naming the place, for what is no manifest of this schema."""
+        return from_json(cls, {k: v for k, v in data.items() if k != "schema"})
+
+
+def told_loss(lossy: Mapping[str, str]) -> list[str]:
+    """What a manifest or a checkpoint says of its loss, to people."""
+    return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
+
+
+def key_digest(key: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sorted(key.items()))).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
+    """The manifest and its sha256. BundleError where there is none, or it is broken, newer or hostile."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise BundleError(f"there is no bundle at {folder}", "lcm-compile build --base demo --gpu cpu")
+    if not path.is_file():
+        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}", "lcm-compile build --out DIR")
+    try:
+        raw = path.read_bytes()
+        data = json.loads(raw)
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", REBUILD)
+        manifest = BundleManifest.from_dict(data)
+    except (ValueError, UsageError, RecursionError, OSError) as error:
+        raise BundleError(f"{path} is broken: {error}", REBUILD) from error
+    if manifest.backend not in BACKENDS:
+        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", REBUILD)
+    for name in manifest.files:
+        check_inside(folder, name)
+    unlisted = [name for name in named_files(manifest) if name not in manifest.files]
+    if unlisted:
+        raise BundleError(f"{path} names {unlisted[0]} but holds no digest for it", REBUILD)
+    return manifest, hashlib.sha256(raw).hexdigest()
+
+
+def named_files(manifest: BundleManifest) -> list[str]:
+    return [
+        *(stage.file for stage in manifest.stages),
+        *(tokenizer.file for tokenizer in manifest.pipeline.tokenizers),
+        *manifest.proof.files,
+    ]
+
+
+def check_inside(folder: Path, name: str) -> None:
+    """BundleError for a path that would leave the bundle, by name or by a link."""
+    plain = PurePosixPath(name)
+    outside = plain.is_absolute() or ".." in plain.parts or "\\" in name or not name
+    try:
+        outside = outside or not (folder / plain).resolve().is_relative_to(folder.resolve())
+        (folder / plain).is_file()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL, a ring of links
+        outside = True
+    if outside:
+        raise BundleError(
+            f"{folder / MANIFEST} names {name[:100]!r}, which is no place inside the bundle",
+            "do not use this bundle; get it again from whoever built it",
+        )
