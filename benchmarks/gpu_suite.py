@@ -52,9 +52,7 @@ def graphs(model: str, backend: str, batch: int = 1) -> Item:
     """With CUDA graphs and without."""
     build = named(model, backend, batch)
     arguments = (model, backend, batch)
-    return Item(
-        f"{build}-graph", does.compare_graphs, arguments, 20, 90, on_gpu=model != "demo", needs=build
-    )
+    return Item(f"{build}-graph", does.compare_graphs, arguments, 20, 90, on_gpu=model != "demo", needs=build)
 
 
 def named(model: str, backend: str, batch: int) -> str:
