@@ -16,18 +16,18 @@ from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks import quality
 from lcm_compile.compile import build_from, export
 from lcm_compile.demo.world import held_out_prompts
-from lcm_compile.engines import find_backend
+from lcm_compile.engines import onnxruntime as onnxruntime_backend
 from lcm_compile.export import export_stage
 from lcm_compile.families import FAMILIES
 from lcm_compile.parity import snr_db
 from lcm_compile.pipeline import LcmPipeline
+from lcm_compile.precision import DTYPES
 from lcm_compile.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
 from lcm_compile.runners import load_tokenizers
 from lcm_compile.spec import StageContract, TensorSpec
 from lcm_compile.stages import Stage
-from lcm_compile.targets import TARGETS, find_target
+from lcm_compile.targets import find_target
 
-FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP8 = onnx.TensorProto.FLOAT8E4M3FN
 
 
@@ -62,8 +62,8 @@ class Network(nn.Module):
         return self.narrow(nn.functional.silu(self.wide(x))).float()
 
 
-@pytest.mark.parametrize(("floats", "least"), [("fp16", 45), ("bf16", 30)])
-def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats, least):
+@pytest.mark.parametrize("floats", ["fp32", "fp16", "bf16"])
+def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
     torch.manual_seed(0)
     network, x = Network().eval(), torch.randn(2, 16, 12, 12)
     y = (2, 144, 16)
@@ -75,10 +75,10 @@ def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats, lea
         plain = network(x).numpy()
         scales = choose_scales(network, precision, *[lambda: network(x)] * 2)
         layers = take_out(network, scales, precision)
-        put_in(network.to(FLOATS[floats]), layers)
+        put_in(network.to(DTYPES[floats]), layers)
         expected = network(x).numpy()
         graph = export_stage(Stage(contract, network), "onnx", precision, tmp_path)
-    assert 20 < snr_db(plain, expected) < 40  # lossy, and not broken
+    assert 20 < snr_db(plain, expected) < 30  # lossy, and not broken
     model = onnx.load(graph.path)
     onnx.checker.check_model(model, full_check=True)
     kinds = [node.op_type for node in model.graph.node]
@@ -88,12 +88,11 @@ def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats, lea
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             assert not tensors[node.input[1]].dims  # TensorRT has one scale for a tensor on every GPU
-    if floats == "fp16":  # ONNX's own evaluator adds up in fp16 as well, and ONNX Runtime has no bf16
+    if floats == "fp32":
+        assert snr_db(expected, ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]) > 80
+    if floats == "fp16":  # the evaluator adds up in fp16 as well; what rounds to another fp8 value is seldom
         session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
-        found = session.run(None, {"x": x.numpy()})[0]
-    else:
-        found = ReferenceEvaluator(model).run(None, {"x": x.numpy()})[0]
-    assert snr_db(expected, found) > least
+        assert snr_db(expected, session.run(None, {"x": x.numpy()})[0]) > 35
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +154,12 @@ def test_linear_layers_of_the_step_alone_are_in_fp8_and_it_says_so(graphs):
     assert manifest.parity["picture"].floor == 25 and manifest.parity["picture"].db >= 25
 
 
-@pytest.mark.parametrize("gpu", ["l4", "5090"])
-def test_rtx_builds_products_of_fp8(graphs, tmp_path, gpu):
+def test_rtx_builds_products_of_fp8(graphs, tmp_path):
     """Its engines tell the types of what they multiply, in a text that they hold."""
     pytest.importorskip("tensorrt_rtx")
-    plan, bundle = build_from(graphs[0], gpu, out=tmp_path / "b")
+    plan, bundle = build_from(graphs[0], "l4", out=tmp_path / "b")
     assert plan.backend_name == "tensorrt-rtx" and "fp8" in bundle.manifest.lossy["step"]
-    sizes = [path.stat().st_size for path in bundle.folder.glob("engines/step*")]
-    assert sizes and b"type=fp8_e4m3" in bundle.path("engines/step.engine").read_bytes()
+    assert b"type=fp8_e4m3" in bundle.path("engines/step.engine").read_bytes()
     assert b"type=fp8_e4m3" not in bundle.path("engines/encode.engine").read_bytes()
 
 
@@ -177,25 +174,21 @@ def test_rtx_builds_it_beside_bf16(sdxl_checkpoint, tmp_path):
     assert manifest.parity["picture"].db >= 25
 
 
-@pytest.mark.parametrize(("count", "points"), [(8, 0.13), pytest.param(100, 0.03, marks=pytest.mark.slow)])
-def test_it_draws_what_it_is_asked_for(graphs, tmp_path, count, points):
-    """By the rule-based judge, as well as the graphs in fp16 do."""
-    plain, _ = tmp_path / "fp16", export(BuildSpec("demo", precision="fp16"), tmp_path / "fp16")
-    prompts = held_out_prompts(count, seed=1)
-    figures = []
-    for folder in (plain, graphs[0]):
-        manifest = graphs[1]
-        runners = {
-            stage.contract.name: find_backend("onnxruntime").load(
-                folder / stage.file, stage.contract, TARGETS["cpu"]
-            )
-            for stage in manifest.stages
-        }
-        pipeline = LcmPipeline(manifest.pipeline, runners, load_tokenizers(folder, manifest.pipeline))
+@pytest.mark.slow
+def test_it_draws_what_it_is_asked_for(graphs, tmp_path):
+    """By the rule-based judge, as well as in fp16: both are graphs on ONNX Runtime's CPU provider."""
+    export(BuildSpec("demo", precision="fp16"), tmp_path / "fp16")
+    prompts, figures = held_out_prompts(100, seed=1), []
+    for folder in (tmp_path / "fp16", graphs[0]):
+        settings, runners = graphs[1].pipeline, {}
+        for stage in graphs[1].stages:
+            path = folder / stage.file
+            runners[stage.contract.name] = onnxruntime_backend.load(path, stage.contract, find_target("cpu"))
+        pipeline = LcmPipeline(settings, runners, load_tokenizers(folder, settings))
         pictures = [np.asarray(pipeline(prompt, seed=i)[0]) for i, prompt in enumerate(prompts)]
         figures.append(quality.score(pictures, prompts))
     sixteen, eight = figures
-    assert all(eight[column] >= sixteen[column] - points for column in sixteen), figures
+    assert all(eight[column] >= sixteen[column] - 0.03 for column in sixteen), figures
 
 
 @pytest.mark.parametrize("gpu", ["a10", "a100", "t4", "cpu"])
