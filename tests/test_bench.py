@@ -66,7 +66,7 @@ def fused_bundle(sdxl_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fused")
     pipe = DiffusionPipeline.from_pretrained(sdxl_checkpoint)
     lora = factories.write_lora(pipe, folder / "lcm.safetensors", "kohya", seed=1)
-    spec = BuildSpec(base=str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lora)))
+    spec = BuildSpec(base=str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lora)), backend="onnxruntime")
     return build(spec, folder / "bundle").folder
 
 

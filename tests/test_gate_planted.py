@@ -37,7 +37,7 @@ CALLS = 7  # of the runner for one picture: encode, context, four steps, decode
 
 @pytest.fixture(scope="module")
 def bundles():
-    spec = BuildSpec(base="demo")
+    spec = BuildSpec(base="demo", backend="onnxruntime")
     return {"ours": build(spec).folder, "torchscript": build(replace(spec, backend="torchscript")).folder}
 
 

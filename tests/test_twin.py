@@ -63,7 +63,8 @@ def test_stages_made_in_processes_of_their_own_are_the_same(
     sdxl_checkpoint, sdxl_bundle, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
-    bundle = build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True), tmp_path / "b")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime")
+    bundle = build(spec, tmp_path / "b")
     before, _ = read_manifest(sdxl_bundle)
     files = {name: bundle.manifest.files[name] for name in before.files if not name.startswith("proof/")}
     assert files == {name: digest for name, digest in before.files.items() if name in files}
