@@ -25,6 +25,8 @@ METRICS = (*QUANTILES, *SIZES, PARITY)
 
 # Relative, but for parity's drop in dB.
 DEFAULT_LIMITS = {"median": 0.05, "memory": 0.10, "engine-size": 0.05, PARITY: 1.0}
+# dB above which two processors differ: a picture has a few values, of 8 bits, that are rounded the other way.
+ROUNDING = 60.0
 # The chance of one false alarm among all times of a comparison.
 ALPHA = 0.01
 
@@ -223,7 +225,10 @@ def judge_figure(pair: Pair, metric: str, limit: float) -> Verdict:
     if metric != PARITY and pair.was.device != pair.now.device and on_gpu(pair):
         return Verdict(*place, UNSURE, limit=limit, why="of another GPU")
     # Processors hardly matter to sizes; a GPU's engines are its own.
-    worse = base - new if metric == PARITY else new / base - 1 if base else math.inf * new
+    if metric == PARITY:
+        worse = min(base, ROUNDING) - min(new, ROUNDING)
+    else:
+        worse = new / base - 1 if base else math.inf * new
     status = WORSE if worse > limit else BETTER if worse < -limit else OK
     unit = "dB" if metric == PARITY else "bytes"
     return Verdict(*place, status, unit=unit, base=base, new=new, change=worse, limit=limit)

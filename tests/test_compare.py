@@ -160,7 +160,8 @@ def test_improvement_is_told(command, saved):
     [
         ("memory", {"memory_bytes": 1000}, {"memory_bytes": 1090}, {"memory_bytes": 1110}),
         ("engine-size", {"engine_bytes": 1000}, {"engine_bytes": 1040}, {"engine_bytes": 1060}),
-        ("parity", {"parity_db": 80.0}, {"parity_db": 79.5}, {"parity_db": 78.5}),
+        ("parity", {"parity_db": 48.0}, {"parity_db": 47.5}, {"parity_db": 46.5}),
+        ("parity", {"parity_db": 84.0}, {"parity_db": 71.0}, {"parity_db": 58.5}),
     ],
 )
 def test_sizes_and_parity_are_gated(metric, base, fine, worse):
@@ -192,7 +193,7 @@ def test_a_missing_case_fails_and_a_new_one_does_not(command, saved):
 
 
 def test_limits(command, saved, refused):
-    base, new = saved("b.json", case(1)), saved("n.json", case(2, scale=1.15, parity_db=77.0))
+    base, new = saved("b.json", case(1)), saved("n.json", case(2, scale=1.15, parity_db=57.0))
     assert command("compare", base, new, "--fail-on", "median:30%", "--fail-on", "parity:4dB")[0] == 0
     assert command("compare", base, new, "--fail-on", "median:30%")[0] == 3
     slow = saved("s.json", case(2, scale=2.0))
