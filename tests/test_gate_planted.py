@@ -1,6 +1,6 @@
 """A delay that is really planted in the runner is caught, in real runs.
 
-Ten runs of ten fresh processes, each in turn with the same model on OpenVINO, as `bench` measures: some minutes.
+Ten runs of ten fresh processes, each in turn with the same model on OpenVINO, as `bench` measures: minutes.
 The delay comes from a sitecustomize.py of the test's own, which the measured processes import.
 """
 
