@@ -80,18 +80,21 @@ def measure(precision: str, threads: int) -> tuple[float, float]:
     import torch
 
     torch.set_num_threads(threads)
-    # Processors compute fp16 in fp32; 8-bit layers are held to bf16's or fp32's peak as the rest is.
+    # Processors compute fp16 in fp32.
     dtype = torch.bfloat16 if float_type(precision) == "bf16" else torch.float32
     source = torch.zeros(COPIED // 4)
     copy = torch.empty_like(source)
     with torch.inference_mode():
-        products = [product(torch.randn(side, side).to(dtype)) for side in SIDES]
+        products = [product(torch.randn(side, side).to(dtype), torch.mm) for side in SIDES]
+        if product_type(precision) == "int8":
+            whole = [torch.randint(-128, 128, (side, side), dtype=torch.int8) for side in SIDES]
+            products += [product(matrix, torch._int_mm) for matrix in whole]
         return max(products), 2 * COPIED / best(lambda: copy.copy_(source))
 
 
-def product(matrix: Any) -> float:
-    """FLOP a second of a square matrix times itself."""
-    return 2 * len(matrix) ** 3 / best(lambda: matrix @ matrix)
+def product(matrix: Any, multiply: Callable[[Any, Any], Any]) -> float:
+    """FLOP a second of a square matrix times itself; of whole numbers too."""
+    return 2 * len(matrix) ** 3 / best(lambda: multiply(matrix, matrix))
 
 
 def best(call: Callable[[], Any]) -> float:

@@ -20,6 +20,7 @@ from PIL import Image
 from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
 from lcm_compile.benchmarks.bench import counted, warnings
+from lcm_compile.benchmarks.peaks import measure
 from lcm_compile.benchmarks.report import read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
 from lcm_compile.benchmarks.summary import budget, summarise
@@ -27,6 +28,7 @@ from lcm_compile.benchmarks.work import count_work
 from lcm_compile.benchmarks.worker import Maker, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
+from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
 from lcm_compile.model_configs import COMPONENTS
@@ -250,6 +252,11 @@ def test_work_grows_with_the_batch(sdxl_checkpoint):
     for stage in one:
         assert four[stage].flop == pytest.approx(4 * one[stage].flop, rel=0.01)
         assert four[stage].weights == one[stage].weights
+
+
+@pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")
+def test_the_peak_in_8_bits_is_that_of_8_bit_products():
+    assert measure("int8+fp32", 1)[0] > 1.5 * measure("fp32", 1)[0]
 
 
 def test_without_its_checkpoint_the_work_is_not_counted_and_that_is_told(fused_bundle):
