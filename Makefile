@@ -13,9 +13,11 @@ proof: .venv/installed
 
 # Measures the demo model against diffusers here, and fills the README's table; ARGS="--against compile" for more.
 bench: .venv/installed
-	$(BIN)/lcm-compile build --base demo --gpu cpu
-	$(BIN)/lcm-compile bench --base demo --gpu cpu --against eager --against eager-bf16 \
-		--save benchmarks/results/bench-demo-cpu.json $(ARGS)
+	for precision in fp32 bf16; do \
+		bundle=$$($(BIN)/lcm-compile build --base demo --gpu cpu --precision $$precision) && \
+		$(BIN)/lcm-compile bench "$$bundle" --against eager --against eager-bf16 --against openvino --runs 40 \
+			--save benchmarks/results/bench-demo-$$precision-cpu.json $(ARGS) || exit 1; \
+	done
 	$(BIN)/python -m lcm_compile.benchmarks.readme_table
 
 # Holds the demo model's speed, memory and parity to benchmarks/baseline.json, in ten processes each.

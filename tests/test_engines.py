@@ -31,6 +31,15 @@ from lcm_compile.targets import TARGETS, find_target
 CPU = find_target("cpu")
 
 
+def test_threads_of_a_stage_do_not_take_the_cores_from_the_next(sdxl_bundle):
+    """While nothing is asked of a session, its threads take no time: others would wait for the core."""
+    bundle = open_bundle(sdxl_bundle)
+    stage = bundle.manifest.stages[-1]
+    session = onnxruntime.open_checked(bundle.path(stage.file), stage.contract, [onnxruntime.CPU])
+    waiting = session.get_session_options().get_session_config_entry("session.intra_op.allow_spinning")
+    assert waiting == "0"
+
+
 def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
     manifest = a10_bundle.manifest
     assert (manifest.target.compute_capability, manifest.backend) == ("8.6", "tensorrt-rtx")
