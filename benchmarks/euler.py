@@ -10,6 +10,7 @@ from diffusers import EulerDiscreteScheduler
 
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.loop import put_coefficients
 from lcm_compile.noise import TorchNoise
 from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
 from lcm_compile.scheduler import LcmStep
@@ -24,7 +25,7 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
     # Of the step's own arithmetic nothing is wanted.
-    [numbers] = pipeline.coefficients([LcmStep(0, 0, 0, 0, 0, 0, 0)])
+    [numbers] = put_coefficients(pipeline.runners, [LcmStep(0, 0, 0, 0, 0, 0, 0)])
 
     def predict(latent: torch.Tensor, condition: dict) -> torch.Tensor:
         noisy = step.to_device(latent.numpy())

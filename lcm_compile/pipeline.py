@@ -239,10 +239,6 @@ class LcmPipeline:
 
         return self._graphs.find((len(steps), guided), make)
 
-    def coefficients(self, steps: Sequence[LcmStep]) -> list[Arrays]:
-        """What each step takes that does its own LCM arithmetic; nothing for one that does not."""
-        return put_coefficients(self.runners, steps)
-
     def condition(
         self, text: Arrays, timesteps: Sequence[float], guidance_scale: float = 1.0
     ) -> list[Arrays]:
@@ -278,8 +274,10 @@ class LcmPipeline:
         clock.lap("encode")
         yield passed()
         if kept is None:
-            given = self.with_guidance(text, guidance_scale)
-            kept = (self.condition(text, timesteps, guidance_scale) if timesteps else [given]), cut
+            if timesteps:
+                kept = self.condition(text, timesteps, guidance_scale), cut
+            else:
+                kept = [self.with_guidance(text, guidance_scale)], cut
         clock.lap("context")
         if "context" in self.runners:
             yield passed()
