@@ -158,10 +158,11 @@ def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
         log_times(case, rivals[yardstick] if yardstick else None, metric)
         for case, rivals in ((pair.base, pair.base_yardsticks), (pair.new, pair.new_yardsticks))
     ]
-    needed, fewest = fewest_samples(quantile), min(len(process) for side in sides for process in side)
-    if fewest < needed:
-        why = f"takes {needed} samples from every process; one has {fewest}"
-        return Verdict(pair.base.name, metric, UNSURE, limit=limit, why=why)
+    for side in sides:
+        needed, fewest = fewest_samples(quantile, len(side)), min(len(process) for process in side)
+        if fewest < needed:
+            why = f"takes {needed} samples from every process; one has {fewest}"
+            return Verdict(pair.base.name, metric, UNSURE, limit=limit, why=why)
     base, new = (spread(side, quantile) for side in sides)
     found = change(base, new, alpha)
     if found.low > 0 and found.value > limit:

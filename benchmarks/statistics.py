@@ -17,6 +17,7 @@ DRAWS = 2000
 # Standard deviation between processes of the logarithm of their medians; stands in where one process took all
 # samples, and so can't show it.
 PROCESS_SPREAD = 0.02
+# What a lone process must give. Of several each may give one: a process starts once.
 MIN_SAMPLES = 3
 
 
@@ -38,9 +39,10 @@ class Change:
     high: float
 
 
-def fewest_samples(quantile: float) -> int:
-    """How many samples a process must have for its own quantile to mean something."""
-    return max(MIN_SAMPLES, round(1 / (1 - quantile)))
+def fewest_samples(quantile: float, processes: int) -> int:
+    """How many samples every process must have for its median, or its tail, to mean something."""
+    of_tail = round(1 / (1 - quantile)) if quantile > 0.5 else 1
+    return max(of_tail, MIN_SAMPLES if processes == 1 else 1)
 
 
 def spread(processes: Sequence[np.ndarray], quantile: float) -> Spread:

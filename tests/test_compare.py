@@ -134,6 +134,18 @@ def test_absolute_times_on_the_same_device():
     assert slow[("picture", "median")] == "worse"
 
 
+def test_a_cold_start_of_each_process_is_enough(command, saved):
+    """A process starts once. Where there are several, their starts are held to the rival's."""
+    starts = {"name": "cold start", "samples": 1, "processes": 10}
+    base = saved("base.json", case(1, **starts))
+    assert command("compare", base, saved("same.json", case(2, machine=2.0, **starts)))[0] == 0
+    code, _, err = command("compare", base, saved("slow.json", case(2, scale=1.2, **starts)))
+    assert code == 3 and "cold start median" in err
+    few = {**starts, "processes": 1, "samples": 2}
+    code, out, _ = command("compare", base, saved("few.json", case(2, scale=1.2, **few)))
+    assert code == 0 and "3 samples" in out
+
+
 def test_what_noise_hides_is_told_as_unknown_and_passes(command, saved):
     """Three samples of one process say little."""
     base, new = case(3, processes=1, samples=3), case(4, processes=1, samples=3, scale=1.08)
