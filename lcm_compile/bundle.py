@@ -17,7 +17,7 @@ from typing import IO
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.sharing import share
-from lcm_compile.store import Digests, bundles_folder, home, lock
+from lcm_compile.store import bundles_folder, home, lock
 
 # How what a killed build leaves beside a bundle is called: a half-built one, and one put aside.
 LEFTOVERS = (".part", ".old")
@@ -43,20 +43,8 @@ class EngineBundle:
 def open_bundle(folder: Path) -> EngineBundle:
     """Reads the manifest and checks every file's digest (remembered by stat, so a second time is quick)."""
     manifest, digest = read_manifest(folder)
-    digests = Digests()
     with hold(folder):
-        for name, expected in manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise BundleError(
-                    f"{path} is missing from the bundle", "copy the whole folder, or build it again"
-                )
-            if digests.sha256(path) != expected:
-                raise BundleError(
-                    f"{path} is damaged: its sha256 is not the manifest's",
-                    "copy the bundle again, or build it again with --force",
-                )
-    digests.save()
+        manifest.check_files(folder)
     return EngineBundle(folder, manifest, digest)
 
 

@@ -1,4 +1,4 @@
-"""manifest.json of a bundle: what it holds, how it was made, and what was proved of it."""
+"""Manifests of bundles and exports: what one holds, how it was made, and what was proved of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lcm_compile.cost import Cost
 from lcm_compile.engines import BACKENDS
@@ -15,6 +15,7 @@ from lcm_compile.errors import REBUILD, BundleError, UsageError
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.schema import from_json, json_text
 from lcm_compile.spec import STAGE_PRECISIONS, BuildSpec, Shape, StageContract
+from lcm_compile.store import Digests
 from lcm_compile.targets import GpuTarget
 
 MANIFEST = "manifest.json"
@@ -89,13 +90,18 @@ class Proof:
     files: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class BundleManifest:
-    """`lossy`: the stages that draw with loss by the user's choice, each with why."""
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What bundles and exports both tell. `lossy`: the stages that draw with loss by choice, each with why.
+
+    A kind of them has a name, the name of the manifest's file, and a way to get a whole one again.
+    """
+
+    KIND: ClassVar[str]
+    FILE: ClassVar[str]
+    AGAIN: ClassVar[str]
 
     spec: BuildSpec
-    target: GpuTarget
-    backend: str
     key: Mapping[str, str]
     architecture: str
     pipeline: PipelineSettings
@@ -105,20 +111,64 @@ class BundleManifest:
     proof: Proof
     toolchain: Mapping[str, str]
     costs: Mapping[str, Cost]
-    created: str
     files: Mapping[str, str] = field(default_factory=dict)
     lossy: Mapping[str, str] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **asdict(self)}
+    def named_files(self) -> list[str]:
+        """What something else of the manifest than `files` names."""
+        return [
+            *(stage.file for stage in self.stages),
+            *(tokenizer.file for tokenizer in self.pipeline.tokenizers),
+            *self.proof.files,
+        ]
 
     def write(self, folder: Path) -> None:
-        (folder / MANIFEST).write_text(json_text(self.to_dict(), indent=1), encoding="utf-8")
+        text = json_text({"schema": SCHEMA, **asdict(self)}, indent=1)
+        (folder / self.FILE).write_text(text, encoding="utf-8")
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> BundleManifest:
-        """ValueError or UsageError, naming the place, for what is no manifest of this schema."""
-        return from_json(cls, {k: v for k, v in data.items() if k != "schema"})
+    def read(cls, folder: Path) -> tuple[Self, str]:
+        """The manifest in a folder, and its sha256. BundleError where it is broken, newer or hostile."""
+        path = folder / cls.FILE
+        try:
+            raw = path.read_bytes()
+            data = json.loads(raw)
+            schema = data.pop("schema", None) if isinstance(data, dict) else None
+            if schema != SCHEMA:
+                raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", cls.AGAIN)
+            manifest = from_json(cls, data)
+        except (ValueError, UsageError, RecursionError, OSError) as error:
+            raise BundleError(f"{path} is broken: {error}", cls.AGAIN) from error
+        for name in manifest.files:
+            check_inside(path, name)
+        unlisted = [name for name in manifest.named_files() if name not in manifest.files]
+        if unlisted:
+            raise BundleError(f"{path} names {unlisted[0]} but holds no digest for it", cls.AGAIN)
+        return manifest, hashlib.sha256(raw).hexdigest()
+
+    def check_files(self, folder: Path) -> None:
+        """BundleError for a file that is missing or whose sha256 is another (remembered by stat)."""
+        digests = Digests()
+        for name, expected in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                again = f"copy the whole folder, or {self.AGAIN}"
+                raise BundleError(f"{path} is missing from the {self.KIND}", again)
+            if digests.sha256(path) != expected:
+                again = f"copy the {self.KIND} again, or {self.AGAIN}"
+                raise BundleError(f"{path} is damaged: its sha256 is not the manifest's", again)
+        digests.save()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleManifest(Manifest):
+    """manifest.json: the engines of one target."""
+
+    KIND, FILE, AGAIN = "bundle", MANIFEST, REBUILD
+
+    target: GpuTarget
+    backend: str
+    created: str
 
 
 def told_loss(lossy: Mapping[str, str]) -> list[str]:
@@ -131,42 +181,21 @@ def key_digest(key: Mapping[str, str]) -> str:
 
 
 def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
-    """The manifest and its sha256. BundleError where there is none, or it is broken, newer or hostile."""
+    """A bundle's manifest and its sha256. BundleError where there is none, or it is not as it should be."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}", "lcm-compile build --base demo --gpu cpu")
     if not path.is_file():
         raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}", "lcm-compile build --out DIR")
-    try:
-        raw = path.read_bytes()
-        data = json.loads(raw)
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise BundleError(f"{path} has schema {schema!r}; this lcm-compile reads {SCHEMA}", REBUILD)
-        manifest = BundleManifest.from_dict(data)
-    except (ValueError, UsageError, RecursionError, OSError) as error:
-        raise BundleError(f"{path} is broken: {error}", REBUILD) from error
+    manifest, digest = BundleManifest.read(folder)
     if manifest.backend not in BACKENDS:
         raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", REBUILD)
-    for name in manifest.files:
-        check_inside(folder, name)
-    unlisted = [name for name in named_files(manifest) if name not in manifest.files]
-    if unlisted:
-        raise BundleError(f"{path} names {unlisted[0]} but holds no digest for it", REBUILD)
-    return manifest, hashlib.sha256(raw).hexdigest()
+    return manifest, digest
 
 
-def named_files(manifest: BundleManifest) -> list[str]:
-    return [
-        *(stage.file for stage in manifest.stages),
-        *(tokenizer.file for tokenizer in manifest.pipeline.tokenizers),
-        *manifest.proof.files,
-    ]
-
-
-def check_inside(folder: Path, name: str) -> None:
-    """BundleError for a path that would leave the bundle, by name or by a link."""
-    plain = PurePosixPath(name)
+def check_inside(manifest: Path, name: str) -> None:
+    """BundleError for a file of the manifest's that would lie outside its folder, by name or by a link."""
+    plain, folder = PurePosixPath(name), manifest.parent
     outside = plain.is_absolute() or ".." in plain.parts or "\\" in name or not name
     try:
         outside = outside or not (folder / plain).resolve().is_relative_to(folder.resolve())
@@ -175,6 +204,6 @@ def check_inside(folder: Path, name: str) -> None:
         outside = True
     if outside:
         raise BundleError(
-            f"{folder / MANIFEST} names {name[:100]!r}, which is no place inside the bundle",
-            "do not use this bundle; get it again from whoever built it",
+            f"{manifest} names {name[:100]!r}, which is no place inside {folder}",
+            "do not use this folder; get it again from whoever built it",
         )

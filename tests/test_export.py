@@ -100,7 +100,14 @@ def test_a_damaged_export_is_refused(refused, graphs, tmp_path):
     step.write_bytes(step.read_bytes()[:-1] + b"\0")
     refused(1, ["step.onnx", "damaged"], "build", "--from", copy, "--gpu", "cpu")
     step.unlink()
-    refused(1, ["lacks", "step.onnx"], "build", "--from", copy, "--gpu", "cpu")
+    refused(1, ["step.onnx", "missing from the export"], "build", "--from", copy, "--gpu", "cpu")
+    manifest = json.loads((copy / EXPORT).read_text())
+    elsewhere = {**manifest, "files": {**manifest["files"], "../graphs/graphs/step.onnx": "0"}}
+    (copy / EXPORT).write_text(json.dumps(elsewhere))
+    refused(1, [EXPORT, "no place inside"], "build", "--from", copy, "--gpu", "cpu")
+    unlisted = {k: v for k, v in manifest["files"].items() if k != "graphs/step.onnx"}
+    (copy / EXPORT).write_text(json.dumps({**manifest, "files": unlisted}))
+    refused(1, ["graphs/step.onnx", "no digest"], "build", "--from", copy, "--gpu", "cpu")
     (copy / EXPORT).write_text("{}")
     refused(1, ["schema"], "build", "--from", copy, "--gpu", "cpu")
     refused(1, "is no export", "build", "--from", tmp_path, "--gpu", "cpu")
