@@ -23,7 +23,7 @@ from lcm_compile.bundle import (
     publishing,
 )
 from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
-from lcm_compile.cost import Report, Stopwatch
+from lcm_compile.cost import Report, Stopwatch, silent
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import estimate
@@ -60,7 +60,7 @@ def build(
     out: str | Path | None = None,
     *,
     force: bool = False,
-    report: Report = lambda part, cost: None,
+    report: Report = silent,
 ) -> EngineBundle:
     """Builds a bundle, or returns the one that already holds this very build.
 
@@ -75,7 +75,7 @@ def build_targets(
     asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, report: Report
 ) -> list[tuple[Plan, EngineBundle]]:
     """Bundles for several specs, each with the plan that was followed; the same graphs are made once."""
-    plans = [make_plan(spec, out, force) for spec, out in asked]
+    plans = [make_plan(spec, out, force, report) for spec, out in asked]
     sharing: dict[str, list[int]] = {}
     for i, plan in enumerate(plans):
         if not plan.hit:
@@ -139,13 +139,13 @@ def build_from(
     out: Path | None = None,
     *,
     force: bool = False,
-    report: Report = lambda part, cost: None,
+    report: Report = silent,
 ) -> tuple[Plan, EngineBundle]:
     """A bundle for one target from an export, here or on a machine that never had the model.
 
     Raises UsageError, BackendError, ParityError, and BundleError where the export is damaged.
     """
-    plan = make_plan_from(graphs, gpu, backend, out, force)
+    plan = make_plan_from(graphs, gpu, backend, out, force, report)
     if not plan.hit:
         with publishing(plan.folder, lambda: report(WAITING, None)) as folder:
             plan = make_plan_from(graphs, gpu, backend, out, force)
@@ -156,7 +156,7 @@ def build_from(
 
 
 def export(
-    spec: BuildSpec, out: Path, graph_format: str = "onnx", *, report: Report = lambda part, cost: None
+    spec: BuildSpec, out: Path, graph_format: str = "onnx", *, report: Report = silent
 ) -> ExportManifest:
     """Writes a spec's graphs, tokenizers and proof to `out`, whole or not at all: what `build_from` takes.
 

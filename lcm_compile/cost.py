@@ -28,6 +28,10 @@ class Cost:
 Report = Callable[[str, Cost | None], None]
 
 
+def silent(part: str, cost: Cost | None) -> None:
+    """The report that tells nobody."""
+
+
 class Stopwatch:
     """Reports each part of a build, and keeps its cost."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lcm_compile.cost import Report, silent
 from lcm_compile.engines import BACKENDS, Backend, find_backend, installed_version
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.export import export_stage
@@ -36,10 +37,11 @@ class Diagnosis:
         return asdict(self)
 
 
-def examine() -> list[Diagnosis]:
+def examine(report: Report = silent) -> list[Diagnosis]:
+    """What every backend does here; `report` is told of them being timed."""
     found = [examine_backend(name) for name in BACKENDS]
     timed = [d.backend for d in found if "cpu" in d.builds_for and d.backend not in SLOW_TO_BUILD]
-    milliseconds = time_on_cpu(timed, "fp32")
+    milliseconds = time_on_cpu(timed, "fp32", report)
     return [replace(d, milliseconds=milliseconds.get(d.backend)) for d in found]
 
 

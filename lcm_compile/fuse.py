@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.architectures import empty_module
 from lcm_compile.components import Checkpoint
-from lcm_compile.cost import Report, Stopwatch
+from lcm_compile.cost import Report, Stopwatch, silent
 from lcm_compile.errors import UsageError
 from lcm_compile.files import check_out, check_space, replacing
 from lcm_compile.loading import load_component, quiet_libraries
@@ -28,7 +28,7 @@ FILE_ENDING = ".safetensors"
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as the SAI model spec calls them
 
 
-def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = lambda part, cost: None) -> None:
+def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) -> None:
     """Writes a spec's base with its LoRAs and VAE, whole or not at all.
 
     `out` is a new diffusers folder, with LCMScheduler where the result is an LCM; or, by its ending, one

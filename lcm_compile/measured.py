@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lcm_compile.cost import Report, Stopwatch, silent
 from lcm_compile.engines import (
     BACKENDS,
     cannot_build_from,
@@ -49,7 +50,9 @@ TAKEN: dict[tuple[Path, str], Mapping[str, float]] = {}  # by this process
 CHANNELS, HEADS, SIDE = 320, 8, 32
 
 
-def choose_on_cpu(precision: str, graph_format: str | None = None) -> tuple[str, tuple[str, ...]]:
+def choose_on_cpu(
+    precision: str, report: Report = silent, graph_format: str | None = None
+) -> tuple[str, tuple[str, ...]]:
     """The fastest backend for this CPU, and why not the others; BackendError where none can build.
 
     Of those that are nearly as fast, the first in the table's order: it needs less to run with.
@@ -65,7 +68,7 @@ def choose_on_cpu(precision: str, graph_format: str | None = None) -> tuple[str,
         return able[0], tuple(
             f"{name}: comes after {able[0]}; without torch none is timed" for name in able[1:]
         )
-    milliseconds = time_on_cpu(able, precision) if len(able) > 1 else {}
+    milliseconds = time_on_cpu(able, precision, report) if len(able) > 1 else {}
     enough = NEAR * min(milliseconds.values(), default=0.0)
     chosen = next(name for name in able if milliseconds.get(name, 0.0) <= enough)
     for name, ms in milliseconds.items():
@@ -74,7 +77,7 @@ def choose_on_cpu(precision: str, graph_format: str | None = None) -> tuple[str,
     return chosen, tuple(f"{name}: {why}" for name, why in against.items() if why and name != chosen)
 
 
-def time_on_cpu(names: list[str], precision: str) -> Mapping[str, float]:
+def time_on_cpu(names: list[str], precision: str, report: Report = silent) -> Mapping[str, float]:
     """Milliseconds that each backend's engine of the small network takes here, remembered or measured.
 
     One process keeps to what it took first, whatever becomes of the file: a build is planned twice.
@@ -88,7 +91,8 @@ def time_on_cpu(names: list[str], precision: str) -> Mapping[str, float]:
     if (path, key) in TAKEN:
         return TAKEN[path, key]
     if set(known.get(key, ())) != set(names):
-        known[key] = measure(names, precision)
+        with Stopwatch(report).part("time the backends here"):
+            known[key] = measure(names, precision)
         with contextlib.suppress(OSError):
             write_atomically(path, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1))
     TAKEN[path, key] = known[key]

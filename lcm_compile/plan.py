@@ -10,13 +10,13 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lcm_compile
 from lcm_compile.bundle import check_destination
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
+from lcm_compile.cost import Report, silent
 from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
@@ -173,14 +173,17 @@ class Plan:
         }
 
 
-def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False) -> Plan:
-    """Settles a spec. UsageError, CheckpointError, LoraError or BackendError where that can't be."""
+def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, report: Report = silent) -> Plan:
+    """Settles a spec; `report` is told of backends being timed.
+
+    UsageError, CheckpointError, LoraError or BackendError where that can't be.
+    """
     target = find_target(spec.gpu)
     if spec.backend != "auto":
         find_backend(spec.backend)
     if out is not None:
         check_destination(out)
-    precision, chosen = settle_precision(spec, target)
+    precision, chosen = settle_precision(spec, target, report)
     backend = find_backend(chosen[0])
 
     def settle(checkpoint: Checkpoint) -> Plan:
@@ -280,7 +283,9 @@ def default_precision(target: GpuTarget) -> str:
     return "fp32" if target.is_cpu else "fp16"
 
 
-def settle_precision(spec: BuildSpec, target: GpuTarget) -> tuple[str, tuple[str, tuple[str, ...]]]:
+def settle_precision(
+    spec: BuildSpec, target: GpuTarget, report: Report
+) -> tuple[str, tuple[str, tuple[str, ...]]]:
     """The step's precision, and the backend for it.
 
     What of an 8-bit step is not in 8 bits is fp16 on a GPU; on a CPU bf16 if that can be built, else fp32.
@@ -288,13 +293,13 @@ def settle_precision(spec: BuildSpec, target: GpuTarget) -> tuple[str, tuple[str
     precision = spec.precision if spec.precision != "auto" else default_precision(target)
     if precision == "int8" and target.is_cpu:
         with contextlib.suppress(BackendError):
-            return "int8+bf16", settle_backend(spec, target, "int8+bf16")
+            return "int8+bf16", settle_backend(spec, target, "int8+bf16", report)
     precision = with_floats(precision, "fp32" if target.is_cpu else "fp16")
-    return precision, settle_backend(spec, target, precision)
+    return precision, settle_backend(spec, target, precision, report)
 
 
 def settle_backend(
-    spec: BuildSpec, target: GpuTarget, precision: str, graph_format: str | None = None
+    spec: BuildSpec, target: GpuTarget, precision: str, report: Report, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The backend asked for, or the first that can build (on a CPU the fastest), from such graphs if their
     format is given.
@@ -306,8 +311,9 @@ def settle_backend(
             "--precision with one of these, or another GPU: lcm-compile targets",
         )
     if spec.backend == "auto":
-        choose = choose_on_cpu if target.is_cpu else partial(choose_backend, target)
-        return choose(precision, graph_format)
+        if target.is_cpu:
+            return choose_on_cpu(precision, report, graph_format)
+        return choose_backend(target, precision, graph_format)
     backend = find_backend(spec.backend)
     reason = backend.cannot_build(target, precision)
     if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
@@ -379,13 +385,18 @@ def bundle_name(base: str, target: GpuTarget, key: Mapping[str, str]) -> str:
 
 
 def make_plan_from(
-    graphs: Path, gpu: str, backend: str = "auto", out: Path | None = None, force: bool = False
+    graphs: Path,
+    gpu: str,
+    backend: str = "auto",
+    out: Path | None = None,
+    force: bool = False,
+    report: Report = silent,
 ) -> Plan:
-    """Settles a build from an export. UsageError, BundleError, BackendError where that can't be."""
+    """As make_plan, from an export. UsageError, BundleError, BackendError where that can't be."""
     target = find_target(gpu)
     if out is not None:
         check_destination(out)
     export = read_export(graphs)
     spec = replace(export.spec, gpu=gpu, backend=backend)
-    chosen = settle_backend(spec, target, export.precision, export.graph_format)
+    chosen = settle_backend(spec, target, export.precision, report, export.graph_format)
     return finish_plan(spec, None, export.key, export.name, target, chosen, out, force)

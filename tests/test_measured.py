@@ -26,15 +26,17 @@ def own_home(tmp_path, monkeypatch):
 
 
 def dry_run(command, checkpoint, *words):
-    code, out, _ = command(
+    """The plan, and what was said meanwhile."""
+    code, out, err = command(
         "build", "--base", checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run", "--json", *words
     )
     assert code == 0
-    return json.loads(out)
+    return json.loads(out), err
 
 
 def test_auto_takes_the_fastest_and_tells_of_each_other_why_not(command, sdxl_checkpoint, own_home):
-    plan = dry_run(command, sdxl_checkpoint)
+    plan, told = dry_run(command, sdxl_checkpoint)
+    assert "time the backends" in told
     figures = next(iter(json.loads((own_home / "cpu.json").read_text()).values()))
     assert set(figures) == set(ABLE) and min(figures.values()) > 0
     near = [name for name in figures if figures[name] <= 1.25 * min(figures.values())]
@@ -44,7 +46,9 @@ def test_auto_takes_the_fastest_and_tells_of_each_other_why_not(command, sdxl_ch
     for name in figures.keys() - {plan["backend"]}:
         assert f"{figures[name]:.1f} ms" in why[name] and f"{figures[plan['backend']]:.1f} ms" in why[name]
     assert why["tensorrt-rtx"].startswith("builds for NVIDIA GPUs only") and "compiles" in why["aotinductor"]
-    assert dry_run(command, sdxl_checkpoint, "--backend", "torchscript")["passed_over"] == []
+    again, told = dry_run(command, sdxl_checkpoint)
+    assert again["backend"] == plan["backend"] and "time the backends" not in told
+    assert dry_run(command, sdxl_checkpoint, "--backend", "torchscript")[0]["passed_over"] == []
 
 
 @pytest.mark.parametrize(("later", "taken"), [(2.5, "onnxruntime"), (2.3, "torchscript")])
@@ -126,10 +130,10 @@ def test_a_broken_memory_is_measured_over(own_home, monkeypatch, content):
 
 def test_one_candidate_needs_no_measurement(own_home, monkeypatch):
     monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("nothing to compare"))
-    assert choose_on_cpu("fp32", "torchscript")[0] == "torchscript"
+    assert choose_on_cpu("fp32", graph_format="torchscript")[0] == "torchscript"
     assert not Path(own_home / "cpu.json").exists()
     with pytest.raises(BackendError, match="no backend can build"):
-        choose_on_cpu("fp32", "no such format")
+        choose_on_cpu("fp32", graph_format="no such format")
 
 
 def test_the_processor_is_told_with_its_cores(tmp_path):

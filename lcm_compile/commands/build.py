@@ -88,12 +88,15 @@ def build(
     names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
     # With several targets, --out is the folder of their bundles' folders.
     outs = [out / name if out is not None and len(names) > 1 else out for name in names]
-    if graphs is not None:
-        refuse_model_options(context)
-        plans = [make_plan_from(graphs, n, backend, o, force) for n, o in zip(names, outs, strict=True)]
-    else:
-        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
-        plans = [make_plan(spec, o, force) for spec, o in zip(specs, outs, strict=True)]
+    with Parts(quiet) as parts:
+        if graphs is not None:
+            refuse_model_options(context)
+            plans = [
+                make_plan_from(graphs, n, backend, o, force, parts) for n, o in zip(names, outs, strict=True)
+            ]
+        else:
+            specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
+            plans = [make_plan(spec, o, force, parts) for spec, o in zip(specs, outs, strict=True)]
     lead = plans[0]
     if not lead.hit and lead.export is not None:
         checkpoint = lead.export.checkpoint

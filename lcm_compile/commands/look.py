@@ -88,10 +88,11 @@ def targets(as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Find out which backends work here, by computing with each."""
-    from lcm_compile.console import print_json, print_table
+    from lcm_compile.console import Parts, print_json, print_table
     from lcm_compile.doctor import examine
 
-    found = examine()
+    with Parts() as parts:
+        found = examine(parts)
     if as_json:
         print_json([diagnosis.to_dict() for diagnosis in found])
         return
