@@ -102,7 +102,7 @@ class LoraSpec:
 
     source: str
     weight: float = 1.0
-    strengths: Mapping[str, float] = field(default_factory=dict)
+    strengths: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.source:

@@ -114,6 +114,13 @@ def test_a_proof_tells_good_from_bad_and_draws_nothing_twice(prove, tmp_path, mo
     assert prove("--part", "steps")[0] == data
 
 
+def test_every_row_is_a_measurement_of_its_own(monkeypatch):
+    """By the digests of all that it is made of: nothing is built for that."""
+    monkeypatch.setattr(proof_rows, "STYLE_STRENGTHS", (0.0, 1.0))
+    rows = [row for part in proof_rows.PARTS for row in rows_of(part, 2, CHECKPOINT)]
+    assert len({proof.row_key(row) for row in rows}) == len(rows) > 30
+
+
 @pytest.mark.slow
 def test_every_part_of_the_proof(prove, tmp_path, monkeypatch):
     """The shipped base stands for a tuned one."""
