@@ -16,7 +16,7 @@ from lcm_compile.lora_bases import empty_modules
 from lcm_compile.manifest import read_manifest
 from lcm_compile.training.adapters import ADAPTED
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GIB = 1 << 30
 # Seconds and GiB of anonymous memory over the process tree that a build for an A10 may take on 2 cores.

@@ -58,6 +58,7 @@ def measure(bundles, runs=15):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_delay_in_the_runner_is_caught_in_ten_of_ten_runs(bundles, tmp_path, monkeypatch):
     base = measure(bundles)
     assert not compare_reports(base, measure(bundles), DEFAULT_LIMITS).failures
