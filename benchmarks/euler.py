@@ -22,6 +22,7 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
     """Draws a picture (height, width, 3) of 8 bits, with the base's own scheduler as diffusers does."""
     config = dict(open_checkpoint(bundle.manifest.spec.base).scheduler_config)
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
+    prompts = pipeline.prompts
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
     # Of the step's own arithmetic nothing is wanted.
@@ -36,11 +37,12 @@ def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
         scheduler = EulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(request.steps)
         timesteps = [float(timestep) for timestep in scheduler.timesteps]
-        text, _ = pipeline.encode(request.prompt)
-        conditions = pipeline.condition(text, timesteps)
-        zeros = request.negative_prompt is None and pipeline.settings.zero_negative_prompt
-        no_text = pipeline.no_text() if zeros else pipeline.encode(request.negative_prompt or "")[0]
-        plain_conditions = pipeline.condition(no_text, timesteps)
+        negative = request.negative_prompt
+        if negative is None and not pipeline.settings.zero_negative_prompt:
+            negative = ""
+        conditions, plain_conditions = (
+            prompts.conditions(prompts.text(prompt), timesteps) for prompt in (request.prompt, negative)
+        )
         latent = torch.from_numpy(TorchNoise(request.seed)(latent_shape)) * scheduler.init_noise_sigma
         for timestep, condition, plain_condition in zip(
             scheduler.timesteps, conditions, plain_conditions, strict=True

@@ -20,17 +20,10 @@ from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, UsageError
-from lcm_compile.loop import (
-    Arrays,
-    Loop,
-    conditions_of,
-    put_coefficients,
-    put_timesteps,
-    reads_text,
-    takes,
-)
+from lcm_compile.loop import Loop, put_coefficients, put_timesteps, takes
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
+from lcm_compile.prompts import Prompts
 from lcm_compile.scheduler import LcmStep, lcm_steps
 from lcm_compile.tokens import PromptTokenizer
 
@@ -38,7 +31,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Report = Callable[[int, int], None]
-PROMPTS_KEPT = 8
 STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
 
 
@@ -120,13 +112,11 @@ class LcmPipeline:
     ) -> None:
         self.settings = settings
         self.runners = runners
-        self.tokenizers = tokenizers
+        self.prompts = Prompts(runners, tokenizers, settings.shape.batch, prompt_cache)
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
         self._graphs = CudaGraphs(runners)
-        self._prompt_cache = prompt_cache
-        self._prompts: dict[Any, tuple[list[Arrays], str]] = {}  # the one used last is the last
 
     def __call__(
         self,
@@ -174,22 +164,29 @@ class LcmPipeline:
 
         start, clock = time.perf_counter(), Clock(self.runners["encode"])
         captured = self.captured(steps, guided)
-        timesteps = [] if captured else [float(lcm_step.timestep) for lcm_step in steps]
+        clock.lap("")
         scale = request.guidance_scale
         embedded = scale if takes(self.runners, "guidance") else 1.0
-        given, cut = yield from self.conditions(request.prompt, timesteps, embedded, clock, passed)
-        conditions = [given]
+        asked: list[tuple[str | None, float]] = [(request.prompt, embedded)]
         if guided:
             negative = request.negative_prompt
-            if negative is None and not settings.zero_negative_prompt:
-                negative = ""
-            conditions.append((yield from self.conditions(negative, timesteps, 1.0, clock, passed))[0])
+            asked.append(("" if negative is None and not settings.zero_negative_prompt else negative, 1.0))
+        texts = []
+        for words in asked:
+            texts.append(self.prompts.text(*words))
+            clock.lap("encode")
+            yield passed()
         factor = step.to_device(np.asarray([scale], np.float32))
         if captured:
-            loop: Loop | CapturedLoop = captured.begin([text for [text] in conditions], factor)
+            # The context is computed anew, in the time that copying a known one to its place would take.
+            loop: Loop | CapturedLoop = captured.begin([text.arrays for text in texts], factor)
         else:
+            timesteps = [float(lcm_step.timestep) for lcm_step in steps]
+            conditions = [self.prompts.conditions(text, timesteps) for text in texts]
             loop = Loop(self.runners, steps, put_coefficients(self.runners, steps), conditions, factor)
         clock.lap("context")
+        if "context" in self.runners:
+            yield passed(len(texts))
 
         # One draw for all pictures at the start, one after every step but the last, from one stream:
         # the order in which diffusers asks its generator.
@@ -223,7 +220,7 @@ class LcmPipeline:
         check_drawn(joined, floats)
         ms = {**clock.ms(), "total": total_ms, "load": self.load_ms}
         told = self._graphs.told(captured) if self.cuda_graph else SWITCHED_OFF
-        return Drawing(joined, ms, cut, told)
+        return Drawing(joined, ms, texts[0].cut, told)
 
     def captured(self, steps: Sequence[LcmStep], guided: bool) -> CapturedLoop | None:
         """The CUDA graphs for pictures of these steps; None where they are drawn without."""
@@ -234,80 +231,10 @@ class LcmPipeline:
         def make(capturer: Capturer) -> CapturedLoop:
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [float(lcm_step.timestep) for lcm_step in steps])
-            texts = [self.with_guidance(self.no_text(), 1.0) for _ in range(1 + guided)]
+            texts = [self.prompts.blank() for _ in range(1 + guided)]
             return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts)
 
         return self._graphs.find((len(steps), guided), make)
-
-    def condition(
-        self, text: Arrays, timesteps: Sequence[float], guidance_scale: float = 1.0
-    ) -> list[Arrays]:
-        """What the step takes at each of the timesteps for a text, besides the latent."""
-        times = put_timesteps(self.runners, timesteps)
-        given = conditions_of(self.runners, self.with_guidance(text, guidance_scale), times)
-        return given[: len(timesteps)]
-
-    def with_guidance(self, text: Arrays, scale: float) -> Arrays:
-        """A text, and the guidance scale where that is an input too."""
-        if not takes(self.runners, "guidance"):
-            return text
-        return {**text, "guidance": reads_text(self.runners).to_device(np.asarray([scale - 1], np.float32))}
-
-    def conditions(
-        self,
-        prompt: str | None,
-        timesteps: Sequence[float],
-        guidance_scale: float,
-        clock: Clock,
-        passed: Callable[[], tuple[int, int]],
-    ) -> Generator[tuple[int, int], None, tuple[list[Arrays], str]]:
-        """What the step takes at each timestep for a prompt, and the part of it that did not fit.
-
-        Without timesteps, the text alone: CUDA graphs compute the context anew, in the time that copying a
-        known one to where they read it would take. None stands for text states of zeros. Yields after each
-        stage; what is known already is not computed.
-        """
-        key = (prompt, tuple(timesteps), guidance_scale)
-        kept = self._prompts.pop(key, None)
-        if kept is None:
-            text, cut = (self.no_text(), "") if prompt is None else self.encode(prompt)
-        clock.lap("encode")
-        yield passed()
-        if kept is None:
-            if timesteps:
-                kept = self.condition(text, timesteps, guidance_scale), cut
-            else:
-                kept = [self.with_guidance(text, guidance_scale)], cut
-        clock.lap("context")
-        if "context" in self.runners:
-            yield passed()
-        if self._prompt_cache:
-            self._prompts[key] = kept
-            while len(self._prompts) > self._prompt_cache:
-                del self._prompts[next(iter(self._prompts))]
-        return kept
-
-    def encode(self, prompt: str) -> tuple[Arrays, str]:
-        """The text states of a prompt, and the part of the prompt that did not fit."""
-        runner = self.runners["encode"]
-        tokens, cut = self.tokens(prompt)
-        # Copies: the runner's output memory may be reused for the negative prompt.
-        arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
-        return {name: array + 0 for name, array in arrays.items()}, cut
-
-    def tokens(self, prompt: str) -> tuple[dict[str, np.ndarray], str]:
-        """Each tokenizer's ids for a batch of a prompt, and the part of the prompt that did not fit."""
-        tokens, cuts = {}, []
-        for name, tokenizer in self.tokenizers.items():
-            ids, cut = tokenizer(prompt)
-            tokens[name] = np.ascontiguousarray(np.broadcast_to(ids, (self.settings.shape.batch, len(ids))))
-            cuts.append(cut)
-        return tokens, max(cuts, key=len, default="")
-
-    def no_text(self) -> Arrays:
-        """What stands for no prompt in SDXL: states of zeros."""
-        runner = self.runners["encode"]
-        return {s.name: runner.to_device(np.zeros(s.shape, np.float32)) for s in runner.contract.outputs}
 
     def close(self) -> None:
         self._graphs.close()

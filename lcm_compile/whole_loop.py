@@ -79,7 +79,7 @@ class WholeLoop(LcmPipeline):
     def conditions_of(self, request: Request) -> tuple[dict[str, Any], str]:
         """All inputs but the noise, and the part of the prompt that did not fit."""
         runner = self.runners[DRAW]
-        arrays, cut = self.tokens(request.prompt)
+        arrays, cut = self.prompts.tokens(request.prompt)
         steps = lcm_steps(request.steps, self.settings.scheduler)
         arrays["timesteps"] = np.asarray([step.timestep for step in steps], np.float32)
         arrays["coefficients"] = np.asarray([step.coefficients for step in steps], np.float32)

@@ -299,8 +299,8 @@ def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
     request = Request("a red star", 7, negative_prompt="blue", guidance_scale=1.5, num_images=2)
     with load(bundle) as plain:
         expected = plain.draw(request).pictures
-        with LcmPipeline(settings, runners, plain.tokenizers) as bound:
-            assert isinstance(bound.encode("a star")[0]["hidden_states"], torch.Tensor)
+        with LcmPipeline(settings, runners, plain.prompts.tokenizers) as bound:
+            assert isinstance(bound.prompts.text("a star").arrays["hidden_states"], torch.Tensor)
             # Rounding alone: tensors of torch do the loop's arithmetic, not NumPy.
             assert psnr_db(expected, bound.draw(request).pictures) > 65
 

@@ -224,7 +224,7 @@ def test_within_a_picture_the_host_waits_for_nothing(sdxl):
     """A copy to the host between two steps would leave a GPU without work; one from it is queued."""
     told: list[str] = []
     runners = {name: Watched(runner, told) for name, runner in sdxl.ours.runners.items()}
-    watched = LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.tokenizers)
+    watched = LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.prompts.tokenizers)
     drawing = watched.draw(Request("a small blue ring", 3))
     loop = told[told.index("step") :]
     copied = ["step", "to the device"] * 2  # noise for the second and the third
