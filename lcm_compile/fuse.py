@@ -14,9 +14,10 @@ from lcm_compile.files import check_out, check_space, replacing
 from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.lora import check_loras, merge_loras, read_lora
 from lcm_compile.lora_files import Lora
+from lcm_compile.lora_sources import find_loras
 from lcm_compile.original_names import original_weights
 from lcm_compile.pipeline_folder import write_settings
-from lcm_compile.plan import find_loras, open_base
+from lcm_compile.plan import open_base
 from lcm_compile.spec import BuildSpec, LoraSpec
 from lcm_compile.store import Digests
 from lcm_compile.tensor_files import TYPES, write_header

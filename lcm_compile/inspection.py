@@ -11,9 +11,10 @@ from lcm_compile import single_file
 from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
 from lcm_compile.families import LCM_LORA_FILE, detect_family
-from lcm_compile.lora import find_lora, read_lora
+from lcm_compile.lora import read_lora
 from lcm_compile.lora_folders import CONFIG
 from lcm_compile.lora_report import describe_lora
+from lcm_compile.lora_sources import find_lora
 from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle, describe_demo
 from lcm_compile.spec import LoraSpec, user_path

@@ -1,19 +1,66 @@
-"""Two builds with the same key are the same: how keys are compared, and a miss is told."""
+"""Two builds with the same key are the same: what a key holds, how keys are compared, and a miss is told."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import lcm_compile
+from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.engines import Backend, installed_version
 from lcm_compile.errors import BundleError
-from lcm_compile.manifest import read_manifest
+from lcm_compile.export import EXPORTERS
+from lcm_compile.lora_sources import PlannedLora
+from lcm_compile.manifest import key_digest, read_manifest
+from lcm_compile.spec import Shape
 from lcm_compile.store import Digests, bundles_folder
+from lcm_compile.targets import GpuTarget
 
+NAME_LENGTH = 40
 REASONS_SHOWN = 8
 # How the names of those inputs begin that a command line chooses.
 ASKED = ("LoRA", "backend", "precision", "shape", "target", "whole loop")
+
+
+def export_key(
+    checkpoint: Checkpoint,
+    loras: tuple[PlannedLora, ...],
+    shape: Shape,
+    rewrites: Collection[str],
+    precisions: Mapping[str, str],
+    graph_format: str,
+    digests: Digests,
+) -> dict[str, str]:
+    """All that the exported graphs depend on, as content: no path is in it."""
+    key = {f"base {name}": digest for name, digest in checkpoint.content(digests.sha256).items()}
+    for i, lora in enumerate(loras, 1):
+        key[f"LoRA {i}"] = lora.sha256
+        key[f"LoRA {i} weight"] = lora.spec.effective
+    key["shape"] = str(shape)
+    key["rewrites"] = ", ".join(rewrites)
+    key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
+    key["graph format"] = graph_format
+    for package in EXPORTERS[graph_format]:
+        key[f"{package} version"] = str(installed_version((package,)))
+    key["lcm-compile"] = f"{lcm_compile.__version__} {code_digest(digests)}"
+    return key
+
+
+def engine_key(name: str, backend: Backend, target: GpuTarget) -> dict[str, str]:
+    """All that the engines depend on besides the graphs."""
+    return {
+        "target": f"{target.name} {target.compute_capability or ''}".strip(),
+        "backend": name,
+        "backend version": str(installed_version(backend.PACKAGES)),
+        "builder options": json.dumps(backend.options(target), sort_keys=True),
+    }
+
+
+def bundle_name(base: str, target: GpuTarget, key: Mapping[str, str]) -> str:
+    name = "".join(c if c.isalnum() else "-" for c in base)[:NAME_LENGTH] or "base"
+    return f"{name}-{target.name}-{key_digest(key)[:16]}"
 
 
 def code_digest(digests: Digests) -> str:

@@ -6,25 +6,21 @@ Needs neither torch nor diffusers, so that a hit answers at once.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lcm_compile
 from lcm_compile.bundle import check_destination
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
 from lcm_compile.cost import Report, silent
-from lcm_compile.engines import Backend, choose_backend, find_backend, installed_version
+from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
 from lcm_compile.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
-from lcm_compile.keys import code_digest, explain
-from lcm_compile.lora import find_lcm_lora, find_lora
-from lcm_compile.lora_folders import lora_files_of
+from lcm_compile.keys import bundle_name, engine_key, explain, export_key
+from lcm_compile.lora_sources import PlannedLora, find_loras
 from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import STAGES, Request
@@ -32,7 +28,6 @@ from lcm_compile.random_base import open_random
 from lcm_compile.spec import (
     EIGHT_BITS,
     BuildSpec,
-    LoraSpec,
     Shape,
     float_type,
     is_quantized,
@@ -43,20 +38,11 @@ from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
 
-NAME_LENGTH = 40
 LARGE_BYTES = 1 << 30
 TWIN_LATENT = 32  # a side
 ENGINE = "engine"
 GRAPH = "graph, on ONNX Runtime's CPU provider"
 MODULE = "torch module that was exported"
-
-
-@dataclass(frozen=True)
-class PlannedLora:
-    role: str  # "lcm" or "style"
-    spec: LoraSpec
-    path: Path
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -324,64 +310,6 @@ def settle_backend(
             "lcm-compile doctor shows what works here; --backend auto chooses",
         )
     return spec.backend, ()
-
-
-def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
-    """The LCM-LoRA first (given, or the family's own), then the styles in their order."""
-    found: list[tuple[str, LoraSpec, Path]] = []
-    if spec.lcm_lora:
-        found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
-    elif not (spec.no_lcm or checkpoint.has_guidance_embedding or checkpoint.random_seed is not None):
-        path = find_lcm_lora(checkpoint.family, spec.base)
-        assert checkpoint.family is not None
-        found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
-    found += [("style", lora, find_lora(lora)) for lora in spec.loras]
-    return tuple(PlannedLora(role, lora, path, lora_digest(path, digests)) for role, lora, path in found)
-
-
-def lora_digest(path: Path, digests: Digests) -> str:
-    """Of a LoRA's file; of all of them where it is a folder."""
-    found = [digests.sha256(file) for file in lora_files_of(path)]
-    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
-
-
-def export_key(
-    checkpoint: Checkpoint,
-    loras: tuple[PlannedLora, ...],
-    shape: Shape,
-    rewrites: Collection[str],
-    precisions: Mapping[str, str],
-    graph_format: str,
-    digests: Digests,
-) -> dict[str, str]:
-    """All that the exported graphs depend on, as content: no path is in it."""
-    key = {f"base {name}": digest for name, digest in checkpoint.content(digests.sha256).items()}
-    for i, lora in enumerate(loras, 1):
-        key[f"LoRA {i}"] = lora.sha256
-        key[f"LoRA {i} weight"] = lora.spec.effective
-    key["shape"] = str(shape)
-    key["rewrites"] = ", ".join(rewrites)
-    key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
-    key["graph format"] = graph_format
-    for package in EXPORTERS[graph_format]:
-        key[f"{package} version"] = str(installed_version((package,)))
-    key["lcm-compile"] = f"{lcm_compile.__version__} {code_digest(digests)}"
-    return key
-
-
-def engine_key(name: str, backend: Backend, target: GpuTarget) -> dict[str, str]:
-    """All that the engines depend on besides the graphs."""
-    return {
-        "target": f"{target.name} {target.compute_capability or ''}".strip(),
-        "backend": name,
-        "backend version": str(installed_version(backend.PACKAGES)),
-        "builder options": json.dumps(backend.options(target), sort_keys=True),
-    }
-
-
-def bundle_name(base: str, target: GpuTarget, key: Mapping[str, str]) -> str:
-    name = "".join(c if c.isalnum() else "-" for c in base)[:NAME_LENGTH] or "base"
-    return f"{name}-{target.name}-{key_digest(key)[:16]}"
 
 
 def make_plan_from(

@@ -16,7 +16,7 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
-from lcm_compile import BuildSpec, LoraSpec, build, compile, plan, store
+from lcm_compile import BuildSpec, LoraSpec, build, compile, keys, plan, store
 from lcm_compile.bundle import open_bundle
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import CheckpointError
@@ -255,11 +255,11 @@ def test_a_dry_run_lists_all_that_differs_and_a_build_some(command, copy, tmp_pa
 @pytest.mark.parametrize("package", ["torch", "diffusers", "lcm-compile"])
 def test_another_version_is_a_miss(copy, monkeypatch, package):
     if package == "lcm-compile":
-        monkeypatch.setattr(plan, "code_digest", lambda digests: "another")
+        monkeypatch.setattr(keys, "code_digest", lambda digests: "another")
         assert "lcm-compile changed: " in reasons(copy)
         return
-    real = plan.installed_version
-    monkeypatch.setattr(plan, "installed_version", lambda p: f"{package} 9.9" if package in p else real(p))
+    real = keys.installed_version
+    monkeypatch.setattr(keys, "installed_version", lambda p: f"{package} 9.9" if package in p else real(p))
     assert f"{package} version changed: " in reasons(copy)
 
 

@@ -14,7 +14,8 @@ from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import LoraError
 from lcm_compile.loading import load_modules
-from lcm_compile.lora import find_lora, fuse_loras, read_lora
+from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.lora_sources import find_lora
 from lcm_compile.plan import make_plan
 
 TOKENS = torch.arange(77)[None]

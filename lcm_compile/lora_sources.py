@@ -1,0 +1,117 @@
+"""LoRAs found: from a name on the command line to files and their digest."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.errors import LoraError
+from lcm_compile.families import LCM_LORA_FILE, Family
+from lcm_compile.hub import fetch
+from lcm_compile.lora_folders import CONFIG, WEIGHTS, lora_files_of
+from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec, user_path
+from lcm_compile.store import Digests
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+@dataclass(frozen=True)
+class PlannedLora:
+    role: str  # "lcm" or "style"
+    spec: LoraSpec
+    path: Path
+    sha256: str
+
+
+def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
+    """The LCM-LoRA first (given, or the family's own), then the styles in their order."""
+    found: list[tuple[str, LoraSpec, Path]] = []
+    if spec.lcm_lora:
+        found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
+    elif not (spec.no_lcm or checkpoint.has_guidance_embedding or checkpoint.random_seed is not None):
+        path = find_lcm_lora(checkpoint.family, spec.base)
+        assert checkpoint.family is not None
+        found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
+    found += [("style", lora, find_lora(lora)) for lora in spec.loras]
+    return tuple(PlannedLora(role, lora, path, lora_digest(path, digests)) for role, lora, path in found)
+
+
+def lora_digest(path: Path, digests: Digests) -> str:
+    """Of a LoRA's file; of all of them where it is a folder."""
+    found = [digests.sha256(file) for file in lora_files_of(path)]
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def find_lora(spec: LoraSpec) -> Path:
+    """A path, or a file of the hub: `OWNER/NAME` or `OWNER/NAME:FILE`, where no such path is here.
+
+    LoraError where it is neither, or the hub and its cache do not have it.
+    """
+    path = user_path(spec.source)
+    if path.is_dir():
+        return find_in_folder(path, spec.source)
+    if path.is_file():
+        return path
+    repository, _, file = spec.source.partition(":")
+    # A name that ends as a file's does is a path that is missing.
+    if (
+        not HUB_ID.fullmatch(repository)
+        or repository.endswith(LORA_SUFFIXES)
+        or user_path(repository).exists()
+    ):
+        raise LoraError(f"LoRA {spec.source} does not exist", "check the path given to --lora or --lcm-lora")
+    return find_on_hub(repository, file)
+
+
+def find_in_folder(folder: Path, source: str) -> Path:
+    """The one file of a LoRA, or the folder itself where it is PEFT's."""
+    if (folder / LCM_LORA_FILE).is_file():
+        return folder / LCM_LORA_FILE
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise LoraError(
+            f"{source} is a folder with neither {LCM_LORA_FILE} nor PEFT's {CONFIG} and {WEIGHTS}",
+            "give the LoRA's .safetensors file",
+        )
+    return folder
+
+
+def find_on_hub(repository: str, file: str) -> Path:
+    try:
+        folder = fetch(repository, [file] if file else [LCM_LORA_FILE, CONFIG, WEIGHTS])
+    except ConnectionError as error:
+        raise LoraError(
+            f"LoRA {repository} is no path here, nor in the hub cache, and can't be downloaded: {error}",
+            "check the path or the hub id, and the network (or HF_HOME, HF_TOKEN)",
+        ) from error
+    if not file:
+        return find_in_folder(folder, repository)
+    if not (folder / file).is_file():
+        raise LoraError(
+            f"{repository} has no {file} on the hub",
+            f"https://huggingface.co/{repository}/tree/main lists what it has",
+        )
+    return folder / file
+
+
+def find_lcm_lora(family: Family | None, base: str) -> Path:
+    """The LCM-LoRA that belongs to a family, downloaded when the hub cache lacks it."""
+    other = "name one with --lcm-lora FILE, or give --no-lcm if the base is an LCM already"
+    if family is None:
+        raise LoraError(f"no LCM-LoRA is known for {base}: its UNet is of no known family", other)
+    if family.lcm_lora is None:
+        raise LoraError(f"no LCM-LoRA is published for {family.description.split(',')[0]}", other)
+    path = Path(family.lcm_lora)
+    if not path.is_absolute():
+        try:
+            path = fetch(family.lcm_lora, [LCM_LORA_FILE]) / LCM_LORA_FILE
+        except ConnectionError as error:
+            raise LoraError(
+                f"the LCM-LoRA {family.lcm_lora} is not in the hub cache and can't be downloaded: {error}",
+                other,
+            ) from error
+    if not path.is_file():
+        raise LoraError(f"the LCM-LoRA {path} is missing", other)
+    return path
