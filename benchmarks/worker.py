@@ -24,6 +24,7 @@ import numpy as np
 from lcm_compile.apart import die_with_parent, ended, portable
 from lcm_compile.errors import LcmCompileError
 
+ENDING = 5  # seconds that a process may take to end by itself
 SERVE = "import sys; sys.path[:] = {path!r}; from lcm_compile.benchmarks.worker import {entry}; {entry}({fd})"
 
 
@@ -121,12 +122,17 @@ class Worker:
         return None
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._answers.close()
+        """Ends the process: by itself, so that engines remove what they unpacked, or else by force."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            self._process.wait(ENDING)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._answers.close()
 
     def __enter__(self) -> Self:
         return self

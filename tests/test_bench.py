@@ -56,6 +56,18 @@ def stands_still(worker):
     return False
 
 
+class Unpacked:
+    """As an engine that unpacks itself into a file, which it removes at its end, after some seconds."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds = path, seconds
+        path.touch()
+
+    def __del__(self):
+        time.sleep(self.seconds)
+        self.path.unlink()
+
+
 def give_up():
     raise UsageError("not today", "tomorrow")
 
@@ -218,6 +230,17 @@ def test_what_fails_in_a_worker_is_raised_here():
         Worker("none", Maker(give_up), 1)
     with pytest.raises(BundleError, match="no bundle at"):
         Worker("none", Maker(draw_with_bundle, (Path("/nowhere"),)), 1)
+
+
+def test_a_process_ends_by_itself_or_is_ended(tmp_path, monkeypatch):
+    """AOTInductor unpacks gigabytes, which only its own end removes."""
+    with Worker("quick", Maker(Unpacked, (tmp_path / "quick", 0)), 1):
+        assert (tmp_path / "quick").exists()
+    assert not (tmp_path / "quick").exists()
+    monkeypatch.setattr("lcm_compile.benchmarks.worker.ENDING", 0.2)
+    with Worker("slow", Maker(Unpacked, (tmp_path / "slow", 600)), 1):
+        start = time.monotonic()
+    assert time.monotonic() - start < 10 and (tmp_path / "slow").exists()
 
 
 def test_a_worker_that_dies_is_told(fused_bundle):
