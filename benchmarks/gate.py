@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lcm_compile.benchmarks.report import BenchmarkReport, Case, Environment
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment
 from lcm_compile.benchmarks.statistics import change, fewest_samples, spread
 from lcm_compile.errors import UsageError, unknown_name
 
@@ -248,6 +248,14 @@ def remarks(base: BenchmarkReport, new: BenchmarkReport) -> Iterator[str]:
                 "NEW runs several, and --update --loosen WHY keeps them"
             )
     was, now = base.environment.versions, new.environment.versions
+    engines = [engines_told(report.benchmark) for report in (base, new)]
+    if all(engines) and engines[0] != engines[1]:
+        yield f"the engines differ: {' → '.join(engines)}"
     changed = [f"{k} {was[k]} → {now[k]}" for k in was if k in now and was[k] != now[k]]
     if changed:
         yield f"versions differ, of rivals perhaps too: {', '.join(changed)}"
+
+
+def engines_told(benchmark: Benchmark) -> str:
+    """Backend and precisions; nothing where the report does not tell."""
+    return " ".join([benchmark.backend, *sorted(set(benchmark.precisions.values()))]).strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ from lcm_compile.benchmarks import gate_run
 from lcm_compile.benchmarks.gate import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, Rival, read_report
 from lcm_compile.benchmarks.statistics import change, spread, t_quantile
+from lcm_compile.plan import make_plan
 
 CPU = Environment("EPYC", "EPYC", 2, {"torch": "2.13.0"}, "2026-11-01T00:00:00+00:00")
 OTHER_CPU = replace(CPU, device="Xeon", processor="Xeon")
@@ -334,6 +336,51 @@ def test_without_new_the_baselines_benchmark_runs_in_several_processes(
     picture = json.loads(out)["new"]["cases"][0]
     assert picture["groups"] == [3, 3] and len(picture["samples_ms"]) == 6
     assert len(picture["rivals"][str(other.folder)]["samples_ms"]) == 6
+
+
+@pytest.fixture
+def measured_on(sdxl_checkpoint, tmp_path):
+    """A baseline that says on what it was measured, whose spec left that to `auto`."""
+
+    def save(backend, step, **asked):
+        spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, **asked)
+        precisions = {"encode": "fp32", "context": "fp32", "step": step, "decode": "fp32"}
+        benchmark = Benchmark(spec, (), 3, 0.0, backend=backend, precisions=precisions)
+        path = tmp_path / "base.json"
+        BenchmarkReport(CPU, benchmark, (case(1),)).save(path)
+        return path
+
+    return save
+
+
+def test_a_baseline_is_run_again_on_its_own_backend(measured_on):
+    """And not on what `auto` takes here."""
+    benchmark = read_report(measured_on("torchscript", "fp32")).benchmark
+    if make_plan(benchmark.spec).backend_name == "torchscript":
+        benchmark = replace(benchmark, backend="onnxruntime")
+    assert gate_run.build_again(benchmark).manifest.backend == benchmark.backend
+
+
+def test_what_a_baseline_was_measured_on_and_is_not_here_is_told(refused, measured_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    told = ["baseline", "openvino is not installed", "bench --save"]
+    refused(1, told, "compare", measured_on("openvino", "fp32"))
+    # int8 is beside fp32 or bf16, as the processor has it.
+    refused(
+        1,
+        ["baseline", "int8+fp16", "bench --save"],
+        "compare",
+        measured_on("onnxruntime", "int8+fp16", precision="int8"),
+    )
+
+
+def test_engines_that_differ_are_told(measured_on, command):
+    base = measured_on("openvino", "fp32")
+    new = base.with_name("new.json")
+    new.write_text(base.read_text())
+    assert "engines differ" not in command("compare", base, new)[2]
+    measured_on("onnxruntime", "int8+fp32")
+    assert "openvino fp32 → onnxruntime fp32 int8+fp32" in command("compare", new, base)[2]
 
 
 def test_t_is_students():
