@@ -28,6 +28,7 @@ from lcm_compile.benchmarks.work import count_work
 from lcm_compile.benchmarks.worker import Maker, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
+from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
@@ -193,6 +194,21 @@ def test_turns_are_taken_one_at_a_time_in_swapping_order_and_a_slow_rival_is_tol
     pictures = [s.drawn.pictures for s in samples[SELF]]
     assert not any(np.array_equal(a, b) for a, b in pairwise(pictures))
     assert median(timing.ratios(*([s.ms for s in samples[n]] for n in (SELF, "slow")))) > 1.2
+
+
+def test_a_prompt_that_comes_again_is_encoded_again(fused_bundle, monkeypatch):
+    """What is remembered would be no like for like: diffusers encodes each time."""
+    plain, called = OnnxRuntimeRunner.__call__, []
+
+    def counted(self, inputs):
+        called.append(self.contract.name)
+        return plain(self, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", counted)
+    draw = draw_with_bundle(fused_bundle)
+    for seed in range(3):
+        draw("a star", seed)
+    assert (called.count("encode"), called.count("context")) == (3, 3)
 
 
 def test_a_bundle_is_a_rival(command, fused_bundle, tmp_path):
