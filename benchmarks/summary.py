@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lcm_compile.benchmarks.bench import COLD_START, FIRST, LOAD, PASSES, PICTURE
+from lcm_compile.benchmarks.bench import COLD, PASSES, PICTURE
 from lcm_compile.benchmarks.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.timing import quantile, ratios
 from lcm_compile.console import note, print_table, told_size
-
-APART = (PICTURE, COLD_START, LOAD, FIRST)  # every other case is a stage
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def summarise(report: BenchmarkReport) -> dict[str, Any]:
 
 
 def stages_of(report: BenchmarkReport) -> list[Case]:
-    return [case for case in report.cases if case.name not in APART and case.samples_ms]
+    return [case for case in report.cases if case.name not in (PICTURE, *COLD) and case.samples_ms]
 
 
 def budget(report: BenchmarkReport) -> str | None:
