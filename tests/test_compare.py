@@ -143,8 +143,48 @@ def test_a_cold_start_of_each_process_is_enough(command, saved):
     assert command("compare", base, saved("same.json", case(2, machine=2.0, **starts)))[0] == 0
     code, _, err = command("compare", base, saved("slow.json", case(2, scale=1.2, **starts)))
     assert code == 3 and "cold start median" in err
-    few = {**starts, "processes": 1, "samples": 2}
-    code, out, _ = command("compare", base, saved("few.json", case(2, scale=1.2, **few)))
+
+
+def test_a_rival_that_the_baseline_has_is_missed(command, saved):
+    """Neither the times as they are nor another rival may stand in for it."""
+    context = {"name": "context", "rival": None}
+    base = saved("base.json", case(1), case(1, **context))
+    for environment in (CPU, OTHER_CPU):
+        alone = saved("alone.json", case(2, rival=None), case(2, **context), environment=environment)
+        code, out, err = command("compare", base, alone)
+        assert code == 3 and "missing" in out and "median" not in out
+        assert "picture rival: missing" in err and "in turn with eager;" in err
+        assert "context rival: missing" in err and "in turn with eager's picture" in err
+    code, _, err = command("compare", base, saved("other.json", case(2, rival="compile"), case(2, **context)))
+    assert code == 3 and "in turn with eager" in err
+    eager, compiled = case(1), case(1, rival="compile")
+    both = saved("both.json", replace(eager, rivals={**eager.rivals, **compiled.rivals}))
+    code, _, err = command("compare", both, base)
+    assert code == 3 and "in turn with compile" in err and "eager" not in err
+    assert command("compare", base, both)[0] == 3  # of which the context is gone
+    assert command("compare", saved("b.json", case(1)), both)[0] == 0
+
+
+def test_new_processes_are_not_told_in_what_rivals_drew_when_warm(command, saved):
+    """Three of each in a short benchmark are not of the same rounds; ten processes start ten times."""
+    start = {"name": "load", "rival": None}
+    short = {"processes": 1, "samples": 3}
+    base = saved("base.json", case(1, rival="compile", **short), case(1, **short, **start))
+    new = saved("new.json", case(2, rival="compile"), case(2, processes=10, samples=1, **start))
+    code, out, err = command("compare", base, new)
+    assert code == 0 and "missing" not in out, err
+
+
+def test_times_that_the_baseline_tells_and_the_new_report_can_not_are_missing(command, saved):
+    enough, few = saved("b.json", case(1)), saved("n.json", case(2, samples=9))
+    assert command("compare", enough, few)[0] == 0  # for the median one would do
+    code, out, err = command("compare", enough, few, "--fail-on", "p90:50%")
+    assert code == 3 and "picture p90: missing: takes 10 samples from every process" in err and "has 9" in out
+    code, out, _ = command("compare", few, enough, "--fail-on", "p90:50%")
+    assert code == 0 and "~: takes 10 samples" in out
+    two = saved("two.json", case(2, processes=1, samples=2))
+    assert command("compare", enough, two)[0] == 3
+    code, out, _ = command("compare", two, enough)
     assert code == 0 and "3 samples" in out
 
 
