@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,9 +103,7 @@ def compare_reports(base: BenchmarkReport, new: BenchmarkReport, limits: Mapping
         if case.name not in given:
             verdicts.append(Verdict(case.name, "case", MISSING, why="the baseline has this case"))
             continue
-        now = given.pop(case.name)
-        sides = yardsticks(case, base), yardsticks(now, new)
-        verdicts += judge(Pair(case, now, *sides, where(case, base), new.environment), limits, alpha)
+        verdicts += judge(pair_of(case, base, given.pop(case.name), new), limits, alpha)
     verdicts += [Verdict(name, "case", NEW, why="the baseline has no such case") for name in given]
     return Comparison(tuple(verdicts), tuple(remarks(base, new)))
 
@@ -129,6 +127,11 @@ class Pair:
     @property
     def lacking(self) -> list[str]:
         return [name for name in self.base_yardsticks if name not in self.new_yardsticks]
+
+
+def pair_of(case: Case, base: BenchmarkReport, now: Case, new: BenchmarkReport) -> Pair:
+    sides = yardsticks(case, base), yardsticks(now, new)
+    return Pair(case, now, *sides, where(case, base), new.environment)
 
 
 def yardsticks(case: Case, report: BenchmarkReport) -> dict[str, Samples]:
@@ -167,9 +170,8 @@ def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
         require_one_device(pair)
     sides = both_log_times(pair, metric)
     # What the baseline can't tell is no loss; what it can, and NEW can't, is missing.
-    for whose, status, side in zip(("the baseline's", "the new"), (UNSURE, MISSING), sides, strict=True):
-        if (fewest := min(map(len, side))) < (needed := fewest_samples(quantile, len(side))):
-            why = f"takes {needed} samples from every process; one of {whose} has {fewest}"
+    for side, status in zip(sides, (UNSURE, MISSING), strict=True):
+        if why := too_few(side, quantile):
             return Verdict(pair.base.name, metric, status, limit=limit, why=why)
     base, new = (spread(side, quantile) for side in sides)
     found = change(base, new, alpha)
@@ -200,6 +202,12 @@ def both_log_times(pair: Pair, metric: str) -> list[list[np.ndarray]]:
         log_times(case, rivals[name] if name else None, metric)
         for case, rivals in ((pair.base, pair.base_yardsticks), (pair.new, pair.new_yardsticks))
     ]
+
+
+def too_few(processes: Sequence[np.ndarray], quantile: float) -> str | None:
+    """Why samples can't tell a quantile, or None."""
+    fewest, needed = min(map(len, processes)), fewest_samples(quantile, len(processes))
+    return f"takes {needed} samples from every process; one has {fewest}" if fewest < needed else None
 
 
 def log_times(case: Case, rival: Samples | None, metric: str) -> list[np.ndarray]:

@@ -332,6 +332,29 @@ def test_update_only_tightens(command, saved):
     assert command("compare", base, saved("old.json", *before.cases, case(4, name="extra")))[0] == 3
 
 
+def slow_tail(case):
+    """The same, but that every fifth sample takes three times as long."""
+    return replace(
+        case, samples_ms=tuple(3 * ms if i % 5 == 0 else ms for i, ms in enumerate(case.samples_ms))
+    )
+
+
+def test_update_takes_no_median_whose_tail_became_worse(command, saved):
+    """Whether or not the tail has a limit; nor samples too few to tell what the baseline's tell."""
+    base = saved("b.json", case(1, engine_bytes=1000))
+    before = read_report(base)
+    faster = {"scale": 0.8, "engine_bytes": 800}
+    for new in (slow_tail(case(2, **faster)), case(2, samples=9, **faster)):
+        code, out, _ = command("compare", base, saved("n.json", new), "--update")
+        assert code == 0 and "better" in out
+        after = read_report(base).cases[0]
+        assert after.samples_ms == before.cases[0].samples_ms and after.rivals == before.cases[0].rivals
+    assert after.engine_bytes == 800  # which has nothing to do with it
+    fine = case(2, **faster)
+    assert command("compare", base, saved("n.json", fine), "--update")[0] == 0
+    assert read_report(base).cases[0].samples_ms == fine.samples_ms
+
+
 def test_loosen_replaces_and_notes_why(command, saved):
     base, worse = saved("b.json", case(1)), saved("w.json", case(2, scale=1.5))
     assert command("compare", base, worse)[0] == 3
