@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from PIL import Image
 from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
 from lcm_compile.benchmarks.bench import counted, take_cold, warnings
-from lcm_compile.benchmarks.peaks import measure
-from lcm_compile.benchmarks.report import read_report
+from lcm_compile.benchmarks.peaks import Peak, measure, peak_of
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
-from lcm_compile.benchmarks.summary import budget, summarise
-from lcm_compile.benchmarks.work import count_work
+from lcm_compile.benchmarks.summary import budget, print_report, summarise
+from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import Maker, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
@@ -34,6 +35,7 @@ from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.spec import Shape
+from lcm_compile.targets import TARGETS
 
 DELAY = 0.5  # seconds
 # For a sitecustomize.py: processes import it before they load.
@@ -167,8 +169,6 @@ def test_the_plot_is_a_picture(measured):
 
 
 def test_the_tables_fit_in_80_columns(measured, capsys):
-    from lcm_compile.benchmarks.summary import print_report
-
     _, report, _ = measured
     print_report(report)
     out, err = capsys.readouterr()
@@ -291,6 +291,57 @@ def test_work_grows_with_the_batch(sdxl_checkpoint):
     for stage in one:
         assert four[stage].flop == pytest.approx(4 * one[stage].flop, rel=0.01)
         assert four[stage].weights == one[stage].weights
+
+
+def known(samples, batch=1):
+    """A report of a picture that takes so many milliseconds."""
+    here = Environment("EPYC", "EPYC", 2, {}, "2026-11-01T00:00:00+00:00")
+    asked = Benchmark(BuildSpec("demo"), (), 100, 60.0, shape=Shape(batch, 64, 64))
+    return BenchmarkReport(here, asked, (Case("picture", samples), Case("step", samples, limit_ms=20.2)))
+
+
+def test_the_figures_of_known_samples_are_the_known_ones(capsys):
+    """Of 1, 2, … 100 ms: linear between the samples, 0.1 of 90 to 91 and 0.01 of 99 to 100."""
+    report = known(tuple(map(float, range(100, 0, -1))), batch=4)
+    told = summarise(report)
+    assert told["pictures_a_second"] == pytest.approx(4 * 1000 / 50.5)
+    step = told["cases"]["step"]
+    assert [step[name] for name in ("median", "p90", "p99", "share")] == pytest.approx(
+        [50.5, 90.1, 99.01, 0.4]
+    )
+    print_report(report)
+    out = capsys.readouterr().out
+    assert re.search(r"step × 4 +50\.5 ms +90\.1 ms +99\.0 ms +40%\n", out)
+    assert re.search(r"pictures a second +79\.21, by 4\n", out)
+
+
+@pytest.mark.parametrize(
+    ("count", "p90", "p99"), [(9, None, None), (10, 1.0, None), (99, 1.0, None), (100, 1.0, 1.0)]
+)
+def test_a_tail_that_samples_are_too_few_for_is_left_empty(capsys, count, p90, p99):
+    report = known((1.0,) * count)
+    step = json.loads(json.dumps(summarise(report)))["cases"]["step"]
+    assert (step["p90"], step["p99"], step["median"]) == (p90, p99, 1.0)
+    print_report(report)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ×")]
+    assert line.count("1.0 ms") == 1 + (p90 is not None) + (p99 is not None)
+
+
+def test_the_limit_is_the_longer_of_computing_and_reading():
+    """2 GFLOP at 1 TFLOP/s are 2 ms; a million weights at 1 GB/s are 4, 2 or 1 ms, by their size."""
+    work, slow = Work(2e9, 1_000_000), Peak(1e12, 1e9)
+    assert slow.limit_ms(work, "fp32") == pytest.approx(4.0)
+    assert Peak(1e12, 0.5e9).limit_ms(work, "bf16") == pytest.approx(4.0)
+    assert Peak(1e12, 0.25e9).limit_ms(work, "int8+bf16") == pytest.approx(4.0)
+    assert slow.limit_ms(work, "int8+bf16") == pytest.approx(2.0)
+
+
+def test_the_peak_of_a_gpu_is_the_published_one():
+    """NVIDIA's data sheet of the H200: 989 TFLOPS dense in fp16, twice that in 8 bits, 4.8 TB/s."""
+    h200 = TARGETS["h200"]
+    assert peak_of(h200, "fp16", 1) == Peak(989e12, 4.8e12)
+    assert peak_of(h200, "fp8+fp16", 1) == Peak(1978e12, 4.8e12)
+    assert peak_of(h200, "fp32", 1) is None
 
 
 @pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")
