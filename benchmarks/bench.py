@@ -14,7 +14,7 @@ from statistics import median
 
 from lcm_compile.benchmarks import timing
 from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used, physical_cores
-from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of
+from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of, unpublished
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
 from lcm_compile.benchmarks.work import Work, count_work
@@ -96,6 +96,7 @@ def bench(
         bundle=bundle.digest,
     )
     told = warnings(cases, rivals.precisions, manifest.lossy)
+    told += unpublished(manifest.target, rivals.precisions.values(), peaks)
     if not manifest.target.is_cpu and (graphs := measured.samples[SELF][-1].drawn.cuda_graph) != USED:
         told.append(f"CUDA graphs were {graphs}")
     notes = (*rivals.notes, *told)
