@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from lcm_compile.benchmarks import timing
-from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used, physical_cores
+from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used
 from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of, unpublished
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
@@ -21,6 +21,7 @@ from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.captured import USED
+from lcm_compile.engines.processor import physical_cores
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.manifest import StageFile, told_loss
 from lcm_compile.parity import picture_floor, psnr_db

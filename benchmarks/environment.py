@@ -76,12 +76,3 @@ def gpu_memory_used() -> int | None:
         return int(done.stdout.strip()) << 20
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None
-
-
-def physical_cores() -> int:
-    """Those that this process may run on: what numerical libraries use threads for."""
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
-    return len(siblings)
