@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from lcm_compile.benchmarks import timing
-from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used
+from lcm_compile.benchmarks.environment import PeakGpuMemory, environment_of
 from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of, unpublished
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
@@ -175,11 +175,11 @@ def take_warm(
         workers = {}
         for i, (name, maker) in enumerate(drawers.items()):
             report(f"load and warm up {name}", i, len(drawers))
-            before = gpu_memory_used()
-            workers[name] = stack.enter_context(Worker(name, maker, threads))
-            timing.warm_up(workers[name], prompt)
-            after = gpu_memory_used()
-            gpu_memory[name] = None if before is None or after is None else after - before
+            # In the turns all are loaded, and a look would cost whoever draws: warming up draws the same.
+            with PeakGpuMemory() as gpu:
+                workers[name] = stack.enter_context(Worker(name, maker, threads))
+                timing.warm_up(workers[name], prompt)
+            gpu_memory[name] = gpu.bytes
         samples = timing.take_turns(
             workers, prompt, runs, seconds, lambda done, total: report("draw in turn", done, total)
         )

@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 
 from lcm_compile.benchmarks.peaks import Peak
 from lcm_compile.benchmarks.report import Environment
@@ -20,6 +22,7 @@ PACKAGES = (
     *("lcm-compile", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu"),
     *("openvino", "nncf", "tensorrt", "tensorrt-rtx"),
 )
+LOOK = 0.05  # seconds between two looks at the GPU's memory, and what each takes
 
 
 def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -> Environment:
@@ -76,3 +79,32 @@ def gpu_memory_used() -> int | None:
         return int(done.stdout.strip()) << 20
     except (OSError, subprocess.CalledProcessError, ValueError):
         return None
+
+
+class PeakGpuMemory:
+    """While this context is open, looks again and again at how much of the first GPU's memory is in use.
+
+    `bytes` is the most by which that grew: whatever loads and draws meanwhile, and nothing else may, has had
+    as much, with the driver's own share. It is the same measure for each library, and holds on to what an
+    allocator takes and does not give back; what is freed within a look's time is missed. None without a GPU.
+    """
+
+    bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        self._ended = threading.Event()
+        self._looking = threading.Thread(target=self._look, args=(gpu_memory_used(),), daemon=True)
+        self._looking.start()
+        return self
+
+    def _look(self, before: int | None) -> None:
+        while before is not None:
+            last = self._ended.wait(LOOK)
+            if (used := gpu_memory_used()) is not None:
+                self.bytes = max(used - before, self.bytes or 0)
+            if last:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._looking.join()
