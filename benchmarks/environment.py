@@ -22,7 +22,7 @@ PACKAGES = (
     *("lcm-compile", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu"),
     *("openvino", "nncf", "tensorrt", "tensorrt-rtx"),
 )
-LOOK = 0.05  # seconds between two looks at the GPU's memory, and what each takes
+LOOK = 0.05  # seconds between two looks at the GPU's memory
 
 
 def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -> Environment:
@@ -84,9 +84,9 @@ def gpu_memory_used() -> int | None:
 class PeakGpuMemory:
     """While this context is open, looks again and again at how much of the first GPU's memory is in use.
 
-    `bytes` is the most by which that grew: whatever loads and draws meanwhile, and nothing else may, has had
-    as much, with the driver's own share. It is the same measure for each library, and holds on to what an
-    allocator takes and does not give back; what is freed within a look's time is missed. None without a GPU.
+    `bytes` is the most by which that grew, None without a GPU. It is the same measure for every library, the
+    driver's share included, and of all processes: nothing else may load meanwhile. What is taken and freed
+    again between two looks is missed, but the libraries' allocators keep what they took.
     """
 
     bytes: int | None = None
