@@ -52,7 +52,7 @@ def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: fl
         measured = take_warm(
             drawers, manifest.pipeline.sample_prompt, cores, runs, seconds, lambda _, *done: bar.update(*done)
         )
-    picture = picture_case(whole, (), measured)
+    picture = picture_case(whole, others, (), measured)
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     shape = manifest.pipeline.shape
     asked = Benchmark(spec, tuple(others), runs, seconds, manifest.backend, precisions, shape, whole.digest)

@@ -192,7 +192,8 @@ RIVALS = {
 def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, EngineBundle | None]:
     """Each rival once; of those that are bundles, the bundle.
 
-    UsageError for one that is neither in RIVALS nor a bundle of the same shape, or that can't be had here.
+    UsageError for one that is neither in RIVALS nor a bundle of the same height and width, or that can't be
+    had here.
     """
     manifest = bundle.manifest
     found: dict[str, EngineBundle | None] = {}
@@ -205,10 +206,11 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
             raise unknown_name("rival", name, (*RIVALS, "or a bundle's folder"))
     shape = manifest.pipeline.shape
     for name, other in found.items():
-        if other is not None and (its := other.manifest.pipeline.shape) != shape:
+        its = shape if other is None else other.manifest.pipeline.shape
+        if (its.height, its.width) != (shape.height, shape.width):
             raise UsageError(
                 f"{name} draws {its}, and {bundle.folder} draws {shape}",
-                "compare bundles of one batch, height and width",
+                "compare bundles of one height and width",
             )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
     if "euler-25" in found and "guidance" in inputs:
