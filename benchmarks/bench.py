@@ -13,17 +13,19 @@ from pathlib import Path
 from statistics import median
 
 from lcm_compile.benchmarks import timing
-from lcm_compile.benchmarks.environment import environment_of, gpu_memory_used, physical_cores
-from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of
+from lcm_compile.benchmarks.environment import PeakGpuMemory, environment_of
+from lcm_compile.benchmarks.peaks import BYTES, Peak, higher, peaks_of, unpublished
+from lcm_compile.benchmarks.pictures import REFERENCE, other_batches, parities, recorded_parities
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.rivals import RIVALS, SELF, STEPS, Setup, check_rivals, draw_with_bundle, makers
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.captured import USED
+from lcm_compile.engines.processor import physical_cores
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.manifest import StageFile, told_loss
-from lcm_compile.parity import picture_floor, psnr_db
+from lcm_compile.parity import picture_floor
 from lcm_compile.plan import open_base
 from lcm_compile.spec import DRAW, float_type, product_type
 
@@ -31,7 +33,6 @@ PICTURE = "picture"
 COLD = ("cold start", "load", "first picture")  # of new processes; every other case is a stage
 COLD_STARTS = 3
 PASSES = {"step": STEPS}  # of a stage for one picture, where it is not one
-REFERENCE = "eager"  # whose pictures the others are compared with
 
 # Told what is being done, and how much of it is done.
 Report = Callable[[str, int, int], None]
@@ -49,9 +50,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contest:
-    """A bundle and its rivals, ready to be loaded; `work` of one pass by stage, where it could be counted."""
+    """A bundle and its rivals, ready to be loaded; `work` of one pass by stage, where it could be counted.
+
+    `others` are those rivals that are bundles.
+    """
 
     bundle: EngineBundle
+    others: Mapping[str, EngineBundle]
     drawers: Mapping[str, Maker]
     threads: int
     work: Mapping[str, Work]
@@ -97,6 +102,7 @@ def bench(
         bundle=bundle.digest,
     )
     told = warnings(cases, rivals.precisions, manifest.lossy)
+    told += unpublished(manifest.target, rivals.precisions.values(), peaks)
     if not manifest.target.is_cpu and (graphs := measured.samples[SELF][-1].drawn.cuda_graph) != USED:
         told.append(f"CUDA graphs were {graphs}")
     notes = (*rivals.notes, *told)
@@ -110,6 +116,7 @@ def contest(
     """Fuses what the rivals need, which is gone afterwards. UsageError for one that can't be had."""
     manifest = bundle.manifest
     rivals = check_rivals(tuple(against), bundle)
+    others = {name: other for name, other in rivals.items() if other is not None}
     work, notes = counted(bundle)
     precision = float_type(manifest.stages[0].precision)  # in all stages the same
     setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
@@ -117,7 +124,7 @@ def contest(
     spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
     with makers(rivals, spec, setup, lambda doing: report(doing, 0, 1)) as made:
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
-        yield Contest(bundle, drawers, setup.threads, work, tuple(notes))
+        yield Contest(bundle, others, drawers, setup.threads, work, tuple(notes))
 
 
 def measure(
@@ -146,7 +153,7 @@ def cases_of(rivals: Contest, measured: Measured, peaks: Mapping[str, Peak]) -> 
         )
         for stage in rivals.bundle.manifest.stages
     ]
-    return picture_case(rivals.bundle, stages, measured), *stages, *cold_cases(measured)
+    return picture_case(rivals.bundle, rivals.others, stages, measured), *stages, *cold_cases(measured)
 
 
 def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
@@ -174,11 +181,11 @@ def take_warm(
         workers = {}
         for i, (name, maker) in enumerate(drawers.items()):
             report(f"load and warm up {name}", i, len(drawers))
-            before = gpu_memory_used()
-            workers[name] = stack.enter_context(Worker(name, maker, threads))
-            timing.warm_up(workers[name], prompt)
-            after = gpu_memory_used()
-            gpu_memory[name] = None if before is None or after is None else after - before
+            # In the turns all are loaded, and a look would cost whoever draws: warming up draws the same.
+            with PeakGpuMemory() as gpu:
+                workers[name] = stack.enter_context(Worker(name, maker, threads))
+                timing.warm_up(workers[name], prompt)
+            gpu_memory[name] = gpu.bytes
         samples = timing.take_turns(
             workers, prompt, runs, seconds, lambda done, total: report("draw in turn", done, total)
         )
@@ -212,10 +219,12 @@ def milliseconds(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(value, 3) for value in values)
 
 
-def picture_case(bundle: EngineBundle, stages: Sequence[Case], measured: Measured) -> Case:
-    """The whole picture, from prompt to 8-bit RGB."""
-    parity = parities(measured.samples)
-    recorded = bundle.manifest.parity.get(PICTURE)
+def picture_case(
+    bundle: EngineBundle, others: Mapping[str, EngineBundle], stages: Sequence[Case], measured: Measured
+) -> Case:
+    """The whole picture, from prompt to 8-bit RGB; its parity as recorded where REFERENCE is no rival."""
+    parity = parities(measured.samples) or recorded_parities({SELF: bundle, **others})
+    batches = other_batches(measured.samples)
     limits = [stage.limit_ms for stage in stages if stage.limit_ms is not None]
     return Case(
         PICTURE,
@@ -226,6 +235,7 @@ def picture_case(bundle: EngineBundle, stages: Sequence[Case], measured: Measure
                 measured.memory[name] if name not in RIVALS or RIVALS[name].starts_cold else None,
                 measured.gpu_memory[name],
                 parity.get(name),
+                batches.get(name),
             )
             for name, samples in measured.samples.items()
             if name != SELF
@@ -233,7 +243,7 @@ def picture_case(bundle: EngineBundle, stages: Sequence[Case], measured: Measure
         memory_bytes=measured.memory[SELF],
         gpu_memory_bytes=measured.gpu_memory[SELF],
         engine_bytes=sum(stage.engine_bytes or 0 for stage in stages),
-        parity_db=parity.get(SELF, None if recorded is None else round(recorded.db, 2)),
+        parity_db=parity.get(SELF),
         flop=sum(stage.flop or 0.0 for stage in stages) or None,
         weight_bytes=sum(stage.weight_bytes or 0 for stage in stages) or None,
         limit_ms=sum(limits) if limits else None,
@@ -251,11 +261,11 @@ def stage_case(
         for who, samples in measured.samples.items()
         if name in samples[0].drawn.stages
     }
-    passes = PASSES.get(name, 1)
+    passes, batches = PASSES.get(name, 1), other_batches(measured.samples)
     return Case(
         name,
         apart.pop(SELF, ()),
-        {who: Rival(samples) for who, samples in apart.items()},
+        {who: Rival(samples, batch=batches.get(who)) for who, samples in apart.items()},
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
@@ -276,19 +286,6 @@ def cold_cases(measured: Measured) -> list[Case]:
         }
         cases.append(Case(case, samples.pop(SELF), {name: Rival(ms) for name, ms in samples.items()}))
     return cases
-
-
-def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
-    """The worst PSNR to diffusers' own picture over the first rounds, which every run has; in dB."""
-    if REFERENCE not in samples:
-        return {}
-    compared = range(min(timing.LEAST_ROUNDS, len(samples[REFERENCE])))
-    reference = [samples[REFERENCE][i].drawn.pictures for i in compared]
-    return {
-        name: round(min(psnr_db(reference[i], drawn[i].drawn.pictures, 255.0) for i in compared), 2)
-        for name, drawn in samples.items()
-        if name != REFERENCE and (name not in RIVALS or RIVALS[name].lcm)
-    }
 
 
 def engine_bytes(bundle: EngineBundle, stage: StageFile) -> int:

@@ -6,10 +6,12 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 
 from lcm_compile.benchmarks.peaks import Peak
 from lcm_compile.benchmarks.report import Environment
@@ -20,6 +22,7 @@ PACKAGES = (
     *("lcm-compile", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu"),
     *("openvino", "nncf", "tensorrt", "tensorrt-rtx"),
 )
+LOOK = 0.05  # seconds between two looks at the GPU's memory
 
 
 def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -> Environment:
@@ -78,10 +81,30 @@ def gpu_memory_used() -> int | None:
         return None
 
 
-def physical_cores() -> int:
-    """Those that this process may run on: what numerical libraries use threads for."""
-    siblings = set()
-    for cpu in os.sched_getaffinity(0):
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
-    return len(siblings)
+class PeakGpuMemory:
+    """While this context is open, looks again and again at how much of the first GPU's memory is in use.
+
+    `bytes` is the most by which that grew, None without a GPU. It is the same measure for every library, the
+    driver's share included, and of all processes: nothing else may load meanwhile. What is taken and freed
+    again between two looks is missed, but the libraries' allocators keep what they took.
+    """
+
+    bytes: int | None = None
+
+    def __enter__(self) -> Self:
+        self._ended = threading.Event()
+        self._looking = threading.Thread(target=self._look, args=(gpu_memory_used(),), daemon=True)
+        self._looking.start()
+        return self
+
+    def _look(self, before: int | None) -> None:
+        while before is not None:
+            last = self._ended.wait(LOOK)
+            if (used := gpu_memory_used()) is not None:
+                self.bytes = max(used - before, self.bytes or 0)
+            if last:
+                return
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._looking.join()

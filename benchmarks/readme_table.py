@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from lcm_compile.benchmarks.report import BenchmarkReport, read_report
-from lcm_compile.benchmarks.summary import told_ms
+from lcm_compile.benchmarks.summary import per_picture, told_ms
 from lcm_compile.benchmarks.timing import ratios
 from lcm_compile.errors import UsageError
 from lcm_compile.store import write_atomically
@@ -32,9 +32,7 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
         precisions = ", ".join(sorted(set(asked.precisions.values())))
         model = f"{asked.spec.base} {asked.shape}, {asked.backend} {precisions}"
         shown = [
-            f"{median(ratios(picture.samples_ms, picture.rivals[name].samples_ms)):.2f} ×"
-            if name in picture.rivals
-            else ""
+            f"{median(ratios(*per_picture(report, picture, name))):.2f} ×" if name in picture.rivals else ""
             for name in rivals
         ]
         device = f"{report.environment.device}, {report.environment.threads} threads"

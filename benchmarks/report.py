@@ -33,12 +33,16 @@ class Environment:
 
 @dataclass(frozen=True)
 class Rival:
-    """What was timed in turn with a case: sample i right before or after the case's sample i."""
+    """What was timed in turn with a case: sample i right before or after the case's sample i.
+
+    `batch` is how many pictures a sample of it draws, where that is not as many as the case's.
+    """
 
     samples_ms: tuple[float, ...]
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     parity_db: float | None = None
+    batch: int | None = None
 
 
 @dataclass(frozen=True)

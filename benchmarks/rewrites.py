@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from lcm_compile.benchmarks.bench import picture_case, take_warm
-from lcm_compile.benchmarks.environment import environment_of, physical_cores
+from lcm_compile.benchmarks.environment import environment_of
 from lcm_compile.benchmarks.readme_table import RESULTS, ROOT, filled
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
@@ -25,6 +25,7 @@ from lcm_compile.benchmarks.timing import ratios, too_noisy
 from lcm_compile.benchmarks.worker import Maker
 from lcm_compile.compile import build
 from lcm_compile.console import Bar, Parts, note
+from lcm_compile.engines.processor import physical_cores
 from lcm_compile.spec import REWRITES, BuildSpec
 from lcm_compile.store import write_atomically
 
@@ -51,7 +52,7 @@ def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: fl
         measured = take_warm(
             drawers, manifest.pipeline.sample_prompt, cores, runs, seconds, lambda _, *done: bar.update(*done)
         )
-    picture = picture_case(whole, (), measured)
+    picture = picture_case(whole, others, (), measured)
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     shape = manifest.pipeline.shape
     asked = Benchmark(spec, tuple(others), runs, seconds, manifest.backend, precisions, shape, whole.digest)

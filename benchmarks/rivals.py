@@ -69,8 +69,7 @@ def draw_with_bundle(folder: Path) -> Draw:
         drawing = pipeline.draw(Request(prompt, seed, steps=STEPS, num_images=batch))
         apart = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
         stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in apart.items()}
-        pictures = np.stack([np.asarray(image) for image in drawing.images()])
-        return Drawn(pictures, stages, drawing.cuda_graph)
+        return Drawn(drawing.pictures, stages, drawing.cuda_graph)
 
     return draw
 
@@ -193,7 +192,8 @@ RIVALS = {
 def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, EngineBundle | None]:
     """Each rival once; of those that are bundles, the bundle.
 
-    UsageError for one that is neither in RIVALS nor a bundle of the same shape, or that can't be had here.
+    UsageError for one that is neither in RIVALS nor a bundle of the same height and width, or that can't be
+    had here.
     """
     manifest = bundle.manifest
     found: dict[str, EngineBundle | None] = {}
@@ -206,10 +206,11 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
             raise unknown_name("rival", name, (*RIVALS, "or a bundle's folder"))
     shape = manifest.pipeline.shape
     for name, other in found.items():
-        if other is not None and (its := other.manifest.pipeline.shape) != shape:
+        its = shape if other is None else other.manifest.pipeline.shape
+        if (its.height, its.width) != (shape.height, shape.width):
             raise UsageError(
                 f"{name} draws {its}, and {bundle.folder} draws {shape}",
-                "compare bundles of one batch, height and width",
+                "compare bundles of one height and width",
             )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
     if "euler-25" in found and "guidance" in inputs:

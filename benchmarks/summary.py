@@ -10,6 +10,7 @@ from typing import Any
 
 from lcm_compile.benchmarks.bench import COLD, PASSES, PICTURE
 from lcm_compile.benchmarks.report import BenchmarkReport, Case
+from lcm_compile.benchmarks.rivals import SELF
 from lcm_compile.benchmarks.statistics import fewest_samples
 from lcm_compile.benchmarks.timing import quantile, ratios
 from lcm_compile.console import note, print_table, told_size
@@ -36,13 +37,34 @@ def tail(samples: Sequence[float], part: float) -> float | None:
     return quantile(samples, part) if len(samples) >= fewest_samples(part, 1) else None
 
 
+def batches_of(report: BenchmarkReport) -> dict[str, int]:
+    """How many pictures each draws at a time."""
+    ours = report.benchmark.shape.batch if report.benchmark.shape else 1
+    return {SELF: ours, **{name: rival.batch or ours for name, rival in report.cases[0].rivals.items()}}
+
+
+def per_picture(report: BenchmarkReport, case: Case, name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Milliseconds of ours and of a rival's; for one picture each, where their samples are of several."""
+    ours, rival = case.samples_ms, case.rivals[name]
+    if rival.batch is None:
+        return ours, rival.samples_ms
+    batch = batches_of(report)[SELF]
+    return [ms / batch for ms in ours], [ms / rival.batch for ms in rival.samples_ms]
+
+
 def summarise(report: BenchmarkReport) -> dict[str, Any]:
-    """What the raw samples come to: by case, and ratios of a rival's to ours, pair by pair."""
-    picture = report.cases[0]
-    batch = report.benchmark.shape.batch if report.benchmark.shape else 1
+    """What the raw samples come to: by case, and a rival's time for a picture to ours, pair by pair."""
+    picture, batches = report.cases[0], batches_of(report)
     return {
-        "pictures_a_second": 1000 * batch / median(picture.samples_ms),
-        "batch": batch,
+        "pictures_a_second": 1000 * batches[SELF] / median(picture.samples_ms),
+        "batch": batches[SELF],
+        "rivals": {
+            name: {
+                "pictures_a_second": 1000 * batches[name] / median(rival.samples_ms),
+                "batch": batches[name],
+            }
+            for name, rival in picture.rivals.items()
+        },
         "cases": {
             case.name: {
                 **vars(Latency.of(case)),
@@ -50,7 +72,7 @@ def summarise(report: BenchmarkReport) -> dict[str, Any]:
                 "rivals": {
                     name: {
                         "median": median(rival.samples_ms),
-                        "ratio": median(ratios(case.samples_ms, rival.samples_ms)),
+                        "ratio": median(ratios(*per_picture(report, case, name))),
                     }
                     for name, rival in case.rivals.items()
                 },
@@ -99,7 +121,7 @@ def print_report(report: BenchmarkReport) -> None:
     print()
     print_table(("", "of the whole picture"), whole_rows(picture, summary))
     print()
-    print_rivals(report.cases)
+    print_rivals(report)
     if line := summary["budget"]:
         print(textwrap.fill(line, 80))
     for text in report.notes:
@@ -137,27 +159,41 @@ def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("samples", f"{len(picture.samples_ms)}")]
 
 
-def print_rivals(cases: Sequence[Case]) -> None:
+def print_rivals(report: BenchmarkReport) -> None:
     """A table for each rival, with a line for each case that it shares with us."""
-    for name in cases[0].rivals:
-        shared = [case for case in cases if name in case.rivals]
+    picture = report.cases[0]
+    for name in picture.rivals:
+        shared = [case for case in report.cases if name in case.rivals]
         print_table(
             (f"against {name}", "ours", "theirs", "theirs : ours", "spread"),
-            [*(rival_row(case, name) for case in shared), *memory_rows(cases[0], name)],
+            [
+                *(rival_row(report, case, name) for case in shared),
+                *batch_rows(report, name),
+                *memory_rows(picture, name),
+            ],
         )
         print()
 
 
-def rival_row(case: Case, name: str) -> tuple[str, ...]:
-    theirs = case.rivals[name].samples_ms
-    pairs = ratios(case.samples_ms, theirs)
+def rival_row(report: BenchmarkReport, case: Case, name: str) -> tuple[str, ...]:
+    ours, theirs = per_picture(report, case, name)
+    pairs = ratios(ours, theirs)
     return (
-        case.name,
-        told_ms(median(case.samples_ms)),
+        case.name if case.rivals[name].batch is None else f"{case.name}, each",
+        told_ms(median(ours)),
         told_ms(median(theirs)),
         f"{median(pairs):.2f}×",
         f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
     )
+
+
+def batch_rows(report: BenchmarkReport, name: str) -> list[tuple[str, ...]]:
+    """Pictures a second of both, where they draw another number at a time."""
+    if report.cases[0].rivals[name].batch is None:
+        return []
+    ours = summarise(report)
+    told = [f"{of['pictures_a_second']:.2f}, by {of['batch']}" for of in (ours, ours["rivals"][name])]
+    return [("pictures a second", *told, "", "")]
 
 
 def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcm_compile.engines.gpu import cannot_run_on_gpu
+from lcm_compile.engines.processor import threads
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
@@ -145,6 +146,7 @@ def waiting_options() -> Any:
     """
     session_options = quiet_options()
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session_options.intra_op_num_threads = threads()
     return session_options
 
 

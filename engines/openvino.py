@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from lcm_compile.engines.processor import instruction_set
+from lcm_compile.engines.processor import instruction_set, threads
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type
@@ -174,6 +174,7 @@ class OpenVinoRunner(Runner):
             settings = {
                 "INFERENCE_PRECISION_HINT": HINTS[float_type(precision)],
                 "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": threads(),
                 **shared_work(core, path),
             }
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()

@@ -28,12 +28,29 @@ def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
 
 
 def model_name(cpuinfo: Path = CPUINFO) -> str:
-    """As the kernel tells it, with the number of cores that this process may use."""
+    """As the kernel tells it, with the number of threads that engines compute with here."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {cores()} cores"
+    return f"{next(names, platform.machine())}, {threads()} threads"
 
 
-def cores() -> int:
+def threads() -> int:
+    """How many threads an engine computes with: OMP_NUM_THREADS, or one for each of physical_cores().
+
+    Torch does so by itself. ONNX Runtime's own pool heeds neither that variable nor what cores a process
+    may run on, and OpenVINO's heeds only the latter.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return int(asked) if asked.isdecimal() and int(asked) else physical_cores()
+
+
+def physical_cores() -> int:
+    """Those that this process may run on: two threads on one core have one set of multipliers."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    if affinity is None:
+        return os.cpu_count() or 1
+    siblings = set()
+    for cpu in affinity(0):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text().strip() if path.is_file() else str(cpu))
+    return len(siblings)

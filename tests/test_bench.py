@@ -16,17 +16,18 @@ from statistics import median
 import factories
 import numpy as np
 import pytest
-from PIL import Image
 
 from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
 from lcm_compile.benchmarks.bench import counted, take_cold, warnings
+from lcm_compile.benchmarks.chart import draw_report
 from lcm_compile.benchmarks.peaks import Peak, measure, peak_of
+from lcm_compile.benchmarks.pictures import parities
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
 from lcm_compile.benchmarks.summary import budget, print_report, summarise
 from lcm_compile.benchmarks.work import Work, count_work
-from lcm_compile.benchmarks.worker import Maker, Worker
+from lcm_compile.benchmarks.worker import Drawn, Maker, Sample, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
 from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
@@ -174,10 +175,14 @@ def test_a_stage_that_beats_its_limit_is_told(measured):
     assert any(f"{stage.name} took less" in note for note in warnings([picture, fast], {"step": "fp32"}, {}))
 
 
-def test_the_plot_is_a_picture(measured):
-    _, _, plot = measured
-    pixels = np.asarray(Image.open(plot).convert("RGB"))
-    assert pixels.shape[1] > 1000 and pixels.std() > 10
+def test_the_plot_shows_ours_by_its_parity_and_diffusers_by_its_time(measured):
+    _, report, plot = measured
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    picture, quality = report.cases[0], draw_report(report).axes[1]
+    [points] = quality.collections
+    assert points.get_offsets().tolist() == [[median(picture.samples_ms), picture.parity_db]]
+    [line] = quality.lines
+    assert set(line.get_xdata()) == {median(picture.rivals["eager"].samples_ms)}
 
 
 def test_the_tables_fit_in_80_columns(measured, capsys):
@@ -256,6 +261,44 @@ def test_a_bundle_is_a_rival(command, fused_bundle, tmp_path):
     # Without diffusers' picture, parity is what was recorded when it was built.
     recorded = open_bundle(fused_bundle).manifest.parity["picture"].db
     assert cases["picture"]["parity_db"] == round(recorded, 2)
+
+
+def test_a_bundle_of_another_batch_is_compared_by_the_picture(command, sdxl_checkpoint, tmp_path):
+    one, two = (
+        build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript", batch=batch), path)
+        for batch, path in ((1, tmp_path / "one"), (2, tmp_path / "two"))
+    )
+    save = tmp_path / "report.json"
+    code, out, _ = command(
+        "bench", one.folder, "--against", two.folder, "--runs", 1, "--save", save, "--quiet"
+    )
+    report, name = read_report(save), str(two.folder)
+    told, picture = summarise(report), report.cases[0]
+    assert code == 0 and {case.name for case in report.cases if name in case.rivals} >= {"step", "decode"}
+    ours, theirs = (np.array(side.samples_ms) for side in (picture, picture.rivals[name]))
+    ratio = median(theirs / 2 / ours)
+    assert told["cases"]["picture"]["rivals"][name]["ratio"] == pytest.approx(ratio)
+    rates = [1000 / median(ours), 2000 / median(theirs)]
+    assert told["pictures_a_second"] == pytest.approx(rates[0]) and told["batch"] == 1
+    assert told["rivals"][name] == {"pictures_a_second": pytest.approx(rates[1]), "batch": 2}
+    assert f"{ratio:.2f}×" in out and all(f"{rate:.2f}, by {n}" in out for n, rate in enumerate(rates, 1))
+    assert readme_table.table([report]).count(f"{ratio:.2f} ×") == 1
+    # A process is started once, whatever it draws.
+    cold, of_two = report.cases[-3], report.cases[-3].rivals[name]
+    assert cold.name == "cold start" and of_two.batch is None
+    starts = median(np.array(of_two.samples_ms) / np.array(cold.samples_ms))
+    assert told["cases"]["cold start"]["rivals"][name]["ratio"] == pytest.approx(starts)
+    recorded = [round(bundle.manifest.parity["picture"].db, 2) for bundle in (one, two)]
+    assert [picture.parity_db, picture.rivals[name].parity_db] == recorded
+
+
+def test_pictures_of_another_batch_are_not_compared_with_those_of_diffusers():
+    def sample(pictures):
+        return Sample(0.0, 1.0, Drawn(pictures, {}))
+
+    black = np.zeros((1, 8, 8, 3), np.uint8)
+    samples = {SELF: black + np.uint8(255), "eager": black, "./by-2": np.concatenate([black, black])}
+    assert parities({name: [sample(pictures)] for name, pictures in samples.items()}) == {SELF: 0.0}
 
 
 def test_measuring_ends_after_its_seconds_but_not_before_three_rounds(fused_bundle):

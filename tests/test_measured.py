@@ -139,4 +139,4 @@ def test_one_candidate_needs_no_measurement(own_home, monkeypatch):
 def test_the_processor_is_told_with_its_cores(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU 9000\nflags\t: avx\n")
-    assert model_name(cpuinfo).startswith("Some CPU 9000, ") and model_name(cpuinfo).endswith(" cores")
+    assert model_name(cpuinfo).startswith("Some CPU 9000, ") and model_name(cpuinfo).endswith(" threads")
