@@ -21,7 +21,7 @@ from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
 from lcm_compile.benchmarks.bench import counted, take_cold, warnings
 from lcm_compile.benchmarks.chart import draw_report
-from lcm_compile.benchmarks.peaks import Peak, measure, peak_of
+from lcm_compile.benchmarks.peaks import Peak, measure
 from lcm_compile.benchmarks.pictures import parities
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
@@ -36,7 +36,6 @@ from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.spec import Shape
-from lcm_compile.targets import TARGETS
 
 DELAY = 0.5  # seconds
 # For a sitecustomize.py: processes import it before they load.
@@ -400,14 +399,6 @@ def test_the_limit_is_the_longer_of_computing_and_reading():
     assert Peak(1e12, 0.5e9).limit_ms(work, "bf16") == pytest.approx(4.0)
     assert Peak(1e12, 0.25e9).limit_ms(work, "int8+bf16") == pytest.approx(4.0)
     assert slow.limit_ms(work, "int8+bf16") == pytest.approx(2.0)
-
-
-def test_the_peak_of_a_gpu_is_the_published_one():
-    """NVIDIA's data sheet of the H200: 989 TFLOPS dense in fp16, twice that in 8 bits, 4.8 TB/s."""
-    h200 = TARGETS["h200"]
-    assert peak_of(h200, "fp16", 1) == Peak(989e12, 4.8e12)
-    assert peak_of(h200, "fp8+fp16", 1) == Peak(1978e12, 4.8e12)
-    assert peak_of(h200, "fp32", 1) is None
 
 
 @pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")
