@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import other_version
-from lcm_compile.engines.gpu import cannot_run_on_gpu
+from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
@@ -48,7 +48,7 @@ def cannot_build(target: GpuTarget, precision: str) -> str | None:
 def cannot_run(target: GpuTarget) -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed; pip install torch"
-    return None if target.is_cpu else cannot_run_on_gpu(target)
+    return None if target.is_cpu else cannot_run_on_gpu(target, torch_cuda())
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:

@@ -53,7 +53,15 @@ def cannot_run(target: GpuTarget) -> str | None:
         return "onnxruntime is not installed; pip install onnxruntime"
     if target.is_cpu:
         return None
-    return cannot_run_on_gpu(target) or cannot_open(CUDA, CUDA_LIBRARIES, INSTALL_CUDA)
+    return cannot_run_on_gpu(target, linked_cuda()) or cannot_open(CUDA, CUDA_LIBRARIES, INSTALL_CUDA)
+
+
+def linked_cuda() -> int | None:
+    """The major version of CUDA that the installed ONNX Runtime is for, if it is for any."""
+    import onnxruntime as ort
+
+    version = ort.cuda_version.partition(".")[0]
+    return int(version) if version else None
 
 
 def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | None:

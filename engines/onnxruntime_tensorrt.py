@@ -38,7 +38,7 @@ def cannot_run(target: GpuTarget) -> str | None:
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime-gpu"
-    if reason := cannot_run_on_gpu(target):
+    if reason := cannot_run_on_gpu(target, shared.linked_cuda()):
         return reason
     if importlib.util.find_spec("tensorrt") is not None:
         importlib.import_module("tensorrt")  # loads its libraries from where pip put them
