@@ -44,6 +44,13 @@ def gpu_here() -> tuple[str, str] | None:
     return torch.cuda.get_device_name(0), f"{major}.{minor}"
 
 
+def gpu_memory() -> int:
+    """Bytes of the first CUDA device, 0 without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+
+
 def why_no_gpu() -> str:
     """Whether it is the driver, torch or the GPU that is missing."""
     import torch

@@ -73,8 +73,7 @@ def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | 
 
     if provider not in ort.get_available_providers():
         return f"this onnxruntime was built without {provider}; pip install onnxruntime-gpu"
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()  # those that pip installed; it prints what it does not find
+    preload()
     for name in libraries:
         library = name.format(ort.cuda_version.partition(".")[0])
         try:
@@ -82,6 +81,14 @@ def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | 
         except OSError:
             return f"onnxruntime's {provider} needs {library}, which is not here; {install}"
     return None
+
+
+def preload() -> None:
+    """Loads CUDA's libraries that pip installed, which are on no path; in each process anew."""
+    import onnxruntime as ort
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
@@ -167,6 +174,9 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
     """A session on the first of `providers`; BackendError where ONNX Runtime takes another instead."""
     import onnxruntime as ort
 
+    asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if asked != CPU:
+        preload()
     try:
         session = ort.InferenceSession(str(path), session_options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
@@ -174,7 +184,6 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
             REBUILD,
         ) from error
-    asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if (got := session.get_providers()[0]) != asked:
         raise BackendError(f"asked ONNX Runtime for {asked}, got {got}", "lcm-compile doctor")
     return session

@@ -289,7 +289,7 @@ def test_for_another_gpu(refused, a10_bundle, monkeypatch):
         "NVIDIA L4 (compute capability 8.9)",
         "a10 is 8.6",
         "lcm-compile build --base",
-        "--gpu 40",
+        "--gpu l4",
     ]
     refused(1, told, *words)
 

@@ -17,6 +17,7 @@ from lcm_compile.engines import (
     BACKENDS,
     choose_backend,
     find_backend,
+    find_target_here,
     gpu,
     installed_version,
     onnxruntime,
@@ -275,6 +276,47 @@ def test_a_library_that_a_provider_lacks_is_named(provider, libraries, missing, 
         pytest.skip("its libraries may be here")
     assert missing in (onnxruntime.cannot_open(provider, libraries, "pip install it") or "")
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "gigabytes", "target"),
+    [
+        ("NVIDIA H200", "9.0", 140, "h200"),
+        ("NVIDIA H100 80GB HBM3", "9.0", 80, "h100"),
+        ("NVIDIA GH200 480GB", "9.0", 95, "h100"),
+        ("NVIDIA L4", "8.9", 22, "l4"),
+        ("NVIDIA L40S", "8.9", 45, "l40s"),
+        ("NVIDIA GeForce RTX 4090", "8.9", 24, "4090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "8.6", 24, "3090"),
+        ("NVIDIA A10", "8.6", 22, "a10"),
+        ("NVIDIA A10G", "8.6", 22, "a10g"),
+        ("NVIDIA RTX A6000", "8.6", 48, "a6000"),
+        ("NVIDIA A100-SXM4-40GB", "8.0", 39, "a100"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", 79, "a100-80gb"),
+        ("Tesla T4", "7.5", 15, "t4"),
+        ("Quadro GV100", "7.0", 32, "cpu"),
+    ],
+)
+def test_the_gpu_here_has_its_own_name(monkeypatch, name, capability, gigabytes, target):
+    monkeypatch.setattr(gpu, "gpu_here", lambda: (name, capability))
+    monkeypatch.setattr(gpu, "gpu_memory", lambda: gigabytes << 30)
+    assert find_target_here() == target
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_session_on_a_gpu_has_its_libraries_loaded_in_its_own_process(provider, sdxl_bundle, monkeypatch):
+    """Large stages are built in processes of their own, where nothing was asked before."""
+    import onnxruntime as ort
+
+    loaded = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(provider))
+    path = sdxl_bundle / "engines/decode.onnx"
+    onnxruntime.open_session(path, onnxruntime.quiet_options(), [onnxruntime.CPU])
+    assert loaded == []
+    if gpu.gpu_here() is None:
+        with pytest.raises(BackendError):
+            onnxruntime.open_session(path, onnxruntime.quiet_options(), [(provider, {})])
+        assert loaded == [provider]
 
 
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
