@@ -23,7 +23,7 @@ from lcm_compile.engines import BACKENDS
 RESULTS = Path(__file__).parent / "results"
 MACHINE = Item("machine", does.examine_machine, least=0, most=60)
 GPU_BACKENDS = [name for name in BACKENDS if name != "torchscript"]
-FIRST = "aotinductor"  # wherever torch runs
+FIRST = "aotinductor"  # needs no package but torch; CUDA's toolkit and a C++ compiler to build
 OTHERS = ("tensorrt", "onnxruntime", "tensorrt-rtx")
 
 
