@@ -32,6 +32,9 @@ GRAPH, NO_GRAPH = "1", "-1"
 # What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
 CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
 INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+# What may not be computed on the processor in a session on a GPU. Little things are there, such as ArgMax of
+# token ids; but in 1.24 Attention was as well (github.com/microsoft/onnxruntime/issues/28025).
+HEAVY = {"Attention", "Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"}
 # Its providers round to fp8, and then multiply in fp16.
 NO_FP8 = "it multiplies in no fp8; in int8 and fp16 it does"
 
@@ -177,6 +180,7 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
     asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if asked != CPU:
         preload()
+        session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = ort.InferenceSession(str(path), session_options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
@@ -186,7 +190,21 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
         ) from error
     if (got := session.get_providers()[0]) != asked:
         raise BackendError(f"asked ONNX Runtime for {asked}, got {got}", "lcm-compile doctor")
+    if asked != CPU and (left := heavy_on_processor(session)):
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} does not compute all of {path} on the GPU: {left}",
+            "pip install --upgrade onnxruntime-gpu, or another --backend",
+        )
     return session
+
+
+def heavy_on_processor(session: Any) -> str:
+    """What a session on a GPU leaves to the processor and should not, in words, or nothing."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return "it is too old to tell, and has no CUDA kernel of Attention"
+    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name == CPU]
+    left = {node.op_type for part in parts for node in part.get_nodes()} & HEAVY
+    return f"{', '.join(sorted(left))} is left to the processor" if left else ""
 
 
 class OnnxRuntimeRunner(Runner):

@@ -329,6 +329,25 @@ def test_a_cpu_session_in_place_of_a_gpu_session_is_an_error(provider, sdxl_bund
         onnxruntime.open_session(path, onnxruntime.quiet_options(), [provider])
 
 
+def test_a_gpu_session_that_leaves_its_work_to_the_processor_is_an_error(sdxl_bundle, monkeypatch):
+    """As versions do that have no kernel of Attention for CUDA. The session here is one of the processor."""
+    import onnxruntime as ort
+
+    class Session(ort.InferenceSession):
+        def __init__(self, path, options, providers):
+            super().__init__(path, options, providers=[onnxruntime.CPU])
+
+        def get_providers(self):
+            return [onnxruntime.CUDA, onnxruntime.CPU]
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    path = sdxl_bundle / "engines/step.onnx"
+    with pytest.raises(BackendError, match=r"Attention.* is left to the processor"):
+        onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
+    monkeypatch.setattr(onnxruntime, "HEAVY", {"NoSuchNode"})
+    onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
+
+
 def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
     """The very lines that a GPU runs, with ONNX Runtime's CPU provider and tensors on the CPU."""
     bundle = open_bundle(sdxl_bundle)
