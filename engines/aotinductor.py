@@ -56,7 +56,7 @@ def missing_for_gpus() -> str | None:
     headers = [Path(CUDA_HOME or "", "include", name) for name in ("cuda.h", "cuda_runtime.h")]
     if CUDA_HOME is None or not all(path.is_file() for path in headers):
         return (
-            f"it needs the headers {' and '.join(path.name for path in headers)} of CUDA's toolkit, and finds "
+            f"it needs {' and '.join(path.name for path in headers)} of CUDA's toolkit, and finds "
             f"no such in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
         )
     return None
@@ -87,8 +87,8 @@ def options(target: GpuTarget) -> Mapping[str, Any]:
 def settings(target: GpuTarget) -> dict[str, Any]:
     """What torch's compiler is told.
 
-    On a GPU it lays out convolutions channels last: frozen, their weights are laid out so when it compiles, and
-    else at every call (`freezing` in torch/_inductor). Engines for CPUs stay as they are tested.
+    On a GPU it lays out convolutions channels last: frozen, their weights are laid out so when it compiles,
+    and else at every call (`freezing` in torch/_inductor). Engines for CPUs stay as they are tested.
     """
     return SETTINGS if target.is_cpu else {**SETTINGS, "freezing": True}
 

@@ -178,6 +178,8 @@ def test_the_key_holds_the_instruction_set(tmp_path):
     cpuinfo.write_text(core + core.replace(" amx_int8", ""))
     assert instruction_set(cpuinfo)[1:] == ["avx2", "avx512_bf16", "avx512f", "sse4_2"]
     here = aotinductor.options(CPU)["instruction_set"]
+    # On a GPU weights are frozen, and compiled otherwise; on a CPU nothing has changed.
+    assert aotinductor.options(find_target("h200"))["freezing"] and "freezing" not in aotinductor.options(CPU)
     capability = torch.backends.cpu.get_cpu_capability()
     assert ("avx512f" in here) >= ("AVX512" in capability) and ("avx2" in here) >= ("AVX" in capability)
 
