@@ -27,7 +27,8 @@ from lcm_compile.parity import picture_floor, psnr_db
 from lcm_compile.plan import open_base
 from lcm_compile.spec import DRAW, float_type, product_type
 
-PICTURE, COLD_START, LOAD, FIRST = "picture", "cold start", "load", "first picture"
+PICTURE = "picture"
+COLD = ("cold start", "load", "first picture")  # of new processes; every other case is a stage
 COLD_STARTS = 3
 PASSES = {"step": STEPS}  # of a stage for one picture, where it is not one
 REFERENCE = "eager"  # whose pictures the others are compared with
@@ -189,8 +190,9 @@ def take_cold(
 ) -> dict[str, list[ColdStart]]:
     """Processes that draw one picture each, in turn; of what is compiled anew in each process, none.
 
-    Files are in the system's cache by then: no disk is measured. A bundle is started by the command that
-    people type, diffusers by the shortest script.
+    Files are in the system's cache by then: no disk is measured. A script loads everything and then draws. A
+    bundle's start to end is that of another process, of the command that people type, which draws while
+    engines still load and so can't tell the two apart.
     """
     names = [name for name in drawers if name not in RIVALS or RIVALS[name].starts_cold]
     colds: dict[str, list[ColdStart]] = {name: [] for name in names}
@@ -198,10 +200,9 @@ def take_cold(
         path = Path(work) / "picture.png"
         for i, (words, seed) in zip(range(rounds), timing.requests(prompt), strict=False):
             for name in timing.in_turn(names, i):
-                if name in RIVALS:
-                    cold = cold_start(drawers[name], words, seed, path, threads)
-                else:
-                    cold = cold_run(drawers[name].args[0], words, seed, path, threads)
+                cold = cold_start(drawers[name], words, seed, path, threads)
+                if name not in RIVALS:
+                    cold = replace(cold, ms=cold_run(drawers[name].args[0], words, seed, path, threads))
                 colds[name].append(cold)
             report("start cold", i + 1, rounds)
     return colds
@@ -268,15 +269,10 @@ def cold_cases(measured: Measured) -> list[Case]:
     if not measured.colds:
         return []
     cases = []
-    for case, of in (
-        (COLD_START, lambda cold: cold.ms),
-        (LOAD, lambda cold: cold.load_ms),
-        (FIRST, lambda cold: cold.first_ms),
-    ):
+    for case, of in zip(COLD, ("ms", "load_ms", "first_ms"), strict=True):
         samples = {
-            name: milliseconds(list(map(of, colds)))
+            name: milliseconds([getattr(cold, of) for cold in colds])
             for name, colds in measured.colds.items()
-            if case != LOAD or name not in RIVALS  # a script's libraries are loaded with its weights
         }
         cases.append(Case(case, samples.pop(SELF), {name: Rival(ms) for name, ms in samples.items()}))
     return cases

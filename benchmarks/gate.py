@@ -1,20 +1,21 @@
 """The performance gate: a new report against a baseline, every case and metric with a verdict.
 
-Times are compared as ratios to a rival that both reports timed in turn with the case, so that the machine's
-own speed cancels; without such a rival as they are, on the same device only.
+Times are compared as ratios to the rival that the baseline timed in turn with the case, so that the machine's
+own speed cancels; where the baseline has none as they are, on the same device only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from lcm_compile.benchmarks.report import BenchmarkReport, Case, Environment
+from lcm_compile.benchmarks.bench import COLD, PICTURE
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment
 from lcm_compile.benchmarks.statistics import change, fewest_samples, spread
 from lcm_compile.errors import UsageError, unknown_name
 
@@ -102,9 +103,7 @@ def compare_reports(base: BenchmarkReport, new: BenchmarkReport, limits: Mapping
         if case.name not in given:
             verdicts.append(Verdict(case.name, "case", MISSING, why="the baseline has this case"))
             continue
-        now = given.pop(case.name)
-        sides = yardsticks(case, base), yardsticks(now, new)
-        verdicts += judge(Pair(case, now, *sides, where(case, base), new.environment), limits, alpha)
+        verdicts += judge(pair_of(case, base, given.pop(case.name), new), limits, alpha)
     verdicts += [Verdict(name, "case", NEW, why="the baseline has no such case") for name in given]
     return Comparison(tuple(verdicts), tuple(remarks(base, new)))
 
@@ -122,18 +121,29 @@ class Pair:
 
     @property
     def yardstick(self) -> str | None:
-        return next((name for name in self.base_yardsticks if name in self.new_yardsticks), None)
+        """What times are told in; NEW has it where nothing is lacking."""
+        return next(iter(self.base_yardsticks), None)
+
+    @property
+    def lacking(self) -> list[str]:
+        return [name for name in self.base_yardsticks if name not in self.new_yardsticks]
+
+
+def pair_of(case: Case, base: BenchmarkReport, now: Case, new: BenchmarkReport) -> Pair:
+    sides = yardsticks(case, base), yardsticks(now, new)
+    return Pair(case, now, *sides, where(case, base), new.environment)
 
 
 def yardsticks(case: Case, report: BenchmarkReport) -> dict[str, Samples]:
-    """A case's rivals; of one that none has (loading, the context), what rivals did in the same rounds."""
+    """A case's rivals; of a stage that none has (the context), what rivals took for the round's picture."""
     if case.rivals:
         return {name: rival.samples_ms for name, rival in case.rivals.items()}
     return {
-        f"{name}'s {other.name}": rival.samples_ms
-        for other in report.cases
-        if len(other.samples_ms) == len(case.samples_ms) and other.groups == case.groups
-        for name, rival in other.rivals.items()
+        f"{name}'s {PICTURE}": rival.samples_ms
+        for picture in report.cases
+        if picture.name == PICTURE and case.name not in COLD  # which are of other rounds
+        if len(picture.samples_ms) == len(case.samples_ms) and picture.groups == case.groups
+        for name, rival in picture.rivals.items()
     }
 
 
@@ -142,27 +152,27 @@ def where(case: Case, report: BenchmarkReport) -> Environment:
 
 
 def judge(pair: Pair, limits: Mapping[str, float], alpha: float) -> Iterator[Verdict]:
+    """Without the baseline's rival no times: as they are, or to another one, they could hide a regression."""
+    if pair.lacking:
+        why = f"the baseline was timed in turn with {' and '.join(pair.lacking)}"
+        yield Verdict(pair.base.name, "rival", MISSING, why=why)
     for metric in METRICS:
         if metric in limits:
-            if metric in QUANTILES:
-                yield judge_time(pair, metric, limits[metric], alpha)
-            else:
+            if metric not in QUANTILES:
                 yield judge_figure(pair, metric, limits[metric])
+            elif not pair.lacking:
+                yield judge_time(pair, metric, limits[metric], alpha)
 
 
 def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
     yardstick, quantile = pair.yardstick, QUANTILES[metric]
     if yardstick is None:
         require_one_device(pair)
-    sides = [
-        log_times(case, rivals[yardstick] if yardstick else None, metric)
-        for case, rivals in ((pair.base, pair.base_yardsticks), (pair.new, pair.new_yardsticks))
-    ]
-    for side in sides:
-        needed, fewest = fewest_samples(quantile, len(side)), min(len(process) for process in side)
-        if fewest < needed:
-            why = f"takes {needed} samples from every process; one has {fewest}"
-            return Verdict(pair.base.name, metric, UNSURE, limit=limit, why=why)
+    sides = both_log_times(pair, metric)
+    # What the baseline can't tell is no loss; what it can, and NEW can't, is missing.
+    for side, status in zip(sides, (UNSURE, MISSING), strict=True):
+        if why := too_few(side, quantile):
+            return Verdict(pair.base.name, metric, status, limit=limit, why=why)
     base, new = (spread(side, quantile) for side in sides)
     found = change(base, new, alpha)
     if found.low > 0 and found.value > limit:
@@ -183,6 +193,21 @@ def judge_time(pair: Pair, metric: str, limit: float, alpha: float) -> Verdict:
         high=found.high,
         limit=limit,
     )
+
+
+def both_log_times(pair: Pair, metric: str) -> list[list[np.ndarray]]:
+    """The baseline's and NEW's."""
+    name = pair.yardstick
+    return [
+        log_times(case, rivals[name] if name else None, metric)
+        for case, rivals in ((pair.base, pair.base_yardsticks), (pair.new, pair.new_yardsticks))
+    ]
+
+
+def too_few(processes: Sequence[np.ndarray], quantile: float) -> str | None:
+    """Why samples can't tell a quantile, or None."""
+    fewest, needed = min(map(len, processes)), fewest_samples(quantile, len(processes))
+    return f"takes {needed} samples from every process; one has {fewest}" if fewest < needed else None
 
 
 def log_times(case: Case, rival: Samples | None, metric: str) -> list[np.ndarray]:
@@ -208,7 +233,7 @@ def require_one_device(pair: Pair) -> None:
     )
     if was != now:
         raise UsageError(
-            f"case {pair.base.name!r} was timed on {was}, and now on {now}, with no rival in both: "
+            f"case {pair.base.name!r} was timed on {was}, without a rival, and now on {now}: "
             "times of two machines can't be compared",
             "lcm-compile bench --against eager --save FILE on both: ratios to a rival can",
         )
@@ -248,6 +273,14 @@ def remarks(base: BenchmarkReport, new: BenchmarkReport) -> Iterator[str]:
                 "NEW runs several, and --update --loosen WHY keeps them"
             )
     was, now = base.environment.versions, new.environment.versions
+    engines = [engines_told(report.benchmark) for report in (base, new)]
+    if all(engines) and engines[0] != engines[1]:
+        yield f"the engines differ: {' → '.join(engines)}"
     changed = [f"{k} {was[k]} → {now[k]}" for k in was if k in now and was[k] != now[k]]
     if changed:
         yield f"versions differ, of rivals perhaps too: {', '.join(changed)}"
+
+
+def engines_told(benchmark: Benchmark) -> str:
+    """Backend and precisions; nothing where the report does not tell."""
+    return " ".join([benchmark.backend, *sorted(set(benchmark.precisions.values()))]).strip()

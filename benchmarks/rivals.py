@@ -58,10 +58,11 @@ class Rival:
 
 
 def draw_with_bundle(folder: Path) -> Draw:
+    """Every prompt is encoded, as diffusers does it: none is remembered."""
     from lcm_compile.pipeline import Request
     from lcm_compile.runners import load
 
-    pipeline = load(folder)
+    pipeline = load(folder, prompt_cache=0)
     batch = pipeline.settings.shape.batch
 
     def draw(prompt: str, seed: int) -> Drawn:

@@ -8,28 +8,32 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from lcm_compile.benchmarks.bench import COLD_START, FIRST, LOAD, PASSES, PICTURE
+from lcm_compile.benchmarks.bench import COLD, PASSES, PICTURE
 from lcm_compile.benchmarks.report import BenchmarkReport, Case
+from lcm_compile.benchmarks.statistics import fewest_samples
 from lcm_compile.benchmarks.timing import quantile, ratios
 from lcm_compile.console import note, print_table, told_size
-
-APART = (PICTURE, COLD_START, LOAD, FIRST)  # every other case is a stage
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds. `share` is the limit's part of the median."""
+    """Milliseconds; None for a tail of too few samples. `share` is the limit's part of the median."""
 
     median: float
-    p90: float
-    p99: float
+    p90: float | None
+    p99: float | None
     share: float | None
 
     @classmethod
     def of(cls, case: Case) -> Latency:
         middle = median(case.samples_ms)
         share = None if case.limit_ms is None else case.limit_ms / middle
-        return cls(middle, quantile(case.samples_ms, 0.9), quantile(case.samples_ms, 0.99), share)
+        return cls(middle, tail(case.samples_ms, 0.9), tail(case.samples_ms, 0.99), share)
+
+
+def tail(samples: Sequence[float], part: float) -> float | None:
+    """A quantile above the median; None of fewer samples than one is expected above it in."""
+    return quantile(samples, part) if len(samples) >= fewest_samples(part, 1) else None
 
 
 def summarise(report: BenchmarkReport) -> dict[str, Any]:
@@ -59,7 +63,7 @@ def summarise(report: BenchmarkReport) -> dict[str, Any]:
 
 
 def stages_of(report: BenchmarkReport) -> list[Case]:
-    return [case for case in report.cases if case.name not in APART and case.samples_ms]
+    return [case for case in report.cases if case.name not in (PICTURE, *COLD) and case.samples_ms]
 
 
 def budget(report: BenchmarkReport) -> str | None:
@@ -108,8 +112,7 @@ def latency_row(case: Case) -> tuple[str, ...]:
     return (
         case.name if passes == 1 else f"{case.name} × {passes}",
         told_ms(latency.median),
-        told_ms(latency.p90),
-        told_ms(latency.p99),
+        *("" if ms is None else told_ms(ms) for ms in (latency.p90, latency.p99)),
         "" if latency.share is None else f"{latency.share:.0%}",
         "" if case.engine_bytes is None else told_size(case.engine_bytes),
     )

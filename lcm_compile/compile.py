@@ -26,7 +26,7 @@ from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.cost import Report, Stopwatch, silent
 from lcm_compile.engines import find_backend, installed_version
 from lcm_compile.errors import CheckpointError
-from lcm_compile.estimate import estimate
+from lcm_compile.estimate import disk_for, estimate, estimate_plan
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import EXPORT, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
@@ -82,9 +82,11 @@ def build_targets(
             assert plan.export is not None
             shared = [key_digest(plan.export.key), plan.export.checked, str(plan.export.proof_shape)]
             sharing.setdefault(" ".join(shared), []).append(i)
-    for members in sharing.values():
+    groups = list(sharing.values())
+    for n, members in enumerate(groups, 1):
         wanted = {plans[i].folder for i in members}
-        followed = build_sharing([asked[i] for i in members], wanted, force, report)
+        later = [plans[i] for group in groups[n:] for i in group]
+        followed = build_sharing([asked[i] for i in members], wanted, later, force, report)
         for i, plan in zip(members, followed, strict=True):
             plans[i] = plan
     for plan in plans:
@@ -93,11 +95,15 @@ def build_targets(
 
 
 def build_sharing(
-    asked: Sequence[tuple[BuildSpec, Path | None]], wanted: Iterable[Path], force: bool, report: Report
+    asked: Sequence[tuple[BuildSpec, Path | None]],
+    wanted: Iterable[Path],
+    later: Sequence[Plan],
+    force: bool,
+    report: Report,
 ) -> list[Plan]:
     """Builds bundles that need the same graphs into the folders `wanted`.
 
-    Those that another process built meanwhile are hits.
+    Those that another process built meanwhile are hits. The disk must have room for those of `later` too.
     """
 
     def plan_again() -> list[Plan]:
@@ -114,6 +120,7 @@ def build_sharing(
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
             several = len(missing) > 1
+            check_room([*missing.values(), *later])
             built: dict[tuple[str | None, ...], Path] = {}
             with exported(next(iter(missing.values())), folders[next(iter(missing))], report) as export:
                 for folder, plan in missing.items():
@@ -123,6 +130,11 @@ def build_sharing(
             if [plan.key for plan in plan_again()] != [plan.key for plan in plans]:
                 raise CheckpointError(CHANGED, "build again")
     return plans
+
+
+def check_room(plans: Sequence[Plan], graphs: Path | None = None) -> None:
+    """LcmCompileError where the disk has no room to build all of these, from the export `graphs` if given."""
+    check_space(plans[0].folder, disk_for([estimate_plan(plan, graphs) for plan in plans]))
 
 
 def engines_of(plan: Plan) -> tuple[str | None, ...]:
@@ -145,14 +157,25 @@ def build_from(
 
     Raises UsageError, BackendError, ParityError, and BundleError where the export is damaged.
     """
-    plan = make_plan_from(graphs, gpu, backend, out, force, report)
-    if not plan.hit:
-        with publishing(plan.folder, lambda: report(WAITING, None)) as folder:
-            plan = make_plan_from(graphs, gpu, backend, out, force)
-            if not plan.hit:
-                build_into(folder, graphs, read_export(graphs), plan, report)
-    remember(plan.folder)
-    return plan, open_bundle(plan.folder)
+    return build_targets_from(graphs, [(gpu, out)], backend, force, report)[0]
+
+
+def build_targets_from(
+    graphs: Path, asked: Sequence[tuple[str, Path | None]], backend: str, force: bool, report: Report
+) -> list[tuple[Plan, EngineBundle]]:
+    """Bundles for several targets from an export, each with the plan that was followed; see build_from."""
+    done = []
+    for n, (gpu, out) in enumerate(asked, 1):
+        plan = make_plan_from(graphs, gpu, backend, out, force, report)
+        if not plan.hit:
+            with publishing(plan.folder, lambda: report(WAITING, None)) as folder:
+                plan, *later = [make_plan_from(graphs, g, backend, o, force) for g, o in asked[n - 1 :]]
+                if not plan.hit:
+                    check_room([plan, *(p for p in later if not p.hit)], graphs)
+                    build_into(folder, graphs, read_export(graphs), plan, report)
+        remember(plan.folder)
+        done.append((plan, open_bundle(plan.folder)))
+    return done
 
 
 def export(
@@ -177,7 +200,6 @@ def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, E
     """The export that a bundle is built from, until that is done."""
     assert plan.export is not None
     # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
-    check_space(plan.folder, estimate(plan.export).disk_bytes)
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
         with full_disk_told(folder.parent):
             export = export_into(Path(scratch), plan.export, report)

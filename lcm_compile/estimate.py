@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lcm_compile.components import Component
 from lcm_compile.contracts import PARTS
-from lcm_compile.plan import GRAPH, ExportPlan
+from lcm_compile.exported import read_export
+from lcm_compile.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.single_file import read_header
-from lcm_compile.spec import product_type
+from lcm_compile.spec import Shape, product_type
 
 # Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
@@ -30,6 +32,8 @@ SMALL = 14  # all of it, for a model that is made in one process
 DRAWN = 256 * 256
 # aotinductor compiles each stage for so long.
 COMPILING = 40
+# From an export: for whatever the model, and for building the engines of a million weights.
+FINISHING, BUILDING = 3, 0.025
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,43 @@ def seconds(export: ExportPlan, weights: Mapping[str, int]) -> float:
     compiling = COMPILING * len(export.precisions) if export.graph_format == "torch_export" else 0
     if not export.is_large:
         return float(SMALL + compiling)
-    drawn = export.proof_shape.height * export.proof_shape.width * export.proof_shape.batch / DRAWN
     engine = ENGINE if export.checked == GRAPH else 0
     taken = {part: START + (PER_MILLION + engine) * count / 1e6 for part, count in weights.items()}
-    return compiling + sum(taken.values()) + drawn * (DRAWING * weights["unet"] / 1e6 + DECODING)
+    return compiling + sum(taken.values()) + drawing(export.proof_shape, weights["unet"])
+
+
+def drawing(shape: Shape, unet: float) -> float:
+    """Seconds for a picture of a large model whose UNet has so many weights."""
+    return shape.height * shape.width * shape.batch / DRAWN * (DRAWING * unet / 1e6 + DECODING)
+
+
+def estimate_plan(plan: Plan, graphs: Path | None = None) -> Estimate:
+    """For one bundle, from the base or from the export `graphs`; errors as estimate's and estimate_from's."""
+    if graphs is not None:
+        return estimate_from(graphs, plan)
+    assert plan.export is not None
+    return estimate(plan.export)
+
+
+def estimate_from(graphs: Path, plan: Plan) -> Estimate:
+    """For one bundle from an export, told by the sizes of its graphs. BundleError where that is broken."""
+    export = read_export(graphs)
+    sizes, weights = [], {}
+    for stage in export.stages:
+        graph = export.graph(graphs, stage)
+        sizes.append(sum(path.stat().st_size for path in (graph.path, graph.weights) if path.is_file()))
+        weights[stage.contract.name] = sizes[-1] / BYTES[product_type(stage.precision)]
+    largest = max(weights.values()) if export.is_large else sum(weights.values())
+    compiling = COMPILING * len(weights) if export.graph_format == "torch_export" else 0
+    taken = FINISHING + compiling + BUILDING * sum(weights.values()) / 1e6
+    if export.is_large and plan.backend.cannot_run(plan.target) is None:
+        taken += drawing(export.pipeline.shape, largest)  # the proof
+    return Estimate(sum(sizes), sum(sizes), int(LIBRARIES + PER_WEIGHT * largest), taken)
+
+
+def disk_for(costs: Sequence[Estimate]) -> int:
+    """Bytes that several builds of one command take at the most: all bundles, and one export at a time."""
+    return sum(c.bundle_bytes for c in costs) + max(c.disk_bytes - c.bundle_bytes for c in costs)
 
 
 def parameters(component: Component) -> int:

@@ -12,6 +12,7 @@ from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
+from lcm_compile.lora_metadata import told_metadata
 from lcm_compile.spec import PART, LoraSpec
 
 if TYPE_CHECKING:
@@ -59,9 +60,12 @@ def refusal(lora: Lora, why: str, found: Match) -> LoraError:
     """Why a LoRA is not fused, and what it is."""
     total = sum(len(layer.keys) for layer in lora.layers)
     rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
+    alpha = f", alpha {', '.join(f'{alpha:g}' for alpha in lora.alphas)}," if lora.alphas else ""
+    metadata = "; ".join(told_metadata(lora.metadata))
     return LoraError(
         f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
-        f"{rank} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}",
+        f"{rank}{alpha} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}"
+        + (f"\n  {metadata}" if metadata else ""),
         shlex.join(["lcm-compile", "inspect", str(lora.path)]),
     )
 

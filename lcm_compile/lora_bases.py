@@ -14,6 +14,7 @@ from lcm_compile.families import FAMILIES
 from lcm_compile.lora_files import Lora
 from lcm_compile.lora_match import Match, match
 from lcm_compile.model_configs import COMPONENTS
+from lcm_compile.unet_configs import UNETS
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def fits(lora: Lora) -> list[Fit]:
     """
     components = {layer.component for layer in lora.layers}
     found = []
-    for family in ("demo", *COMPONENTS):
+    for family in ("demo", *UNETS):  # a full LCM's modules are those of the family that it was made of
         modules = empty_modules(family, components)
         matched = match(lora, modules)
         if matched.pairs:

@@ -71,6 +71,10 @@ class Lora:
         return sorted({layer.update.rank for layer in self.layers if layer.update.rank is not None})
 
     @property
+    def alphas(self) -> list[float]:
+        return sorted({layer.update.alpha for layer in self.layers if layer.update.alpha is not None})
+
+    @property
     def kinds(self) -> dict[str, int]:
         """How many modules are updated in each way."""
         return dict(Counter(layer.update.name for layer in self.layers))

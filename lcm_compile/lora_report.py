@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lcm_compile.checkpoints import Checkpoint
@@ -14,21 +13,9 @@ from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, block_of, match, weight_of
+from lcm_compile.lora_metadata import describe_metadata, frequent_tags
 
 KEYS_SHOWN = 10
-TAGS_SHOWN = 10
-TEXT_SHOWN = 300
-# What trainers write, kohya's and the ModelSpec's, under the names that the report gives it.
-METADATA = {
-    "title": ("modelspec.title", "ss_output_name"),
-    "architecture": ("modelspec.architecture",),
-    "trained_on": ("ss_base_model_version",),
-    "trained_from": ("ss_sd_model_name",),
-    "network": ("ss_network_module",),
-    "network_dim": ("ss_network_dim",),
-    "network_alpha": ("ss_network_alpha",),
-    "trigger_phrase": ("modelspec.trigger_phrase",),
-}
 REST = "unet, rest"  # its embeddings, its first and last layers
 ORDER = ("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks", "unet")
 
@@ -81,32 +68,6 @@ def parameters(update: Update) -> int:
 
 def told(names: Sequence[str]) -> dict[str, Any]:
     return {"count": len(names), "some": list(names[:KEYS_SHOWN])}
-
-
-def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    said = {}
-    for name, keys in METADATA.items():
-        text = next((printable(metadata[key]) for key in keys if metadata.get(key, "None") != "None"), "")
-        if text:
-            said[name] = text
-    return said
-
-
-def printable(text: str) -> str:
-    """A stranger's text, without what would move a terminal's cursor."""
-    return "".join(c for c in text if c.isprintable())[:TEXT_SHOWN].strip()
-
-
-def frequent_tags(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The tags that most of the training's captions had, which is where trigger words are; kohya's counts."""
-    totals: Counter[str] = Counter()
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-        for counts in folders.values():
-            totals.update({printable(tag): int(count) for tag, count in counts.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):  # a hint at most: a broken one is none
-        return []
-    return [{"tag": tag, "captions": count} for tag, count in totals.most_common(TAGS_SHOWN) if tag]
 
 
 def changes(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -> list[dict[str, Any]]:

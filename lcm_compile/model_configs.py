@@ -85,6 +85,10 @@ DDIM_V = {
     "prediction_type": "v_prediction",
 }
 
+LCM = {"_class_name": "LCMScheduler", **BETAS}
+# Full LCMs: UNets that read the guidance scale as an embedding so wide.
+GUIDED = {"time_cond_proj_dim": 256}
+
 XL = {"vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG, "scheduler": EULER}
 COMPONENTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
     "sdxl": {"unet": UNETS["sdxl"], **XL},
@@ -95,5 +99,13 @@ COMPONENTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
         "vae": {**VAE, "sample_size": 768},
         "text_encoder": CLIP_H,
         "scheduler": DDIM_V,
+    },
+    "lcm-sdxl": {"unet": {**UNETS["sdxl"], **GUIDED}, **XL},
+    "lcm-ssd-1b": {"unet": {**UNETS["ssd-1b"], **GUIDED}, **XL},
+    "lcm-dreamshaper": {
+        "unet": {**UNETS["sd15"], **GUIDED, "sample_size": 96},
+        "vae": {**VAE, "sample_size": 768},
+        "text_encoder": CLIP_L,
+        "scheduler": LCM,
     },
 }

@@ -1,7 +1,7 @@
 """A family's architecture with random weights: no download, no picture worth seeing, the real work.
 
 For benchmarks, CI, and to find out whether a target takes a model before its weights are fetched. The random
-weights stand for the base with its LCM-LoRA fused in.
+weights stand for the base with its LCM-LoRA fused in, or for a full LCM.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def open_random(base: str, seed: int) -> Checkpoint:
     configs = dict(COMPONENTS[base])
     scheduler = configs.pop("scheduler")
     try:
-        folder = fetch(family.base, TOKENIZER_FILES)
+        folder = fetch(family.others or family.base, TOKENIZER_FILES)
     except ConnectionError:
         folder = Path(f"{base}-random")  # stand-in tokenizers, see below
     components = {name: Component(name, config) for name, config in configs.items()}

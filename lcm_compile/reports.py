@@ -173,6 +173,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
             }
             for stage in manifest.stages
         ],
+        "fp32_layers": {s.contract.name: list(s.fp32_layers) for s in manifest.stages if s.fp32_layers},
         "parity": {name: figure.to_dict() for name, figure in manifest.parity.items()},
         "toolchain": dict(manifest.toolchain),
         "costs": {name: asdict(cost) for name, cost in manifest.costs.items()},

@@ -262,6 +262,25 @@ def test_a_refusal_tells_what_the_lora_is(refuse, sdxl_loras, tmp_path):
     refuse(["changes nothing: every update in it is zero", *told, f"lcm-compile inspect {empty}"], empty)
 
 
+def test_a_refusal_tells_alpha_metadata_and_trigger_words(refuse, sdxl_loras, sd15_checkpoint, tmp_path):
+    """As `inspect` does: of one that is for another base, and of one that changes nothing."""
+    metadata = {
+        "ss_output_name": "dog_v2",
+        "ss_sd_model_name": "my\x1b[2Jbase.safetensors",
+        "modelspec.trigger_phrase": "sks dog",
+        "ss_tag_frequency": json.dumps({"10_sks": {"grass": 3, "sks dog": 12}}),
+    }
+    told = ["rank 4, alpha 2,", "title: dog_v2; trained from: my[2Jbase.safetensors; trigger phrase: sks dog"]
+    told.append("likely triggers: sks dog (12), grass (3)")
+    tensors, path = load_file(sdxl_loras["kohya"]), tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata)
+    err = refuse(["does not fit this base", *told], path, base=sd15_checkpoint)
+    assert "\x1b" not in err and len(err.partition("error: ")[2].splitlines()) == 4
+    nothing = {key: t if key.endswith("alpha") else torch.zeros_like(t) for key, t in tensors.items()}
+    save_file(nothing, path, metadata)
+    refuse(["changes nothing", *told], path)
+
+
 @pytest.mark.parametrize(
     ("part", "tensor"),
     [

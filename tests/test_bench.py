@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -19,22 +20,37 @@ from PIL import Image
 
 from lcm_compile import BuildSpec, LoraSpec, build
 from lcm_compile.benchmarks import readme_table, timing
-from lcm_compile.benchmarks.bench import counted, warnings
-from lcm_compile.benchmarks.peaks import measure
-from lcm_compile.benchmarks.report import read_report
+from lcm_compile.benchmarks.bench import counted, take_cold, warnings
+from lcm_compile.benchmarks.peaks import Peak, measure, peak_of
+from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, read_report
 from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
-from lcm_compile.benchmarks.summary import budget, summarise
-from lcm_compile.benchmarks.work import count_work
+from lcm_compile.benchmarks.summary import budget, print_report, summarise
+from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import Maker, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
+from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.spec import Shape
+from lcm_compile.targets import TARGETS
 
 DELAY = 0.5  # seconds
+# For a sitecustomize.py: processes import it before they load.
+SLOW_TO_LOAD = """
+import time
+from lcm_compile.engines import onnxruntime
+plain = onnxruntime.load
+
+def slow(path, contract, target):
+    if contract.name == "decode":
+        time.sleep({seconds})
+    return plain(path, contract, target)
+
+onnxruntime.load = slow
+"""
 
 
 def draw_slowly(folder):
@@ -54,6 +70,18 @@ def stands_still(worker):
             return True
         time.sleep(0.1)
     return False
+
+
+class Unpacked:
+    """As an engine that unpacks itself into a file, which it removes at its end, after some seconds."""
+
+    def __init__(self, path, seconds):
+        self.path, self.seconds = path, seconds
+        path.touch()
+
+    def __del__(self):
+        time.sleep(self.seconds)
+        self.path.unlink()
 
 
 def give_up():
@@ -96,7 +124,8 @@ def test_every_stage_and_the_whole_are_measured_in_pairs(measured, fused_bundle)
         for case in report.cases
         for rival in case.rivals.values()
     )
-    assert {"eager"} == set(cases["picture"].rivals) == set(cases["cold start"].rivals)
+    for name in ("picture", "cold start", "load", "first picture"):
+        assert set(cases[name].rivals) == {"eager"}
     assert {"encode", "step", "decode"} <= {name for name in stages if cases[name].rivals}
     of_stages = sum(np.array(cases[name].samples_ms) for name in stages)
     assert (of_stages <= np.array(cases["picture"].samples_ms)).all()
@@ -152,8 +181,6 @@ def test_the_plot_is_a_picture(measured):
 
 
 def test_the_tables_fit_in_80_columns(measured, capsys):
-    from lcm_compile.benchmarks.summary import print_report
-
     _, report, _ = measured
     print_report(report)
     out, err = capsys.readouterr()
@@ -195,6 +222,30 @@ def test_turns_are_taken_one_at_a_time_in_swapping_order_and_a_slow_rival_is_tol
     assert median(timing.ratios(*([s.ms for s in samples[n]] for n in (SELF, "slow")))) > 1.2
 
 
+def test_a_prompt_that_comes_again_is_encoded_again(fused_bundle, monkeypatch):
+    """What is remembered would be no like for like: diffusers encodes each time."""
+    plain, called = OnnxRuntimeRunner.__call__, []
+
+    def counted(self, inputs):
+        called.append(self.contract.name)
+        return plain(self, inputs)
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "__call__", counted)
+    draw = draw_with_bundle(fused_bundle)
+    for seed in range(3):
+        draw("a star", seed)
+    assert (called.count("encode"), called.count("context")) == (3, 3)
+
+
+def test_loading_is_all_of_it_and_no_part_of_the_first_picture(fused_bundle, tmp_path, monkeypatch):
+    """The last engine takes two seconds to load, which `run` spends drawing: those are the load's alone."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LOAD.format(seconds=2))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ours = {SELF: Maker(draw_with_bundle, (fused_bundle,))}
+    (cold,) = take_cold(ours, "a star", 1, 1, lambda *_: None)[SELF]
+    assert cold.first_ms < 2000 < min(cold.load_ms, cold.ms)
+
+
 def test_a_bundle_is_a_rival(command, fused_bundle, tmp_path):
     twin = shutil.copytree(fused_bundle, tmp_path / "twin")
     code, out, _ = command("bench", fused_bundle, "--against", twin, "--runs", 1, "--json", "--quiet")
@@ -218,6 +269,17 @@ def test_what_fails_in_a_worker_is_raised_here():
         Worker("none", Maker(give_up), 1)
     with pytest.raises(BundleError, match="no bundle at"):
         Worker("none", Maker(draw_with_bundle, (Path("/nowhere"),)), 1)
+
+
+def test_a_process_ends_by_itself_or_is_ended(tmp_path, monkeypatch):
+    """AOTInductor unpacks gigabytes, which only its own end removes."""
+    with Worker("quick", Maker(Unpacked, (tmp_path / "quick", 0)), 1):
+        assert (tmp_path / "quick").exists()
+    assert not (tmp_path / "quick").exists()
+    monkeypatch.setattr("lcm_compile.benchmarks.worker.ENDING", 0.2)
+    with Worker("slow", Maker(Unpacked, (tmp_path / "slow", 600)), 1):
+        start = time.monotonic()
+    assert time.monotonic() - start < 10 and (tmp_path / "slow").exists()
 
 
 def test_a_worker_that_dies_is_told(fused_bundle):
@@ -252,6 +314,57 @@ def test_work_grows_with_the_batch(sdxl_checkpoint):
     for stage in one:
         assert four[stage].flop == pytest.approx(4 * one[stage].flop, rel=0.01)
         assert four[stage].weights == one[stage].weights
+
+
+def known(samples, batch=1):
+    """A report of a picture that takes so many milliseconds."""
+    here = Environment("EPYC", "EPYC", 2, {}, "2026-11-01T00:00:00+00:00")
+    asked = Benchmark(BuildSpec("demo"), (), 100, 60.0, shape=Shape(batch, 64, 64))
+    return BenchmarkReport(here, asked, (Case("picture", samples), Case("step", samples, limit_ms=20.2)))
+
+
+def test_the_figures_of_known_samples_are_the_known_ones(capsys):
+    """Of 1, 2, … 100 ms: linear between the samples, 0.1 of 90 to 91 and 0.01 of 99 to 100."""
+    report = known(tuple(map(float, range(100, 0, -1))), batch=4)
+    told = summarise(report)
+    assert told["pictures_a_second"] == pytest.approx(4 * 1000 / 50.5)
+    step = told["cases"]["step"]
+    assert [step[name] for name in ("median", "p90", "p99", "share")] == pytest.approx(
+        [50.5, 90.1, 99.01, 0.4]
+    )
+    print_report(report)
+    out = capsys.readouterr().out
+    assert re.search(r"step × 4 +50\.5 ms +90\.1 ms +99\.0 ms +40%\n", out)
+    assert re.search(r"pictures a second +79\.21, by 4\n", out)
+
+
+@pytest.mark.parametrize(
+    ("count", "p90", "p99"), [(9, None, None), (10, 1.0, None), (99, 1.0, None), (100, 1.0, 1.0)]
+)
+def test_a_tail_that_samples_are_too_few_for_is_left_empty(capsys, count, p90, p99):
+    report = known((1.0,) * count)
+    step = json.loads(json.dumps(summarise(report)))["cases"]["step"]
+    assert (step["p90"], step["p99"], step["median"]) == (p90, p99, 1.0)
+    print_report(report)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ×")]
+    assert line.count("1.0 ms") == 1 + (p90 is not None) + (p99 is not None)
+
+
+def test_the_limit_is_the_longer_of_computing_and_reading():
+    """2 GFLOP at 1 TFLOP/s are 2 ms; a million weights at 1 GB/s are 4, 2 or 1 ms, by their size."""
+    work, slow = Work(2e9, 1_000_000), Peak(1e12, 1e9)
+    assert slow.limit_ms(work, "fp32") == pytest.approx(4.0)
+    assert Peak(1e12, 0.5e9).limit_ms(work, "bf16") == pytest.approx(4.0)
+    assert Peak(1e12, 0.25e9).limit_ms(work, "int8+bf16") == pytest.approx(4.0)
+    assert slow.limit_ms(work, "int8+bf16") == pytest.approx(2.0)
+
+
+def test_the_peak_of_a_gpu_is_the_published_one():
+    """NVIDIA's data sheet of the H200: 989 TFLOPS dense in fp16, twice that in 8 bits, 4.8 TB/s."""
+    h200 = TARGETS["h200"]
+    assert peak_of(h200, "fp16", 1) == Peak(989e12, 4.8e12)
+    assert peak_of(h200, "fp8+fp16", 1) == Peak(1978e12, 4.8e12)
+    assert peak_of(h200, "fp32", 1) is None
 
 
 @pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -14,6 +15,7 @@ from lcm_compile.benchmarks import gate_run
 from lcm_compile.benchmarks.gate import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, Rival, read_report
 from lcm_compile.benchmarks.statistics import change, spread, t_quantile
+from lcm_compile.plan import make_plan
 
 CPU = Environment("EPYC", "EPYC", 2, {"torch": "2.13.0"}, "2026-11-01T00:00:00+00:00")
 OTHER_CPU = replace(CPU, device="Xeon", processor="Xeon")
@@ -141,8 +143,48 @@ def test_a_cold_start_of_each_process_is_enough(command, saved):
     assert command("compare", base, saved("same.json", case(2, machine=2.0, **starts)))[0] == 0
     code, _, err = command("compare", base, saved("slow.json", case(2, scale=1.2, **starts)))
     assert code == 3 and "cold start median" in err
-    few = {**starts, "processes": 1, "samples": 2}
-    code, out, _ = command("compare", base, saved("few.json", case(2, scale=1.2, **few)))
+
+
+def test_a_rival_that_the_baseline_has_is_missed(command, saved):
+    """Neither the times as they are nor another rival may stand in for it."""
+    context = {"name": "context", "rival": None}
+    base = saved("base.json", case(1), case(1, **context))
+    for environment in (CPU, OTHER_CPU):
+        alone = saved("alone.json", case(2, rival=None), case(2, **context), environment=environment)
+        code, out, err = command("compare", base, alone)
+        assert code == 3 and "missing" in out and "median" not in out
+        assert "picture rival: missing" in err and "in turn with eager;" in err
+        assert "context rival: missing" in err and "in turn with eager's picture" in err
+    code, _, err = command("compare", base, saved("other.json", case(2, rival="compile"), case(2, **context)))
+    assert code == 3 and "in turn with eager" in err
+    eager, compiled = case(1), case(1, rival="compile")
+    both = saved("both.json", replace(eager, rivals={**eager.rivals, **compiled.rivals}))
+    code, _, err = command("compare", both, base)
+    assert code == 3 and "in turn with compile" in err and "eager" not in err
+    assert command("compare", base, both)[0] == 3  # of which the context is gone
+    assert command("compare", saved("b.json", case(1)), both)[0] == 0
+
+
+def test_new_processes_are_not_told_in_what_rivals_drew_when_warm(command, saved):
+    """Three of each in a short benchmark are not of the same rounds; ten processes start ten times."""
+    start = {"name": "load", "rival": None}
+    short = {"processes": 1, "samples": 3}
+    base = saved("base.json", case(1, rival="compile", **short), case(1, **short, **start))
+    new = saved("new.json", case(2, rival="compile"), case(2, processes=10, samples=1, **start))
+    code, out, err = command("compare", base, new)
+    assert code == 0 and "missing" not in out, err
+
+
+def test_times_that_the_baseline_tells_and_the_new_report_can_not_are_missing(command, saved):
+    enough, few = saved("b.json", case(1)), saved("n.json", case(2, samples=9))
+    assert command("compare", enough, few)[0] == 0  # for the median one would do
+    code, out, err = command("compare", enough, few, "--fail-on", "p90:50%")
+    assert code == 3 and "picture p90: missing: takes 10 samples from every process" in err and "has 9" in out
+    code, out, _ = command("compare", few, enough, "--fail-on", "p90:50%")
+    assert code == 0 and "~: takes 10 samples" in out
+    two = saved("two.json", case(2, processes=1, samples=2))
+    assert command("compare", enough, two)[0] == 3
+    code, out, _ = command("compare", two, enough)
     assert code == 0 and "3 samples" in out
 
 
@@ -290,6 +332,29 @@ def test_update_only_tightens(command, saved):
     assert command("compare", base, saved("old.json", *before.cases, case(4, name="extra")))[0] == 3
 
 
+def slow_tail(case):
+    """The same, but that every fifth sample takes three times as long."""
+    return replace(
+        case, samples_ms=tuple(3 * ms if i % 5 == 0 else ms for i, ms in enumerate(case.samples_ms))
+    )
+
+
+def test_update_takes_no_median_whose_tail_became_worse(command, saved):
+    """Whether or not the tail has a limit; nor samples too few to tell what the baseline's tell."""
+    base = saved("b.json", case(1, engine_bytes=1000))
+    before = read_report(base)
+    faster = {"scale": 0.8, "engine_bytes": 800}
+    for new in (slow_tail(case(2, **faster)), case(2, samples=9, **faster)):
+        code, out, _ = command("compare", base, saved("n.json", new), "--update")
+        assert code == 0 and "better" in out
+        after = read_report(base).cases[0]
+        assert after.samples_ms == before.cases[0].samples_ms and after.rivals == before.cases[0].rivals
+    assert after.engine_bytes == 800  # which has nothing to do with it
+    fine = case(2, **faster)
+    assert command("compare", base, saved("n.json", fine), "--update")[0] == 0
+    assert read_report(base).cases[0].samples_ms == fine.samples_ms
+
+
 def test_loosen_replaces_and_notes_why(command, saved):
     base, worse = saved("b.json", case(1)), saved("w.json", case(2, scale=1.5))
     assert command("compare", base, worse)[0] == 3
@@ -334,6 +399,51 @@ def test_without_new_the_baselines_benchmark_runs_in_several_processes(
     picture = json.loads(out)["new"]["cases"][0]
     assert picture["groups"] == [3, 3] and len(picture["samples_ms"]) == 6
     assert len(picture["rivals"][str(other.folder)]["samples_ms"]) == 6
+
+
+@pytest.fixture
+def measured_on(sdxl_checkpoint, tmp_path):
+    """A baseline that says on what it was measured, whose spec left that to `auto`."""
+
+    def save(backend, step, **asked):
+        spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, **asked)
+        precisions = {"encode": "fp32", "context": "fp32", "step": step, "decode": "fp32"}
+        benchmark = Benchmark(spec, (), 3, 0.0, backend=backend, precisions=precisions)
+        path = tmp_path / "base.json"
+        BenchmarkReport(CPU, benchmark, (case(1),)).save(path)
+        return path
+
+    return save
+
+
+def test_a_baseline_is_run_again_on_its_own_backend(measured_on):
+    """And not on what `auto` takes here."""
+    benchmark = read_report(measured_on("torchscript", "fp32")).benchmark
+    if make_plan(benchmark.spec).backend_name == "torchscript":
+        benchmark = replace(benchmark, backend="onnxruntime")
+    assert gate_run.build_again(benchmark).manifest.backend == benchmark.backend
+
+
+def test_what_a_baseline_was_measured_on_and_is_not_here_is_told(refused, measured_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    told = ["baseline", "openvino is not installed", "bench --save"]
+    refused(1, told, "compare", measured_on("openvino", "fp32"))
+    # int8 is beside fp32 or bf16, as the processor has it.
+    refused(
+        1,
+        ["baseline", "int8+fp16", "bench --save"],
+        "compare",
+        measured_on("onnxruntime", "int8+fp16", precision="int8"),
+    )
+
+
+def test_engines_that_differ_are_told(measured_on, command):
+    base = measured_on("openvino", "fp32")
+    new = base.with_name("new.json")
+    new.write_text(base.read_text())
+    assert "engines differ" not in command("compare", base, new)[2]
+    measured_on("onnxruntime", "int8+fp32")
+    assert "openvino fp32 → onnxruntime fp32 int8+fp32" in command("compare", new, base)[2]
 
 
 def test_t_is_students():

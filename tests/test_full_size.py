@@ -6,11 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
 from factories import save_tensors
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
 
 from lcm_compile.lora_bases import empty_modules
 from lcm_compile.manifest import read_manifest
@@ -53,18 +57,61 @@ def write_lcm_lora(family, path):
     return save_tensors(tensors, path)
 
 
+def shard(unet):
+    """Splits a large UNet's file as diffusers does, with an index; one shard at a time is in memory."""
+    whole = unet / "diffusion_pytorch_model.safetensors"
+    pattern = "diffusion_pytorch_model{suffix}.safetensors"
+    save_torch_state_dict(load_file(whole), unet, filename_pattern=pattern, max_shard_size="2GB")
+
+
+@contextmanager
+def disk_peak(folder):
+    """Within it, a list whose one entry becomes the most bytes that `folder` held; links count once."""
+    peak, ended = [0], threading.Event()
+
+    def sample():
+        while True:
+            files = {}
+            for path in folder.rglob("*"):
+                with suppress(FileNotFoundError):  # builds clear up after themselves
+                    status = path.lstat()
+                    files[status.st_ino] = status.st_blocks * 512
+            peak[0] = max(peak[0], sum(files.values()))
+            if ended.wait(0.5):
+                return
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
+
+
 @pytest.mark.parametrize("family", LIMITS)
 def test_a_local_folder_becomes_engines_for_an_a10(family, tmp_path, home):
     pytest.importorskip("tensorrt_rtx")
     base, lora = tmp_path / family, write_lcm_lora(family, tmp_path / "lcm.safetensors")
     lcm_compile("fuse", "--base", family, "--weights", "random", "--out", base)
-    words = ("build", "--base", base, "--lcm-lora", lora, "--gpu", "a10", "--out", tmp_path / "bundle")
+    shard(base / "unet")
+    index = base / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    shards = sorted(path.name for path in (base / "unet").glob("*.safetensors"))
+    assert index.is_file() == (family == "sdxl")
+    assert len(shards) == {"sdxl": 3, "sd15": 1}[family]
+    out = tmp_path / "out" / "bundle"
+    out.parent.mkdir()
+    words = ("build", "--base", base, "--lcm-lora", lora, "--gpu", "a10", "--out", out)
+    told = json.loads(lcm_compile(*words, "--dry-run", "--json"))["estimate"]
     start = time.monotonic()
-    lcm_compile(*words)
+    with disk_peak(out.parent) as disk:
+        lcm_compile(*words)
     seconds = time.monotonic() - start
-    manifest, _ = read_manifest(tmp_path / "bundle")
+    manifest, _ = read_manifest(out)
     memory = max(cost.memory_bytes for cost in manifest.costs.values())
     print(json.dumps({name: [c.seconds, c.memory_bytes] for name, c in manifest.costs.items()}, indent=1))
+    print(json.dumps({"disk": disk[0], "told": told}))
+    assert told["disk_bytes"] == pytest.approx(disk[0], rel=0.3)
     most_seconds, most_gib = LIMITS[family]
     assert memory <= most_gib * GIB
     assert seconds <= most_seconds

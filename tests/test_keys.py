@@ -263,6 +263,20 @@ def test_another_version_is_a_miss(copy, monkeypatch, package):
     assert f"{package} version changed: " in reasons(copy)
 
 
+def test_another_version_of_onnx_is_a_miss_for_onnx_graphs_alone(copy, monkeypatch):
+    onnx = replace(copy, backend="onnxruntime")
+    build(onnx)
+    reasons(onnx, hit=True)
+    real = keys.installed_version
+    for package in ("onnx", "onnxscript"):
+        monkeypatch.setattr(
+            keys, "installed_version", lambda p, new=package: f"{new} 9.9" if new in p else real(p)
+        )
+        told = reasons(onnx)
+        assert f"{package} version changed: " in told and told.count("changed") == 1
+        reasons(copy, hit=True)
+
+
 def test_dry_run_of_a_hit_and_of_force(command, copy):
     for more, hit, told in (((), True, "all "), (("--force",), False, "--force: ")):
         code, out, _ = command(*words(copy, "--dry-run", "--json", *more))

@@ -22,7 +22,7 @@ LAYERS = [
     {"architectures"},
     {"folders"},
     {"single_file"},
-    {"lora_kinds", "lora_names", "lora_folders"},
+    {"lora_kinds", "lora_names", "lora_folders", "lora_metadata"},
     {"lora_files"},
     {"lora_match"},
     {"apart", "shaping"},

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.engines.runner import Runner
+from lcm_compile.errors import BackendError
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
 
@@ -232,3 +233,21 @@ def test_within_a_picture_the_host_waits_for_nothing(sdxl):
     # Stages are timed by the device's clock; what is prepared on the host is none's, nor is the search for
     # NaN in the latent, which comes to the host after the picture.
     assert drawing.ms["step"] == [1, 1, 1, 1] and drawing.ms["decode"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "output", "broken"), [("step", "next_latent", np.nan), ("decode", "picture", 0)]
+)
+def test_nan_is_an_error_and_no_picture(sdxl, stage, output, broken):
+    """Where a decoder gives 8 bits NaN is black, so a picture of one colour is an error too."""
+
+    class Broken(Watched):
+        def __call__(self, inputs):
+            arrays = super().__call__(inputs)
+            return {**arrays, output: np.full_like(arrays[output], broken)} if output in arrays else arrays
+
+    runners = {**sdxl.ours.runners, stage: Broken(sdxl.ours.runners[stage], [])}
+    pipeline = LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.prompts.tokenizers)
+    with pytest.raises(BackendError, match="overflow") as error:
+        pipeline.draw(Request("a small blue ring", 3))
+    assert "verify" in error.value.hint

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 
 import pytest
 import torch
@@ -106,6 +108,40 @@ def test_rtx_builds_a_mixed_graph(sdxl_checkpoint, tmp_path):
     engines.mkdir()
     path = find_backend("tensorrt-rtx").build(graph, find_target("a10"), engines)
     assert path.stat().st_size > 100_000
+
+
+@pytest.fixture(scope="module")
+def loud_checkpoint(sdxl_checkpoint, tmp_path_factory):
+    base = shutil.copytree(sdxl_checkpoint, tmp_path_factory.mktemp("loud") / "base")
+    modules = load_modules(open_checkpoint(str(base)))
+    loud(modules)
+    modules.vae.save_pretrained(base / "vae")
+    return base
+
+
+def test_layers_that_stay_fp32_are_told(command, loud_checkpoint, tmp_path):
+    pytest.importorskip("tensorrt_rtx")
+    out = tmp_path / "b"
+    code, _, err = command("build", "--base", loud_checkpoint, "--no-lcm", "--gpu", "a10", "--out", out)
+    assert code == 0, err
+    layers = json.loads(command("inspect", out, "--json")[1])["fp32_layers"]
+    assert list(layers) == ["decode"] and 0 < len(layers["decode"]) < 60
+    told = (
+        f"decode: {len(layers['decode'])} layers stay fp32, as fp16 would overflow: lcm-compile inspect {out}"
+    )
+    assert [line for line in err.splitlines() if "fp32" in line] == [told]
+    assert any(name.startswith("decoder.up_blocks.0.resnets.0.") for name in layers["decode"])
+    inspected = command("inspect", out)[1]
+    assert all(name in inspected for name in layers["decode"])
+
+
+@pytest.mark.parametrize("base", ["loud_checkpoint", "sdxl_checkpoint"])
+def test_an_export_tells_them_where_there_are_some(command, request, base, tmp_path):
+    folder = request.getfixturevalue(base)
+    code, _, err = command("export", "--base", folder, "--no-lcm", "--out", tmp_path / "graphs")
+    assert code == 0, err
+    loudly = "layers stay fp32, as fp16 would overflow: " + str(tmp_path / "graphs" / "export.json")
+    assert (loudly in err) == (base == "loud_checkpoint") == ("stay fp32" in err)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
 from lcm_compile import unet_configs
+from lcm_compile.architectures import empty_module
+from lcm_compile.contracts import make_contracts
 from lcm_compile.errors import UsageError
-from lcm_compile.loading import load_component, load_tokenizer
+from lcm_compile.families import FAMILIES, detect_family
+from lcm_compile.loading import load_component, load_modules, load_tokenizer
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.random_base import open_random
-from lcm_compile.spec import BuildSpec
+from lcm_compile.spec import REWRITES, BuildSpec, Shape
+from lcm_compile.stages import make_stages
 
 SMALL_UNET = {
     "block_out_channels": [32, 64, 64, 64],
@@ -25,15 +31,18 @@ SMALL_VAE = {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "laye
 SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
+def shrink(family, monkeypatch):
+    """A family of SD1.5's layout a thousand times smaller, and no hub."""
+    changed = {"unet": SMALL_UNET, "vae": SMALL_VAE, "text_encoder": SMALL_TEXT}
+    parts = {name: {**config, **changed.get(name, {})} for name, config in COMPONENTS[family].items()}
+    monkeypatch.setitem(COMPONENTS, family, parts)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return open_random(family, 0)
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """The family `sd15` a thousand times smaller, and no hub."""
-    sd15 = COMPONENTS["sd15"]
-    changed = {"unet": SMALL_UNET, "vae": SMALL_VAE, "text_encoder": SMALL_TEXT}
-    parts = {name: {**config, **changed.get(name, {})} for name, config in sd15.items()}
-    monkeypatch.setitem(COMPONENTS, "sd15", parts)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return open_random("sd15", 0)
+    return shrink("sd15", monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["unet", "vae", "text_encoder"])
@@ -72,6 +81,46 @@ def test_what_is_built_is_labelled(small, command, tmp_path):
     assert code == 0 and "random:3 weights" in err
     assert Image.open(tmp_path / "star.png").text["weights"] == "random:3"
     assert "random:3" in command("inspect", tmp_path / "b")[1]
+
+
+FULL_LCMS = {"lcm-sdxl": "sdxl", "lcm-ssd-1b": "ssd-1b", "lcm-dreamshaper": "sd15"}
+
+
+@pytest.mark.parametrize("family", FULL_LCMS)
+def test_a_full_lcm_at_full_size(family, monkeypatch, command):
+    """Its UNet is that of the family it was made of, with an embedding of the guidance scale."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checkpoint, origin = open_random(family, 0), open_random(FULL_LCMS[family], 0)
+    assert detect_family(checkpoint.unet).name == family
+    shapes, plain = (
+        {name: weight.shape for name, weight in empty_module(base.components["unet"]).named_parameters()}
+        for base in (checkpoint, origin)
+    )
+    assert shapes == {**plain, "time_embedding.cond_proj.weight": (320, 256)}
+    height, width = checkpoint.default_size
+    assert f"{height}×{width}" in FAMILIES[family].description
+    shape = Shape(1, height, width)
+    for rewrites, stage in ((REWRITES, "context"), ((), "step")):
+        inputs = {spec.name: spec.shape for spec in make_contracts(checkpoint, shape, rewrites)[stage].inputs}
+        assert inputs["guidance"] == (1,)
+        assert "guidance" not in {s.name for s in make_contracts(origin, shape, rewrites)[stage].inputs}
+    words = ("build", "--base", family, "--weights", "random", "--gpu", "cpu", "--dry-run", "--json")
+    code, out, err = command(*words)
+    assert code == 0, err
+    plan = json.loads(out)
+    assert (plan["hit"], plan["loras"]) == (False, []) and plan["estimate"]["bundle_bytes"] > 4e9
+
+
+def test_a_full_lcm_predicts_by_its_guidance(monkeypatch):
+    checkpoint = shrink("lcm-dreamshaper", monkeypatch)
+    stages = make_stages(checkpoint, load_modules(checkpoint).named(), Shape(1, 64, 64))
+    step = next(stage for stage in stages if stage.name == "step")
+    generator = torch.Generator().manual_seed(0)
+    given = {s.name: torch.randn(s.shape, generator=generator) for s in step.contract.inputs}
+    given["timestep"] = torch.tensor([500.0])
+    with torch.no_grad():
+        one, other = (step.module(*{**given, "guidance": torch.tensor([w])}.values()) for w in (0.0, 7.0))
+    assert (one - other).abs().max() > 0.01 * one.abs().max()
 
 
 @pytest.mark.parametrize("weights", ["randm", "random:", "random:x", "random:-1", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -76,10 +77,10 @@ def build(
     The model is fused and exported once for all of them. With --from it was exported before, perhaps on
     another machine: see lcm-compile export.
     """
-    from lcm_compile.compile import build_from, build_targets
+    from lcm_compile.compile import build_targets, build_targets_from
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.keys import briefly
-    from lcm_compile.manifest import told_loss
+    from lcm_compile.manifest import told_fp32_layers, told_loss
     from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec
@@ -103,9 +104,9 @@ def build(
         for remark in (*checkpoint.notes, *told_loss(lead.export.lossy)):
             note(remark, quiet)
     if dry_run:
-        from lcm_compile.estimate import estimate
+        from lcm_compile.estimate import estimate_plan
 
-        costs = [None if plan.hit or plan.export is None else estimate(plan.export) for plan in plans]
+        costs = [None if plan.hit else estimate_plan(plan, graphs) for plan in plans]
         if as_json:
             dicts = [
                 {**plan.to_dict(), "estimate": cost and cost.to_dict()}
@@ -122,10 +123,7 @@ def build(
             note(told_backend(plan.backend_name, plan.passed_over), quiet)
     with Parts(quiet) as parts:
         if graphs is not None:
-            done = [
-                build_from(graphs, n, backend, o, force=force, report=parts)
-                for n, o in zip(names, outs, strict=True)
-            ]
+            done = build_targets_from(graphs, list(zip(names, outs, strict=True)), backend, force, parts)
         else:
             done = build_targets(list(zip(specs, outs, strict=True)), force, parts)
     for plan, (followed, _) in zip(plans, done, strict=True):
@@ -143,6 +141,9 @@ def build(
     built = [bundle for plan, bundle in done if not plan.hit]
     if built:
         note(f"built in {parts.seconds:.1f} s; {told_parity(built[0].manifest.parity)}", quiet)
+    for bundle in built:
+        for remark in told_fp32_layers(bundle.manifest.stages):
+            note(f"{remark}: lcm-compile inspect {shlex.quote(str(bundle.folder))}", quiet)
 
 
 def told_backend(name: str, passed_over: Iterable[str]) -> str:
@@ -180,6 +181,8 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
     """
     from lcm_compile.compile import export as export_graphs
     from lcm_compile.console import Parts, note, print_json
+    from lcm_compile.exported import EXPORT
+    from lcm_compile.manifest import told_fp32_layers
     from lcm_compile.reports import told_parity
     from lcm_compile.spec import BuildSpec
 
@@ -191,3 +194,5 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
         return
     print(out)
     note(f"exported in {parts.seconds:.1f} s; {told_parity(manifest.parity)}", quiet)
+    for remark in told_fp32_layers(manifest.stages):
+        note(f"{remark}: {out / EXPORT} names them", quiet)
