@@ -64,7 +64,8 @@ class KernelCache:
         """Writes the cache, if it holds something else than what was read."""
         if self._path is None:
             return
-        kernels = bytes(memoryview(self._cache.serialize()))
+        held = self._cache.serialize()
+        kernels = b"" if held is None else bytes(memoryview(held))
         if kernels not in (b"", self._kept):
             with contextlib.suppress(OSError):
                 write_atomically(self._path, hashlib.sha256(kernels).digest() + kernels)
