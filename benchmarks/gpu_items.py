@@ -1,4 +1,4 @@
-"""What gpu_suite tries: each function is called in a process of its own, where heavy packages are imported.
+"""What gpu_suite and gpu_smoke try: each function is called in a process of its own.
 
 Each is given `note`, which keeps what it finds at once, the target's name, and a folder that all share.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from lcm_compile.benchmarks.items import Found, Missing, Note, report_path
 from lcm_compile.engines import BACKENDS, find_backend, find_target_here, installed_version
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 from lcm_compile.families import SAMPLE_PROMPT
-from lcm_compile.spec import BuildSpec
+from lcm_compile.spec import BuildSpec, with_floats
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -111,23 +112,50 @@ def weights_of(work: Path, model: str) -> Path:
     return work / "weights" / model
 
 
-def bundle_of(work: Path, model: str, backend: str, batch: int) -> Path:
-    return work / "bundles" / f"{model}-{backend}-{batch}"
+@dataclass(frozen=True)
+class Engines:
+    """Those of one bundle. `precision` is the target's default unless it is told."""
+
+    model: str
+    backend: str
+    batch: int = 1
+    precision: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = (self.model, self.backend, self.precision, f"by-{self.batch}" if self.batch > 1 else "")
+        return "-".join(part for part in parts if part)
+
+    def bundle(self, work: Path) -> Path:
+        return work / "bundles" / self.name
+
+    def spec(self, work: Path, target: str) -> BuildSpec:
+        """From the checkpoint that write_weights left."""
+        base = str(weights_of(work, self.model))
+        # Its own VAE is named, or one of a hub cache would be built where diffusers takes this one.
+        return BuildSpec(
+            base,
+            target,
+            no_lcm=True,
+            vae=base,
+            backend=self.backend,
+            batch=self.batch,
+            precision=self.precision or "auto",
+        )
 
 
-def build_model(note: Note, target: str, work: Path, model: str, backend: str, batch: int) -> None:
-    """A bundle from the checkpoint that write_weights left, in the precision that is the target's default."""
+def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     from lcm_compile.plan import default_precision
 
-    if reason := find_backend(backend).cannot_build(TARGETS[target], default_precision(TARGETS[target])):
+    precision = with_floats(engines.precision or default_precision(TARGETS[target]), "fp16")
+    if lacking := [part for part in precision.split("+") if part not in TARGETS[target].precisions]:
+        raise Missing(f"{TARGETS[target].description} does not compute in {' and '.join(lacking)}")
+    if reason := find_backend(engines.backend).cannot_build(TARGETS[target], precision):
         raise Missing(reason)
-    base = str(weights_of(work, model))
-    # Its own VAE is named, or one of a machine's hub cache would be built where diffusers takes this one.
-    spec = BuildSpec(base, target, no_lcm=True, vae=base, backend=backend, batch=batch)
-    manifest = build_quickly(spec, bundle_of(work, model, backend, batch), note).manifest
+    manifest = build_quickly(engines.spec(work, target), engines.bundle(work), note).manifest
     parity = {name: round(figure.db, 2) for name, figure in manifest.parity.items()}
     note(
-        precision=manifest.stages[0].precision,
+        precisions={stage.contract.name: stage.precision for stage in manifest.stages},
         fp32_layers={stage.contract.name: len(stage.fp32_layers) for stage in manifest.stages},
         parity=parity,
         headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()),
@@ -153,15 +181,79 @@ def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
     return open_bundle(out)
 
 
-def measure(
-    note: Note, target: str, work: Path, name: str, model: str, backend: str, batch: int, *rivals: str
-) -> None:
+def record_proof(note: Note, target: str, work: Path, model: str) -> None:
+    """What torch computes in fp32 on this device, stage by stage, for a picture of the size that is built.
+
+    A large model's build records a smaller one, which a processor draws in seconds.
+    """
+    from lcm_compile.compile import write_tokenizers
+    from lcm_compile.contracts import PARTS, make_contracts
+    from lcm_compile.parity import Trace, write_proof
+    from lcm_compile.plan import ENGINE, default_precision, plan_graphs
+    from lcm_compile.prepare import cast_stages
+
+    spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
+    plan = replace(plan_graphs(spec, "onnx"), checked=ENGINE)  # so that the proof is of the engines' own size
+    folder = proof_of(work, model)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = write_tokenizers(folder, plan, make_contracts(plan.checkpoint, plan.shape)["encode"])
+    trace: Trace = {}
+    seconds: dict[str, float] = {}
+    device = "cpu" if TARGETS[target].is_cpu else "cuda"
+    start = time.perf_counter()
+    for part in PARTS:
+        for cast in cast_stages(plan, part, settings, folder, trace, (), device):
+            seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
+            note(seconds_to=seconds)
+    write_proof(trace, {}, settings, folder)
+    note(headline=f"of {plan.shape}, on {device}")
+
+
+def proof_of(work: Path, model: str) -> Path:
+    return work / "proofs" / model
+
+
+def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """`verify` of every stage's own engine and of the picture, by the proof that record_proof left, if any.
+
+    ParityError where they miss it. Missing where neither that nor the bundle's own proof is of its size.
+    """
+    from lcm_compile.bundle import open_bundle
+    from lcm_compile.parity import require, verify
+
+    folder = engines.bundle(work)
+    if (recorded := proof_of(work, engines.model) / "proof").is_dir():
+        take_proof(folder, recorded)
+    bundle = open_bundle(folder)
+    if bundle.manifest.proof.shape != bundle.manifest.pipeline.shape:
+        raise Missing("its proof is of a smaller picture")
+    figures = verify(bundle)
+    told = {name: {"db": round(figure.db, 2), "floor": figure.floor} for name, figure in figures.items()}
+    headline = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
+    note(verified=told, headline=headline)
+    require(figures)
+
+
+def take_proof(folder: Path, recorded: Path) -> None:
+    """Puts another proof into a bundle: of its own size, of the same prompt and seed."""
+    from lcm_compile.bundle import list_files
+    from lcm_compile.manifest import read_manifest
+
+    manifest, _ = read_manifest(folder)
+    shutil.copytree(recorded, folder / "proof", dirs_exist_ok=True)
+    digests = {f"proof/{name}": digest for name, digest in list_files(folder / "proof").items()}
+    proof = replace(manifest.proof, shape=manifest.pipeline.shape)
+    replace(manifest, proof=proof, files={**manifest.files, **digests}).write(folder)
+
+
+def measure(note: Note, target: str, work: Path, name: str, engines: Engines, *rivals: str) -> None:
     """Engines alone, and then in turn with rivals: should one of those hang, what was measured is kept."""
     from lcm_compile.benchmarks.bench import bench
     from lcm_compile.benchmarks.summary import summarise
     from lcm_compile.bundle import open_bundle
 
-    bundle = open_bundle(bundle_of(work, model, backend, batch))
+    bundle = open_bundle(engines.bundle(work))
     for against in ((), rivals):
         report = bench(bundle, against, RUNS, SECONDS, cold_starts=0)
         report.save(report_path(work, name))
@@ -182,7 +274,7 @@ def measure(
     )
 
 
-def compare_graphs(note: Note, target: str, work: Path, model: str, backend: str, batch: int) -> None:
+def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> None:
     """The same pictures with CUDA graphs and without, in turn. ParityError where they differ."""
     from lcm_compile.benchmarks.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
     from lcm_compile.errors import ParityError
@@ -190,10 +282,10 @@ def compare_graphs(note: Note, target: str, work: Path, model: str, backend: str
     from lcm_compile.pipeline import Request
     from lcm_compile.runners import load
 
-    bundle = bundle_of(work, model, backend, batch)
+    batch = engines.batch
     ms: dict[str, list[float]] = {"with": [], "without": []}
     worst, start = 200.0, time.perf_counter()
-    with load(bundle, prompt_cache=0) as pipeline:
+    with load(engines.bundle(work), prompt_cache=0) as pipeline:
         for i in range(WARM_UP):
             pipeline.draw(Request(SAMPLE_PROMPT, WARM_UP_SEED + i, num_images=batch))
         for i, (prompt, seed) in zip(range(RUNS), requests(SAMPLE_PROMPT), strict=False):
@@ -236,7 +328,7 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
             runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
             calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
             parity[name] = round(compare_calls(runners[name], calls), 2)
-            note(parity=parity)
+            note(parity=parity, headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()))
         tokenizers = load_tokenizers(graphs, exported.pipeline)
         with LcmPipeline(exported.pipeline, runners, tokenizers) as pipeline:
             for _ in range(3):

@@ -42,7 +42,7 @@ class Missing(Exception):
 class Item:
     """`run(note, target, work, *args)`. It is begun while `least` seconds are left, and ended after `most`.
 
-    `work` is a folder that all items share, `needs` the item that leaves something there; a benchmark's
+    `work` is a folder that all items share, `needs` the items that leave something there; a benchmark's
     report goes to `report_path`. One `on_gpu` is skipped without, one `without_target` is tried even where
     the machine's GPU is none that we know.
     """
@@ -53,7 +53,7 @@ class Item:
     least: float = 20
     most: float = 180
     on_gpu: bool = False
-    needs: str = ""
+    needs: tuple[str, ...] = ()
     without_target: bool = False
 
 
@@ -139,8 +139,9 @@ def why_skipped(item: Item, machine: Found, done: Mapping[str, Found], left: flo
         return "it needs a CUDA GPU, and this run has none"
     if target is None and not item.without_target:
         return f"no target is known here: {last_line(machine)}"
-    if item.needs and done.get(item.needs, {}).get("outcome") != "ok":
-        return f"{item.needs} did not end well"
+    for need in item.needs:
+        if done.get(need, {}).get("outcome") != "ok":
+            return f"{need} did not end well"
     if left < item.least:
         return f"{max(left, 0):.0f} s are left, and it takes {item.least:.0f} at least"
     return None
@@ -154,15 +155,16 @@ def run_items(
     results: Path,
     work: Path,
     again: Collection[str] = (),
+    name: str = "gpu_suite",
 ) -> tuple[Path, Found]:
-    """Runs items within `budget` seconds. Returns the report's path, and what is known of each.
+    """Runs items within `budget` seconds. Returns the path of the report `name`, and what is known of each.
 
     What an earlier run left in `work` is not done again, but for those named in `again`.
     """
     deadline = time.monotonic() + budget
     done: dict[str, Found] = {}
     here = run_item(machine, device, work, min(machine.most, budget))
-    path = results / f"gpu_suite-{plain(here.get('gpu') or ('cpu' if device == 'cpu' else 'none'))}.json"
+    path = results / f"{name}-{plain(here.get('gpu') or ('cpu' if device == 'cpu' else 'none'))}.json"
     others = found_before(path, here)
     write_report(path, here, others)
     for item in items:
@@ -184,10 +186,10 @@ def run_items(
 
 def with_needs(names: Collection[str], items: Sequence[Item]) -> set[str]:
     """The named items, and all that they need."""
-    wanted, by_name = set(names), {item.name: item for item in items}
+    wanted = set(names)
     for item in reversed(items):
-        if item.name in wanted and item.needs:
-            wanted.add(by_name[item.needs].name)
+        if item.name in wanted:
+            wanted.update(item.needs)
     return wanted
 
 

@@ -16,6 +16,7 @@ load(path, contract, target) -> Runner           an engine, ready to run
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -93,11 +94,22 @@ def cannot_build_from(name: str, target: GpuTarget, precision: str, graph_format
 
 
 def find_target_here() -> str:
-    """The name of the first target that this machine's GPU is, or "cpu"."""
-    from lcm_compile.engines.gpu import gpu_here
+    """The name of the target that this machine's GPU is, or "cpu".
 
-    capability = None if (here := gpu_here()) is None else here[1]
-    return next((t.name for t in TARGETS.values() if t.compute_capability == capability), "cpu")
+    Of those of its compute capability, the one most of whose description is in the GPU's name, and of equals
+    the one with most nearly its memory: NVIDIA calls both kinds of A100 so.
+    """
+    from lcm_compile.engines.gpu import gpu_here, gpu_memory
+
+    name, capability = gpu_here() or ("", "")
+    words, memory = re.findall(r"\w+", name.lower()), gpu_memory()
+
+    def likeness(target: GpuTarget) -> tuple[int, int]:
+        told = sum(word in words for word in target.description.lower().split())
+        return told, -abs((target.memory_bytes or 0) - memory)
+
+    alike = [target for target in TARGETS.values() if target.compute_capability == capability]
+    return max(alike, key=likeness).name if alike else "cpu"
 
 
 def installed_version(packages: tuple[str, ...]) -> str | None:

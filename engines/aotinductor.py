@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import other_version
-from lcm_compile.engines.gpu import cannot_run_on_gpu
+from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
@@ -40,15 +41,31 @@ def cannot_build(target: GpuTarget, precision: str) -> str | None:
         return f"{target.description} does not compute in {precision}"
     if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
         return f"it needs a C++ compiler, and {compiler} is not installed; apt install g++, or set CXX"
-    if not target.is_cpu and importlib.util.find_spec("triton") is None:
+    return None if target.is_cpu else missing_for_gpus()
+
+
+def missing_for_gpus() -> str | None:
+    """Which of the things is not here that torch's compiler needs for a GPU, besides a C++ compiler."""
+    if importlib.util.find_spec("triton") is None:
         return "triton, which compiles for GPUs, is not installed; pip install triton"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "triton needs Python.h, which is not here; apt install python3-dev"
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    # What its C++ code includes, and pip's packages for running have not.
+    headers = [Path(CUDA_HOME or "", "include", name) for name in ("cuda.h", "cuda_runtime.h")]
+    if CUDA_HOME is None or not all(path.is_file() for path in headers):
+        return (
+            f"it needs {' and '.join(path.name for path in headers)} of CUDA's toolkit, and finds "
+            f"no such in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
+        )
     return None
 
 
 def cannot_run(target: GpuTarget) -> str | None:
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed; pip install torch"
-    return None if target.is_cpu else cannot_run_on_gpu(target)
+    return None if target.is_cpu else cannot_run_on_gpu(target, torch_cuda())
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
@@ -64,7 +81,16 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
-    return {**SETTINGS, "instruction_set": instruction_set()}
+    return {**settings(target), "instruction_set": instruction_set()}
+
+
+def settings(target: GpuTarget) -> dict[str, Any]:
+    """What torch's compiler is told.
+
+    On a GPU it lays out convolutions channels last: frozen, their weights are laid out so when it compiles,
+    and else at every call (`freezing` in torch/_inductor). Engines for CPUs stay as they are tested.
+    """
+    return SETTINGS if target.is_cpu else {**SETTINGS, "freezing": True}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
@@ -73,12 +99,16 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 
     program = torch.export.load(graph.path)
     if not target.is_cpu:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        # Found by itself or not, the linker is given libcuda's stub only where this names the toolkit.
+        os.environ.setdefault("CUDA_HOME", str(CUDA_HOME))
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
-    with compiler_in(folder):
+    with compiler_in(folder), torch.no_grad():  # with gradients it freezes nothing
         try:
             torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=dict(SETTINGS)
+                program, package_path=str(path), inductor_configs=dict(settings(target))
             )
         except OSError:
             raise

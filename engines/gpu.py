@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 from lcm_compile.targets import GpuTarget
 
 DRIVER = Path("/sys/module/nvidia/version")
+LIBRARY = "libcuda.so.1"
 # The least driver for each CUDA version: the table in NVIDIA's CUDA toolkit release notes.
 LEAST_DRIVERS = {12: 525, 13: 580}
 
 
-def cannot_run_on_gpu(target: GpuTarget) -> str | None:
-    """Why what was built for a GPU can't run on this machine, or None."""
+class OldDriver(str):
+    """A reason that a newer driver takes away; `update` is what to do."""
+
+    update: str
+
+
+def cannot_run_on_gpu(target: GpuTarget, cuda: int | None = None) -> str | None:
+    """Why what was built for a GPU, and runs with that major version of CUDA, can't run here, or None."""
     here = gpu_here()
     if here is None:
-        return f"no NVIDIA GPU here ({why_no_gpu()})"
+        # An old driver hides the GPU from torch.
+        return old_driver(cuda) or old_driver(torch_cuda()) or f"no NVIDIA GPU here ({why_no_gpu()})"
     name, capability = here
     if capability != target.compute_capability:
         return (
             f"the GPU here is {name} (compute capability {capability}), "
             f"{target.name} is {target.compute_capability}"
         )
-    return None
+    return old_driver(cuda)
 
 
 def gpu_here() -> tuple[str, str] | None:
@@ -33,6 +42,13 @@ def gpu_here() -> tuple[str, str] | None:
         return None
     major, minor = torch.cuda.get_device_capability(0)
     return torch.cuda.get_device_name(0), f"{major}.{minor}"
+
+
+def gpu_memory() -> int:
+    """Bytes of the first CUDA device, 0 without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def why_no_gpu() -> str:
@@ -47,11 +63,34 @@ def why_no_gpu() -> str:
     return f"{driver}, but torch {torch.__version__} for CUDA {torch.version.cuda} sees no device"
 
 
-def driver_too_old(cuda: int) -> str | None:
+def torch_cuda() -> int | None:
+    """The major version of CUDA that torch was built with."""
+    import torch
+
+    return None if torch.version.cuda is None else int(torch.version.cuda.partition(".")[0])
+
+
+def driver_cuda() -> int | None:
+    """The newest major version of CUDA that the driver here runs, or None where there is no driver.
+
+    The library tells, not the kernel's module: a cuda-compat package may have put a newer one there, and
+    containers hide the module's version. cuDriverGetVersion gives 1000 × major + 10 × minor.
+    """
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(LIBRARY).cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value // 1000
+
+
+def old_driver(cuda: int | None) -> OldDriver | None:
     """Why the driver here can't run what was linked with that major version of CUDA, or None."""
-    if not DRIVER.is_file():
+    here = driver_cuda()
+    if cuda is None or here is None or here >= cuda:
         return None
-    driver, least = DRIVER.read_text().strip(), LEAST_DRIVERS[cuda]
-    if int(driver.partition(".")[0]) >= least:
-        return None
-    return f"the NVIDIA driver here is {driver}, and CUDA {cuda} needs {least} or newer"
+    least = f"{LEAST_DRIVERS[cuda]} or newer" if cuda in LEAST_DRIVERS else f"one for CUDA {cuda}"
+    driver = DRIVER.read_text().strip() if DRIVER.is_file() else f"one for CUDA {here}"
+    reason = OldDriver(f"the NVIDIA driver here is {driver}, and CUDA {cuda} needs {least}")
+    reason.update = f"update the NVIDIA driver to {least} (nvidia.com/drivers), then the same again"
+    return reason

@@ -33,6 +33,9 @@ GRAPH, NO_GRAPH = "1", "-1"
 # What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
 CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
 INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+# What may not be computed on the processor in a session on a GPU. Little things are there, such as ArgMax of
+# token ids; but in 1.24 Attention was as well (github.com/microsoft/onnxruntime/issues/28025).
+HEAVY = {"Attention", "Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"}
 # Its providers round to fp8, and then multiply in fp16.
 NO_FP8 = "it multiplies in no fp8; in int8 and fp16 it does"
 
@@ -54,7 +57,15 @@ def cannot_run(target: GpuTarget) -> str | None:
         return "onnxruntime is not installed; pip install onnxruntime"
     if target.is_cpu:
         return None
-    return cannot_run_on_gpu(target) or cannot_open(CUDA, CUDA_LIBRARIES, INSTALL_CUDA)
+    return cannot_run_on_gpu(target, linked_cuda()) or cannot_open(CUDA, CUDA_LIBRARIES, INSTALL_CUDA)
+
+
+def linked_cuda() -> int | None:
+    """The major version of CUDA that the installed ONNX Runtime is for, if it is for any."""
+    import onnxruntime as ort
+
+    version = ort.cuda_version.partition(".")[0]
+    return int(version) if version else None
 
 
 def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | None:
@@ -66,8 +77,7 @@ def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | 
 
     if provider not in ort.get_available_providers():
         return f"this onnxruntime was built without {provider}; pip install onnxruntime-gpu"
-    with contextlib.redirect_stdout(io.StringIO()):
-        ort.preload_dlls()  # those that pip installed; it prints what it does not find
+    preload()
     for name in libraries:
         library = name.format(ort.cuda_version.partition(".")[0])
         try:
@@ -75,6 +85,14 @@ def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | 
         except OSError:
             return f"onnxruntime's {provider} needs {library}, which is not here; {install}"
     return None
+
+
+def preload() -> None:
+    """Loads CUDA's libraries that pip installed, which are on no path; in each process anew."""
+    import onnxruntime as ort
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        ort.preload_dlls()
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
@@ -161,6 +179,10 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
     """A session on the first of `providers`; BackendError where ONNX Runtime takes another instead."""
     import onnxruntime as ort
 
+    asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if asked != CPU:
+        preload()
+        session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = ort.InferenceSession(str(path), session_options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no base class but this
@@ -168,10 +190,23 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
             REBUILD,
         ) from error
-    asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if (got := session.get_providers()[0]) != asked:
         raise BackendError(f"asked ONNX Runtime for {asked}, got {got}", "lcm-compile doctor")
+    if asked != CPU and (left := heavy_on_processor(session)):
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} does not compute all of {path} on the GPU: {left}",
+            "pip install --upgrade onnxruntime-gpu, or another --backend",
+        )
     return session
+
+
+def heavy_on_processor(session: Any) -> str:
+    """What a session on a GPU leaves to the processor and should not, in words, or nothing."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return "it is too old to tell, and has no CUDA kernel of Attention"
+    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name == CPU]
+    left = {node.op_type for part in parts for node in part.get_nodes()} & HEAVY
+    return f"{', '.join(sorted(left))} is left to the processor" if left else ""
 
 
 class OnnxRuntimeRunner(Runner):

@@ -38,11 +38,16 @@ def cannot_run(target: GpuTarget) -> str | None:
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime-gpu"
-    if reason := cannot_run_on_gpu(target):
+    if reason := cannot_run_on_gpu(target, shared.linked_cuda()):
         return reason
-    if importlib.util.find_spec("tensorrt") is not None:
-        importlib.import_module("tensorrt")  # loads its libraries from where pip put them
+    preload()
     return shared.cannot_open(PROVIDER, LIBRARIES, INSTALL)
+
+
+def preload() -> None:
+    """Loads TensorRT's libraries from where pip put them; in each process anew."""
+    if importlib.util.find_spec("tensorrt") is not None:
+        importlib.import_module("tensorrt")
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
@@ -73,6 +78,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
         "trt_bf16_enable": str(int(float_type(graph.precision) == "bf16")),
         "trt_int8_enable": str(int(is_quantized(graph.precision))),
     }
+    preload()
     shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])
     if not path.is_file():
         raise BackendError(f"TensorRT can't build the whole {graph.contract.name} stage as one engine")
@@ -80,5 +86,6 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    preload()
     session = shared.open_checked(path, contract, [PROVIDER, shared.CUDA])
     return shared.BoundRunner(session, contract, "cuda")

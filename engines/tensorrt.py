@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.engines import installed_version, other_version
-from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, driver_too_old, gpu_here
+from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, gpu_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
@@ -88,10 +88,7 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec(package) is None:
         return f"{package} is not installed; {install}"
-    if reason := cannot_run_on_gpu(target):
-        return reason
-    cuda = linked_cuda(package)
-    return None if cuda is None else driver_too_old(cuda)
+    return cannot_run_on_gpu(target, linked_cuda(package))
 
 
 def linked_cuda(package: str) -> int | None:
@@ -211,6 +208,11 @@ class TensorRtRunner(TensorRunner):
         self._kernels = open_kernels(self._engine) if open_kernels else None
         configs = (self._kernels.config,) if self._kernels else ()
         self._context = self._engine.create_execution_context(*configs)
+        if self._context is None:
+            raise BackendError(
+                f"{trt.__name__} can't run {path}: " + (errors[-1].strip() if errors else "no reason given"),
+                "nvidia-smi tells how much of the GPU's memory is free",
+            )
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output named as an input carries a suffix.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
@@ -245,7 +247,8 @@ class TensorRtRunner(TensorRunner):
     def _place(self, name: str, tensor: torch.Tensor) -> None:
         address = tensor.data_ptr()
         if self._addresses.get(name) != address:
-            self._context.set_tensor_address(name, address)
+            if not self._context.set_tensor_address(name, address):
+                raise BackendError(f"{self._package} refuses the memory for {name} of {self.contract.name}")
             self._addresses[name] = address
 
     def cannot_capture(self) -> str | None:

@@ -17,7 +17,7 @@ from typing import IO
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.sharing import share
-from lcm_compile.store import bundles_folder, home, lock
+from lcm_compile.store import bundles_folder, drop_kernels, home, kernels_folder, lock
 
 # How what a killed build leaves beside a bundle is called: a half-built one, and one put aside.
 LEFTOVERS = (".part", ".old")
@@ -146,6 +146,9 @@ def publishing(
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)
+            drop_kernels(folder)  # the old bundle's
+            with contextlib.suppress(OSError):  # there are some where its engines were checked here
+                kernels_folder(part).rename(kernels_folder(folder))
 
 
 @contextlib.contextmanager
@@ -161,6 +164,7 @@ def reserving(folder: Path, waiting: Callable[[], None] = lambda: None) -> Itera
             old.rename(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
+            drop_kernels(leftover)
 
     with lock(lock_of(folder), waiting):
         clean_up()

@@ -70,23 +70,36 @@ def psnr_db(reference: np.ndarray, actual: np.ndarray, peak: float = 255.0) -> f
 
 
 class TorchRunner(Runner):
-    """A stage's torch module as a runner."""
+    """A stage's torch module as a runner, which it keeps on `device` until it is closed."""
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, stage: Stage, device: str = "cpu") -> None:
         super().__init__(stage.contract)
         self.module = stage.module
+        self._device = device
+        if device != "cpu":
+            self._move(device)
+
+    def _move(self, device: str) -> None:
+        import torch
+
+        from lcm_compile.stages import move
+
+        torch.backends.cudnn.allow_tf32 = False  # as for convolutions it is by default; fp32 is the reference
+        move(self.module, device)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        given = [torch.from_numpy(np.array(inputs[spec.name])) for spec in self.contract.inputs]
+        given = [torch.from_numpy(np.array(inputs[s.name])).to(self._device) for s in self.contract.inputs]
         with torch.inference_mode():
             outputs = self.module(*given)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
+        return {s.name: o.cpu().numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 
     def close(self) -> None:
-        """The module is the caller's."""
+        """The module is the caller's, who gets it back on the processor."""
+        if self._device != "cpu":
+            self._move("cpu")
 
 
 class Recorder(Runner):

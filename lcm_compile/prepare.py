@@ -163,16 +163,17 @@ def cast_stages(
     folder: Path,
     trace: Trace,
     calibration: Sequence[Trace],
+    device: str = "cpu",
 ) -> Iterator[Cast]:
-    """A model's stages, one after another: drawn with in fp32, held to the plain model, and cast.
+    """A model's stages, one after another: drawn with in fp32 on `device`, held to the plain model, and cast.
 
-    Arguments and errors as prepare_part's; each stage's calls are added to `trace`, and to `calibration`.
+    The rest is as of prepare_part; each stage's calls are added to `trace`, and to `calibration`.
     """
     names, components = PARTS[part]
     checkpoint = plan.checkpoint
     modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
     merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
-    unshaped = first_call(plan, names[-1], modules, settings, folder, trace)
+    unshaped = first_call(plan, names[-1], modules, settings, folder, trace, device)
     shapes = (plan.shape, plan.proof_shape)
     modules = shape_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
     contracts = make_contracts(checkpoint, plan.proof_shape, plan.spec.rewrites)
@@ -180,7 +181,7 @@ def cast_stages(
         if name not in contracts:
             continue
         stage = make_stage(checkpoint, contracts[name], modules, plan.proof_shape)
-        runner = parity.TorchRunner(stage)
+        runner = parity.TorchRunner(stage, device)
         with record_peaks(stage.module) as peaks:
             trace[name] = parity.relay(runner, contracts, settings, folder, trace)
         if name == names[-1]:
@@ -197,6 +198,8 @@ def cast_stages(
                 seen[name] = parity.relay(runner, contracts, settings, folder, seen, request=request)
         if is_quantized(precision):
             scales = calibrate(plan, runner, contracts, settings, folder, calibration)
+        runner.close()
+        if is_quantized(precision):
             quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, precision)
         to_precision(stage.module, floats, kept)
         put_in(stage.module, quantized)
@@ -233,8 +236,10 @@ def first_call(
     settings: PipelineSettings,
     folder: Path,
     trace: Trace,
+    device: str,
 ) -> Call:
     """A stage's first call in the proof's picture as the model was before it was rewritten."""
     contracts = make_contracts(plan.checkpoint, plan.proof_shape)
     stage = make_stage(plan.checkpoint, contracts[name], modules, plan.proof_shape)
-    return parity.relay(parity.TorchRunner(stage), contracts, settings, folder, trace, calls=1)[0]
+    with parity.TorchRunner(stage, device) as runner:
+        return parity.relay(runner, contracts, settings, folder, trace, calls=1)[0]

@@ -14,6 +14,7 @@ import numpy as np
 
 from lcm_compile.bundle import EngineBundle, hold, open_bundle
 from lcm_compile.engines import Backend, find_backend, find_target_here
+from lcm_compile.engines.gpu import OldDriver
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.manifest import PipelineSettings, StageFile
@@ -113,11 +114,13 @@ def check_backend(bundle: EngineBundle) -> Backend:
     manifest = bundle.manifest
     backend = find_backend(manifest.backend)
     if reason := backend.cannot_run(manifest.target):
+        built = f"{bundle.folder} was built for {manifest.target.name} ({manifest.target.description})"
+        if isinstance(reason, OldDriver):
+            raise BundleError(f"{built} and can't run here yet: {reason}", reason.update)
         here = find_target_here()
         rebuilt = replace(manifest.spec, gpu=here, precision="auto", backend="auto")
         raise BundleError(
-            f"{bundle.folder} was built for {manifest.target.name} ({manifest.target.description}) "
-            f"and can't run on this machine ({here}): {reason}",
+            f"{built} and can't run on this machine ({here}): {reason}",
             f"copy it to a machine with that GPU, or build for this one: {rebuilt.command()}",
         )
     if reason := backend.cannot_load(*built_with(bundle)):

@@ -19,7 +19,15 @@ from lcm_compile.bundle import LEFTOVERS, foreign_files, lock_of, reserving
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.spec import user_path
-from lcm_compile.store import bundles_folder, last_uses, lock
+from lcm_compile.store import (
+    BESIDE,
+    bundles_folder,
+    drop_kernels,
+    is_bundle,
+    kernel_files,
+    last_uses,
+    lock,
+)
 
 STORE, ELSEWHERE, UNFINISHED, BROKEN = "store", "elsewhere", "unfinished", "broken"
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
@@ -27,7 +35,8 @@ SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]i?)?B?", re.IGNORECA
 
 @dataclass(frozen=True)
 class Shelved:
-    """A bundle, or what is left of one. `files` are the bytes of each file, by its device and inode.
+    """A bundle, or what is left of one. `files` are the bytes of each file, by its device and inode; of the
+    kernels beside it too.
 
     `kind` is `store`; `elsewhere` for a bundle that was built with --out; `unfinished` for one that is being
     built or whose build was killed; `broken` where the manifest can't be read. `used` and `built` count
@@ -67,7 +76,7 @@ def shelved() -> list[Shelved]:
     """Every bundle of the store, and those elsewhere that were used; the one used last first."""
     store = bundles_folder().resolve()
     used = last_uses()
-    inside = sorted(path for path in store.glob("*") if path.is_dir())
+    inside = sorted(path for path in store.glob("*") if path.is_dir() and bundle_beside(path) is None)
     elsewhere = [path for path in used if path.parent != store]
     found = []
     for folder in (*inside, *elsewhere):
@@ -92,13 +101,19 @@ def look_at(folder: Path, kind: str, used: float | None) -> Shelved:
     return Shelved(folder, kind, manifest, max(used or 0, built), built, sizes(folder))
 
 
+def bundle_beside(folder: Path) -> Path | None:
+    """The bundle whose kernels a folder is for, which may have gone; None for any other folder."""
+    bundle = folder.with_name(folder.name.removesuffix(BESIDE) or folder.name)
+    return bundle if bundle != folder and not is_bundle(folder) else None
+
+
 def is_leftover(folder: Path) -> bool:
     return folder.name.startswith(".") and folder.name.endswith(LEFTOVERS)
 
 
 def sizes(folder: Path) -> dict[tuple[int, int], int]:
     found = {}
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), *kernel_files(folder)):
         with contextlib.suppress(FileNotFoundError):  # a build is at work
             status = path.lstat()
             if not path.is_dir():
@@ -145,6 +160,7 @@ def remove(folder: Path, pretend: bool = False) -> None:
         )
     with unbuilt(folder, pretend) as (part, _), unread(folder):
         if not pretend:
+            drop_kernels(folder)
             folder.rename(part)
 
 
@@ -196,11 +212,21 @@ class Pruned:
     reasons: tuple[str, ...]
 
 
+def drop_lost_kernels() -> None:
+    """Removes those of the store whose bundle was removed by hand."""
+    for folder in bundles_folder().glob("*"):
+        bundle = bundle_beside(folder)
+        if bundle is not None and not bundle.exists():
+            drop_kernels(bundle)
+
+
 def prune(limit: int, pretend: bool = False) -> Pruned:
     """Removes leftovers, then the store's bundles that were not used for longest, until the rest is small.
 
     `limit`: bytes. Nothing outside the store is removed.
     """
+    if not pretend:
+        drop_lost_kernels()
     left = [one for one in shelved() if one.kind != ELSEWHERE]
     removed, reasons = [], []
     for one in sorted(left, key=lambda one: (one.kind != UNFINISHED, one.used)):

@@ -39,6 +39,15 @@ class Stage:
         )
 
 
+def move(module: nn.Module, device: str) -> None:
+    """Puts a stage's module there, with the plain tensors beside its weights, which `Module.to` leaves."""
+    module.to(device)
+    for part in module.modules():
+        for name, value in list(vars(part).items()):
+            if isinstance(value, Tensor):
+                setattr(part, name, value.to(device))
+
+
 def shape_modules(
     modules: Mapping[str, nn.Module], rewrites: Collection[str], shapes: Sequence[Shape], factor: int
 ) -> dict[str, nn.Module]:
@@ -149,7 +158,9 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     Luo et al. 2023, section 4.1; the form of VDM (github.com/google-research/vdm) that diffusers uses.
     """
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=guidance.device) * (-math.log(10000.0) / (half - 1))
+    )
     angles = (guidance * 1000.0)[:, None] * frequencies[None]
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 

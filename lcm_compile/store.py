@@ -1,6 +1,7 @@
 """Where bundles live, what was used last, locks, and digests that are computed once.
 
-Everything is under one folder: LCM_COMPILE_HOME, or the user's cache folder.
+Everything is under one folder: LCM_COMPILE_HOME, or the user's cache folder. Only what a GPU compiles for a
+bundle lies beside that, wherever it is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from lcm_compile.schema import from_json
 from lcm_compile.spec import user_path
 
 RECENT_LIMIT = 200
+# The folder beside a bundle, and the files in it.
+BESIDE, KERNELS = ".cache", ".kernels"
 DIGESTS_LIMIT = 20_000
 # A file changed this recently could change again without its times moving: its digest is not kept.
 SETTLED_NS = 1_000_000_000
@@ -104,6 +107,27 @@ def bundles_folder() -> Path:
     return home() / "bundles"
 
 
+def is_bundle(folder: Path) -> bool:
+    return (folder / "manifest.json").is_file()
+
+
+def kernels_folder(bundle: Path) -> Path:
+    """Beside a bundle, whose manifest lists all that lies in it: what GPUs compile when they first run it."""
+    return bundle.with_name(f"{bundle.name}{BESIDE}")
+
+
+def kernel_files(bundle: Path) -> list[Path]:
+    """Whole ones, and what a killed process left of one. Other files there are not ours."""
+    return sorted(path for path in kernels_folder(bundle).glob(f"*{KERNELS}*") if path.is_file())
+
+
+def drop_kernels(bundle: Path) -> None:
+    with contextlib.suppress(OSError):
+        for path in kernel_files(bundle):
+            path.unlink(missing_ok=True)
+        kernels_folder(bundle).rmdir()  # unless something else lies in it
+
+
 def remember(bundle: Path) -> None:
     """Notes that a bundle is used now."""
     with contextlib.suppress(OSError), lock(home() / ".recent.lock"):
@@ -121,11 +145,7 @@ def last_uses() -> dict[Path, float]:
     except (OSError, ValueError, RecursionError):
         return {}
     now = time.time()
-    return {
-        Path(name): min(max(used, 0), now)
-        for name, used in times.items()
-        if (Path(name) / "manifest.json").is_file()
-    }
+    return {Path(name): min(max(used, 0), now) for name, used in times.items() if is_bundle(Path(name))}
 
 
 def recent() -> list[Path]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 
 import numpy as np
@@ -147,12 +149,37 @@ def test_for_a_gpu_it_builds_on_that_gpu_only():
     assert "no NVIDIA GPU here" in reason and "only on the GPU that will run" in reason
 
 
+def test_what_the_compiler_needs_for_a_gpu_is_told(monkeypatch, tmp_path):
+    """Before hours of work, each by its name: pip's torch brings no CUDA toolkit."""
+    from torch.utils import cpp_extension
+
+    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA H200", "9.0"))
+    target = find_target("h200")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
+    assert "pip install triton" in aotinductor.cannot_build(target, "fp16")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or found(name))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "include"))
+    assert "Python.h" in aotinductor.cannot_build(target, "fp16")
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    for home in (None, str(tmp_path)):
+        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
+        reason = aotinductor.cannot_build(target, "fp16")
+        assert "cuda_runtime.h" in reason and "CUDA_HOME" in reason and (home or "usual place") in reason
+    for name in ("cuda.h", "cuda_runtime.h"):
+        (tmp_path / "include" / name).touch()
+    assert aotinductor.cannot_build(target, "fp16") is None
+
+
 def test_the_key_holds_the_instruction_set(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     core = "flags\t\t: fpu sse sse4_2 avx2 avx512f avx512_bf16 amx_int8 hypervisor\n"
     cpuinfo.write_text(core + core.replace(" amx_int8", ""))
     assert instruction_set(cpuinfo)[1:] == ["avx2", "avx512_bf16", "avx512f", "sse4_2"]
     here = aotinductor.options(CPU)["instruction_set"]
+    # On a GPU weights are frozen, and compiled otherwise; on a CPU nothing has changed.
+    assert aotinductor.options(find_target("h200"))["freezing"] and "freezing" not in aotinductor.options(CPU)
     capability = torch.backends.cpu.get_cpu_capability()
     assert ("avx512f" in here) >= ("AVX512" in capability) and ("avx2" in here) >= ("AVX" in capability)
 

@@ -289,9 +289,34 @@ def test_for_another_gpu(refused, a10_bundle, monkeypatch):
         "NVIDIA L4 (compute capability 8.9)",
         "a10 is 8.6",
         "lcm-compile build --base",
-        "--gpu 40",
+        "--gpu l4",
     ]
     refused(1, told, *words)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt-rtx", "onnxruntime", "aotinductor"])
+def test_for_this_gpu_whose_driver_is_too_old(refused, a10_bundle, tmp_path, monkeypatch, backend):
+    """The driver is named, and what it must be: no other machine and no other build is needed."""
+    monkeypatch.setattr(gpu, "driver_cuda", lambda: 12)
+    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
+    gpu.DRIVER.write_text("570.211.01\n")
+    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA A10", "8.6"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    folder = shutil.copytree(a10_bundle.folder, tmp_path / "bundle")
+    change(folder, "backend", backend)
+    told = ["a10 (A10)", "driver here is 570.211.01", "CUDA 13 needs 580", "update the NVIDIA driver to 580"]
+    for words in (("run", "a star", "--engine"), ("verify",)):
+        err = refused(1, told, *words, folder)
+        assert "copy it to" not in err and "build" not in err.split("try:")[1]
+
+
+def test_for_this_gpu_built_with_another_version(refused, a10_bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA A10", "8.6"))
+    folder = shutil.copytree(a10_bundle.folder, tmp_path / "bundle")
+    key = {**read_manifest(folder)[0].key, "backend version": "tensorrt-rtx 1.0.0"}
+    change(folder, "key", key)
+    told = ["built with tensorrt-rtx 1.0.0", "here is tensorrt-rtx", "lcm-compile build --base"]
+    refused(1, told, "run", "a star", "--engine", folder)
 
 
 @pytest.mark.parametrize(

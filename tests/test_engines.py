@@ -17,6 +17,7 @@ from lcm_compile.engines import (
     BACKENDS,
     choose_backend,
     find_backend,
+    find_target_here,
     gpu,
     installed_version,
     onnxruntime,
@@ -92,33 +93,6 @@ def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
     assert find_target(name).description in hint and "pip install 'lcm-compile[tensorrt]'" in hint
 
 
-def test_every_call_that_needs_a_gpu_is_in_the_real_bindings():
-    """The names that the runner and the caches use are held to the package that is installed."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    for owner, names in {
-        trt.Runtime: ["deserialize_cuda_engine", "get_engine_validity", "engine_header_size"],
-        trt.ICudaEngine: [
-            "create_execution_context",
-            "num_io_tensors",
-            "get_tensor_name",
-            "get_tensor_mode",
-            "num_layers",
-            "device_memory_size_v2",
-            "create_engine_inspector",
-            "create_runtime_config",
-        ],
-        trt.EngineInspector: ["get_engine_information"],
-        trt.LayerInformationFormat: ["JSON"],
-        trt.ProfilingVerbosity: ["DETAILED"],
-        trt.IRuntimeConfig: ["create_runtime_cache", "set_runtime_cache"],
-        trt.IRuntimeCache: ["serialize", "deserialize"],
-        trt.IExecutionContext: ["set_tensor_address", "execute_async_v3", "is_stream_capturable"],
-        trt.TensorIOMode: ["INPUT", "OUTPUT"],
-    }.items():
-        assert all(hasattr(owner, name) for name in names), owner
-    assert "runtime_config: tensorrt" in trt.ICudaEngine.create_execution_context.__doc__
-
-
 def test_timings_are_kept_for_the_next_build(tmp_path):
     trt = pytest.importorskip("tensorrt_rtx")
     config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
@@ -150,15 +124,41 @@ def test_what_an_inspected_engine_consists_of():
     assert tensorrt.count_formats({"Layers": layers}) == {"FP16 NHWC": 2, "FP32": 1}
 
 
-@pytest.mark.parametrize(("driver", "told"), [("570.211.01", "CUDA 13 needs 580"), ("580.65.06", None)])
-def test_a_driver_that_is_too_old(monkeypatch, tmp_path, driver, told):
-    monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
-    assert gpu.driver_too_old(13) is None
-    gpu.DRIVER.write_text(f"{driver}\n")
-    reason = gpu.driver_too_old(13)
-    assert reason is None if told is None else driver in reason and told in reason
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """Installs a driver: the library whose function tells the CUDA version, and the module's version."""
+
+    def install(cuda, module=None):
+        source, library = tmp_path / "cuda.c", tmp_path / f"libcuda-{cuda}.so.1"
+        source.write_text(f"int cuDriverGetVersion(int *version) {{ *version = {cuda}; return 0; }}")
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        monkeypatch.setattr(gpu, "LIBRARY", str(library))
+        monkeypatch.setattr(gpu, "DRIVER", tmp_path / "version")
+        if module:
+            gpu.DRIVER.write_text(f"{module}\n")
+
+    return install
+
+
+def test_a_driver_that_is_too_old(driver, monkeypatch):
+    driver(12080, "570.211.01")
+    reason = gpu.old_driver(13)
+    assert "570.211.01" in reason and "CUDA 13 needs 580" in reason and "driver to 580" in reason.update
+    assert gpu.old_driver(12) is None and gpu.old_driver(None) is None
     if gpu.gpu_here() is None:
-        assert driver in (find_backend("aotinductor").cannot_run(find_target("a10")) or "")
+        assert "570.211.01" in (find_backend("aotinductor").cannot_run(find_target("a10")) or "")
+        monkeypatch.setattr(torch.version, "cuda", "13.0")  # torch sees no GPU then, and can't tell why
+        assert find_backend("aotinductor").cannot_run(find_target("a10")) == reason
+
+
+def test_a_driver_whose_module_is_hidden_or_older_than_its_library(driver, monkeypatch):
+    """As in a container, and with a cuda-compat package."""
+    driver(12040)
+    assert "one for CUDA 12" in gpu.old_driver(13)
+    driver(13000, "535.183.01")
+    assert gpu.old_driver(13) is None
+    monkeypatch.setattr(gpu, "LIBRARY", "libcuda-that-is-nowhere.so.1")
+    assert gpu.old_driver(13) is None
 
 
 def test_the_cuda_version_that_a_package_is_linked_with():
@@ -278,6 +278,47 @@ def test_a_library_that_a_provider_lacks_is_named(provider, libraries, missing, 
     assert capfd.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "gigabytes", "target"),
+    [
+        ("NVIDIA H200", "9.0", 140, "h200"),
+        ("NVIDIA H100 80GB HBM3", "9.0", 80, "h100"),
+        ("NVIDIA GH200 480GB", "9.0", 95, "h100"),
+        ("NVIDIA L4", "8.9", 22, "l4"),
+        ("NVIDIA L40S", "8.9", 45, "l40s"),
+        ("NVIDIA GeForce RTX 4090", "8.9", 24, "4090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "8.6", 24, "3090"),
+        ("NVIDIA A10", "8.6", 22, "a10"),
+        ("NVIDIA A10G", "8.6", 22, "a10g"),
+        ("NVIDIA RTX A6000", "8.6", 48, "a6000"),
+        ("NVIDIA A100-SXM4-40GB", "8.0", 39, "a100"),
+        ("NVIDIA A100-SXM4-80GB", "8.0", 79, "a100-80gb"),
+        ("Tesla T4", "7.5", 15, "t4"),
+        ("Quadro GV100", "7.0", 32, "cpu"),
+    ],
+)
+def test_the_gpu_here_has_its_own_name(monkeypatch, name, capability, gigabytes, target):
+    monkeypatch.setattr(gpu, "gpu_here", lambda: (name, capability))
+    monkeypatch.setattr(gpu, "gpu_memory", lambda: gigabytes << 30)
+    assert find_target_here() == target
+
+
+@pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_session_on_a_gpu_has_its_libraries_loaded_in_its_own_process(provider, sdxl_bundle, monkeypatch):
+    """Large stages are built in processes of their own, where nothing was asked before."""
+    import onnxruntime as ort
+
+    loaded = []
+    monkeypatch.setattr(ort, "preload_dlls", lambda: loaded.append(provider))
+    path = sdxl_bundle / "engines/decode.onnx"
+    onnxruntime.open_session(path, onnxruntime.quiet_options(), [onnxruntime.CPU])
+    assert loaded == []
+    if gpu.gpu_here() is None:
+        with pytest.raises(BackendError):
+            onnxruntime.open_session(path, onnxruntime.quiet_options(), [(provider, {})])
+        assert loaded == [provider]
+
+
 @pytest.mark.parametrize("provider", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
 def test_a_cpu_session_in_place_of_a_gpu_session_is_an_error(provider, sdxl_bundle):
     """ONNX Runtime gives one, with no more than a line in its log."""
@@ -286,6 +327,25 @@ def test_a_cpu_session_in_place_of_a_gpu_session_is_an_error(provider, sdxl_bund
     path = sdxl_bundle / "engines/decode.onnx"
     with pytest.raises(BackendError, match=f"asked ONNX Runtime for {provider}, got CPUExecutionProvider"):
         onnxruntime.open_session(path, onnxruntime.quiet_options(), [provider])
+
+
+def test_a_gpu_session_that_leaves_its_work_to_the_processor_is_an_error(sdxl_bundle, monkeypatch):
+    """As versions do that have no kernel of Attention for CUDA. The session here is one of the processor."""
+    import onnxruntime as ort
+
+    class Session(ort.InferenceSession):
+        def __init__(self, path, options, providers):
+            super().__init__(path, options, providers=[onnxruntime.CPU])
+
+        def get_providers(self):
+            return [onnxruntime.CUDA, onnxruntime.CPU]
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    path = sdxl_bundle / "engines/step.onnx"
+    with pytest.raises(BackendError, match=r"Attention.* is left to the processor"):
+        onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
+    monkeypatch.setattr(onnxruntime, "HEAVY", {"NoSuchNode"})
+    onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
 
 
 def test_bound_arrays_draw_the_same_picture(sdxl_bundle):

@@ -12,16 +12,23 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from lcm_compile.apart import call_apart
-from lcm_compile.benchmarks import gpu_items
+from lcm_compile.benchmarks import gpu_items, gpu_smoke
+from lcm_compile.benchmarks.gpu_items import Engines
 from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
-from lcm_compile.benchmarks.items import Item, report_path, run_items, summary_line, with_needs
+from lcm_compile.benchmarks.items import Item, Missing, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.report import read_report
+from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
+from lcm_compile.loading import load_modules
+from lcm_compile.manifest import read_manifest
 from lcm_compile.pipeline import LcmPipeline
-from lcm_compile.spec import BuildSpec
+from lcm_compile.spec import REWRITES, BuildSpec, Shape
+from lcm_compile.stages import make_stages, move, shape_modules
 
 
 def ends(note, target, work):
@@ -125,7 +132,7 @@ def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
     items = [
         Item("hangs", hangs, least=0),
         Item("ends", ends, least=20),
-        Item("after", ends, least=0, needs="ends"),
+        Item("after", ends, least=0, needs=("ends",)),
     ]
     _, found = run(items, 5, tmp_path)
     assert time.monotonic() - start < 12
@@ -183,7 +190,7 @@ runpy.run_module("lcm_compile.benchmarks.gpu_suite", run_name="__main__")
 
 
 def test_what_ended_well_is_not_done_again_in_the_same_folder(tmp_path):
-    items = [Item("ends", ends), Item("after", ends, needs="ends")]
+    items = [Item("ends", ends), Item("after", ends, needs=("ends",))]
     _, first = run(items, 60, tmp_path, work=tmp_path)
     _, second = run([*items, Item("raises", raises)], 60, tmp_path, work=tmp_path, again=["after"])
     assert second["ends"] == first["ends"] and second["after"]["outcome"] == "ok"
@@ -192,8 +199,11 @@ def test_what_ended_well_is_not_done_again_in_the_same_folder(tmp_path):
     assert third["raises"]["outcome"] == "ok"  # what failed is tried again
 
 
+TINY = Engines("tiny", "onnxruntime", 2)
+
+
 def compare_graphs(work, told):
-    gpu_items.compare_graphs(lambda **found: told.update(found), "cpu", work, "tiny", "onnxruntime", 2)
+    gpu_items.compare_graphs(lambda **found: told.update(found), "cpu", work, TINY)
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +215,14 @@ def noted(sdxl_checkpoint, tmp_path_factory):
         patch.setitem(gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True))
         patch.setattr(gpu_items, "RUNS", 3)
         gpu_items.write_weights(lambda **found: told.update(found), "cpu", work, "tiny")
-        gpu_items.build_model(lambda **found: told.update(found), "cpu", work, "tiny", "onnxruntime", 2)
+        gpu_items.build_model(lambda **found: told.update(found), "cpu", work, TINY)
         seen = []
 
         def note(**found):
             told.update(found)
             seen.append(read_report(report_path(work, "speed")).benchmark.against)
 
-        gpu_items.measure(note, "cpu", work, "speed", "tiny", "onnxruntime", 2, "eager")
+        gpu_items.measure(note, "cpu", work, "speed", TINY, "eager")
     return told, work, seen
 
 
@@ -270,6 +280,97 @@ def test_the_tables_fit_a_terminal(noted, capsys):
     assert sum(line.startswith("sdxl-tensorrt-rtx-by-8-eager") for line in lines) == 2
 
 
+def test_engines_are_verified_stage_by_stage(noted):
+    """By the bundle's own proof; not by one of another size; and by one that was recorded apart."""
+    _, work, _ = noted
+    own, recorded = {}, {}
+    one = replace(TINY, batch=1)
+
+    def ignore(**found):
+        """An item's `note`."""
+
+    gpu_items.build_model(ignore, "cpu", work, one)
+    gpu_items.verify_model(lambda **found: own.update(found), "cpu", work, one)
+    assert own["verified"].keys() == {"encode", "context", "step", "decode", "picture"}
+    assert all(figure["db"] >= figure["floor"] for figure in own["verified"].values())
+
+    manifest, _ = read_manifest(one.bundle(work))
+    twin = replace(manifest.proof, shape=Shape(1, 32, 32))
+    replace(manifest, proof=twin).write(one.bundle(work))
+    with pytest.raises(Missing, match="of a smaller picture"):
+        gpu_items.verify_model(ignore, "cpu", work, one)
+
+    for path in (one.bundle(work) / "proof").glob("*.npz"):
+        path.write_bytes(b"another")
+    gpu_items.record_proof(ignore, "cpu", work, "tiny")
+    gpu_items.verify_model(lambda **found: recorded.update(found), "cpu", work, one)
+    for name, figure in recorded["verified"].items():
+        assert figure == pytest.approx(own["verified"][name], abs=3)
+
+    calls = gpu_items.proof_of(work, "tiny") / "proof" / "decode.npz"
+    arrays = dict(np.load(calls))
+    np.savez(calls, **{k: 255 - a if ".out." in k else a for k, a in arrays.items()})
+    with pytest.raises(ParityError, match="decode"):  # an engine that computes something else
+        gpu_items.verify_model(lambda **found: recorded.update(found), "cpu", work, one)
+    assert (
+        recorded["verified"]["decode"]["db"] < 20 < recorded["verified"]["step"]["db"]
+    )  # kept, though it failed
+
+
+def move_by_torch(module, device):
+    module.to(device)
+
+
+@pytest.mark.parametrize("rewrites", [(), REWRITES], ids=["plain", "shaped"])
+@pytest.mark.parametrize("moves", [move, move_by_torch])
+def test_a_moved_stage_has_all_its_tensors_there(sdxl_checkpoint, moves, rewrites):
+    """On the device that stands for any other: torch refuses to mix it with the processor."""
+    checkpoint, shape = open_checkpoint(str(sdxl_checkpoint)), Shape(1, 64, 64)
+    modules = shape_modules(load_modules(checkpoint).named(), rewrites, [shape], checkpoint.vae_factor)
+    failed = []
+    for stage in make_stages(checkpoint, modules, shape, rewrites):
+        moves(stage.module, "meta")
+        try:
+            with torch.inference_mode():
+                outputs = stage.module(*(x.to("meta") for x in stage.example_inputs()))
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            assert {output.device.type for output in outputs} == {"meta"}
+        except RuntimeError:
+            failed.append(stage.name)
+    # The sizes and the scaling of latents are no buffers.
+    assert failed == ([] if moves is move else ["context" if rewrites else "step", "decode"])
+
+
+def test_the_smoke_command(tmp_path):
+    code = f"""
+import runpy, sys
+from pathlib import Path
+from lcm_compile.benchmarks import gpu_suite
+gpu_suite.RESULTS = Path({str(tmp_path)!r})
+sys.argv[1:] = ["--device", "cpu", "--only", "demo-onnxruntime-verify", "--only", "sdxl-aotinductor-verify"]
+runpy.run_module("lcm_compile.benchmarks.gpu_smoke", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "gpu_smoke-cpu.json")
+    items = json.loads((tmp_path / "gpu_smoke-cpu.json").read_text())["items"]
+    told = {name: item["outcome"] for name, item in items.items()}
+    assert all(outcome == ("ok" if "demo" in name else "skipped") for name, outcome in told.items())
+    assert {"sdxl-weights", "sdxl-proof", "sdxl-aotinductor", "demo-weights"} < told.keys()
+    assert items["demo-onnxruntime-verify"]["verified"].keys() >= {"encode", "step", "decode", "picture"}
+
+
+def test_an_8_bit_unet_is_tried_after_fp16_and_told_where_the_gpu_has_none(tmp_path):
+    names = [item.name for item in ITEMS]
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        order = [f"sdxl-{backend}{precision}" for precision in ("", "-fp8", "-int8")]
+        assert [name for name in names if name in order] == order
+        assert f"sdxl-{backend}-fp8-eager" in names
+    item = next(item for item in ITEMS if item.name == "sdxl-tensorrt-fp8")
+    with pytest.raises(Missing, match="A10 does not compute in fp8"):
+        gpu_items.build_model(lambda **found: None, "a10", tmp_path, *item.args)
+
+
 def test_a_named_item_comes_with_all_that_it_needs():
     assert with_needs(["sdxl-aotinductor-compile"], ITEMS) == {
         "sdxl-weights",
@@ -278,7 +379,8 @@ def test_a_named_item_comes_with_all_that_it_needs():
     }
 
 
-@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.name)
-def test_needs_come_before(item):
-    names = [other.name for other in ITEMS]
-    assert not item.needs or names.index(item.needs) < names.index(item.name)
+@pytest.mark.parametrize("items", [ITEMS, gpu_smoke.ITEMS], ids=["suite", "smoke"])
+def test_needs_come_before(items):
+    names = [other.name for other in items]
+    assert all(names.index(need) < names.index(item.name) for item in items for need in item.needs)
+    assert len(names) == len(set(names))

@@ -1,0 +1,444 @@
+"""TensorRT's runner and caches on a stand-in for its runtime, and every call held to the real bindings."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import stand_in_tensorrt as stand_in
+import torch
+
+from lcm_compile import load
+from lcm_compile.bundle import open_bundle, publishing
+from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
+from lcm_compile.engines.tensors import TensorRunner
+from lcm_compile.errors import BackendError
+from lcm_compile.manifest import MANIFEST
+from lcm_compile.parity import read_calls, snr_db
+from lcm_compile.pipeline import LcmPipeline, Request
+from lcm_compile.runners import load_tokenizers
+from lcm_compile.shelf import prune, shelved
+from lcm_compile.targets import find_target
+
+ENGINES = Path(tensorrt.__file__).parent
+A10 = find_target("a10")
+
+
+def calls_in(path):
+    """(method, positional arguments, names of others) of every call of a method in a source file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
+            yield node.func.attr, None if starred else len(node.args), {k.arg for k in node.keywords}
+
+
+def overloads(function):
+    """The names of a binding's arguments, and of those without a default, for each of its overloads."""
+    name = function.__name__
+    for text in re.findall(rf"(?:^|\d\. ){name}\(self: .*?\) -> ", function.__doc__, re.MULTILINE):
+        arguments = re.findall(r", (\w+): ([^,]*)", text)
+        yield [a for a, _ in arguments], [a for a, told in arguments if " = " not in told]
+
+
+def bound(trt):
+    """Each class of the bindings that our code has objects of, with their methods."""
+    names = (
+        *("Builder", "INetworkDefinition", "IBuilderConfig", "ITimingCache", "OnnxParser", "Runtime"),
+        *("ICudaEngine", "IExecutionContext", "EngineInspector", "IRuntimeConfig", "IRuntimeCache"),
+    )
+    return {name: getattr(trt, name) for name in names}
+
+
+# Of these names Python's own types have methods too; the bindings' are in the table of the next test.
+OWN = {"log"}
+
+
+@pytest.mark.parametrize("file", ["tensorrt.py", "tensorrt_rtx.py", "tensorrt_caches.py"])
+def test_every_call_fits_the_real_bindings(file):
+    trt = pytest.importorskip("tensorrt_rtx")
+    classes = bound(trt)
+    checked = set()
+    for method, count, keywords in calls_in(ENGINES / file):
+        owners = [getattr(c, method) for c in classes.values() if hasattr(c, method)]
+        if not owners or method.startswith("__") or method in OWN:
+            continue
+        takes = [signature for owner in owners for signature in overloads(owner)]
+        assert takes, method
+        assert any(
+            (count is None or len(needed) <= count + len(keywords) <= len(names)) and keywords <= set(names)
+            for names, needed in takes
+        ), f"{method} takes {takes}, not {count} and {keywords}"
+        checked.add(method)
+    assert (
+        checked
+        >= {
+            "tensorrt.py": {
+                *("create_network", "parse_from_file", "get_error", "build_serialized_network"),
+                *(
+                    "deserialize_cuda_engine",
+                    "create_execution_context",
+                    "get_tensor_name",
+                    "get_tensor_mode",
+                ),
+                *("set_tensor_address", "execute_async_v3", "get_engine_information", "get_layer"),
+            },
+            "tensorrt_rtx.py": {"set_compute_capability", "get_engine_validity"},
+            "tensorrt_caches.py": {
+                *("create_timing_cache", "set_timing_cache", "serialize", "create_runtime_config"),
+                *("create_runtime_cache", "set_runtime_cache", "deserialize"),
+            },
+        }[file]
+    )
+
+
+def test_the_reader_of_signatures_sees_what_would_not_fit():
+    trt = pytest.importorskip("tensorrt_rtx")
+    assert list(overloads(trt.IExecutionContext.set_tensor_address)) == [(["name", "memory"],) * 2]
+    assert list(overloads(trt.Builder.create_network)) == [(["flags"], [])]
+    assert (["runtime_config"], []) in list(overloads(trt.ICudaEngine.create_execution_context))
+
+
+def test_attributes_and_what_is_called_by_other_names():
+    """Properties, constants, and constructors, which are no calls of methods."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    for owner, names in {
+        trt.Runtime: ["engine_header_size"],
+        trt.ICudaEngine: ["num_io_tensors", "num_layers", "device_memory_size_v2"],
+        trt.IBuilderConfig: [
+            *("builder_optimization_level", "profiling_verbosity", "num_compute_capabilities"),
+        ],
+        trt.INetworkDefinition: ["num_layers"],
+        trt.IAttentionInputLayer: ["attention"],
+        trt.OnnxParser: ["num_errors"],
+        trt.LayerInformationFormat: ["JSON"],
+        trt.ProfilingVerbosity: ["DETAILED"],
+        trt.TensorIOMode: ["INPUT", "OUTPUT"],
+        trt.ILogger.Severity: ["ERROR", "INTERNAL_ERROR"],
+        trt.LayerType: ["ATTENTION_INPUT"],
+        trt.ComputeCapability: [f"SM{c.replace('.', '')}" for c in tensorrt_rtx.CAPABILITIES],
+    }.items():
+        assert all(hasattr(owner, name) for name in names), owner
+    for owner, names in {
+        trt.Runtime: ["logger"],
+        trt.Builder: ["logger"],
+        trt.OnnxParser: ["network", "logger"],
+        trt.ILogger: [],
+    }.items():
+        assert re.findall(r", (\w+): ", owner.__init__.__doc__.splitlines()[0]) == names
+    assert list(overloads(trt.IExecutionContext.is_stream_capturable)) == [(["stream"],) * 2]
+    assert list(overloads(trt.ILogger.log)) == [(["severity", "msg"],) * 2]
+
+
+def test_the_stand_in_has_the_bindings_own_signatures():
+    trt = pytest.importorskip("tensorrt_rtx")
+    for name, real in bound(trt).items():
+        own = getattr(stand_in, name, None)
+        for method, function in vars(own).items() if own else ():
+            if method.startswith("__") or not callable(function) or not hasattr(real, method):
+                continue
+            names = list(inspect.signature(function).parameters)[1:]
+            assert names in [told for told, _ in overloads(getattr(real, method))], (name, method)
+    assert set(vars(stand_in.IExecutionContext)) >= {"set_tensor_address", "execute_async_v3"}
+
+
+class Stream:
+    """Of torch.cuda: it has an address, and waits for others."""
+
+    def __init__(self, address=None):
+        self.cuda_stream = address if address is not None else id(self)
+
+    def wait_stream(self, other):
+        stand_in.calls.append(("wait", self.cuda_stream, other.cuda_stream))
+
+
+class OnCpu:
+    """A method of TensorRunner with its tensors on the processor."""
+
+    def __init__(self, method):
+        self.method = method
+
+    def __get__(self, runner, owner):
+        def call(*args):
+            before, runner.device = runner.device, "cpu"
+            try:
+                return self.method(runner, *args)
+            finally:
+                runner.device = before
+
+        return call
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """The default stream of torch, and the one that is current: the same, to begin with."""
+    default = Stream(0)
+    held = {"current": default, "default": default}
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: held["current"])
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda: held["default"])
+    monkeypatch.setattr(tensorrt, "ALIGNMENT", stand_in.ALIGNMENT)
+    for name in ("tensor", "empty", "to_device", "mark", "between"):
+        monkeypatch.setattr(TensorRunner, name, OnCpu(vars(TensorRunner)[name]))
+    stand_in.calls.clear()
+    stand_in.compiled.clear()
+    return held
+
+
+def stage_of(bundle, name):
+    return next(stage for stage in bundle.manifest.stages if stage.contract.name == name)
+
+
+@pytest.fixture
+def step(streams, sdxl_bundle):
+    """The runner of a step, and one recorded call of it by torch."""
+    bundle = open_bundle(sdxl_bundle)
+    stage = stage_of(bundle, "step")
+    call = read_calls(bundle.path("proof/step.npz"), stage.contract)[1]
+    return tensorrt.TensorRtRunner(stand_in, bundle.path(stage.file), stage.contract), call
+
+
+def test_an_engine_computes_where_it_is_told_to(step):
+    runner, (inputs, expected) = step
+    outputs = runner(inputs)
+    for spec in runner.contract.outputs:
+        found = outputs[spec.name]
+        assert tuple(found.shape) == spec.shape and found.dtype == getattr(torch, spec.dtype)
+        assert snr_db(expected[spec.name], runner.to_host(found)) > 80
+    addressed = [name for kind, name, *_ in stand_in.calls if kind == "address"]
+    contract = runner.contract
+    assert sorted(addressed) == sorted(spec.name for spec in (*contract.inputs, *contract.outputs))
+
+
+def test_an_address_is_told_again_only_when_it_is_another(step):
+    runner, (inputs, _) = step
+    tensors = {name: torch.from_numpy(array).clone() for name, array in inputs.items()}
+    first = runner(tensors)
+    stand_in.calls.clear()
+    again = runner({**tensors, "latent": tensors["latent"].clone()})
+    assert [name for kind, name, *_ in stand_in.calls if kind == "address"] == ["latent"]
+    assert {n: a.data_ptr() for n, a in first.items()} == {n: a.data_ptr() for n, a in again.items()}
+
+
+def test_an_input_that_is_not_aligned_is_copied(step):
+    runner, (inputs, expected) = step
+    latent = inputs["latent"]
+    memory = torch.empty(latent.size + 1)
+    memory[1:] = torch.from_numpy(latent).flatten()
+    shifted = memory[1:].view(latent.shape)
+    assert shifted.data_ptr() % stand_in.ALIGNMENT
+    outputs = runner({**inputs, "latent": shifted})
+    assert snr_db(expected["prediction"], runner.to_host(outputs["prediction"])) > 80
+
+
+def test_another_shape_or_a_refused_address_is_an_error(step, monkeypatch):
+    runner, (inputs, _) = step
+    with pytest.raises(BackendError, match="takes latent as"):
+        runner({**inputs, "latent": inputs["latent"][:, :2]})
+    monkeypatch.setattr(stand_in.IExecutionContext, "set_tensor_address", lambda *_: False)
+    with pytest.raises(BackendError, match="refuses the memory for"):
+        runner({name: torch.from_numpy(array.copy()) for name, array in inputs.items()})
+
+
+def test_beside_torchs_default_stream_and_on_any_other(step, streams):
+    runner, (inputs, _) = step
+    default, own = streams["default"].cuda_stream, runner._stream.cuda_stream
+    runner(inputs)
+    order = [call for call in stand_in.calls if call[0] != "address"]
+    assert order == [("wait", own, default), ("execute", own), ("wait", default, own)] and own != default
+    stand_in.calls.clear()
+    streams["current"] = Stream()
+    runner(inputs)
+    order = [call for call in stand_in.calls if call[0] != "address"]
+    assert order == [("execute", streams["current"].cuda_stream)]
+
+
+@pytest.mark.parametrize("fault", ["launch", "context", "engine"])
+def test_what_fails_is_an_error_with_a_reason(fault, step, sdxl_bundle, monkeypatch, tmp_path):
+    runner, (inputs, _) = step
+    if fault == "launch":
+        monkeypatch.setattr(stand_in.IExecutionContext, "execute_async_v3", lambda *_: False)
+        with pytest.raises(BackendError, match="the step engine failed"):
+            runner(inputs)
+        return
+    path = sdxl_bundle / "engines" / "step.onnx"
+    if fault == "context":
+        monkeypatch.setattr(stand_in.ICudaEngine, "create_execution_context", lambda *_: None)
+    else:
+        path = tmp_path / "step.engine"
+        path.write_bytes(bytes(100))
+    told = "no engine: " if fault == "engine" else "can't run .*step.onnx"
+    with pytest.raises(BackendError, match=told):
+        tensorrt.TensorRtRunner(stand_in, path, runner.contract)
+
+
+def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
+    bundle = open_bundle(sdxl_bundle)
+    runners = {
+        s.contract.name: tensorrt.TensorRtRunner(stand_in, bundle.path(s.file), s.contract)
+        for s in bundle.manifest.stages
+    }
+    settings = bundle.manifest.pipeline
+    request = Request("a red star", 7, guidance_scale=1.5)
+    with load(bundle) as plain:
+        expected = plain.draw(request).pictures
+    with LcmPipeline(
+        settings, runners, load_tokenizers(bundle.folder, settings), cuda_graph=False
+    ) as pipeline:
+        found = pipeline.draw(request).pictures
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+@pytest.fixture
+def rtx(streams, sdxl_bundle, tmp_path, monkeypatch):
+    """The folder of a bundle in a store, as one of TensorRT for RTX on an A10, and what draws with it."""
+    store = tmp_path / "home" / "bundles"
+    store.mkdir(parents=True)
+    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(stand_in, "gpu", "NVIDIA A10")
+    monkeypatch.setattr(stand_in, "__version__", "1.7.1.116")
+    monkeypatch.setattr(gpu, "gpu_here", lambda: (stand_in.gpu, "8.6"))
+    monkeypatch.setattr(tensorrt_rtx, "gpu_here", gpu.gpu_here)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", stand_in)
+
+    def draw(folder):
+        """Loads and closes its engines; how many compiled kernels."""
+        bundle = open_bundle(folder)
+        stand_in.compiled.clear()
+        for stage in bundle.manifest.stages:
+            tensorrt_rtx.load(bundle.path(stage.file), stage.contract, A10).close()
+        return len(stand_in.compiled)
+
+    return shutil.copytree(sdxl_bundle, store / "a"), draw
+
+
+STAGES = 4
+
+
+def kept(folder):
+    return sorted(p.name for p in folder.with_name(f"{folder.name}.cache").glob("*"))
+
+
+def test_kernels_are_kept_beside_the_bundle_and_travel_with_it(rtx, tmp_path):
+    folder, draw = rtx
+    assert (draw(folder), draw(folder)) == (STAGES, 0)
+    assert all("NVIDIA-A10-1.7.1.116" in name for name in kept(folder)) and len(kept(folder)) == STAGES
+    assert not list((tmp_path / "home").rglob("runtime-cache"))
+    moved = tmp_path / "other"
+    for ending in ("", ".cache"):
+        shutil.move(f"{folder}{ending}", f"{moved}{ending}")
+    assert draw(moved) == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("gpu", "NVIDIA A40"), ("__version__", "1.8.0.1")])
+def test_another_gpu_or_version_compiles_its_own(rtx, monkeypatch, name, value):
+    folder, draw = rtx
+    draw(folder)
+    monkeypatch.setattr(stand_in, name, value)
+    assert (draw(folder), draw(folder)) == (STAGES, 0)
+    assert len(kept(folder)) == 2 * STAGES
+
+
+def test_kernels_of_another_engine_are_not_read(rtx):
+    folder, draw = rtx
+    draw(folder)
+    (folder / "engines" / "step.onnx").write_bytes((folder / "engines" / "decode.onnx").read_bytes())
+    path = folder / "engines" / "step.onnx"
+    before = kept(folder)
+    assert tensorrt_rtx.kernels_path(stand_in, path, stand_in.gpu).name not in before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "folder"])
+def test_damaged_kernels_are_not_given_to_the_library(rtx, damage, monkeypatch):
+    folder, draw = rtx
+    draw(folder)
+    given = []
+    deserialize = stand_in.IRuntimeCache.deserialize
+    monkeypatch.setattr(
+        stand_in.IRuntimeCache,
+        "deserialize",
+        lambda self, blob: given.append(blob) or deserialize(self, blob),
+    )
+    for path in folder.with_name("a.cache").iterdir():
+        content = path.read_bytes()
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes({"flipped": flipped, "cut": content[:40], "empty": b""}[damage])
+    assert draw(folder) == STAGES and not given
+    assert draw(folder) == (STAGES if damage == "folder" else 0)
+
+
+def test_where_nothing_can_be_written_kernels_are_compiled_each_time(rtx):
+    folder, draw = rtx
+    beside = folder.with_name("a.cache")
+    beside.write_bytes(b"a file, where the folder would be")  # for root no folder is read-only
+    assert (draw(folder), draw(folder)) == (STAGES, STAGES)
+    assert beside.is_file()
+
+
+def test_an_engine_in_no_bundle_leaves_nothing_behind(rtx, tmp_path):
+    """As those that `doctor` tries."""
+    folder, _ = rtx
+    (tmp_path / "some" / "engines").mkdir(parents=True)
+    path = shutil.copy(folder / "engines" / "step.onnx", tmp_path / "some" / "engines")
+    tensorrt_rtx.load(Path(path), stage_of(open_bundle(folder), "step").contract, A10).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["home", "some"]
+
+
+def test_they_are_part_of_the_bundle_in_the_list_and_go_with_it(rtx, command):
+    folder, draw = rtx
+    plain = shelved()[0].size
+    draw(folder)
+    [one] = json.loads(command("bundles", "--json")[1])["bundles"]
+    kernels = sum(p.stat().st_size for p in folder.with_name("a.cache").iterdir())
+    assert (one["bundle"], one["bytes"]) == (str(folder), plain + kernels)
+    (folder.with_name("a.cache") / ".x.kernels.part").touch()  # a process was killed while it wrote
+    assert command("bundles", "rm", "a")[0] == 0
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_prune_takes_them_too_and_those_whose_bundle_has_gone(rtx):
+    folder, draw = rtx
+    shutil.copytree(folder, folder.with_name("b"))
+    for name in "ab":
+        draw(folder.with_name(name))
+    shutil.rmtree(folder)
+    prune(1 << 40, pretend=True)
+    assert len(list(folder.parent.iterdir())) == 3
+    prune(1 << 40)
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["b", "b.cache"]
+    prune(0)
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_what_else_lies_in_such_a_folder_stays(rtx, command):
+    folder, draw = rtx
+    draw(folder)
+    mine = folder.with_name("a.cache") / "notes.txt"
+    mine.write_text("mine")
+    command("bundles", "rm", "a")
+    assert mine.read_text() == "mine" and kept(folder) == ["notes.txt"]
+
+
+def test_a_bundle_that_is_built_again_has_none_of_the_old_ones_kernels(rtx, sdxl_bundle):
+    """But those that were compiled while its engines were checked, before it got its name."""
+    folder, draw = rtx
+    draw(folder)
+    old = kept(folder)
+    (folder.with_name("a.cache") / "step-of-an-older-engine.kernels").touch()
+    with publishing(folder) as part:
+        shutil.copytree(sdxl_bundle, part, dirs_exist_ok=True)
+        data = json.loads((part / MANIFEST).read_text())
+        (part / MANIFEST).write_text(json.dumps(data))
+        assert draw(part) == STAGES
+    assert draw(folder) == 0 and kept(folder) == old
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["a", "a.cache"]
