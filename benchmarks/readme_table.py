@@ -30,7 +30,13 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
     for report in reports:
         asked, picture = report.benchmark, report.cases[0]
         precisions = ", ".join(sorted(set(asked.precisions.values())))
-        model = f"{asked.spec.base} {asked.shape}, {asked.backend} {precisions}"
+        model = ", ".join(
+            (
+                f"{asked.spec.base} {asked.shape}",
+                *([f"--vae {Path(asked.spec.vae).name}"] if asked.spec.vae else []),
+                f"{asked.backend} {precisions}",
+            )
+        )
         shown = [
             f"{median(ratios(*per_picture(report, picture, name))):.2f} ×" if name in picture.rivals else ""
             for name in rivals
