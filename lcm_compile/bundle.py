@@ -147,8 +147,9 @@ def publishing(
                 folder.rename(old)
             part.rename(folder)
             drop_kernels(folder)  # the old bundle's
-            with contextlib.suppress(OSError):  # there are some where its engines were checked here
-                kernels_folder(part).rename(kernels_folder(folder))
+            if (compiled := kernels_folder(part)).is_dir():  # while its engines were checked here
+                with contextlib.suppress(OSError):
+                    compiled.rename(kernels_folder(folder))
 
 
 @contextlib.contextmanager
