@@ -262,6 +262,7 @@ def test_a_bundle_is_a_rival(command, fused_bundle, tmp_path):
     assert cases["picture"]["parity_db"] == round(recorded, 2)
 
 
+@pytest.mark.slow
 def test_a_bundle_of_another_batch_is_compared_by_the_picture(command, sdxl_checkpoint, tmp_path):
     one, two = (
         build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript", batch=batch), path)

@@ -226,6 +226,7 @@ def noted(sdxl_checkpoint, tmp_path_factory):
     return told, work, seen
 
 
+@pytest.mark.slow
 def test_engines_and_diffusers_draw_the_same_pictures_in_turn(noted):
     told, work, _ = noted
     assert told["psnr_db"] > 65 and told["parity"].keys() == {
@@ -273,6 +274,7 @@ def test_the_rival_draws_with_the_very_weights_that_were_built(noted):
     assert config["force_upcast"] is False  # diffusers would decode in fp32, and engines do not
 
 
+@pytest.mark.slow
 def test_the_tables_fit_a_terminal(noted, capsys):
     print_measured({"sdxl-tensorrt-rtx-by-8-eager": noted[0], "machine": {}})
     lines = capsys.readouterr().out.splitlines()
@@ -341,6 +343,7 @@ def test_a_moved_stage_has_all_its_tensors_there(sdxl_checkpoint, moves, rewrite
     assert failed == ([] if moves is move else ["context" if rewrites else "step", "decode"])
 
 
+@pytest.mark.slow
 def test_the_smoke_command(tmp_path):
     code = f"""
 import runpy, sys

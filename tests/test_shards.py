@@ -74,6 +74,7 @@ def test_fused_they_are_the_same(specs, tmp_path):
         assert all(torch.equal(weight, other[key]) for key, weight in one.items()), file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bases", ["fp16"], indirect=True)
 def test_engines_and_pictures_are_the_same(specs, tmp_path):
     bundles = [build(spec, tmp_path / str(number)) for number, spec in enumerate(specs)]
