@@ -226,7 +226,6 @@ def noted(sdxl_checkpoint, tmp_path_factory):
     return told, work, seen
 
 
-@pytest.mark.slow
 def test_engines_and_diffusers_draw_the_same_pictures_in_turn(noted):
     told, work, _ = noted
     assert told["psnr_db"] > 65 and told["parity"].keys() == {
@@ -274,7 +273,6 @@ def test_the_rival_draws_with_the_very_weights_that_were_built(noted):
     assert config["force_upcast"] is False  # diffusers would decode in fp32, and engines do not
 
 
-@pytest.mark.slow
 def test_the_tables_fit_a_terminal(noted, capsys):
     print_measured({"sdxl-tensorrt-rtx-by-8-eager": noted[0], "machine": {}})
     lines = capsys.readouterr().out.splitlines()
