@@ -27,7 +27,7 @@ CHECKING = 2.8e9
 # Seconds on 2 cores, measured likewise: for the processes that make the stages of a large model's part; for
 # loading, fusing and exporting a million weights; for computing with as many for a picture of 256×256; for
 # building and checking them for a GPU that is not here; for drawing such a picture with the VAE.
-START, PER_MILLION, DRAWING, ENGINE, DECODING = 15, 0.06, 0.008, 0.08, 9
+START, PER_MILLION, DRAWING, ENGINE, DECODING = 15, 0.05, 0.008, 0.07, 9
 SMALL = 14  # all of it, for a model that is made in one process
 DRAWN = 256 * 256
 # aotinductor compiles each stage for so long.
