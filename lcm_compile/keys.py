@@ -20,6 +20,11 @@ from lcm_compile.targets import GpuTarget
 
 NAME_LENGTH = 40
 REASONS_SHOWN = 8
+# Folders and files of the package that shape neither a graph nor an engine: an edit there is no miss.
+SHAPES_NOTHING = {
+    *("output", "commands", "training", "demo", "benchmarks", "serving"),
+    *("__init__.py", "__main__.py", "cli.py"),
+}
 # How the names of those inputs begin that a command line chooses.
 ASKED = ("LoRA", "backend", "precision", "shape", "target", "whole loop")
 
@@ -64,12 +69,22 @@ def bundle_name(base: str, target: GpuTarget, key: Mapping[str, str]) -> str:
 
 
 def code_digest(digests: Digests) -> str:
-    """Of this package's own source: a change of how graphs are shaped is a miss too."""
+    """The first 16 digits of the sha256 of all source that can shape a graph or an engine.
+
+    Every file below `lcm_compile`, `export` and `engines` counts by its name and content, but for those of
+    SHAPES_NOTHING: a new folder counts unless it is named there.
+    """
     from lcm_compile import engines, export
 
-    folders = [Path(module.__path__[0]) for module in (lcm_compile, export, engines)]
-    files = sorted(path for folder in folders for path in folder.glob("*.py"))
-    return hashlib.sha256("".join(digests.sha256(path) for path in files).encode()).hexdigest()[:16]
+    found = {}
+    # Installed, the last two lie inside the first; in a clone they lie beside it.
+    for module, place in ((lcm_compile, ""), (export, "export/"), (engines, "engines/")):
+        root = Path(module.__path__[0])
+        for path in root.rglob("*.py"):
+            name = place + path.relative_to(root).as_posix()
+            if not {name, name.partition("/")[0]} & SHAPES_NOTHING:
+                found[name] = digests.sha256(path)
+    return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()[:16]
 
 
 def explain(key: Mapping[str, str], folder: Path, force: bool) -> tuple[bool, list[str]]:

@@ -252,12 +252,8 @@ def test_a_dry_run_lists_all_that_differs_and_a_build_some(command, copy, tmp_pa
     assert f"and {len(differing) - 8} more inputs, which --dry-run lists" in err
 
 
-@pytest.mark.parametrize("package", ["torch", "diffusers", "lcm-compile"])
+@pytest.mark.parametrize("package", ["torch", "diffusers"])
 def test_another_version_is_a_miss(copy, monkeypatch, package):
-    if package == "lcm-compile":
-        monkeypatch.setattr(keys, "code_digest", lambda digests: "another")
-        assert "lcm-compile changed: " in reasons(copy)
-        return
     real = keys.installed_version
     monkeypatch.setattr(keys, "installed_version", lambda p: f"{package} 9.9" if package in p else real(p))
     assert f"{package} version changed: " in reasons(copy)
@@ -366,3 +362,61 @@ def test_what_another_built_since_the_plan_is_taken(copy, monkeypatch):
     monkeypatch.setattr(compile, "publishing", publishing)
     bundle = build(spec, report=lambda part, cost: told.append(part))
     assert told == [] and bundle.manifest.spec.width == 48
+
+
+# Of the package's folders, and of the files beside them, those whose code shapes neither graphs nor engines.
+KEPT = {
+    "output",
+    "commands",
+    "training",
+    "demo",
+    "benchmarks",
+    "serving",
+    "__init__.py",
+    "__main__.py",
+    "cli.py",
+}
+
+
+def test_the_key_holds_all_code_that_shapes_graphs_or_engines(copy, tmp_path):
+    """Each folder, and each file beside them, of a copy of the package is edited by a byte in turn."""
+    root = Path(__file__).resolve().parents[1]
+    package = shutil.copytree(root / "lcm_compile", tmp_path / "site" / "lcm_compile")
+    for name in ("export", "engines", "benchmarks"):
+        shutil.copytree(root / name, package / name)
+    new = [package / folder / "added.py" for folder in ("a_new_wing", "output", "serving")]
+    for path in new:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    script = f"""
+import json, sys
+from pathlib import Path
+import lcm_compile.keys as keys
+from lcm_compile import BuildSpec, LoraSpec, plan
+assert Path(keys.__file__).is_relative_to({str(tmp_path)!r})
+spec = {copy!r}
+def key():
+    return dict(plan.make_plan(spec).key)
+package, found = Path({str(package)!r}), {{}}
+before = key()
+for path in sorted(package.rglob("*.py")):
+    inside = path.relative_to(package)
+    name = inside.as_posix() if path.parent == package else inside.parent.as_posix()
+    if name not in found or path.name == "added.py":
+        text = path.read_bytes()
+        path.write_bytes(text + b"#")
+        after = key()
+        assert {{k for k in before if before[k] != after[k]}} <= {{"lcm-compile"}}
+        found[name] = before != after
+        path.write_bytes(text)
+assert key() == before
+print(json.dumps(found))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"engines", "export", "a_new_wing", "spec.py", "output", "benchmarks", "cli.py"} <= found.keys()
+    assert [name for name, is_a_miss in found.items() if is_a_miss == (name.split("/")[0] in KEPT)] == []
