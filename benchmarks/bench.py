@@ -24,10 +24,11 @@ from lcm_compile.bundle import EngineBundle
 from lcm_compile.captured import USED
 from lcm_compile.engines.processor import physical_cores
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.graphs import DRAW
 from lcm_compile.manifest import StageFile, told_loss
 from lcm_compile.parity import picture_floor
 from lcm_compile.plan import open_base
-from lcm_compile.spec import DRAW, float_type, product_type
+from lcm_compile.precisions import float_type, product_type
 
 PICTURE = "picture"
 COLD = ("cold start", "load", "first picture")  # of new processes; every other case is a stage

@@ -14,8 +14,8 @@ from lcm_compile.benchmarks.statistics import MIN_SAMPLES
 from lcm_compile.bundle import EngineBundle
 from lcm_compile.compile import build
 from lcm_compile.errors import BackendError
+from lcm_compile.graphs import DRAW
 from lcm_compile.plan import make_plan
-from lcm_compile.spec import DRAW
 
 # On a busy machine it takes so many to tell 15 % from nothing: tests/test_gate_power.py.
 PROCESSES = 10

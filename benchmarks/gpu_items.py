@@ -22,7 +22,8 @@ from lcm_compile.benchmarks.items import Found, Missing, Note, report_path
 from lcm_compile.engines import BACKENDS, find_backend, find_target_here, installed_version
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 from lcm_compile.families import SAMPLE_PROMPT
-from lcm_compile.spec import BuildSpec, with_floats
+from lcm_compile.precisions import with_floats
+from lcm_compile.spec import BuildSpec
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks.work import Work
-from lcm_compile.spec import float_type, product_type
+from lcm_compile.precisions import float_type, product_type
 from lcm_compile.targets import GpuTarget
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, unknown_name
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.targets import TARGETS, GpuTarget
 
 # In the order in which they are tried where none is asked for.

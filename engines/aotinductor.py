@@ -23,7 +23,8 @@ from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized
+from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import float_type, is_quantized
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torch_export"

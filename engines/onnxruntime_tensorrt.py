@@ -13,7 +13,8 @@ from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, float_type, is_quantized, product_type
+from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import float_type, is_quantized, product_type
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"

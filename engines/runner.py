@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from lcm_compile.spec import StageContract
+from lcm_compile.graphs import StageContract
 
 # Whatever knows `__dlpack__` and arithmetic: NumPy arrays between CPU engines, CUDA tensors between
 # GPU engines. The pipeline only adds and multiplies them.

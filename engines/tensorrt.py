@@ -21,7 +21,7 @@ from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from lcm_compile.engines.gpu import gpu_here
 from lcm_compile.engines.runner import Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, kernels_path
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract
+from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"

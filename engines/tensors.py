@@ -10,7 +10,7 @@ import numpy as np
 
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import BackendError
-from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.graphs import StageContract, TensorSpec
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,8 @@ from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
-from lcm_compile.spec import ExportedGraph, StageContract, is_quantized
+from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import is_quantized
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torchscript"

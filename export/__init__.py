@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcm_compile.spec import ExportedGraph
+from lcm_compile.graphs import ExportedGraph
 
 if TYPE_CHECKING:
     from lcm_compile.stages import Stage

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lcm_compile.export.signature import PlainSignature
-from lcm_compile.spec import ExportedGraph
+from lcm_compile.graphs import ExportedGraph
 from lcm_compile.stages import Stage
 
 

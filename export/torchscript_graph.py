@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lcm_compile.export.quiet import quiet_exporter
-from lcm_compile.spec import ExportedGraph
+from lcm_compile.graphs import ExportedGraph
 from lcm_compile.stages import Stage
 
 # More than the code and constants of any traced stage, beside its weights.

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lcm_compile.version import __version__
+
 if TYPE_CHECKING:
     from lcm_compile.compile import build
     from lcm_compile.runners import load
     from lcm_compile.spec import BuildSpec, LoraSpec
 
-__version__ = "0.1.0"
 __all__ = ["BuildSpec", "LoraSpec", "__version__", "build", "load"]
 
 _HOMES = {"build": "compile", "load": "runners", "BuildSpec": "spec", "LoraSpec": "spec"}

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcm_compile.components import Component, is_tiny
-from lcm_compile.errors import CheckpointError
-from lcm_compile.hub import first_line
+from lcm_compile.errors import CheckpointError, first_line
 
 
 def empty_module(component: Component) -> Any:

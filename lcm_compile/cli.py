@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import click
 
-import lcm_compile
 from lcm_compile.commands.bench import bench
 from lcm_compile.commands.build import build, export
 from lcm_compile.commands.bundles import bundles
@@ -25,6 +24,7 @@ from lcm_compile.commands.look import doctor, inspect, targets, verify
 from lcm_compile.commands.run import run
 from lcm_compile.commands.train import distill, train_lora
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.version import __version__
 
 NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where things are written"
 
@@ -89,7 +89,7 @@ class CommandsInOrder(click.Group):
 
 
 @click.group(cls=CommandsInOrder, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(lcm_compile.__version__, prog_name="lcm-compile")
+@click.version_option(__version__, prog_name="lcm-compile")
 def cli() -> None:
     """Fuse an LCM-LoRA into Stable Diffusion, compile it for a named GPU, draw in 4 steps.
 

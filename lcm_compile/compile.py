@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import lcm_compile
 from lcm_compile import parity
 from lcm_compile.apart import call_apart
 from lcm_compile.bundle import (
@@ -31,8 +30,8 @@ from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import EXPORT, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.files import check_space
+from lcm_compile.graphs import StageContract
 from lcm_compile.loading import load_tokenizer
-from lcm_compile.lora import LoraProvenance
 from lcm_compile.manifest import (
     BundleManifest,
     Parity,
@@ -44,9 +43,10 @@ from lcm_compile.manifest import (
 )
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
-from lcm_compile.spec import BuildSpec, StageContract
+from lcm_compile.spec import BuildSpec, LoraProvenance
 from lcm_compile.store import remember
 from lcm_compile.targets import TARGETS
+from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.prepare import Prepared
@@ -268,7 +268,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         ),
         parity=figures,
         proof=parity.write_proof(trace, peaks, proving, folder),
-        toolchain={"lcm-compile": lcm_compile.__version__, **versions(EXPORTERS[plan.graph_format])},
+        toolchain={"lcm-compile": __version__, **versions(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
         lossy=plan.lossy,
     )

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from lcm_compile.checkpoints import Checkpoint, Component
-from lcm_compile.spec import DRAW, BuildSpec, Shape, StageContract, TensorSpec
+from lcm_compile.graphs import DRAW, StageContract, TensorSpec
+from lcm_compile.spec import BuildSpec, Shape
 
 # The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
 PARTS = {

@@ -63,3 +63,7 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], hint: str | None 
     closest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f" Did you mean {closest[0]!r}?" if closest else ""
     return UsageError(f"unknown {kind} {name!r}.{guess} Known: {', '.join(known)}", hint)
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

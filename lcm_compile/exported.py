@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lcm_compile.errors import BundleError
+from lcm_compile.graphs import ExportedGraph
 from lcm_compile.manifest import Manifest, StageFile
-from lcm_compile.spec import ExportedGraph, is_quantized
+from lcm_compile.precisions import is_quantized
 
 EXPORT = "export.json"
 

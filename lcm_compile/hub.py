@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lcm_compile.errors import first_line
+
 SECONDS = 10.0
 Files = Sequence[str] | Callable[[list[str]], list[str]]
 
@@ -45,7 +47,3 @@ def from_cache(repository: str, revision: str | None = None) -> Path:
 
     # No pattern: a snapshot of some of the files, as fetch leaves it, is not incomplete.
     return Path(snapshot_download(repository, revision=revision, allow_patterns=[], local_files_only=True))
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__

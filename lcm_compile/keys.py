@@ -7,7 +7,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import lcm_compile
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.engines import Backend, installed_version
 from lcm_compile.errors import BundleError
@@ -17,6 +16,7 @@ from lcm_compile.manifest import key_digest, read_manifest
 from lcm_compile.spec import Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import GpuTarget
+from lcm_compile.version import __version__
 
 NAME_LENGTH = 40
 REASONS_SHOWN = 8
@@ -49,7 +49,7 @@ def export_key(
     key["graph format"] = graph_format
     for package in EXPORTERS[graph_format]:
         key[f"{package} version"] = str(installed_version((package,)))
-    key["lcm-compile"] = f"{lcm_compile.__version__} {code_digest(digests)}"
+    key["lcm-compile"] = f"{__version__} {code_digest(digests)}"
     return key
 
 
@@ -74,6 +74,7 @@ def code_digest(digests: Digests) -> str:
     Every file below `lcm_compile`, `export` and `engines` counts by its name and content, but for those of
     SHAPES_NOTHING: a new folder counts unless it is named there.
     """
+    import lcm_compile
     from lcm_compile import engines, export
 
     found = {}

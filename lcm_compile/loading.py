@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.architectures import kind_of
 from lcm_compile.components import Checkpoint, Component
-from lcm_compile.errors import CheckpointError
-from lcm_compile.hub import first_line
+from lcm_compile.errors import CheckpointError, first_line
 from lcm_compile.original_layout import component_in_file
 from lcm_compile.random_base import random_component, stand_in_tokenizer
 

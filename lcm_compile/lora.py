@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from lcm_compile.errors import LoraError
 from lcm_compile.lora_bases import fits, made_for
@@ -13,7 +13,7 @@ from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
 from lcm_compile.lora_kinds import Update
 from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
 from lcm_compile.lora_metadata import told_metadata
-from lcm_compile.spec import PART, LoraSpec
+from lcm_compile.spec import PART, LoraProvenance, LoraSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,21 +26,6 @@ __all__ = [
     "merge_loras",
     "read_lora",
 ]
-
-
-@dataclass(frozen=True)
-class LoraProvenance:
-    """What a bundle keeps of how a LoRA went into it."""
-
-    source: str
-    weight: float
-    strengths: Mapping[str, float]
-    layout: str
-    modules: int
-    ranks: tuple[int, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:

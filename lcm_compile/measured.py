@@ -30,8 +30,9 @@ from lcm_compile.engines import (
 )
 from lcm_compile.engines.processor import instruction_set, model_name
 from lcm_compile.engines.runner import Runner
+from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
+from lcm_compile.precisions import float_type, is_quantized
 from lcm_compile.schema import from_json
-from lcm_compile.spec import ExportedGraph, StageContract, TensorSpec, float_type, is_quantized
 from lcm_compile.store import home, write_atomically
 from lcm_compile.targets import TARGETS
 

@@ -20,6 +20,7 @@ from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, UsageError
+from lcm_compile.graphs import STAGES
 from lcm_compile.loop import Loop, put_coefficients, put_timesteps, takes
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Report = Callable[[int, int], None]
-STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
 
 
 @dataclass(frozen=True)

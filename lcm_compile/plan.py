@@ -19,21 +19,15 @@ from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
 from lcm_compile.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
+from lcm_compile.graphs import STAGES
 from lcm_compile.keys import bundle_name, engine_key, explain, export_key
 from lcm_compile.lora_sources import PlannedLora, find_loras
 from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
-from lcm_compile.pipeline import STAGES, Request
+from lcm_compile.pipeline import Request
+from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
 from lcm_compile.random_base import open_random
-from lcm_compile.spec import (
-    EIGHT_BITS,
-    BuildSpec,
-    Shape,
-    float_type,
-    is_quantized,
-    product_type,
-    with_floats,
-)
+from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.store import Digests, bundles_folder
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae

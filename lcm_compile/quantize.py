@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_compile.precision import DTYPES
-from lcm_compile.spec import float_type, product_type
+from lcm_compile.precisions import float_type, product_type
 
 
 @dataclass(frozen=True)

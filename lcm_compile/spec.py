@@ -6,27 +6,14 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.precisions import PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# Of 8 bits. In these are products of the step alone; all else is in the best that a target has.
-EIGHT_BITS = ("int8", "fp8")
-# What can be asked for.
-PRECISIONS = ("fp32", "fp16", "bf16", *EIGHT_BITS, "fp8+bf16")
-# What a stage computes in: "int8+fp16" has its products in int8, and the rest in fp16.
-STAGE_PRECISIONS = (
-    "fp32",
-    "fp16",
-    "bf16",
-    "int8+fp32",
-    "int8+fp16",
-    "int8+bf16",
-    "fp8+fp16",
-    "fp8+bf16",
-)
 # How graphs are shaped for LCM, exact to rounding. Each can be left out.
 REWRITES = {
     "context": "what depends on the prompt and the timesteps alone is computed once a prompt",
@@ -36,28 +23,7 @@ REWRITES = {
     "rgb8": "the decoder's graph ends in 8-bit RGB",
 }
 
-# The one stage of a bundle that draws a whole picture in one call, and the rewrites that it needs.
-DRAW = "draw"
 WHOLE_LOOP_NEEDS = ("context", "lcm-step")
-
-
-def is_quantized(precision: str) -> bool:
-    return product_type(precision) in EIGHT_BITS
-
-
-def with_floats(precision: str, floats: str) -> str:
-    """An 8-bit precision with what it is beside, unless that was told: fp8 → fp8+fp16; others stay."""
-    return f"{precision}+{floats}" if precision in EIGHT_BITS else precision
-
-
-def product_type(precision: str) -> str:
-    """What a stage's weights are kept and multiplied in: int8+bf16 → int8."""
-    return precision.partition("+")[0]
-
-
-def float_type(precision: str) -> str:
-    """What a stage computes in where it is not in 8 bits: int8+bf16 → bf16."""
-    return precision.rpartition("+")[2]
 
 
 def user_path(text: str) -> Path:
@@ -264,33 +230,15 @@ class BuildSpec:
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """One array at a stage's edge. `dtype` is NumPy's name: float32 but for tokens and 8-bit pictures."""
+class LoraProvenance:
+    """What a bundle keeps of how a LoRA went into it."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    meaning: str
+    source: str
+    weight: float
+    strengths: Mapping[str, float]
+    layout: str
+    modules: int
+    ranks: tuple[int, ...]
 
-
-@dataclass(frozen=True)
-class StageContract:
-    """A static graph's inputs and outputs, in order. The pipeline reads nothing else about a stage."""
-
-    name: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-
-@dataclass(frozen=True)
-class ExportedGraph:
-    """A stage as a file that a backend builds from; weights over 2 GB lie beside it."""
-
-    path: Path
-    precision: str
-    contract: StageContract
-
-    @property
-    def weights(self) -> Path:
-        """Where an ONNX graph keeps weights that are too large for its own file."""
-        return self.path.with_name(f"{self.path.name}.data")
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.contracts import draw_contract, make_contracts
+from lcm_compile.graphs import StageContract
 from lcm_compile.scheduler import LcmStep
 from lcm_compile.shaping import shape_unet, shape_vae
-from lcm_compile.spec import Shape, StageContract
+from lcm_compile.spec import Shape
 
 
 @dataclass

@@ -10,11 +10,11 @@ import numpy as np
 
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
+from lcm_compile.graphs import DRAW, StageContract, TensorSpec
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
 from lcm_compile.pipeline import Drawing, LcmPipeline, Request, check_drawn, eight_bits
 from lcm_compile.scheduler import lcm_steps
-from lcm_compile.spec import DRAW, StageContract, TensorSpec
 
 NO_CUDA_GRAPH = "not used: one engine draws the whole picture"
 STAGED = "build without --whole-loop: its stages draw that too"

@@ -15,6 +15,7 @@ from lcm_compile.demo.world import held_out_prompts, is_held_out
 from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
 from lcm_compile.families import CALIBRATION_PROMPTS, FAMILIES, SAMPLE_PROMPT
+from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.parity import PROOF_SEED, snr_db
 from lcm_compile.quantize import (
     TYPES,
@@ -25,7 +26,6 @@ from lcm_compile.quantize import (
     put_in,
     take_out,
 )
-from lcm_compile.spec import StageContract, TensorSpec
 from lcm_compile.stages import Stage
 from lcm_compile.targets import find_target
 

@@ -19,11 +19,11 @@ from lcm_compile.bundle import EngineBundle
 from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
+from lcm_compile.graphs import TensorSpec
 from lcm_compile.noise import TorchNoise
 from lcm_compile.parity import psnr_db, read_arrays
 from lcm_compile.pipeline import Request
 from lcm_compile.runners import check_stages
-from lcm_compile.spec import TensorSpec
 
 
 @dataclass

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-import lcm_compile
 from lcm_compile.commands.options import json_option, quiet_option
 from lcm_compile.errors import UsageError
+from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
@@ -256,4 +256,4 @@ def made_by(bundle: EngineBundle) -> dict[str, str]:
     """What drew a picture, as text chunks of a PNG."""
     weights = bundle.manifest.spec.weights
     told = {"weights": weights} if weights else {}
-    return {"bundle": bundle.digest, "software": f"lcm-compile {lcm_compile.__version__}", **told}
+    return {"bundle": bundle.digest, "software": f"lcm-compile {__version__}", **told}

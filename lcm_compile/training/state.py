@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.errors import LcmCompileError, UsageError, first_line
 from lcm_compile.files import part_of, remove, replacing
-from lcm_compile.hub import first_line
 from lcm_compile.training.spec import Machine, TrainSpec
 
 DIGESTED = 65536  # bytes of a file
