@@ -13,7 +13,7 @@ from lcm_compile.benchmarks.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.rivals import SELF
 from lcm_compile.benchmarks.summary import batches_of, stages_of, told_ms
 from lcm_compile.errors import UsageError
-from lcm_compile.files import check_file, replacing
+from lcm_compile.system.files import check_file, replacing_output
 
 COLOURS = ("#1f4e79", "#d9822b", "#3f8f5f", "#8e5ea2", "#b03a48", "#7f7f7f")
 
@@ -32,7 +32,7 @@ def plot_report(report: BenchmarkReport, path: Path) -> None:
     from lcm_compile.benchmarks.proof_figures import plots
 
     figure = draw_report(report)
-    with replacing(path) as part:
+    with replacing_output(path) as part:
         figure.savefig(part, format="png")
     plots().close(figure)
 

@@ -5,23 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
-from pathlib import Path
 from typing import Self
 
 from lcm_compile.benchmarks.peaks import Peak
 from lcm_compile.benchmarks.report import Environment
 from lcm_compile.engines.gpu import DRIVER
+from lcm_compile.system.processor import read_processor
+from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import GpuTarget
 
-PACKAGES = (
-    *("lcm-compile", "torch", "diffusers", "transformers", "numpy", "onnxruntime", "onnxruntime-gpu"),
-    *("openvino", "nncf", "tensorrt", "tensorrt-rtx"),
-)
 LOOK = 0.05  # seconds between two looks at the GPU's memory
 
 
@@ -41,27 +36,16 @@ def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    """The versions of Python and of the packages that decide how fast pictures are drawn."""
+    return {"python": platform.python_version(), **versions_of(RECORDED_PACKAGES)}
 
 
 def processor() -> str:
-    """The model's name, and what of its instruction set decides how fast a network runs."""
-    lines: dict[str, str] = {}
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ():
-        name, _, value = line.partition(":")
-        lines.setdefault(name.strip(), value.strip())
-    flags = lines.get("flags", "").split()
+    """The processor's name, and those of its features that decide how fast a network runs."""
+    here = read_processor()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-    told = ", ".join(flag for flag in wanted if flag in flags)
-    name = lines.get("model name") or platform.processor() or platform.machine()
-    return f"{name} ({told})" if told else name
+    features = ", ".join(name for name in wanted if name in here.features)
+    return f"{here.name} ({features})" if features else here.name
 
 
 def gpu_name() -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,20 +19,18 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.benchmarks.items import Found, Missing, Note, report_path
-from lcm_compile.engines import BACKENDS, find_backend, find_target_here, installed_version
+from lcm_compile.engines import BACKENDS, find_backend, find_target_here
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.precisions import with_floats
 from lcm_compile.spec import BuildSpec
+from lcm_compile.system.processor import read_processor
+from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:
     from lcm_compile.bundle import EngineBundle
 
-PACKAGES = (
-    *("lcm-compile", "torch", "triton", "diffusers", "transformers", "numpy", "onnx", "onnxscript"),
-    *("onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "tensorrt-rtx"),
-)
 MODELS = {
     "sdxl": BuildSpec("sdxl", weights="random"),
     "sd15": BuildSpec("sd15", weights="random"),
@@ -45,14 +43,12 @@ SAME_DB = 50.0
 
 
 def examine_machine(note: Note, target: str, work: Path) -> None:
-    versions = {name: installed_version((name,)) for name in PACKAGES}
-    processors = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     note(
-        python=sys.version.split()[0],
-        processor=processors[0].partition(":")[2].strip() if processors else "",
+        python=platform.python_version(),
+        processor=read_processor().name,
         cores=len(os.sched_getaffinity(0)),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        versions={name: version and version.split()[1] for name, version in versions.items()},
+        versions=versions_of(RECORDED_PACKAGES),
     )
     if target == "cpu":
         note(target="cpu")

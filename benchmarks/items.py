@@ -20,11 +20,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.apart import call_apart
 from lcm_compile.engines.tensorrt_caches import plain
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.schema import json_text
-from lcm_compile.store import write_atomically
+from lcm_compile.system.child_process import call_in_child
+from lcm_compile.system.dataclass_json import json_text
+from lcm_compile.system.files import write_atomically
 
 LOG_END = 20_000  # characters of what a failed item's libraries printed
 WIDTH = 80
@@ -92,7 +92,7 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
     ended: Found = {}
     with at_home(work / f"{item.name}.home"):
         try:
-            call_apart(perform, item, target, work, seconds=seconds)
+            call_in_child(perform, item, target, work, seconds=seconds)
         except TimeoutError:
             ended = {"outcome": "timed out", "error": f"it took more than {seconds:.0f} s"}
         except Exception as error:  # the process ended, or item and process could not understand each other

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks.work import Work
 from lcm_compile.precisions import float_type, product_type
+from lcm_compile.system.child_process import call_in_child
 from lcm_compile.targets import GpuTarget
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
@@ -87,7 +87,7 @@ def peak_of(target: GpuTarget, precision: str, threads: int) -> Peak | None:
     """None where it is not known."""
     if target.is_cpu:
         # In a process of its own, which gives its threads and its memory back.
-        return Peak(*call_apart(measure, precision, threads))
+        return Peak(*call_in_child(measure, precision, threads))
     published = GPUS.get(target.name)
     tflops = None if published is None else published.tflops(precision)
     if published is None or tflops is None:

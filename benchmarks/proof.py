@@ -31,12 +31,15 @@ from lcm_compile.benchmarks.proof_report import name_of, percent, report
 from lcm_compile.benchmarks.proof_rows import PARTS, Row, requests, rows_of
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
-from lcm_compile.engines import find_backend, installed_version
+from lcm_compile.engines import find_backend
 from lcm_compile.manifest import key_digest
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.plan import Plan, make_plan
 from lcm_compile.spec import BuildSpec
-from lcm_compile.store import home, write_atomically
+from lcm_compile.system.cache import home
+from lcm_compile.system.files import write_atomically
+from lcm_compile.system.processor import read_processor
+from lcm_compile.system.versions import installed_version
 
 SHOWN = 8  # pictures of each row that are kept for the figures
 ROUNDS = 15  # of timing: each draws one picture of every row
@@ -47,13 +50,10 @@ Record = dict[str, Any]
 @cache
 def machine() -> dict[str, Any]:
     """What the seconds were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     packages = {"onnxruntime": find_backend("onnxruntime").PACKAGES}
     packages |= {name: (name,) for name in ("lcm-compile", "numpy", "torch", "diffusers")}
     return {
-        "cpu": models[0] if models else platform.processor(),
+        "cpu": read_processor().name,
         "cores": os.cpu_count(),
         "threads": os.environ.get("OMP_NUM_THREADS", "all"),
         "python": platform.python_version(),

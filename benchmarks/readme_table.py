@@ -15,7 +15,7 @@ from lcm_compile.benchmarks.report import BenchmarkReport, read_report
 from lcm_compile.benchmarks.summary import per_picture, told_ms
 from lcm_compile.benchmarks.timing import ratios
 from lcm_compile.errors import UsageError
-from lcm_compile.store import write_atomically
+from lcm_compile.system.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

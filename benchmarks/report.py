@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError
-from lcm_compile.schema import from_json, json_text
 from lcm_compile.spec import BuildSpec, Shape
-from lcm_compile.store import write_atomically
+from lcm_compile.system.dataclass_json import from_json, json_text
+from lcm_compile.system.files import write_atomically
 
 SCHEMA = 1
 

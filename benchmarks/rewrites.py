@@ -25,9 +25,9 @@ from lcm_compile.benchmarks.timing import ratios, too_noisy
 from lcm_compile.benchmarks.worker import Maker
 from lcm_compile.compile import build
 from lcm_compile.console import Bar, Parts, note
-from lcm_compile.engines.processor import physical_cores
 from lcm_compile.spec import REWRITES, BuildSpec
-from lcm_compile.store import write_atomically
+from lcm_compile.system.files import write_atomically
+from lcm_compile.system.processor import physical_cores
 
 PAGE = ROOT / "docs" / "performance.md"
 ALL = "without any"

@@ -237,7 +237,7 @@ def makers(
     names: Mapping[str, EngineBundle | None], spec: BuildSpec, setup: Setup, report: Callable[[str], None]
 ) -> Iterator[dict[str, Maker]]:
     """How each rival is loaded. The pipelines they share are fused into folders that are gone afterwards."""
-    from lcm_compile.store import home
+    from lcm_compile.system.cache import home
 
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".bench-") as work:
@@ -263,9 +263,9 @@ def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
     plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
     if plain and (Path(spec.base) / "model_index.json").is_file():
         return Path(spec.base)
-    from lcm_compile.apart import call_apart
     from lcm_compile.fuse import fuse
+    from lcm_compile.system.child_process import call_in_child
 
     asked = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)
-    call_apart(fuse, asked, folder, "fp16" if gpu else "fp32")  # its memory is given back
+    call_in_child(fuse, asked, folder, "fp16" if gpu else "fp32")  # its memory is given back
     return folder

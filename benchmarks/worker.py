@@ -21,11 +21,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from lcm_compile.apart import die_with_parent, ended, portable
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.system.child_process import die_with_parent, ended, portable, python_command
 
 ENDING = 5  # seconds that a process may take to end by itself
-SERVE = "import sys; sys.path[:] = {path!r}; from lcm_compile.benchmarks.worker import {entry}; {entry}({fd})"
 
 
 @dataclass(frozen=True)
@@ -143,10 +142,9 @@ class Worker:
 
 def start_process(entry: str, write: int, threads: int) -> subprocess.Popen[bytes]:
     """`entry(write)` of this module in a new process that computes with so many threads."""
-    code = SERVE.format(path=[str(Path(folder).absolute()) for folder in sys.path], entry=entry, fd=write)
     loud = os.environ.get("LCM_COMPILE_DEBUG") == "1"
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        python_command(__name__, entry, write),
         stdin=subprocess.PIPE,
         stdout=sys.stderr.fileno() if loud else subprocess.DEVNULL,  # stdout is for data
         stderr=None if loud else subprocess.DEVNULL,

@@ -18,13 +18,13 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, GpuTarget
 
 # In the order in which they are tried where none is asked for.
@@ -110,16 +110,6 @@ def find_target_here() -> str:
 
     alike = [target for target in TARGETS.values() if target.compute_capability == capability]
     return max(alike, key=likeness).name if alike else "cpu"
-
-
-def installed_version(packages: tuple[str, ...]) -> str | None:
-    """`name version` of the first installed one, without importing it."""
-    for package in packages:
-        try:
-            return f"{package} {metadata.version(package)}"
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def other_version(built_with: str, packages: tuple[str, ...]) -> str | None:

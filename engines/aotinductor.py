@@ -19,12 +19,12 @@ from typing import Any
 
 from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
-from lcm_compile.engines.processor import instruction_set
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import float_type, is_quantized
+from lcm_compile.system.processor import instruction_set
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torch_export"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcm_compile.engines.gpu import cannot_run_on_gpu
-from lcm_compile.engines.processor import threads
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import float_type, product_type
+from lcm_compile.system.processor import threads
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from lcm_compile.engines.processor import instruction_set, threads
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import float_type
+from lcm_compile.system.processor import instruction_set, threads
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"

@@ -15,13 +15,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.engines import installed_version, other_version
+from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, gpu_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.store import KERNELS, Digests, home, is_bundle, kernels_folder, write_atomically
+from lcm_compile.engines.kernel_files import KERNELS, is_bundle, kernels_folder
+from lcm_compile.system.cache import Digests, home
+from lcm_compile.system.files import write_atomically
 
 
 def plain(text: str) -> str:

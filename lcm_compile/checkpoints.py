@@ -23,7 +23,7 @@ from lcm_compile.folders import (
 )
 from lcm_compile.hub import fetch
 from lcm_compile.single_file import open_file
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import user_path
 
 __all__ = ["Checkpoint", "Component", "check_size", "open_checkpoint"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile import parity
-from lcm_compile.apart import call_apart
 from lcm_compile.bundle import (
     EngineBundle,
     check_destination,
@@ -22,14 +21,12 @@ from lcm_compile.bundle import (
     publishing,
 )
 from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
-from lcm_compile.cost import Report, Stopwatch, silent
-from lcm_compile.engines import find_backend, installed_version
+from lcm_compile.engines import find_backend
 from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import disk_for, estimate, estimate_plan
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import EXPORT, ExportManifest, read_export
 from lcm_compile.families import SAMPLE_PROMPT
-from lcm_compile.files import check_space
 from lcm_compile.graphs import StageContract
 from lcm_compile.loading import load_tokenizer
 from lcm_compile.manifest import (
@@ -45,6 +42,10 @@ from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
 from lcm_compile.spec import BuildSpec, LoraProvenance
 from lcm_compile.store import remember
+from lcm_compile.system.child_process import call_in_child
+from lcm_compile.system.files import check_space
+from lcm_compile.system.stopwatch import Report, Stopwatch, silent
+from lcm_compile.system.versions import installed_version, versions_of
 from lcm_compile.targets import TARGETS
 from lcm_compile.version import __version__
 
@@ -211,7 +212,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     from lcm_compile.prepare import check_fit, prepare_part
 
     watch = Stopwatch(report)
-    call = call_apart if plan.is_large else call_here
+    call = call_in_child if plan.is_large else call_here
     provenance: list[LoraProvenance] = []
     if plan.loras:
         with watch.part("check that the LoRAs fit"):
@@ -268,7 +269,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         ),
         parity=figures,
         proof=parity.write_proof(trace, peaks, proving, folder),
-        toolchain={"lcm-compile": __version__, **versions(EXPORTERS[plan.graph_format])},
+        toolchain={"lcm-compile": __version__, **versions_of(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
         lossy=plan.lossy,
     )
@@ -312,7 +313,7 @@ def build_into(
         proof=export.proof,
         toolchain={
             **export.toolchain,
-            **versions(("numpy", "tokenizers")),
+            **versions_of(("numpy", "tokenizers")),
             plan.backend_name: str(installed_version(plan.backend.PACKAGES)).split(" ")[-1],
         },
         costs={},
@@ -322,7 +323,7 @@ def build_into(
     )
     if plan.backend.cannot_run(plan.target) is None:
         manifest.write(folder)  # a bundle that is loaded has one
-        call = call_apart if export.is_large else call_here
+        call = call_in_child if export.is_large else call_here
         with watch.part(f"check the engines{told}"):
             figures = call(parity.verify, EngineBundle(folder, manifest, ""))
         parity.require(figures)
@@ -340,7 +341,7 @@ def build_stage(
     told: str,
 ) -> StageFile:
     """One engine, in `folder`/engines."""
-    call = call_apart if export.is_large else call_here
+    call = call_in_child if export.is_large else call_here
     with watch.part(f"build {stage.contract.name}{told}"):
         path = call(plan.backend.build, export.graph(graphs, stage), plan.target, folder / "engines")
     return replace(stage, file=path.relative_to(folder).as_posix())
@@ -382,7 +383,3 @@ def check_stage(
 
 def told_check(plan: ExportPlan, twin: bool) -> str:
     return f"{plan.checked}, of a twin of {plan.proof_shape}" if twin else plan.checked
-
-
-def versions(packages: Iterable[str]) -> dict[str, str]:
-    return {name: str(installed_version((name,))).split(" ")[-1] for name in packages}

@@ -11,7 +11,7 @@ from typing import Any
 
 from lcm_compile.families import FAMILIES, Family
 from lcm_compile.scheduler import SchedulerSettings
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import user_path
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 MODELS = (*TEXT_ENCODERS, "unet", "vae")

@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
-from lcm_compile.cost import Cost
-from lcm_compile.schema import json_text
+from lcm_compile.system.dataclass_json import json_text
+from lcm_compile.system.stopwatch import Cost
 from lcm_compile.targets import GIB
 
 

@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.architectures import empty_module
 from lcm_compile.components import Checkpoint
-from lcm_compile.cost import Report, Stopwatch, silent
 from lcm_compile.errors import UsageError
-from lcm_compile.files import check_out, check_space, replacing
 from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.lora import check_loras, merge_loras, read_lora
 from lcm_compile.lora_files import Lora
@@ -19,7 +17,9 @@ from lcm_compile.original_names import original_weights
 from lcm_compile.pipeline_folder import write_settings
 from lcm_compile.plan import open_base
 from lcm_compile.spec import BuildSpec, LoraSpec
-from lcm_compile.store import Digests
+from lcm_compile.system.cache import Digests
+from lcm_compile.system.files import check_out, check_space, replacing_output
+from lcm_compile.system.stopwatch import Report, Stopwatch, silent
 from lcm_compile.tensor_files import TYPES, write_header
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) ->
     count = sum(weight.numel() for module in empty.values() for weight in module.parameters())
     check_space(out, count * TYPES[precision][1])
     watch = Stopwatch(report)
-    with replacing(out) as part:
+    with replacing_output(out) as part:
         if as_file:
             write_file(part, checkpoint, empty, loras, precision, watch)
         else:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.pipeline import Drawing, LcmPipeline, Request
 from lcm_compile.sheets import grid_sheet
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.errors import UsageError
+from lcm_compile.system.files import replacing_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,20 +79,12 @@ def save_picture(image: Image, path: Path, settings: Mapping[str, str]) -> None:
     """Saves whole or not at all, with `settings` as PNG text chunks."""
     from PIL.PngImagePlugin import PngInfo
 
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replacing_output(path) as partial:
         if path.suffix.lower() == ".png":
             info = PngInfo()
             for key, value in settings.items():
                 # A lone surrogate, from undecodable bytes on a command line, is no text.
                 info.add_itxt(key, value.encode("utf-8", "replace").decode("utf-8"))
-            image.save(part, format="PNG", pnginfo=info)
+            image.save(partial, format="PNG", pnginfo=info)
         else:
-            image.save(part, format={".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"), quality=95)
-        part.replace(path)
-    except OSError as error:
-        raise LcmCompileError(
-            f"{path} can't be written: {error.strerror or error}", "give another --out"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+            image.save(partial, format={".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"), quality=95)

@@ -17,7 +17,8 @@ from lcm_compile.lora_report import describe_lora
 from lcm_compile.lora_sources import find_lora
 from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle, describe_demo
-from lcm_compile.spec import LoraSpec, user_path
+from lcm_compile.spec import LoraSpec
+from lcm_compile.system.files import user_path
 
 # What a folder holds → what it is.
 FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}

@@ -8,13 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.engines import Backend, installed_version
+from lcm_compile.engines import Backend
 from lcm_compile.errors import BundleError
 from lcm_compile.export import EXPORTERS
 from lcm_compile.lora_sources import PlannedLora
 from lcm_compile.manifest import key_digest, read_manifest
 from lcm_compile.spec import Shape
-from lcm_compile.store import Digests, bundles_folder
+from lcm_compile.store import bundles_folder
+from lcm_compile.system.cache import Digests
+from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import GpuTarget
 from lcm_compile.version import __version__
 

@@ -12,8 +12,9 @@ from lcm_compile.errors import LoraError
 from lcm_compile.families import LCM_LORA_FILE, Family
 from lcm_compile.hub import fetch
 from lcm_compile.lora_folders import CONFIG, WEIGHTS, lora_files_of
-from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec, user_path
-from lcm_compile.store import Digests
+from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
+from lcm_compile.system.cache import Digests
+from lcm_compile.system.files import user_path
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 

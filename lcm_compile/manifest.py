@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
 
-from lcm_compile.cost import Cost
 from lcm_compile.engines import BACKENDS
 from lcm_compile.errors import REBUILD, BundleError, UsageError
 from lcm_compile.graphs import StageContract
 from lcm_compile.precisions import STAGE_PRECISIONS
 from lcm_compile.scheduler import SchedulerSettings
-from lcm_compile.schema import from_json, json_text
 from lcm_compile.spec import BuildSpec, Shape
-from lcm_compile.store import Digests
+from lcm_compile.system.cache import Digests
+from lcm_compile.system.dataclass_json import from_json, json_text
+from lcm_compile.system.stopwatch import Cost
 from lcm_compile.targets import GpuTarget
 
 MANIFEST = "manifest.json"

@@ -20,20 +20,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lcm_compile.cost import Report, Stopwatch, silent
-from lcm_compile.engines import (
-    BACKENDS,
-    cannot_build_from,
-    choose_backend,
-    find_backend,
-    installed_version,
-)
-from lcm_compile.engines.processor import instruction_set, model_name
+from lcm_compile.engines import BACKENDS, cannot_build_from, choose_backend, find_backend
 from lcm_compile.engines.runner import Runner
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import float_type, is_quantized
-from lcm_compile.schema import from_json
-from lcm_compile.store import home, write_atomically
+from lcm_compile.system.cache import home
+from lcm_compile.system.dataclass_json import from_json
+from lcm_compile.system.files import write_atomically
+from lcm_compile.system.processor import instruction_set, model_name
+from lcm_compile.system.stopwatch import Report, Stopwatch, silent
+from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import Any
 
 from lcm_compile.bundle import check_destination
 from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
-from lcm_compile.cost import Report, silent
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
@@ -28,7 +27,9 @@ from lcm_compile.pipeline import Request
 from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
 from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, Shape
-from lcm_compile.store import Digests, bundles_folder
+from lcm_compile.store import bundles_folder
+from lcm_compile.system.cache import Digests
+from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
 

@@ -22,8 +22,8 @@ from lcm_compile.manifest import PipelineSettings, StageFile
 from lcm_compile.pipeline import LcmPipeline, Request
 from lcm_compile.prompts import PROMPTS_KEPT
 from lcm_compile.scheduler import lcm_timesteps
-from lcm_compile.schema import from_json
 from lcm_compile.store import remember
+from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.tokens import PromptTokenizer
 from lcm_compile.whole_loop import check_whole, open_pipeline
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lcm_compile.errors import UsageError
-from lcm_compile.schema import from_json
+from lcm_compile.system.dataclass_json import from_json
 
 SIGMA_DATA = 0.5
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from lcm_compile.store import Digests
+from lcm_compile.system.cache import Digests
 
 
 def share(folder: Path, store: Path) -> None:

@@ -7,7 +7,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
@@ -24,14 +23,6 @@ REWRITES = {
 }
 
 WHOLE_LOOP_NEEDS = ("context", "lcm-step")
-
-
-def user_path(text: str) -> Path:
-    """A path as typed: `~` is the home folder, and a `~name` of nobody stays as it is."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)
 
 
 @dataclass(frozen=True)

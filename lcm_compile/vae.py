@@ -15,7 +15,7 @@ from lcm_compile.folders import FULL_FIRST, HALF_FIRST, find_component, needed_f
 from lcm_compile.hub import fetch, from_cache
 from lcm_compile.model_configs import TAESD
 from lcm_compile.single_file import VAE, read_header, under
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import user_path
 
 # SDXL's VAE, finetuned until its activations fit fp16; the same latents.
 FIXED_VAE = "madebyollin/sdxl-vae-fp16-fix"

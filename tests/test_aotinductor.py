@@ -18,7 +18,6 @@ from torch._guards import detect_fake_mode
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu
-from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
 from lcm_compile.loading import load_modules
@@ -27,6 +26,7 @@ from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.precision import to_precision
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages import make_stages, shape_modules
+from lcm_compile.system.processor import instruction_set
 from lcm_compile.targets import find_target
 
 CPU = find_target("cpu")

@@ -16,7 +16,7 @@ from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle
-from lcm_compile.schema import json_text
+from lcm_compile.system.dataclass_json import json_text
 
 FILES = ["engines/step.onnx", "tokenizers/tokenizer_2.json", "proof/step.npz"]
 

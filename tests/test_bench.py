@@ -31,11 +31,11 @@ from lcm_compile.benchmarks.worker import Drawn, Maker, Sample, Worker
 from lcm_compile.bundle import open_bundle
 from lcm_compile.components import Checkpoint, Component
 from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
-from lcm_compile.engines.processor import instruction_set
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.families import FAMILIES
 from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.spec import Shape
+from lcm_compile.system.processor import instruction_set
 
 DELAY = 0.5  # seconds
 # For a sitecustomize.py: processes import it before they load.

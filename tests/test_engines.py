@@ -19,7 +19,6 @@ from lcm_compile.engines import (
     find_backend,
     find_target_here,
     gpu,
-    installed_version,
     onnxruntime,
     tensorrt,
     tensorrt_caches,
@@ -27,6 +26,7 @@ from lcm_compile.engines import (
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.parity import psnr_db, read_calls, snr_db
 from lcm_compile.pipeline import LcmPipeline, Request
+from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, find_target
 
 CPU = find_target("cpu")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks import gpu_items, gpu_smoke
 from lcm_compile.benchmarks.gpu_items import Engines
 from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
@@ -29,6 +28,7 @@ from lcm_compile.manifest import read_manifest
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages import make_stages, move, shape_modules
+from lcm_compile.system.child_process import call_in_child
 
 
 def ends(note, target, work):
@@ -65,7 +65,7 @@ def compiles(graph):
 
 
 def builds_apart(note, target, work):
-    call_apart(compiles, None)
+    call_in_child(compiles, None)
 
 
 def run(items, budget, results, device="cpu", work=None, again=()):

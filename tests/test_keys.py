@@ -21,6 +21,7 @@ from lcm_compile.bundle import open_bundle
 from lcm_compile.checkpoints import open_checkpoint
 from lcm_compile.errors import CheckpointError
 from lcm_compile.loading import load_modules
+from lcm_compile.system import cache
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def made(sdxl_checkpoint, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_COMPILE_HOME", str(folder / "home"))
         build(spec)
-    time.sleep(store.SETTLED_NS / 1e9 + 0.1)
+    time.sleep(cache.SETTLED_NS / 1e9 + 0.1)
     return folder, spec
 
 
@@ -110,16 +111,16 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_an_edit_of_the_same_size_and_time_is_a_miss(copy, tmp_path, name):
-    time.sleep(store.SETTLED_NS / 1e9 + 0.1)
+    time.sleep(cache.SETTLED_NS / 1e9 + 0.1)
     reasons(copy, hit=True)
-    assert len(json.loads((store.home() / "digests.json").read_text())) > 10  # they are remembered now
+    assert len(json.loads((cache.home() / "digests.json").read_text())) > 10  # they are remembered now
     edited(tmp_path / name)
     told = reasons(copy)
     assert f"{name.replace('base/', 'base ')} changed: " in told and told.count("changed") == 1
 
 
 def test_an_edited_lora_is_a_miss(copy, tmp_path):
-    time.sleep(store.SETTLED_NS / 1e9 + 0.1)
+    time.sleep(cache.SETTLED_NS / 1e9 + 0.1)
     reasons(copy, hit=True)
     edited(tmp_path / "lora.safetensors")
     told = reasons(copy)

@@ -1,4 +1,4 @@
-"""The layout: which folder may import which, no circles, and running loads nothing that only building needs."""
+"""The layout: which folder may import which, and that running loads nothing that only building needs."""
 
 from __future__ import annotations
 

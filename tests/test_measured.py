@@ -12,9 +12,9 @@ import pytest
 
 from lcm_compile import measured
 from lcm_compile.engines import BACKENDS, cannot_build_from
-from lcm_compile.engines.processor import model_name
 from lcm_compile.errors import BackendError
 from lcm_compile.measured import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
+from lcm_compile.system.processor import model_name
 
 ABLE = [n for n in BACKENDS if n not in SLOW_TO_BUILD and not cannot_build_from(n, CPU, "fp32", None)]
 

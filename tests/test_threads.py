@@ -12,7 +12,7 @@ import pytest
 
 from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks.worker import Drawn, Maker, Worker
-from lcm_compile.engines.processor import physical_cores, threads
+from lcm_compile.system.processor import physical_cores, threads
 
 BACKENDS = ("onnxruntime", "openvino")
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from lcm_compile import BuildSpec, build, plan
-from lcm_compile.apart import call_apart
 from lcm_compile.benchmarks.gpu_items import build_quickly
 from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
 from lcm_compile.manifest import read_manifest
 from lcm_compile.parity import STAGE_FLOORS, verify
 from lcm_compile.spec import Shape
+from lcm_compile.system.child_process import call_in_child
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def large(monkeypatch):
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
     monkeypatch.setattr(plan, "TWIN_LATENT", 8)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
-    monkeypatch.setattr("lcm_compile.compile.call_apart", lambda function, *args: function(*args))
+    monkeypatch.setattr("lcm_compile.compile.call_in_child", lambda function, *args: function(*args))
 
 
 def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
@@ -71,23 +71,23 @@ def test_stages_made_in_processes_of_their_own_are_the_same(
 
 
 def test_what_is_computed_apart_comes_back():
-    assert call_apart(sorted, [3, 1, 2]) == [1, 2, 3]
-    assert call_apart(os.getpid) != os.getpid()
+    assert call_in_child(sorted, [3, 1, 2]) == [1, 2, 3]
+    assert call_in_child(os.getpid) != os.getpid()
 
 
 def test_errors_cross_over():
     with pytest.raises(BundleError, match="there is no bundle at nowhere") as caught:
-        call_apart(read_manifest, plan.Path("nowhere"))
+        call_in_child(read_manifest, plan.Path("nowhere"))
     assert caught.value.hint
     with pytest.raises(ZeroDivisionError):
-        call_apart(divmod, 1, 0)
+        call_in_child(divmod, 1, 0)
 
 
 def test_a_process_that_is_killed_is_told():
     with pytest.raises(LcmCompileError, match=r"_exit ended without a result \(exit code 7\)"):
-        call_apart(os._exit, 7)
+        call_in_child(os._exit, 7)
     with pytest.raises(LcmCompileError, match="want of memory"):
-        call_apart(exec, "import os; os.kill(os.getpid(), 9)")
+        call_in_child(exec, "import os; os.kill(os.getpid(), 9)")
 
 
 @pytest.mark.parametrize("batch, replayed", [(1, {"encode"}), (2, set())])

@@ -52,8 +52,8 @@ def bench(
     from lcm_compile.benchmarks.chart import check_plot, plot_report
     from lcm_compile.benchmarks.summary import print_report, summarise
     from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.files import check_file
     from lcm_compile.lookup import find_bundle
+    from lcm_compile.system.files import check_file
 
     found = find_bundle(bundle, base, gpu)
     if save is not None:

@@ -51,7 +51,7 @@ def compare(
     from lcm_compile.benchmarks.gate_update import replaced, tightened
     from lcm_compile.benchmarks.report import read_report
     from lcm_compile.console import note, print_json
-    from lcm_compile.store import write_atomically
+    from lcm_compile.system.files import write_atomically
 
     wanted = parse_limits(limits)
     baseline = read_report(base)

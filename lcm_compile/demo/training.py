@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_compile.demo.world import DAY, Look, caption, render, sample_scene
-from lcm_compile.files import replacing
+from lcm_compile.system.files import replacing_output
 
 SIDE = 64  # pixels
 SHARD = 4096  # scenes in one file of the latent pool
@@ -22,7 +22,7 @@ REPORT_STEPS = 50
 
 def save_atomically(state: Any, path: Path) -> None:
     """A kill leaves the old file or the new one."""
-    with replacing(path) as part:
+    with replacing_output(path) as part:
         torch.save(state, part)
 
 

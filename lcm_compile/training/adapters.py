@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.files import replacing
+from lcm_compile.system.files import replacing_output
 from lcm_compile.training.consistency import Conditioning, Predict
 from lcm_compile.training.loop import Weights
 from lcm_compile.training.spec import Machine, TrainSpec
@@ -115,5 +115,5 @@ def save_lora(tensors: Mapping[str, Tensor], out: Path, made: dict[str, Any]) ->
         raise LcmCompileError("weights of the LoRA exceed half precision", "try a lower --lr")
     # One entry: safetensors writes several in no fixed order, and a seed must give the same file.
     data = save(halves, metadata={"lcm_compile": json.dumps(made)})
-    with replacing(out) as part:
+    with replacing_output(out) as part:
         part.write_bytes(data)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import user_path
 
 DEMO = "demo"
 METADATA = "metadata.jsonl"

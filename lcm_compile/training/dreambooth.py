@@ -20,9 +20,8 @@ from torch.nn.functional import mse_loss
 
 from lcm_compile.checkpoints import Checkpoint, open_checkpoint
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
-from lcm_compile.files import check_out, check_space, replacing
 from lcm_compile.loading import load_component, quiet_libraries
-from lcm_compile.spec import user_path
+from lcm_compile.system.files import check_out, check_space, replacing_output, user_path
 from lcm_compile.training.adapters import (
     ADAPTED,
     ATTENTION,
@@ -223,7 +222,7 @@ def draw_class_pictures(
             i, path = next(free)
             random = torch.Generator().manual_seed(spec.seed + i)
             picture = pipe(spec.prior_prompt, generator=random).images[0]
-            with replacing(path) as part:
+            with replacing_output(path) as part:
                 picture.save(part, format="PNG")
     PartialState().wait_for_everyone()
 

@@ -11,9 +11,9 @@ import torch
 
 from lcm_compile.architectures import empty_unet
 from lcm_compile.components import Checkpoint
-from lcm_compile.files import replacing
 from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.pipeline_folder import write_settings
+from lcm_compile.system.files import replacing_output
 from lcm_compile.training.loop import Weights, copy_of
 
 GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
@@ -35,7 +35,7 @@ def student_of(teacher: Any) -> Any:
 
 def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
     """Writes a base with a student's weights as its UNet, a diffusers folder, whole or not at all."""
-    with replacing(out) as part, quiet_libraries():
+    with replacing_output(out) as part, quiet_libraries():
         write_settings(checkpoint, part, lcm=True)
         unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)

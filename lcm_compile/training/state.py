@@ -12,7 +12,7 @@ import torch
 
 from lcm_compile.checkpoints import Checkpoint
 from lcm_compile.errors import LcmCompileError, UsageError, first_line
-from lcm_compile.files import part_of, remove, replacing
+from lcm_compile.system.files import remove, remove_partial, replacing_output
 from lcm_compile.training.spec import Machine, TrainSpec
 
 DIGESTED = 65536  # bytes of a file
@@ -29,12 +29,12 @@ class State:
     saved: dict[str, Any] | None
 
     def write(self, parts: dict[str, Any]) -> None:
-        with replacing(self.path) as part:
+        with replacing_output(self.path) as part:
             torch.save({"settings": self.settings, **parts}, part)
 
     def remove(self) -> None:
-        for path in (self.path, part_of(self.path)):  # a kill may have left half a one
-            remove(path)
+        remove_partial(self.path)  # a kill may have left a part of one
+        remove(self.path)
 
 
 def state_path(out: Path) -> Path:

@@ -19,20 +19,28 @@ from lcm_compile.errors import LcmCompileError
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 LAST_WORDS = 10.0  # seconds that a limited process has to end once it has answered, or was killed
-SERVE = "import sys; sys.path[:] = {path!r}; from lcm_compile.apart import serve; serve({results})"
 
 
-def call_apart(function: Callable[..., Any], *args: Any, seconds: float | None = None) -> Any:
+def python_command(module: str, function: str, argument: int) -> list[str]:
+    """The command of a new Python process that calls `module.function(argument)`, with this import path."""
+    path = [str(Path(folder).absolute()) for folder in sys.path]
+    code = f"import sys; sys.path[:] = {path!r}; from {module} import {function}; {function}({argument})"
+    return [sys.executable, "-c", code]
+
+
+def call_in_child(function: Callable[..., Any], *args: Any, seconds: float | None = None) -> Any:
     """`function(*args)`, computed by a new process; both, and what it returns, are pickled.
 
     Errors of this package are raised here as they were there; LcmCompileError where the process was killed.
     With `seconds`, TimeoutError after them, and all that the process started ends with it.
     """
     read, write = os.pipe()
-    code = SERVE.format(path=[str(Path(folder).absolute()) for folder in sys.path], results=write)
     limited = seconds is not None
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, pass_fds=[write], start_new_session=limited
+        python_command(__name__, "serve", write),
+        stdin=subprocess.PIPE,
+        pass_fds=[write],
+        start_new_session=limited,
     )
     os.close(write)
     try:
@@ -80,7 +88,7 @@ def ended(code: int | None) -> str:
 
 
 def serve(results: int) -> None:
-    """The other end of call_apart. It dies with its parent."""
+    """The other end of call_in_child. It dies with its parent."""
     die_with_parent()
     answer: tuple[Any, BaseException | None]
     try:

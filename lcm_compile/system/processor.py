@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
@@ -12,26 +13,40 @@ CPUINFO = Path("/proc/cpuinfo")
 KINDS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse4", "vaes", "vpclmulqdq")
 
 
-def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
-    """The architecture and, sorted, the extensions that every core of this machine has.
+@dataclass(frozen=True)
+class Processor:
+    """The processor's name, and the features that every core of it has, as the kernel names both."""
 
-    Of another architecture than x86 the kernel's whole list is taken; where it tells none, the
-    architecture alone.
+    name: str
+    features: frozenset[str]
+
+
+def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
+    """Reads what the kernel says of the processor; where it says nothing, the name is the architecture's."""
+    fields = [line.partition(":") for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ())]
+    values = [(name.strip(), value.strip()) for name, _, value in fields]
+    cores = [set(value.split()) for name, value in values if name in ("flags", "Features")]
+    names = (value for name, value in values if name == "model name")
+    fallback = platform.processor() or platform.machine()
+    return Processor(next(names, fallback), frozenset(set.intersection(*cores) if cores else ()))
+
+
+def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
+    """The architecture and, sorted, the vector and matrix extensions that every core of this machine has.
+
+    On another architecture than x86 all features are listed; where the kernel lists none, the architecture
+    alone is.
     """
     machine = platform.machine()
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    cores = [set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))]
-    flags = set.intersection(*cores) if cores else set()
+    features = read_processor(cpuinfo).features
     if machine == "x86_64":
-        flags = {flag for flag in flags if flag.startswith(KINDS)}
-    return [machine, *sorted(flags)]
+        features = frozenset(feature for feature in features if feature.startswith(KINDS))
+    return [machine, *sorted(features)]
 
 
 def model_name(cpuinfo: Path = CPUINFO) -> str:
-    """As the kernel tells it, with the number of threads that engines compute with here."""
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.machine())}, {threads()} threads"
+    """The processor's name, with the number of threads that engines compute with here."""
+    return f"{read_processor(cpuinfo).name}, {threads()} threads"
 
 
 def threads() -> int:

@@ -1,0 +1,84 @@
+"""The user's cache folder, locks across processes, and digests of files that are computed once."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from lcm_compile.system.dataclass_json import from_json
+from lcm_compile.system.files import user_path, write_atomically
+
+DIGESTS_LIMIT = 20_000
+
+
+# A file changed this recently could change again without its times moving: its digest is not kept.
+SETTLED_NS = 1_000_000_000
+
+
+def home() -> Path:
+    if folder := os.environ.get("LCM_COMPILE_HOME"):
+        return user_path(folder)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("lcm-compile")
+
+
+@contextlib.contextmanager
+def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Holds an exclusive lock on `path`, across processes; a killed holder lets go of it.
+
+    `waiting` is called once when another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Digests:
+    """sha256 of files, remembered by device, inode, size and both times in nanoseconds.
+
+    A same-size edit whose mtime was put back still has a new ctime, and is read again.
+    """
+
+    def __init__(self) -> None:
+        self._path = home() / "digests.json"
+        self._known: dict[str, str] = {}
+        self._new: dict[str, str] = {}
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            self._known = from_json(Mapping[str, str], json.loads(self._path.read_text(encoding="utf-8")))
+
+    def sha256(self, path: Path) -> str:
+        before = path.stat()
+        identity = ":".join(
+            str(x)
+            for x in (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+        )
+        if identity in self._known:
+            return self._known[identity]
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = path.stat()
+        unchanged = (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+        settled = time.time_ns() - max(after.st_mtime_ns, after.st_ctime_ns) > SETTLED_NS
+        if unchanged and settled:
+            self._new[identity] = self._known[identity] = digest
+        return digest
+
+    def save(self) -> None:
+        """Keeps what was learnt; losing it costs time, never correctness."""
+        if self._new:
+            newest = dict(list(self._known.items())[-DIGESTS_LIMIT:])
+            with contextlib.suppress(OSError):
+                write_atomically(self._path, json.dumps(newest))
+            self._new = {}

@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from lcm_compile.errors import LcmCompileError
+from lcm_compile.system.files import replacing, replacing_output, write_atomically
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as partial:
+        partial.write_text("half of the n")
+        raise ZeroDivisionError
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"] and path.read_text() == "old"
+
+
+def test_threads_that_write_one_file_leave_one_of_their_texts(tmp_path):
+    """Each writes under a name of its own: none finds another's half, or loses it."""
+    path, failed = tmp_path / "a.txt", []
+    texts = [f"{i}" * 100_000 for i in range(8)]
+
+    def write(text):
+        try:
+            for _ in range(20):
+                write_atomically(path, text)
+        except OSError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and path.read_text() in texts
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_goes_and_a_running_ones_stays(tmp_path):
+    path = tmp_path / "folder"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = tmp_path / f".folder.{ended.pid}-1.part"
+    running = tmp_path / f".folder.{os.getppid()}-1.part"
+    for leftover in (left, running):
+        leftover.mkdir()
+    with replacing(path) as partial:
+        partial.mkdir()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [running.name, "folder"]
+
+
+def test_files_have_the_permissions_that_the_user_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_atomically(tmp_path / "new" / "a.txt", b"text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "a.txt").stat().st_mode & 0o777 == 0o644
+
+
+def test_an_output_that_cannot_be_written_names_the_next_step(tmp_path):
+    path = tmp_path / "missing" / "a.png"
+    with pytest.raises(LcmCompileError, match="can't be written") as found, replacing_output(path) as partial:
+        partial.write_text("a picture")
+    assert "--out" in found.value.hint
