@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 
 from lcm_compile.bundle import EngineBundle
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.loop import put_coefficients
 from lcm_compile.noise import TorchNoise
 from lcm_compile.pipeline import LcmPipeline, Request, eight_bits

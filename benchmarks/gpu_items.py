@@ -19,9 +19,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.benchmarks.items import Found, Missing, Note, report_path
+from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.engines import BACKENDS, find_backend, find_target_here
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
-from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.precisions import with_floats
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.processor import read_processor

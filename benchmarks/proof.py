@@ -24,12 +24,13 @@ import numpy as np
 from PIL import Image
 
 from lcm_compile import build, load
-from lcm_compile.benchmarks import features, quality
+from lcm_compile.benchmarks import features
 from lcm_compile.benchmarks.euler import Draw, euler_sampler
 from lcm_compile.benchmarks.proof_figures import write_figures
 from lcm_compile.benchmarks.proof_report import name_of, percent, report
 from lcm_compile.benchmarks.proof_rows import PARTS, Row, requests, rows_of
 from lcm_compile.console import Bar, Parts, note
+from lcm_compile.demo import judge
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
 from lcm_compile.engines import find_backend
 from lcm_compile.manifest import key_digest
@@ -64,7 +65,7 @@ def machine() -> dict[str, Any]:
 @cache
 def judges() -> str:
     """The digest of all that a picture is judged with."""
-    files = (Path(quality.__file__), Path(features.__file__), features.WEIGHTS)
+    files = (Path(judge.__file__), Path(features.__file__), features.WEIGHTS)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
@@ -110,7 +111,7 @@ def measured(row: Row, pictures: features.Pictures) -> Record:
     asked = [parse_caption(request.prompt) for request in requests(row)]
     found = []
     for picture, words in zip(pictures, asked, strict=True):
-        verdict = quality.matches(quality.judge(picture, LOOKS[row.look]), words)
+        verdict = judge.matches(judge.judge(picture, LOOKS[row.look]), words)
         found.append(verdict | {"all": all(right is not False for right in verdict.values())})
     rendered, plan = reference(row.count, row.zebra, row.look), planned(row.spec)
     mark = {None: "-", True: "1", False: "0"}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
+from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.demo.world import (
     BACKGROUNDS,
     COLOURS,
@@ -18,7 +19,6 @@ from lcm_compile.demo.world import (
     parse_caption,
     proof_prompts,
 )
-from lcm_compile.families import DEMO_STYLE, FAMILIES
 from lcm_compile.pipeline import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 

@@ -79,7 +79,7 @@ def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline, LCMScheduler
 
-    from lcm_compile.loading import quiet_libraries
+    from lcm_compile.checkpoint.load import quiet_libraries
 
     torch.set_num_threads(setup.threads)
     with quiet_libraries():

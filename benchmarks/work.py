@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.spec import Shape
 
 
@@ -31,8 +31,8 @@ def count_work(checkpoint: Checkpoint, shape: Shape) -> dict[str, Work]:
 
     CheckpointError for a config that makes no model.
     """
-    from lcm_compile.architectures import empty_module
-    from lcm_compile.loading import quiet_libraries
+    from lcm_compile.checkpoint.empty_modules import empty_module
+    from lcm_compile.checkpoint.load import quiet_libraries
 
     with quiet_libraries():
         modules = {

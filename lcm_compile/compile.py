@@ -20,15 +20,15 @@ from lcm_compile.bundle import (
     open_bundle,
     publishing,
 )
+from lcm_compile.checkpoint.families import SAMPLE_PROMPT
+from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import disk_for, estimate, estimate_plan
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import EXPORT, ExportManifest, read_export
-from lcm_compile.families import SAMPLE_PROMPT
 from lcm_compile.graphs import StageContract
-from lcm_compile.loading import load_tokenizer
 from lcm_compile.manifest import (
     BundleManifest,
     Parity,

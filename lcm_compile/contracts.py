@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lcm_compile.checkpoints import Checkpoint, Component
+from lcm_compile.checkpoint.find import Checkpoint, Component
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
 from lcm_compile.spec import BuildSpec, Shape
 
@@ -132,7 +132,7 @@ def context_specs(
 
 def unet_sizes(unet: Component) -> Any:
     """context_sizes of a UNet, worked out once for each config. CheckpointError for a senseless one."""
-    from lcm_compile.architectures import empty_module
+    from lcm_compile.checkpoint.empty_modules import empty_module
     from lcm_compile.shaping import context_sizes
 
     config = json.dumps(dict(unet.config), sort_keys=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.components import Component
+from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.single_file import read_header
 from lcm_compile.contracts import PARTS
 from lcm_compile.exported import read_export
 from lcm_compile.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.precisions import product_type
-from lcm_compile.single_file import read_header
 from lcm_compile.spec import Shape
 
 # Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
@@ -119,7 +119,7 @@ def disk_for(costs: Sequence[Estimate]) -> int:
 def parameters(component: Component) -> int:
     """How many weights a model has: by its files' headers, or by its architecture where there are none."""
     if not component.files:
-        from lcm_compile.architectures import empty_module
+        from lcm_compile.checkpoint.empty_modules import empty_module
 
         return sum(weight.numel() for weight in empty_module(component).parameters())
     shapes = [

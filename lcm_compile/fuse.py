@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.architectures import empty_module
-from lcm_compile.components import Checkpoint
+from lcm_compile.checkpoint.checkpoint import Checkpoint
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.load import load_component, quiet_libraries
+from lcm_compile.checkpoint.open import open_base
+from lcm_compile.checkpoint.tensor_stream import TYPES, write_header
+from lcm_compile.checkpoint.write_folder import write_settings
+from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
-from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.lora import check_loras, merge_loras, read_lora
 from lcm_compile.lora_files import Lora
 from lcm_compile.lora_sources import find_loras
-from lcm_compile.original_names import original_weights
-from lcm_compile.pipeline_folder import write_settings
-from lcm_compile.plan import open_base
 from lcm_compile.spec import BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import check_out, check_space, replacing_output
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
-from lcm_compile.tensor_files import TYPES, write_header
 
 if TYPE_CHECKING:
     import torch

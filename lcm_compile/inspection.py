@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcm_compile import single_file
-from lcm_compile.checkpoints import Checkpoint, Component, open_checkpoint
+from lcm_compile.checkpoint import single_file
+from lcm_compile.checkpoint.families import LCM_LORA_FILE, detect_family
+from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
-from lcm_compile.families import LCM_LORA_FILE, detect_family
 from lcm_compile.lora import read_lora
 from lcm_compile.lora_folders import CONFIG
 from lcm_compile.lora_report import describe_lora

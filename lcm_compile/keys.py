@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.engines import Backend
 from lcm_compile.errors import BundleError
 from lcm_compile.export import EXPORTERS

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = [
     "LoraProvenance",
     "check_loras",
-    "fuse_loras",
     "match_layers",
     "merge_loras",
     "read_lora",
@@ -70,15 +69,6 @@ def check_loras(
                 spec.source, spec.weight, spec.strengths, lora.layout, len(pairs), tuple(lora.ranks)
             )
         )
-    return provenance
-
-
-def fuse_loras(
-    modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]
-) -> list[LoraProvenance]:
-    """Merges LoRAs into a whole base, once every one is known to fit."""
-    provenance = check_loras(modules, loras)
-    merge_loras(modules, loras)
     return provenance
 
 

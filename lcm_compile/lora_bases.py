@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lcm_compile.architectures import empty_module
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.components import Component
-from lcm_compile.families import FAMILIES
+from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.configs import COMPONENTS, UNETS
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.lora_files import Lora
 from lcm_compile.lora_match import Match, match
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.unet_configs import UNETS
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcm_compile.checkpoint.families import TEXT_WIDTHS
 from lcm_compile.errors import LoraError
-from lcm_compile.families import TEXT_WIDTHS
 from lcm_compile.lora_folders import as_one_file, lora_files_of
 from lcm_compile.lora_kinds import KINDS, Update
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lcm_compile.checkpoint.original_unet_names import original_name, original_names
 from lcm_compile.errors import LoraError
 from lcm_compile.lora_files import Lora, LoraLayer, some
 from lcm_compile.lora_kinds import Update
-from lcm_compile.lora_names import original_name, original_names
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from lcm_compile.checkpoints import Checkpoint
-from lcm_compile.loading import load_component
+from lcm_compile.checkpoint.find import Checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.lora_bases import fits, made_for
 from lcm_compile.lora_files import Lora, LoraLayer
 from lcm_compile.lora_kinds import Update

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.families import LCM_LORA_FILE, Family
+from lcm_compile.checkpoint.find import Checkpoint
+from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.errors import LoraError
-from lcm_compile.families import LCM_LORA_FILE, Family
-from lcm_compile.hub import fetch
 from lcm_compile.lora_folders import CONFIG, WEIGHTS, lora_files_of
 from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.bundle import check_destination
-from lcm_compile.checkpoints import Checkpoint, check_size, open_checkpoint
+from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
+from lcm_compile.checkpoint.find import Checkpoint, check_size
+from lcm_compile.checkpoint.open import open_base, with_safe_vae
+from lcm_compile.checkpoint.vae import overflows, with_fixed_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
-from lcm_compile.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.graphs import STAGES
 from lcm_compile.keys import bundle_name, engine_key, explain, export_key
 from lcm_compile.lora_sources import PlannedLora, find_loras
@@ -25,13 +27,11 @@ from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import Request
 from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
-from lcm_compile.random_base import open_random
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.store import bundles_folder
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
-from lcm_compile.vae import download_fixed_vae, overflows, with_fixed_vae, with_own_vae, with_vae
 
 LARGE_BYTES = 1 << 30
 TWIN_LATENT = 32  # a side
@@ -180,22 +180,6 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, rep
     if with_fixed_vae(checkpoint) is None and (plan := settle(checkpoint)).hit:
         return plan
     return settle(with_safe_vae(checkpoint))
-
-
-def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
-    """The base that a spec names, with its VAE if it names one."""
-    seed = spec.random_seed
-    if seed is None:
-        checkpoint = open_checkpoint(spec.base, spec.config, half)
-    else:
-        checkpoint = open_random(spec.base, seed)
-    return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
-
-
-def with_safe_vae(checkpoint: Checkpoint) -> Checkpoint:
-    """With the VAE that fp16 does not overflow; where it can't be had, with a note that it was not."""
-    reason = None if with_fixed_vae(checkpoint) else download_fixed_vae()
-    return with_fixed_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")
 
 
 def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from lcm_compile import parity
-from lcm_compile.architectures import empty_module
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
-from lcm_compile.loading import load_component
 from lcm_compile.lora import check_loras, merge_loras, read_lora
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.parity import Call, Trace

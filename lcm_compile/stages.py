@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.contracts import draw_contract, make_contracts
 from lcm_compile.graphs import StageContract
 from lcm_compile.scheduler import LcmStep

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from diffusers import (
@@ -17,6 +18,29 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from lcm_compile.checkpoint.load import load_component
+from lcm_compile.lora import check_loras, merge_loras
+
+
+def load_modules(checkpoint):
+    """Every model of a checkpoint, as an attribute of its component's name; `named` gives them as a dict."""
+    return Modules(**{name: load_component(checkpoint, name) for name in checkpoint.components})
+
+
+class Modules(SimpleNamespace):
+    text_encoder_2 = None
+
+    def named(self):
+        return dict(vars(self))
+
+
+def fuse_loras(modules, loras):
+    """Merges LoRAs into the models of a base, all of which are here, once every one is known to fit."""
+    provenance = check_loras(modules, loras)
+    merge_loras(modules, loras)
+    return provenance
+
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WORDS = ["a", "red", "blue", "star", "circle", "on", "white", "large", "small", "background"]
@@ -232,8 +256,8 @@ def write_lora(
 
 def write_original(pipe, path: Path, precision: str = "fp32", **extra: torch.Tensor) -> Path:
     """A pipeline as one file in the original layout; `extra`: more tensors, under any key."""
-    from lcm_compile.components import MODELS
-    from lcm_compile.original_names import original_weights
+    from lcm_compile.checkpoint.checkpoint import MODELS
+    from lcm_compile.checkpoint.write_single_file import original_weights
 
     models = {name: getattr(pipe, name) for name in MODELS if getattr(pipe, name, None) is not None}
     tensors = dict(extra)
@@ -243,3 +267,24 @@ def write_original(pipe, path: Path, precision: str = "fp32", **extra: torch.Ten
         tensors |= original_weights(name, config, "text_encoder_2" in models, module)
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[precision]
     return save_tensors({k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}, path)
+
+
+def write_vae(folder, seed=7, factor=4, **config):
+    """A VAE alone, in a diffusers folder; `config` changes what its config says."""
+    torch.manual_seed(seed)
+    vae = lively(tiny_vae(factor))
+    vae.register_to_config(**config)
+    vae.save_pretrained(folder)
+    return vae
+
+
+# Settings that make a family of SD1.5's architecture a thousand times smaller.
+SMALL_UNET = {
+    "block_out_channels": [32, 64, 64, 64],
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+    "norm_num_groups": 8,
+    "sample_size": 8,
+}
+SMALL_VAE = {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "layers_per_block": 1}
+SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, LCMScheduler
+from factories import load_modules
 from torch._guards import detect_fake_mode
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
-from lcm_compile.loading import load_modules
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.precision import to_precision

@@ -11,12 +11,12 @@ from pathlib import Path
 import factories
 import pytest
 import torch
+from factories import load_modules
 from safetensors.torch import load_file, save_file
 
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.families import FAMILIES
-from lcm_compile.loading import load_modules
 from lcm_compile.lora import read_lora
 
 KEY = "lora_unet_down_blocks_1_attentions_0_proj_in"

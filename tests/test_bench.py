@@ -29,11 +29,11 @@ from lcm_compile.benchmarks.summary import budget, print_report, summarise
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import Drawn, Maker, Sample, Worker
 from lcm_compile.bundle import open_bundle
-from lcm_compile.components import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
-from lcm_compile.families import FAMILIES
-from lcm_compile.model_configs import COMPONENTS
 from lcm_compile.spec import Shape
 from lcm_compile.system.processor import instruction_set
 
@@ -351,7 +351,7 @@ def test_the_counted_work_is_the_published_one(family, side, unet, decoder, text
 
 
 def test_work_grows_with_the_batch(sdxl_checkpoint):
-    from lcm_compile.checkpoints import open_checkpoint
+    from lcm_compile.checkpoint.find import open_checkpoint
 
     one, four = (count_work(open_checkpoint(str(sdxl_checkpoint)), Shape(b, 64, 64)) for b in (1, 4))
     for stage in one:

@@ -13,10 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.benchmarks import demo_sheet, quality
+from lcm_compile.benchmarks import demo_sheet
 from lcm_compile.benchmarks.proof_rows import TOGETHER, styled
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.demo import judge
 from lcm_compile.demo.world import STYLE, held_out_prompts
-from lcm_compile.families import FAMILIES
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import Request, eight_bits
 
@@ -77,7 +78,7 @@ def test_four_steps_obey_the_prompt(pipeline):
     """By the rule-based judge, on captions that training never saw."""
     prompts = held_out_prompts(100, seed=1)
     pictures = [np.asarray(pipeline(prompt, seed=i)[0]) for i, prompt in enumerate(prompts)]
-    figures = quality.score(pictures, prompts)
+    figures = judge.score(pictures, prompts)
     for name, floor in {"background": 0.97, "pattern": 0.95, "colour": 0.93, "size": 0.93}.items():
         assert figures[name] >= floor, figures
     assert figures["shape"] >= 0.87 and figures["binding"] >= 0.8, figures
@@ -88,7 +89,7 @@ def test_the_style_joins_the_lcm_lora_untrained(pipeline):
     prompts = [text + STYLE for text in held_out_prompts(40, seed=1)]
     with load(build(styled(*TOGETHER))) as other:
         striped, plain = (
-            quality.score([np.asarray(p(text, seed=i)[0]) for i, text in enumerate(prompts)], prompts)
+            judge.score([np.asarray(p(text, seed=i)[0]) for i, text in enumerate(prompts)], prompts)
             for p in (other, pipeline)
         )
     assert striped["stripes"] >= 0.8 and striped["colour"] >= 0.9 and striped["shape"] >= 0.7, striped

@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from lcm_compile.benchmarks.quality import COLUMNS, judge, matches, score
 from lcm_compile.demo import world
+from lcm_compile.demo.judge import COLUMNS, judge, matches, score
 from lcm_compile.demo.world import (
     Description,
     Placement,

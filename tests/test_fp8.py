@@ -13,12 +13,12 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from lcm_compile import BuildSpec, build
-from lcm_compile.benchmarks import quality
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.compile import build_from, export
+from lcm_compile.demo import judge
 from lcm_compile.demo.world import held_out_prompts
 from lcm_compile.engines import onnxruntime as onnxruntime_backend
 from lcm_compile.export import export_stage
-from lcm_compile.families import FAMILIES
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.parity import snr_db
 from lcm_compile.pipeline import LcmPipeline
@@ -186,7 +186,7 @@ def test_it_draws_what_it_is_asked_for(graphs, tmp_path):
             runners[stage.contract.name] = onnxruntime_backend.load(path, stage.contract, find_target("cpu"))
         pipeline = LcmPipeline(settings, runners, load_tokenizers(folder, settings))
         pictures = [np.asarray(pipeline(prompt, seed=i)[0]) for i, prompt in enumerate(prompts)]
-        figures.append(quality.score(pictures, prompts))
+        figures.append(judge.score(pictures, prompts))
     sixteen, eight = figures
     assert all(eight[column] >= sixteen[column] - 0.03 for column in sixteen), figures
 

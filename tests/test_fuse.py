@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from factories import write_vae
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_vae import write_vae
 from tokenizers import Tokenizer
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.components import MODELS
-from lcm_compile.loading import load_component, load_tokenizer
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.random_base import open_random
+from lcm_compile.checkpoint.checkpoint import MODELS
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component, load_tokenizer
+from lcm_compile.checkpoint.random_weights import open_random
 
 
 def pipeline_of(folder, file=None):
@@ -145,7 +145,7 @@ def small_sd15(monkeypatch):
     vae = dict(factories.tiny_vae(8).config)
     small = {**COMPONENTS["sd15"], "unet": unet, "text_encoder": text, "vae": vae}
     monkeypatch.setitem(COMPONENTS, "sd15", small)
-    monkeypatch.setattr("lcm_compile.random_base.fetch", no_hub)
+    monkeypatch.setattr("lcm_compile.checkpoint.random_weights.fetch", no_hub)
 
 
 def no_hub(*_):

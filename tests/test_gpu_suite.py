@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import load_modules
 
 from lcm_compile.benchmarks import gpu_items, gpu_smoke
 from lcm_compile.benchmarks.gpu_items import Engines
 from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
 from lcm_compile.benchmarks.items import Item, Missing, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.report import read_report
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
-from lcm_compile.loading import load_modules
 from lcm_compile.manifest import read_manifest
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape

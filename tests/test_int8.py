@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lcm_compile import BuildSpec, build, load, plan
-from lcm_compile.benchmarks import quality
+from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, FAMILIES, SAMPLE_PROMPT
+from lcm_compile.demo import judge
 from lcm_compile.demo.world import held_out_prompts, is_held_out
 from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
-from lcm_compile.families import CALIBRATION_PROMPTS, FAMILIES, SAMPLE_PROMPT
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.parity import PROOF_SEED, snr_db
 from lcm_compile.quantize import (
@@ -198,7 +198,7 @@ def judged(bundles, count):
     for bundle in bundles:
         with load(bundle) as pipeline:
             pictures = [np.asarray(pipeline(prompt, seed=i)[0]) for i, prompt in enumerate(prompts)]
-        found.append(quality.score(pictures, prompts))
+        found.append(judge.score(pictures, prompts))
     return found
 
 

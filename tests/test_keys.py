@@ -14,13 +14,13 @@ from pathlib import Path
 import factories
 import pytest
 from diffusers import StableDiffusionXLPipeline
+from factories import load_modules
 from safetensors.torch import load_file, save_file
 
 from lcm_compile import BuildSpec, LoraSpec, build, compile, keys, plan, store
 from lcm_compile.bundle import open_bundle
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import CheckpointError
-from lcm_compile.loading import load_modules
 from lcm_compile.system import cache
 
 

@@ -8,13 +8,13 @@ import factories
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from factories import fuse_loras, load_modules
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.loading import load_modules
-from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.lora import read_lora
 from lcm_compile.spec import LoraSpec
 
 

@@ -8,13 +8,13 @@ import shutil
 
 import pytest
 import torch
+from factories import fuse_loras, load_modules
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 from lcm_compile import BuildSpec, LoraSpec
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.loading import load_modules
-from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.lora import read_lora
 from lcm_compile.lora_sources import find_lora
 from lcm_compile.plan import make_plan
 

@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
-from factories import save_tensors
+from factories import fuse_loras, save_tensors
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from torch.nn import functional as F
 
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.lora import read_lora
 from lcm_compile.spec import LoraSpec
 
 RANK, ALPHA = 4, 6.0

@@ -13,16 +13,16 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from factories import save_tensors
+from factories import fuse_loras, save_tensors
 from safetensors.torch import save_file
 from torch.nn import Conv2d, Linear, Module
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from lcm_compile.checkpoint.configs import UNETS
+from lcm_compile.checkpoint.original_unet_names import original_name, original_names
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import fuse_loras, read_lora
-from lcm_compile.lora_names import original_name, original_names
+from lcm_compile.lora import read_lora
 from lcm_compile.spec import LoraSpec
-from lcm_compile.unet_configs import UNETS
 
 SMALL = {"norm_num_groups": 4, "cross_attention_dim": 12, "sample_size": 8}
 

@@ -7,51 +7,13 @@ from dataclasses import dataclass
 import factories
 import numpy as np
 import pytest
-import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers_reference import FLOOR, Pair, reference
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.parity import psnr_db
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
-
-FLOOR = 65.0
-
-
-@dataclass
-class Pair:
-    """Our pipeline, and diffusers' on the same files."""
-
-    ours: LcmPipeline
-    theirs: DiffusionPipeline
-    height: int
-    width: int
-
-    def psnr(self, prompt="a large red star on white", seed=7, **options) -> list[float]:
-        drawn = self.ours.draw(Request(prompt, seed, **options)).pictures
-        images = self.theirs(
-            prompt,
-            negative_prompt=options.get("negative_prompt"),
-            num_inference_steps=options.get("steps", 4),
-            guidance_scale=options.get("guidance_scale", 1.0),
-            num_images_per_prompt=options.get("num_images", 1),
-            generator=torch.Generator("cpu").manual_seed(seed),
-            height=self.height,
-            width=self.width,
-            output_type="np",
-        ).images
-        images = eight_bits(images)
-        assert drawn.shape == images.shape
-        assert images.std() > 5
-        return [psnr_db(a, b) for a, b in zip(images, drawn, strict=True)]
-
-
-def reference(checkpoint):
-    pipe = DiffusionPipeline.from_pretrained(checkpoint)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+from lcm_compile.pipeline import LcmPipeline, Request
 
 
 @pytest.fixture(scope="module")

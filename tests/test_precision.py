@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
+from factories import load_modules
 
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
-from lcm_compile.loading import load_modules
 from lcm_compile.parity import STAGE_FLOORS, snr_db
 from lcm_compile.precision import FP16_LIMIT, layers_over, record_peaks, to_precision
 from lcm_compile.spec import Shape

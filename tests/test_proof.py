@@ -14,8 +14,8 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks import proof, proof_rows
 from lcm_compile.benchmarks.euler import euler_sampler
 from lcm_compile.benchmarks.proof_rows import Row, contrary, rows_of
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo.world import is_held_out, parse_caption, proof_prompts
-from lcm_compile.families import FAMILIES
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import Request, eight_bits
 

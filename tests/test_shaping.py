@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from factories import load_modules
 from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.contracts import CONTEXT_STEPS, make_contracts
 from lcm_compile.errors import ParityError
 from lcm_compile.export.onnx_graph import onnx_from_stage
-from lcm_compile.loading import load_modules
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request
 from lcm_compile.scheduler import lcm_steps

@@ -10,13 +10,13 @@ import factories
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from factories import fuse_loras, load_modules
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, LoraSpec
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError, UsageError
-from lcm_compile.loading import load_modules
-from lcm_compile.lora import fuse_loras, read_lora
+from lcm_compile.lora import read_lora
 from lcm_compile.plan import make_plan
 
 

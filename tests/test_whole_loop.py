@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import factories
 import numpy as np
 import pytest
+from diffusers_reference import FLOOR, Pair, reference
 from PIL import Image
 from safetensors import safe_open
-from test_pipeline import FLOOR, Pair, reference
 
 from lcm_compile import BuildSpec, LoraSpec, build, load, plan
 from lcm_compile.benchmarks.bench import counted
 from lcm_compile.benchmarks.work import count_work
 from lcm_compile.bundle import EngineBundle
+from lcm_compile.checkpoint import open
 from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
@@ -95,7 +96,7 @@ def test_it_is_one_call_a_batch(sdxl):
 def test_the_weights_are_in_the_engine_once(whole):
     folder = sorted((whole.bundle.folder.parent).glob("graphs/graphs/*"))
     files = [*folder, *(whole.bundle.folder / "engines").iterdir()]
-    unet = plan.open_base(whole.bundle.manifest.spec, half=False).components["unet"].files[0]
+    unet = open.open_base(whole.bundle.manifest.spec, half=False).components["unet"].files[0]
     with safe_open(unet, framework="np") as file:
         least = 4 * sum(np.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     assert files and all(least < file.stat().st_size < 2 * least for file in files)
@@ -198,7 +199,7 @@ def test_the_dry_run_tells(sdxl_checkpoint, command):
 
 def test_bench_counts_the_work_of_all_stages_and_steps(sdxl):
     manifest = sdxl.bundle.manifest
-    parts = count_work(plan.open_base(manifest.spec, half=False), manifest.pipeline.shape)
+    parts = count_work(open.open_base(manifest.spec, half=False), manifest.pipeline.shape)
     work, notes = counted(sdxl.bundle)
     once = ("encode", "decode")
     assert not notes and list(work) == ["draw"]

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lcm_compile.benchmarks.quality import score
+from lcm_compile.demo.judge import score
 from lcm_compile.demo.model import (
     END,
     TextEncoders,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.system.files import replacing_output
 from lcm_compile.training.consistency import Conditioning, Predict

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcm_compile.architectures import empty_unet
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.configs import UNETS
+from lcm_compile.checkpoint.empty_modules import empty_unet
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.training.full import with_guidance
-from lcm_compile.unet_configs import UNETS
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lcm_compile.checkpoints import Checkpoint, open_checkpoint
+from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
+from lcm_compile.checkpoint.load import load_component, quiet_libraries
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
-from lcm_compile.loading import load_component, quiet_libraries
 from lcm_compile.system.files import check_out, check_space, replacing_output, user_path
 from lcm_compile.training.adapters import (
     ADAPTED,

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from lcm_compile.architectures import empty_unet
-from lcm_compile.components import Checkpoint
-from lcm_compile.loading import load_component, quiet_libraries
-from lcm_compile.pipeline_folder import write_settings
+from lcm_compile.checkpoint.checkpoint import Checkpoint
+from lcm_compile.checkpoint.empty_modules import empty_unet
+from lcm_compile.checkpoint.load import load_component, quiet_libraries
+from lcm_compile.checkpoint.write_folder import write_settings
 from lcm_compile.system.files import replacing_output
 from lcm_compile.training.loop import Weights, copy_of
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lcm_compile.checkpoints import Checkpoint
+from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.errors import LcmCompileError, UsageError, first_line
 from lcm_compile.system.files import remove, remove_partial, replacing_output
 from lcm_compile.training.spec import Machine, TrainSpec

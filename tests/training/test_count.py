@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 from runs import losses_of, settings_for
 from safetensors.torch import load_file
 
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.families import detect_family
-from lcm_compile.loading import load_component
+from lcm_compile.checkpoint.configs import UNETS
+from lcm_compile.checkpoint.families import detect_family
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.training.adapters import ADAPTED, ATTENTION
 from lcm_compile.training.count import count_full, count_lora
-from lcm_compile.unet_configs import UNETS
 
 # LCM-LoRA (arXiv 2311.05556), Table 1: trainable parameters in millions.
 TABLE_1 = {"sdxl": 197, "ssd-1b": 105, "sd15": 67.5}

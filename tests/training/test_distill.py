@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from factories import fuse_loras, load_modules
 from references import in_numpy, reference_step, with_lora
 from runs import PIPELINES, losses_of, settings_for
 
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
-from lcm_compile.loading import load_component, load_modules
-from lcm_compile.lora import fuse_loras, match_layers, read_lora
+from lcm_compile.lora import match_layers, read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.system import files
 from lcm_compile.training import data, distill

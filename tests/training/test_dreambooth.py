@@ -10,14 +10,15 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.training_utils import compute_snr
+from factories import fuse_loras
 from PIL import Image
 from references import alpha_bar, in_numpy, inputs_of, with_lora
 from runs import PIPELINES, write_pictures
 
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
-from lcm_compile.loading import load_component
-from lcm_compile.lora import fuse_loras, match_layers, read_lora
+from lcm_compile.lora import match_layers, read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, open_data
 from lcm_compile.training.dreambooth import MODULES, StyleSpec, draw, min_snr_weight, train_lora

@@ -9,8 +9,8 @@ import pytest
 import torch
 from runs import PIPELINES, write_pictures
 
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.loading import load_component
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.stages import Decode
 from lcm_compile.training import encode
 from lcm_compile.training.data import open_data

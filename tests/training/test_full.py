@@ -12,9 +12,9 @@ from references import in_numpy, reference_step
 from runs import PIPELINES, losses_of, settings_for
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import UsageError
-from lcm_compile.loading import load_component
 from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.training import distill

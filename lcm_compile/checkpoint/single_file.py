@@ -12,12 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.components import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.diffusers_folder import Settings, read_settings
+from lcm_compile.checkpoint.families import Family, detect_family
+from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.errors import CheckpointError
-from lcm_compile.families import Family, detect_family
-from lcm_compile.folders import Settings, read_settings
-from lcm_compile.hub import fetch
-from lcm_compile.model_configs import COMPONENTS
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # The first text encoder of SD1.x is OpenAI's CLIP, that of SD2.x is OpenCLIP's; SDXL has one of each.

@@ -8,10 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
 
-from lcm_compile.benchmarks.quality import COLUMNS, judge, matches, score
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo import world
+from lcm_compile.demo.judge import COLUMNS, judge, matches, score
 from lcm_compile.demo.world import DAY, DUSK, Description, Placement, Scene, Thing, render, sample_scene
-from lcm_compile.families import FAMILIES
 
 
 def scenes(count: int, seed: int, zebra: float = 0.0) -> list[Scene]:

@@ -6,29 +6,19 @@ import json
 
 import pytest
 import torch
+from factories import SMALL_TEXT, SMALL_UNET, SMALL_VAE, load_modules
 from PIL import Image
 from tokenizers import Tokenizer
 
-from lcm_compile import unet_configs
-from lcm_compile.architectures import empty_module
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.families import FAMILIES, detect_family
+from lcm_compile.checkpoint.load import load_component, load_tokenizer
+from lcm_compile.checkpoint.random_weights import open_random
 from lcm_compile.contracts import make_contracts
 from lcm_compile.errors import UsageError
-from lcm_compile.families import FAMILIES, detect_family
-from lcm_compile.loading import load_component, load_modules, load_tokenizer
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.random_base import open_random
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages import make_stages
-
-SMALL_UNET = {
-    "block_out_channels": [32, 64, 64, 64],
-    "cross_attention_dim": 32,
-    "attention_head_dim": 4,
-    "norm_num_groups": 8,
-    "sample_size": 8,
-}
-SMALL_VAE = {"block_out_channels": [16, 16, 32, 32], "norm_num_groups": 8, "layers_per_block": 1}
-SMALL_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 def shrink(family, monkeypatch):
@@ -131,7 +121,3 @@ def test_senseless_weights(weights):
 
 def test_a_base_without_a_family(refused, tmp_path):
     refused(2, ["demo", "sd15"], "build", "--base", "demo", "--weights", "random", "--gpu", "cpu")
-
-
-def test_the_families_unets_are_those_of_the_configs():
-    assert all(COMPONENTS[family]["unet"] == config for family, config in unet_configs.UNETS.items())

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.families import FAMILIES
-from lcm_compile.loading import load_component
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 

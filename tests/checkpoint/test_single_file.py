@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from factories import load_modules
 from original_keys import original_keys
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.architectures import empty_module
-from lcm_compile.checkpoints import open_checkpoint
-from lcm_compile.components import MODELS, Component
+from lcm_compile.checkpoint.checkpoint import MODELS, Component
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.tensor_stream import write_header
+from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import CheckpointError
-from lcm_compile.families import FAMILIES
-from lcm_compile.loading import load_modules
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.original_names import original_weights
-from lcm_compile.tensor_files import write_header
 
 
 def pipeline_of(folder):
@@ -159,7 +159,7 @@ def opened_in(environment, file):
     """What a file is opened as, in a process of its own; "" and the error where it is not."""
     script = f"""
 import sys
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LcmCompileError
 try:
     opened = open_checkpoint({str(file)!r})

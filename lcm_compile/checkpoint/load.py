@@ -8,32 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.architectures import kind_of
-from lcm_compile.components import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.empty_modules import kind_of
+from lcm_compile.checkpoint.random_weights import random_component, stand_in_tokenizer
+from lcm_compile.checkpoint.read_single_file import component_in_file
 from lcm_compile.errors import CheckpointError, first_line
-from lcm_compile.original_layout import component_in_file
-from lcm_compile.random_base import random_component, stand_in_tokenizer
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass
-class Modules:
-    """The torch modules of a checkpoint, fp32, on the CPU, not training."""
-
-    unet: torch.nn.Module
-    vae: torch.nn.Module
-    text_encoder: torch.nn.Module
-    text_encoder_2: torch.nn.Module | None = None
-
-    def named(self) -> dict[str, torch.nn.Module]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-
-def load_modules(checkpoint: Checkpoint) -> Modules:
-    """Loads every component in fp32. CheckpointError where weights are damaged or don't fit the config."""
-    return Modules(**{name: load_component(checkpoint, name) for name in checkpoint.components})
 
 
 def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:

@@ -9,10 +9,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lcm_compile.components import MODELS, Checkpoint, Component
-from lcm_compile.errors import CheckpointError, UsageError, unknown_name
-from lcm_compile.families import FAMILIES, detect_family
-from lcm_compile.folders import (
+from lcm_compile.checkpoint.checkpoint import MODELS, Checkpoint, Component
+from lcm_compile.checkpoint.diffusers_folder import (
     FULL_FIRST,
     HALF_FIRST,
     Variants,
@@ -21,8 +19,10 @@ from lcm_compile.folders import (
     read_json,
     read_settings,
 )
-from lcm_compile.hub import fetch
-from lcm_compile.single_file import open_file
+from lcm_compile.checkpoint.families import FAMILIES, detect_family
+from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.single_file import open_file
+from lcm_compile.errors import CheckpointError, UsageError, unknown_name
 from lcm_compile.system.files import user_path
 
 __all__ = ["Checkpoint", "Component", "check_size", "open_checkpoint"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_compile.components import Component, is_tiny
+from lcm_compile.checkpoint.checkpoint import Component, is_tiny
 from lcm_compile.errors import CheckpointError, first_line
 
 

@@ -11,13 +11,13 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lcm_compile.architectures import empty_module
-from lcm_compile.components import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.single_file import TOKENIZER_FILES
 from lcm_compile.errors import unknown_name
-from lcm_compile.families import FAMILIES
-from lcm_compile.hub import fetch
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.single_file import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import torch

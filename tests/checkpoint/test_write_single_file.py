@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from original_keys import OPTIONAL, original_keys
 
-from lcm_compile.architectures import empty_module
-from lcm_compile.components import Component
-from lcm_compile.loading import quiet_libraries
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.original_layout import as_diffusers
-from lcm_compile.original_names import original_weights
-from lcm_compile.single_file import TEXT_PREFIXES, UNET, VAE
-from lcm_compile.unet_configs import UNETS
+from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.configs import COMPONENTS, UNETS
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.load import quiet_libraries
+from lcm_compile.checkpoint.read_single_file import as_diffusers
+from lcm_compile.checkpoint.single_file import TEXT_PREFIXES, UNET, VAE
+from lcm_compile.checkpoint.write_single_file import original_weights
 
 PUBLISHED = {"sd15": 1131, "sdxl": 2515}  # keys of v1-5-pruned-emaonly and of sd_xl_base_1.0
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.checkpoints import hub_id
-from lcm_compile.components import Checkpoint, Component, factor_of, is_tiny
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component, factor_of, is_tiny
+from lcm_compile.checkpoint.configs import TAESD
+from lcm_compile.checkpoint.diffusers_folder import FULL_FIRST, HALF_FIRST, find_component, needed_files
+from lcm_compile.checkpoint.find import hub_id
+from lcm_compile.checkpoint.hub import fetch, from_cache
+from lcm_compile.checkpoint.single_file import VAE, read_header, under
 from lcm_compile.errors import CheckpointError, UsageError
-from lcm_compile.folders import FULL_FIRST, HALF_FIRST, find_component, needed_files
-from lcm_compile.hub import fetch, from_cache
-from lcm_compile.model_configs import TAESD
-from lcm_compile.single_file import VAE, read_header, under
 from lcm_compile.system.files import user_path
 
 # SDXL's VAE, finetuned until its activations fit fp16; the same latents.

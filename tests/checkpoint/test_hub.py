@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lcm_compile.hub import SECONDS
+from lcm_compile.checkpoint.hub import SECONDS
 
 
 def cli(*words, **environment):
@@ -49,7 +49,9 @@ def test_a_network_that_never_answers_is_given_up(tmp_path):
     """A proxy that takes connections and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        script = "import lcm_compile.hub as h; h.SECONDS = 1; from lcm_compile.cli import main; main()"
+        script = (
+            "import lcm_compile.checkpoint.hub as h; h.SECONDS = 1; from lcm_compile.cli import main; main()"
+        )
         done = subprocess.run(
             [sys.executable, "-c", script, "build", "--base", "sdxl", "--gpu", "cpu"],
             capture_output=True,

@@ -1,7 +1,7 @@
-"""The families' components besides their UNets, as their checkpoints configure them.
+"""The models of the families, as their checkpoints configure them: what differs from the libraries' defaults.
 
-With unet_configs they tell a whole pipeline's shapes where there is no checkpoint folder: for random
-weights, and for one-file checkpoints, which hold no configs.
+They give every shape of a pipeline where there is no checkpoint folder: for random weights, for one-file
+checkpoints, which hold no configs, and before a download.
 """
 
 from __future__ import annotations
@@ -9,7 +9,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lcm_compile.unet_configs import UNETS
+SD15 = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 64,
+    "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    "block_out_channels": [320, 640, 1280, 1280],
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+}
+SDXL = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 128,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+UNETS: dict[str, Mapping[str, Any]] = {
+    "sdxl": SDXL,
+    "ssd-1b": {
+        **SDXL,
+        "mid_block_type": "UNetMidBlock2D",  # one residual block, no attention
+        "transformer_layers_per_block": [0, [2, 2], [4, 4]],  # the first block has no attention
+        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+    },
+    "sd15": SD15,
+    "sd21": {
+        **SD15,
+        "sample_size": 96,
+        "attention_head_dim": [5, 10, 20, 20],
+        "cross_attention_dim": 1024,
+        "use_linear_projection": True,
+    },
+}
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,

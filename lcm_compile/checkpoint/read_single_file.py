@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.architectures import empty_module
-from lcm_compile.components import Component, is_tiny
+from lcm_compile.checkpoint.checkpoint import Component, is_tiny
+from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.single_file import CLIP, CLIP_XL
 from lcm_compile.errors import CheckpointError
-from lcm_compile.single_file import CLIP, CLIP_XL
 
 if TYPE_CHECKING:
     import torch

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.families import FAMILIES, Family
+from lcm_compile.checkpoint.families import FAMILIES, Family
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.system.files import user_path
 

@@ -10,19 +10,20 @@ import factories
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from diffusers_reference import FLOOR, Pair, reference
+from factories import SMALL_TEXT, SMALL_UNET
 from safetensors.torch import load_file
-from test_pipeline import FLOOR, Pair, reference
-from test_random_base import SMALL_TEXT, SMALL_UNET
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.bench import contest, warnings
 from lcm_compile.benchmarks.report import Case, Rival
 from lcm_compile.benchmarks.work import count_work
+from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.load import load_component
+from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import CheckpointError, UsageError
-from lcm_compile.loading import load_component
 from lcm_compile.manifest import read_manifest
-from lcm_compile.model_configs import COMPONENTS
-from lcm_compile.plan import make_plan, open_base
+from lcm_compile.plan import make_plan
 from lcm_compile.shaping import Upsampling, shape_vae
 from lcm_compile.spec import Shape
 from lcm_compile.stages import Decode

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.lora_names import original_name, original_names
-from lcm_compile.single_file import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
+from lcm_compile.checkpoint.original_unet_names import original_name, original_names
+from lcm_compile.checkpoint.single_file import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from factories import load_modules
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
-from lcm_compile.checkpoints import open_checkpoint
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
 from lcm_compile.fuse import fuse
-from lcm_compile.loading import load_component, load_modules
 
 KINDS = {
     "unet": UNet2DConditionModel,

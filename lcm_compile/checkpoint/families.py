@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEMO_FOLDER = Path(__file__).parent / "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 DEMO_STYLE = DEMO_FOLDER / "zebra_lora.safetensors"  # trained on the demo base alone
 
 SAMPLE_PROMPT = "a photograph of an astronaut riding a horse"

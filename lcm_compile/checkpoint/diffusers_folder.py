@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.components import MODELS, SCHEDULER, Component
+from lcm_compile.checkpoint.checkpoint import MODELS, SCHEDULER, Component
 from lcm_compile.errors import CheckpointError
 from lcm_compile.scheduler import SchedulerSettings
 

@@ -5,25 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import factories
 import pytest
 import torch
+from factories import write_vae
 from safetensors.torch import save_file
 
 from lcm_compile import BuildSpec, build
-from lcm_compile.families import FAMILIES
-from lcm_compile.loading import load_component
-from lcm_compile.original_names import original_weights
+from lcm_compile.checkpoint.families import FAMILIES
+from lcm_compile.checkpoint.load import load_component
+from lcm_compile.checkpoint.vae import FIXED_VAE, download_fixed_vae
+from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.plan import make_plan
-from lcm_compile.vae import FIXED_VAE, download_fixed_vae
-
-
-def write_vae(folder, seed=7, factor=4, **config):
-    torch.manual_seed(seed)
-    vae = factories.lively(factories.tiny_vae(factor))
-    vae.register_to_config(**config)
-    vae.save_pretrained(folder)
-    return vae
 
 
 def base_of(checkpoint, vae, **more):
@@ -89,7 +81,7 @@ def passes_for_sdxl(sdxl_checkpoint, tmp_path, monkeypatch):
     """A base of SDXL's family; a hub cache of its own, and a hub that can't be had."""
     monkeypatch.setitem(FAMILIES, "sdxl", replace(FAMILIES["sdxl"], signature={"cross_attention_dim": 80}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf/hub"))
-    monkeypatch.setattr("lcm_compile.vae.fetch", no_hub)
+    monkeypatch.setattr("lcm_compile.checkpoint.vae.fetch", no_hub)
     download_fixed_vae.cache_clear()
     return sdxl_checkpoint
 
@@ -137,5 +129,5 @@ def test_a_hit_does_not_ask_the_hub_for_it(passes_for_sdxl, tmp_path, monkeypatc
     """A bundle that was built with the base's own VAE stays a hit."""
     spec = base_of(passes_for_sdxl, None, precision="fp16", backend="torchscript", height=16, width=16)
     build(spec, tmp_path / "bundle")
-    monkeypatch.setattr("lcm_compile.plan.download_fixed_vae", pytest.fail)
+    monkeypatch.setattr("lcm_compile.checkpoint.open.download_fixed_vae", pytest.fail)
     assert make_plan(spec, tmp_path / "bundle").hit

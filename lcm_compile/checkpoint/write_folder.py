@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.components import SCHEDULER, Checkpoint, is_tiny
-from lcm_compile.loading import load_tokenizer, quiet_libraries
+from lcm_compile.checkpoint.checkpoint import SCHEDULER, Checkpoint, is_tiny
+from lcm_compile.checkpoint.load import load_tokenizer, quiet_libraries
 
 
 def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
