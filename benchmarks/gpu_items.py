@@ -94,7 +94,7 @@ def examine_backends(note: Note, target: str, work: Path) -> None:
 
 def write_weights(note: Note, target: str, work: Path, model: str) -> None:
     """A model as a diffusers folder, its LCM-LoRA fused: one set of weights for engines and rivals."""
-    from lcm_compile.fuse import fuse
+    from lcm_compile.lora.fuse import fuse
 
     folder = weights_of(work, model)
     folder.parent.mkdir(exist_ok=True)

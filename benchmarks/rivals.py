@@ -263,7 +263,7 @@ def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
     plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
     if plain and (Path(spec.base) / "model_index.json").is_file():
         return Path(spec.base)
-    from lcm_compile.fuse import fuse
+    from lcm_compile.lora.fuse import fuse
     from lcm_compile.system.child_process import call_in_child
 
     asked = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)

@@ -11,10 +11,8 @@ from lcm_compile.checkpoint import single_file
 from lcm_compile.checkpoint.families import LCM_LORA_FILE, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
-from lcm_compile.lora import read_lora
-from lcm_compile.lora_folders import CONFIG
-from lcm_compile.lora_report import describe_lora
-from lcm_compile.lora_sources import find_lora
+from lcm_compile.lora.find import find_lora
+from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle, describe_demo
 from lcm_compile.spec import LoraSpec
@@ -37,6 +35,10 @@ def examine(name: str, base: str | None) -> dict[str, Any]:
     if base is not None and kind != "lora":
         raise UsageError(f"--base is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
     if kind == "lora":
+        # They import torch, which a bundle is described without.
+        from lcm_compile.lora.read import read_lora
+        from lcm_compile.lora.report import describe_lora
+
         lora = read_lora(find_lora(LoraSpec(name)))
         return describe_lora(lora, None if base is None else open_checkpoint(base))
     if kind == "demo":

@@ -11,7 +11,7 @@ from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.engines import Backend
 from lcm_compile.errors import BundleError
 from lcm_compile.export import EXPORTERS
-from lcm_compile.lora_sources import PlannedLora
+from lcm_compile.lora.find import PlannedLora
 from lcm_compile.manifest import key_digest, read_manifest
 from lcm_compile.spec import Shape
 from lcm_compile.store import bundles_folder

@@ -22,7 +22,7 @@ from lcm_compile.export import EXPORTERS
 from lcm_compile.exported import read_export
 from lcm_compile.graphs import STAGES
 from lcm_compile.keys import bundle_name, engine_key, explain, export_key
-from lcm_compile.lora_sources import PlannedLora, find_loras
+from lcm_compile.lora.find import PlannedLora, find_loras
 from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import Request

@@ -14,7 +14,8 @@ from lcm_compile.checkpoint.load import load_component
 from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
-from lcm_compile.lora import check_loras, merge_loras, read_lora
+from lcm_compile.lora.merge import check_loras, merge_loras
+from lcm_compile.lora.read import read_lora
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.lora import check_loras, merge_loras
+from lcm_compile.lora.merge import check_loras, merge_loras
 
 
 def load_modules(checkpoint):

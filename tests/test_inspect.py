@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
-from lcm_compile.lora_bases import empty_modules
+from lcm_compile.lora.guess_base import empty_modules
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.2")
 TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.fuse import fuse
+from lcm_compile.lora.fuse import fuse
 
 KINDS = {
     "unet": UNet2DConditionModel,

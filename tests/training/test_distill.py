@@ -19,7 +19,8 @@ from runs import PIPELINES, losses_of, settings_for
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
-from lcm_compile.lora import match_layers, read_lora
+from lcm_compile.lora.merge import match_layers
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.system import files
 from lcm_compile.training import data, distill

@@ -18,7 +18,8 @@ from runs import PIPELINES, write_pictures
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, LcmCompileError, UsageError
-from lcm_compile.lora import match_layers, read_lora
+from lcm_compile.lora.merge import match_layers
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 from lcm_compile.training.data import NOISE, PRIOR_NOISE, open_data
 from lcm_compile.training.dreambooth import MODULES, StyleSpec, draw, min_snr_weight, train_lora

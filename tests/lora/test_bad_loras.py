@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import read_lora
+from lcm_compile.lora.read import read_lora
 
 KEY = "lora_unet_down_blocks_1_attentions_0_proj_in"
 

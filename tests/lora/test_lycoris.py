@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from factories import fuse_loras
 from safetensors.torch import load_file
 
-from lcm_compile.lora import read_lora
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
 create_lycoris = pytest.importorskip("lycoris").create_lycoris

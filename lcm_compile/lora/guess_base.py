@@ -12,8 +12,8 @@ from lcm_compile.checkpoint.configs import COMPONENTS, UNETS
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
-from lcm_compile.lora_files import Lora
-from lcm_compile.lora_match import Match, match
+from lcm_compile.lora.match import Match, match
+from lcm_compile.lora.read import Lora
 
 
 @dataclass(frozen=True)

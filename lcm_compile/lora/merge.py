@@ -5,26 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+
+import torch
 
 from lcm_compile.errors import LoraError
-from lcm_compile.lora_bases import fits, made_for
-from lcm_compile.lora_files import Lora, LoraLayer, read_lora, some
-from lcm_compile.lora_kinds import Update
-from lcm_compile.lora_match import Match, Place, bias_of, match, weight_of
-from lcm_compile.lora_metadata import told_metadata
+from lcm_compile.lora.guess_base import fits, made_for
+from lcm_compile.lora.kinds import Update
+from lcm_compile.lora.match import Match, Place, bias_of, match, weight_of
+from lcm_compile.lora.metadata import told_metadata
+from lcm_compile.lora.read import Lora, LoraLayer, some
 from lcm_compile.spec import PART, LoraProvenance, LoraSpec
-
-if TYPE_CHECKING:
-    import torch
-
-__all__ = [
-    "LoraProvenance",
-    "check_loras",
-    "match_layers",
-    "merge_loras",
-    "read_lora",
-]
 
 
 def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:
@@ -79,8 +69,6 @@ def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lo
     so several LoRAs add up in any order. A DoRA's is W' − W with the W' that it makes of the base alone: the
     others do not change its norms.
     """
-    import torch
-
     work: dict[torch.nn.Module, list[tuple[float, Update]]] = {}
     with torch.no_grad():
         for lora, spec in loras:
@@ -112,8 +100,6 @@ def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
 
 
 def changes(update: Update, module: torch.nn.Module) -> bool:
-    import torch
-
     weight, bias = weight_of(module), update.bias
     if weight.is_meta:
         weight = torch.zeros(weight.shape)

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from lcm_compile.checkpoint.configs import UNETS
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import read_lora
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
 SMALL = {"norm_num_groups": 4, "cross_attention_dim": 12, "sample_size": 8}

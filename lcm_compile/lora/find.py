@@ -11,7 +11,7 @@ from lcm_compile.checkpoint.families import LCM_LORA_FILE, Family
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.errors import LoraError
-from lcm_compile.lora_folders import CONFIG, WEIGHTS, lora_files_of
+from lcm_compile.lora.peft_folder import CONFIG, WEIGHTS, lora_files_of
 from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import user_path

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     Factors = Mapping[str, torch.Tensor]
 
 
@@ -44,8 +44,6 @@ def hadamard(f: Factors) -> torch.Tensor:
 
 
 def kronecker(f: Factors) -> torch.Tensor:
-    import torch
-
     w1 = f["lokr_w1"] if "lokr_w1" in f else f["lokr_w1_a"] @ f["lokr_w1_b"]
     if "lokr_w2" in f:
         w2 = f["lokr_w2"]
@@ -63,8 +61,6 @@ def difference(f: Factors) -> torch.Tensor:
 
 def tucker(core: torch.Tensor, outs: torch.Tensor, ins: torch.Tensor) -> torch.Tensor:
     """core: (i, j, k, k), outs: (i, out), ins: (j, in) → (out, in, k, k)."""
-    import torch
-
     return torch.einsum("ij...,ip,jq->pq...", core, outs, ins)
 
 
@@ -132,7 +128,6 @@ class Update:
 
         That of a product needs no product: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ), both r×r.
         """
-        import torch
 
         if self.magnitude is not None:
             return None
@@ -150,7 +145,6 @@ class Update:
 
         It costs nothing for a weight on torch's meta device, and says as well whether they fit.
         """
-        import torch
 
         if self.kind is None:
             return torch.zeros_like(weight, dtype=torch.float32)
@@ -178,8 +172,6 @@ def size(tensor: torch.Tensor) -> str:
 
 def decomposed(weight: torch.Tensor, delta: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """DoRA's W' − W. magnitude: (out,) or (out, 1, …), or (1, in, …) for norms along the inputs."""
-    import torch
-
     entries = magnitude.numel()
     axis = 0 if magnitude.shape[0] == entries else 1
     if weight.ndim < 2 or not magnitude.shape[axis] == entries == weight.shape[axis]:

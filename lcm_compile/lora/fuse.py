@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint
 from lcm_compile.checkpoint.empty_modules import empty_module
@@ -14,16 +16,13 @@ from lcm_compile.checkpoint.tensor_stream import TYPES, write_header
 from lcm_compile.checkpoint.write_folder import write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
-from lcm_compile.lora import check_loras, merge_loras, read_lora
-from lcm_compile.lora_files import Lora
-from lcm_compile.lora_sources import find_loras
+from lcm_compile.lora.find import find_loras
+from lcm_compile.lora.merge import check_loras, merge_loras
+from lcm_compile.lora.read import Lora, read_lora
 from lcm_compile.spec import BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import check_out, check_space, replacing_output
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
-
-if TYPE_CHECKING:
-    import torch
 
 FILE_ENDING = ".safetensors"
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as the SAI model spec calls them
@@ -113,6 +112,4 @@ def write_file(
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    import torch
-
     return {"fp16": torch.float16, "fp32": torch.float32}[precision]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import read_lora
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
 RANK, ALPHA = 4, 6.0

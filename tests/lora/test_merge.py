@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import read_lora
+from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
 

@@ -47,7 +47,7 @@ def picture(pipe):
 @pytest.fixture(scope="module", params=["sdxl", "sd15"])
 def fused(request, sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
     """A base with an LCM-LoRA and a style for all its models, and the fused folder and file."""
-    from lcm_compile.fuse import fuse
+    from lcm_compile.lora.fuse import fuse
     from lcm_compile.spec import LoraSpec
 
     base = {"sdxl": sdxl_checkpoint, "sd15": sd15_checkpoint}[request.param]

@@ -5,15 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
 
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
 from lcm_compile.errors import LoraError
-from lcm_compile.lora_files import Lora, LoraLayer, some
-from lcm_compile.lora_kinds import Update
-
-if TYPE_CHECKING:
-    import torch
+from lcm_compile.lora.kinds import Update
+from lcm_compile.lora.read import Lora, LoraLayer, some
 
 # Of a module's name in a base, or in a file for a base that is not known.
 BLOCK = re.compile(r"((?:down|up|input|output)_blocks)[._](\d+)|mid_block|middle_block")
@@ -83,8 +81,6 @@ def plain_module_name(name: str, flat: bool) -> str:
 
 def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], Place]:
     """(component, name) → module, under each name that a LoRA may call it by, dotted and flat."""
-    import torch
-
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
     index: dict[tuple[str, str], Place] = {}
     for component, root in modules.items():
@@ -111,16 +107,12 @@ def misfit(update: Update, module: torch.nn.Module) -> str | None:
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
-    import torch
-
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
-    import torch
-
     bias = module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
     return bias

@@ -15,15 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from lcm_compile.checkpoint.families import TEXT_WIDTHS
 from lcm_compile.errors import LoraError
-from lcm_compile.lora_folders import as_one_file, lora_files_of
-from lcm_compile.lora_kinds import KINDS, Update
-
-if TYPE_CHECKING:
-    import torch
+from lcm_compile.lora.kinds import KINDS, Update
+from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
 
 PICKLES = (".bin", ".pt", ".pth")
 FLAT_PREFIXES = {
@@ -112,8 +110,6 @@ def looks_like_pickle(path: Path) -> bool:
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged file makes torch's unpickler raise has no common base

@@ -14,8 +14,8 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.lora import read_lora
-from lcm_compile.lora_sources import find_lora
+from lcm_compile.lora.find import find_lora
+from lcm_compile.lora.read import read_lora
 from lcm_compile.plan import make_plan
 
 TOKENS = torch.arange(77)[None]

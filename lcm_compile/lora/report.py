@@ -9,11 +9,11 @@ from typing import Any
 
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.lora_bases import fits, made_for
-from lcm_compile.lora_files import Lora, LoraLayer
-from lcm_compile.lora_kinds import Update
-from lcm_compile.lora_match import Match, Place, bias_of, block_of, match, weight_of
-from lcm_compile.lora_metadata import describe_metadata, frequent_tags
+from lcm_compile.lora.guess_base import fits, made_for
+from lcm_compile.lora.kinds import Update
+from lcm_compile.lora.match import Match, Place, bias_of, block_of, match, weight_of
+from lcm_compile.lora.metadata import describe_metadata, frequent_tags
+from lcm_compile.lora.read import Lora, LoraLayer
 
 KEYS_SHOWN = 10
 REST = "unet, rest"  # its embeddings, its first and last layers
