@@ -184,10 +184,10 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     A large model's build records a smaller one, which a processor draws in seconds.
     """
     from lcm_compile.compile import write_tokenizers
-    from lcm_compile.contracts import PARTS, make_contracts
     from lcm_compile.parity import Trace, write_proof
     from lcm_compile.plan import ENGINE, default_precision, plan_graphs
     from lcm_compile.prepare import cast_stages
+    from lcm_compile.stages.contracts import PARTS, make_contracts
 
     spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
     plan = replace(plan_graphs(spec, "onnx"), checked=ENGINE)  # so that the proof is of the engines' own size

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lcm_compile.graphs import ExportedGraph
 
 if TYPE_CHECKING:
-    from lcm_compile.stages import Stage
+    from lcm_compile.stages.stage import Stage
 
 # What the graph's bytes depend on besides the stage, by format: it goes into the key.
 EXPORTERS = {

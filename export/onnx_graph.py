@@ -11,11 +11,11 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import opset23
 
-import lcm_compile.quantize  # noqa: F401 - its operators
+import lcm_compile.stages.quantize  # noqa: F401 - its operators
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.graphs import ExportedGraph
-from lcm_compile.stages import Stage
+from lcm_compile.stages.stage import Stage
 
 # Opset 23 has Attention and GroupNormalization as single nodes: half the graph of opset 20, and what
 # TensorRT fuses best.

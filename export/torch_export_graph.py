@@ -9,7 +9,7 @@ import torch
 
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.graphs import ExportedGraph
-from lcm_compile.stages import Stage
+from lcm_compile.stages.stage import Stage
 
 
 def torch_export_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:

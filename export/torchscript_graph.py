@@ -11,7 +11,7 @@ import torch
 
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.graphs import ExportedGraph
-from lcm_compile.stages import Stage
+from lcm_compile.stages.stage import Stage
 
 # More than the code and constants of any traced stage, beside its weights.
 CODE_SIZE = 16 << 20

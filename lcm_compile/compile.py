@@ -22,7 +22,6 @@ from lcm_compile.bundle import (
 )
 from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
-from lcm_compile.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import disk_for, estimate, estimate_plan
@@ -41,6 +40,7 @@ from lcm_compile.manifest import (
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
 from lcm_compile.spec import BuildSpec, LoraProvenance
+from lcm_compile.stages.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.store import remember
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.files import check_space

@@ -85,8 +85,8 @@ def try_backend(backend: Backend, target: GpuTarget, precision: str) -> float | 
     """Signal-to-noise of a small network's engine in dB, or None where its engines can't run here."""
     import torch
 
-    from lcm_compile.precision import to_precision
-    from lcm_compile.stages import Stage
+    from lcm_compile.stages.half_precision import to_precision
+    from lcm_compile.stages.stage import Stage
 
     class Small(torch.nn.Module):
         def __init__(self) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.single_file import read_header
-from lcm_compile.contracts import PARTS
 from lcm_compile.exported import read_export
 from lcm_compile.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.precisions import product_type
 from lcm_compile.spec import Shape
+from lcm_compile.stages.contracts import PARTS
 
 # Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}

@@ -130,9 +130,9 @@ def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tu
     import torch
 
     from lcm_compile.export import export_stage
-    from lcm_compile.precision import to_precision
-    from lcm_compile.quantize import choose_scales, put_in, take_out
-    from lcm_compile.stages import Stage
+    from lcm_compile.stages.half_precision import to_precision
+    from lcm_compile.stages.quantize import choose_scales, put_in, take_out
+    from lcm_compile.stages.stage import Stage
 
     array = TensorSpec("x", (1, CHANNELS, SIDE, SIDE), "float32", "a feature map")
     contract = StageContract("small", (array,), (replace(array, name="y"),))

@@ -27,7 +27,7 @@ from lcm_compile.runners import load, load_tokenizers
 from lcm_compile.whole_loop import open_pipeline
 
 if TYPE_CHECKING:
-    from lcm_compile.stages import Stage
+    from lcm_compile.stages.stage import Stage
 
 # Signal-to-noise that an engine of each precision must reach, in dB. Measured on random SDXL and SD1.5
 # architectures: fp32 engines give 117 to 140, fp16 54 to 74, bf16 34.7 to 50: with 8 bits of mantissa it is
@@ -83,7 +83,7 @@ class TorchRunner(Runner):
     def _move(self, device: str) -> None:
         import torch
 
-        from lcm_compile.stages import move
+        from lcm_compile.stages.stage import move
 
         torch.backends.cudnn.allow_tf32 = False  # as for convolutions it is by default; fp32 is the reference
         move(self.module, device)

@@ -11,7 +11,6 @@ from torch import nn
 from lcm_compile import parity
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.contracts import PARTS, make_contracts
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
 from lcm_compile.lora.merge import check_loras, merge_loras
@@ -19,11 +18,12 @@ from lcm_compile.lora.read import read_lora
 from lcm_compile.manifest import PipelineSettings
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
-from lcm_compile.precision import layers_over, record_peaks, to_precision
 from lcm_compile.precisions import float_type, is_quantized
-from lcm_compile.quantize import choose_scales, put_in, take_out
 from lcm_compile.spec import LoraProvenance
-from lcm_compile.stages import Stage, join_stages, make_stage, make_stages, shape_modules
+from lcm_compile.stages.contracts import PARTS, make_contracts
+from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
+from lcm_compile.stages.quantize import choose_scales, put_in, take_out
+from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, shape_modules
 
 # The stages that the step depends on.
 CONDITIONS = ("encode", "context")

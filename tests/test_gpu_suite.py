@@ -27,7 +27,7 @@ from lcm_compile.errors import BackendError, ParityError
 from lcm_compile.manifest import read_manifest
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
-from lcm_compile.stages import make_stages, move, shape_modules
+from lcm_compile.stages.stage import make_stages, move, shape_modules
 from lcm_compile.system.child_process import call_in_child
 
 

@@ -20,12 +20,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    Factors = Mapping[str, torch.Tensor]
+Factors = Mapping[str, torch.Tensor]
 
 
 def low_rank(f: Factors) -> torch.Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, UsageError
-from lcm_compile.stages import guidance_embedding
+from lcm_compile.stages.stage import guidance_embedding
 from lcm_compile.system.files import check_out, check_space
 from lcm_compile.training.adapters import (
     ADAPTED,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.errors import CheckpointError
-from lcm_compile.stages import EncodeOne, EncodeTwo
+from lcm_compile.stages.stage import EncodeOne, EncodeTwo
 from lcm_compile.training.consistency import Conditioning
 from lcm_compile.training.data import Data, Folder, Sample
 

@@ -15,10 +15,10 @@ from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.families import FAMILIES, detect_family
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.checkpoint.random_weights import open_random
-from lcm_compile.contracts import make_contracts
 from lcm_compile.errors import UsageError
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
-from lcm_compile.stages import make_stages
+from lcm_compile.stages.contracts import make_contracts
+from lcm_compile.stages.stage import make_stages
 
 
 def shrink(family, monkeypatch):

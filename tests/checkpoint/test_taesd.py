@@ -24,9 +24,9 @@ from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.manifest import read_manifest
 from lcm_compile.plan import make_plan
-from lcm_compile.shaping import Upsampling, shape_vae
 from lcm_compile.spec import Shape
-from lcm_compile.stages import Decode
+from lcm_compile.stages.rewrites import Upsampling, shape_vae
+from lcm_compile.stages.stage import Decode
 
 LOSSY = "tiny autoencoder"
 TORCHSCRIPT = ("--backend", "torchscript")

@@ -11,7 +11,7 @@ from runs import PIPELINES, write_pictures
 
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.stages import Decode
+from lcm_compile.stages.stage import Decode
 from lcm_compile.training import encode
 from lcm_compile.training.data import open_data
 from lcm_compile.training.encode import Encoder, encoded, with_no_prompt

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcm_compile.precision import DTYPES
 from lcm_compile.precisions import float_type, product_type
+from lcm_compile.stages.half_precision import DTYPES
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def context_specs(
 def unet_sizes(unet: Component) -> Any:
     """context_sizes of a UNet, worked out once for each config. CheckpointError for a senseless one."""
     from lcm_compile.checkpoint.empty_modules import empty_module
-    from lcm_compile.shaping import context_sizes
+    from lcm_compile.stages.rewrites import context_sizes
 
     config = json.dumps(dict(unet.config), sort_keys=True)
     if config not in SIZES:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.contracts import draw_contract, make_contracts
 from lcm_compile.graphs import StageContract
 from lcm_compile.scheduler import LcmStep
-from lcm_compile.shaping import shape_unet, shape_vae
 from lcm_compile.spec import Shape
+from lcm_compile.stages.contracts import draw_contract, make_contracts
+from lcm_compile.stages.rewrites import shape_unet, shape_vae
 
 
 @dataclass

@@ -22,10 +22,10 @@ from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.parity import snr_db
 from lcm_compile.pipeline import LcmPipeline
-from lcm_compile.precision import DTYPES
-from lcm_compile.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
 from lcm_compile.runners import load_tokenizers
-from lcm_compile.stages import Stage
+from lcm_compile.stages.half_precision import DTYPES
+from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
+from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
 
 FP8 = onnx.TensorProto.FLOAT8E4M3FN

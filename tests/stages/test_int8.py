@@ -17,7 +17,7 @@ from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.parity import PROOF_SEED, snr_db
-from lcm_compile.quantize import (
+from lcm_compile.stages.quantize import (
     TYPES,
     QuantizedConv2d,
     QuantizedLinear,
@@ -26,7 +26,7 @@ from lcm_compile.quantize import (
     put_in,
     take_out,
 )
-from lcm_compile.stages import Stage
+from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
 
 CPU = find_target("cpu")
@@ -216,7 +216,7 @@ def in_8_bits(base, backend):
 def test_a_bad_scale_is_refused(sdxl_checkpoint, tmp_path, monkeypatch, refused):
     """Nothing is left behind."""
     monkeypatch.setattr(Seen, "scale", lambda self, bits: self.largest / 3)
-    monkeypatch.setattr("lcm_compile.quantize.LEAST_SNR", -100.0)
+    monkeypatch.setattr("lcm_compile.stages.quantize.LEAST_SNR", -100.0)
     words = in_8_bits(sdxl_checkpoint, "onnxruntime")
     refused(3, ["step", "picture", "--precision fp32"], "build", *words, "--out", tmp_path / "b")
     assert not (tmp_path / "b").exists()

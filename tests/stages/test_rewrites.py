@@ -15,15 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
-from lcm_compile.contracts import CONTEXT_STEPS, make_contracts
 from lcm_compile.errors import ParityError
 from lcm_compile.export.onnx_graph import onnx_from_stage
 from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline import Request
 from lcm_compile.scheduler import lcm_steps
-from lcm_compile.shaping import Upsampling, doublings
 from lcm_compile.spec import REWRITES, Shape
-from lcm_compile.stages import make_stages, shape_modules
+from lcm_compile.stages.contracts import CONTEXT_STEPS, make_contracts
+from lcm_compile.stages.rewrites import Upsampling, doublings
+from lcm_compile.stages.stage import make_stages, shape_modules
 
 DB = 100.0  # fp32 in another order
 
@@ -191,7 +191,7 @@ def test_an_unknown_rewrite_is_told(refused):
 
 
 def test_a_rewrite_that_is_not_exact_is_not_published(sd15_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("lcm_compile.shaping.corner_kernel", lambda weight, *_: weight[..., :2, :2])
+    monkeypatch.setattr("lcm_compile.stages.rewrites.corner_kernel", lambda weight, *_: weight[..., :2, :2])
     with pytest.raises(ParityError, match="shaped for LCM, the model's prediction"):
         build(BuildSpec(base=str(sd15_checkpoint), no_lcm=True), tmp_path / "b")
     assert not (tmp_path / "b").exists()
