@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from lcm_compile.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.loop import put_coefficients
 from lcm_compile.noise import TorchNoise

@@ -11,7 +11,7 @@ from lcm_compile.benchmarks.bench import cases_of, contest, measure
 from lcm_compile.benchmarks.environment import environment_of
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.statistics import MIN_SAMPLES
-from lcm_compile.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.compile import build
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import DRAW

@@ -29,7 +29,7 @@ from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:
-    from lcm_compile.bundle import EngineBundle
+    from lcm_compile.bundles.bundle import EngineBundle
 
 MODELS = {
     "sdxl": BuildSpec("sdxl", weights="random"),
@@ -164,7 +164,7 @@ def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
 
     A whole one of SDXL takes a processor minutes; `measure` compares whole pictures with those of diffusers.
     """
-    from lcm_compile.bundle import open_bundle, publishing
+    from lcm_compile.bundles.bundle import open_bundle, publishing
     from lcm_compile.compile import build_into, exported
     from lcm_compile.plan import make_plan
 
@@ -216,7 +216,7 @@ def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
 
     ParityError where they miss it. Missing where neither that nor the bundle's own proof is of its size.
     """
-    from lcm_compile.bundle import open_bundle
+    from lcm_compile.bundles.bundle import open_bundle
     from lcm_compile.parity import require, verify
 
     folder = engines.bundle(work)
@@ -234,8 +234,8 @@ def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
 
 def take_proof(folder: Path, recorded: Path) -> None:
     """Puts another proof into a bundle: of its own size, of the same prompt and seed."""
-    from lcm_compile.bundle import list_files
-    from lcm_compile.manifest import read_manifest
+    from lcm_compile.bundles.bundle import list_files
+    from lcm_compile.bundles.manifest import read_manifest
 
     manifest, _ = read_manifest(folder)
     shutil.copytree(recorded, folder / "proof", dirs_exist_ok=True)
@@ -248,7 +248,7 @@ def measure(note: Note, target: str, work: Path, name: str, engines: Engines, *r
     """Engines alone, and then in turn with rivals: should one of those hang, what was measured is kept."""
     from lcm_compile.benchmarks.bench import bench
     from lcm_compile.benchmarks.summary import summarise
-    from lcm_compile.bundle import open_bundle
+    from lcm_compile.bundles.bundle import open_bundle
 
     bundle = open_bundle(engines.bundle(work))
     for against in ((), rivals):

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lcm_compile.benchmarks.worker import Draw, Drawn, Maker
-from lcm_compile.bundle import EngineBundle, open_bundle
+from lcm_compile.bundles.bundle import EngineBundle, open_bundle
+from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.errors import BackendError, UsageError, unknown_name
-from lcm_compile.manifest import MANIFEST
 from lcm_compile.spec import BuildSpec, Shape
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile import parity
-from lcm_compile.bundle import (
+from lcm_compile.bundles.bundle import (
     EngineBundle,
     check_destination,
     full_disk_told,
@@ -20,15 +20,8 @@ from lcm_compile.bundle import (
     open_bundle,
     publishing,
 )
-from lcm_compile.checkpoint.families import SAMPLE_PROMPT
-from lcm_compile.checkpoint.load import load_tokenizer
-from lcm_compile.engines import find_backend
-from lcm_compile.errors import CheckpointError
-from lcm_compile.estimate import disk_for, estimate, estimate_plan
-from lcm_compile.export import EXPORTERS
-from lcm_compile.exported import EXPORT, ExportManifest, read_export
-from lcm_compile.graphs import StageContract
-from lcm_compile.manifest import (
+from lcm_compile.bundles.export_manifest import EXPORT, ExportManifest, read_export
+from lcm_compile.bundles.manifest import (
     BundleManifest,
     Parity,
     PipelineSettings,
@@ -37,11 +30,18 @@ from lcm_compile.manifest import (
     key_digest,
     read_manifest,
 )
+from lcm_compile.bundles.store import remember
+from lcm_compile.checkpoint.families import SAMPLE_PROMPT
+from lcm_compile.checkpoint.load import load_tokenizer
+from lcm_compile.engines import find_backend
+from lcm_compile.errors import CheckpointError
+from lcm_compile.estimate import disk_for, estimate, estimate_plan
+from lcm_compile.export import EXPORTERS
+from lcm_compile.graphs import StageContract
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
 from lcm_compile.spec import BuildSpec, LoraProvenance
 from lcm_compile.stages.contracts import graph_contracts, make_contracts, parts_of
-from lcm_compile.store import remember
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.files import check_space
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.bundles.manifest import MANIFEST, read_manifest
 from lcm_compile.checkpoint import single_file
 from lcm_compile.checkpoint.families import LCM_LORA_FILE, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
 from lcm_compile.lora.find import find_lora
 from lcm_compile.lora.peft_folder import CONFIG
-from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle, describe_demo
 from lcm_compile.spec import LoraSpec
 from lcm_compile.system.files import user_path

@@ -7,14 +7,14 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from lcm_compile.bundles.manifest import key_digest, read_manifest
+from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.engines import Backend
 from lcm_compile.errors import BundleError
 from lcm_compile.export import EXPORTERS
 from lcm_compile.lora.find import PlannedLora
-from lcm_compile.manifest import key_digest, read_manifest
 from lcm_compile.spec import Shape
-from lcm_compile.store import bundles_folder
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import GpuTarget

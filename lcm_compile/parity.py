@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.bundles.manifest import Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
 from lcm_compile.graphs import DRAW, StageContract
-from lcm_compile.manifest import Parity, PipelineSettings, Proof
 from lcm_compile.pipeline import Request, eight_bits
 from lcm_compile.precisions import product_type
 from lcm_compile.runners import load, load_tokenizers

@@ -16,13 +16,13 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.graphs import STAGES
 from lcm_compile.loop import Loop, put_coefficients, put_timesteps, takes
-from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
 from lcm_compile.prompts import Prompts
 from lcm_compile.scheduler import LcmStep, lcm_steps

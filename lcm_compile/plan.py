@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.bundle import check_destination
+from lcm_compile.bundles.bundle import check_destination
+from lcm_compile.bundles.export_manifest import read_export
+from lcm_compile.bundles.manifest import key_digest
+from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
@@ -19,16 +22,13 @@ from lcm_compile.checkpoint.vae import overflows, with_fixed_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
-from lcm_compile.exported import read_export
 from lcm_compile.graphs import STAGES
 from lcm_compile.keys import bundle_name, engine_key, explain, export_key
 from lcm_compile.lora.find import PlannedLora, find_loras
-from lcm_compile.manifest import key_digest
 from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline import Request
 from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
 from lcm_compile.spec import BuildSpec, Shape
-from lcm_compile.store import bundles_folder
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import TARGETS, GpuTarget, find_target

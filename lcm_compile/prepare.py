@@ -9,13 +9,13 @@ from pathlib import Path
 from torch import nn
 
 from lcm_compile import parity
+from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import read_lora
-from lcm_compile.manifest import PipelineSettings
 from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precisions import float_type, is_quantized

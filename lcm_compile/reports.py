@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.bundles.manifest import BundleManifest, Parity
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.console import print_table, told_size
 from lcm_compile.estimate import Estimate
-from lcm_compile.manifest import BundleManifest, Parity
 from lcm_compile.plan import Plan
 
 

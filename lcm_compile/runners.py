@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from lcm_compile.bundle import EngineBundle, hold, open_bundle
+from lcm_compile.bundles.bundle import EngineBundle, hold, open_bundle
+from lcm_compile.bundles.manifest import PipelineSettings, StageFile
+from lcm_compile.bundles.store import remember
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.gpu import OldDriver
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import DRAW, STAGES, StageContract
-from lcm_compile.manifest import PipelineSettings, StageFile
 from lcm_compile.pipeline import LcmPipeline, Request
 from lcm_compile.prompts import PROMPTS_KEPT
 from lcm_compile.scheduler import lcm_timesteps
-from lcm_compile.store import remember
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.tokens import PromptTokenizer
 from lcm_compile.whole_loop import check_whole, open_pipeline

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lcm_compile.bundles.manifest import TokenizerSettings
 from lcm_compile.errors import BundleError
-from lcm_compile.manifest import TokenizerSettings
 
 
 class PromptTokenizer:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.manifest import PipelineSettings
 from lcm_compile.noise import TorchNoise
 from lcm_compile.pipeline import Drawing, LcmPipeline, Request, check_drawn, eight_bits
 from lcm_compile.scheduler import lcm_steps

@@ -28,7 +28,7 @@ from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
 from lcm_compile.benchmarks.summary import budget, print_report, summarise
 from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import Drawn, Maker, Sample, Worker
-from lcm_compile.bundle import open_bundle
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
 from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.families import FAMILIES

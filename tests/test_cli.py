@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from lcm_compile.bundle import open_bundle
+from lcm_compile.bundles.bundle import open_bundle
+from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import BACKENDS
-from lcm_compile.manifest import MANIFEST
 
 
 def test_run_writes_the_picture_and_how_it_was_made(command, sdxl_bundle, tmp_path):
@@ -124,7 +124,7 @@ def test_verify_exits_3_for_an_engine_of_other_weights(command, sdxl_bundle, tmp
     """An engine swapped for one of a slightly different model, its digest put right."""
     import onnx
 
-    from lcm_compile.bundle import list_files
+    from lcm_compile.bundles.bundle import list_files
 
     bundle = tmp_path / "bundle"
     shutil.copytree(sdxl_bundle, bundle)

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lcm_compile import BuildSpec, build, captured, load
-from lcm_compile.bundle import open_bundle
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.captured import FIRST, KINDS_KEPT, SWITCHED_OFF, USED
 from lcm_compile.engines import onnxruntime
 from lcm_compile.engines.tensors import TensorRunner

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.bundle import open_bundle
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.doctor import try_backend
 from lcm_compile.engines import (
     BACKENDS,
@@ -193,7 +193,7 @@ def test_loading_an_engine_without_a_gpu_is_a_plain_error(a10_bundle):
     stage = a10_bundle.manifest.stages[2]
     script = f"""
 from pathlib import Path
-from lcm_compile.bundle import open_bundle
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BackendError
 from lcm_compile.targets import find_target

@@ -16,8 +16,8 @@ from factories import save_tensors
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.lora.guess_base import empty_modules
-from lcm_compile.manifest import read_manifest
 from lcm_compile.training.adapters import ADAPTED
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]

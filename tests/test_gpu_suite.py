@@ -22,9 +22,9 @@ from lcm_compile.benchmarks.gpu_items import Engines
 from lcm_compile.benchmarks.gpu_suite import ITEMS, MACHINE, print_measured
 from lcm_compile.benchmarks.items import Item, Missing, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.report import read_report
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
-from lcm_compile.manifest import read_manifest
 from lcm_compile.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages.stage import make_stages, move, shape_modules

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_compile import bundle as bundles
 from lcm_compile import images
-from lcm_compile.bundle import full_disk_told, open_bundle, publishing
+from lcm_compile.bundles import bundle as bundles
+from lcm_compile.bundles.bundle import full_disk_told, open_bundle, publishing
 from lcm_compile.errors import BackendError, LoraError
 
 

@@ -17,8 +17,9 @@ from diffusers import StableDiffusionXLPipeline
 from factories import load_modules
 from safetensors.torch import load_file, save_file
 
-from lcm_compile import BuildSpec, LoraSpec, build, compile, keys, plan, store
-from lcm_compile.bundle import open_bundle
+from lcm_compile import BuildSpec, LoraSpec, build, compile, keys, plan
+from lcm_compile.bundles import store
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import CheckpointError
 from lcm_compile.system import cache

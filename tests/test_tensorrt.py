@@ -16,15 +16,15 @@ import stand_in_tensorrt as stand_in
 import torch
 
 from lcm_compile import load
-from lcm_compile.bundle import open_bundle, publishing
+from lcm_compile.bundles.bundle import open_bundle, publishing
+from lcm_compile.bundles.inventory import prune, shelved
+from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import BackendError
-from lcm_compile.manifest import MANIFEST
 from lcm_compile.parity import read_calls, snr_db
 from lcm_compile.pipeline import LcmPipeline, Request
 from lcm_compile.runners import load_tokenizers
-from lcm_compile.shelf import prune, shelved
 from lcm_compile.targets import find_target
 
 ENGINES = Path(tensorrt.__file__).parent

@@ -9,9 +9,9 @@ import pytest
 
 from lcm_compile import BuildSpec, build, plan
 from lcm_compile.benchmarks.gpu_items import build_quickly
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
-from lcm_compile.manifest import read_manifest
 from lcm_compile.parity import STAGE_FLOORS, verify
 from lcm_compile.spec import Shape
 from lcm_compile.system.child_process import call_in_child

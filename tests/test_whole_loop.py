@@ -15,7 +15,7 @@ from safetensors import safe_open
 from lcm_compile import BuildSpec, LoraSpec, build, load, plan
 from lcm_compile.benchmarks.bench import counted
 from lcm_compile.benchmarks.work import count_work
-from lcm_compile.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint import open
 from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError

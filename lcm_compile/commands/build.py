@@ -77,10 +77,10 @@ def build(
     The model is fused and exported once for all of them. With --from it was exported before, perhaps on
     another machine: see lcm-compile export.
     """
+    from lcm_compile.bundles.manifest import told_fp32_layers, told_loss
     from lcm_compile.compile import build_targets, build_targets_from
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.keys import briefly
-    from lcm_compile.manifest import told_fp32_layers, told_loss
     from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec
@@ -179,10 +179,10 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
     A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
     engines, and needs neither the checkpoint nor much memory.
     """
+    from lcm_compile.bundles.export_manifest import EXPORT
+    from lcm_compile.bundles.manifest import told_fp32_layers
     from lcm_compile.compile import export as export_graphs
     from lcm_compile.console import Parts, note, print_json
-    from lcm_compile.exported import EXPORT
-    from lcm_compile.manifest import told_fp32_layers
     from lcm_compile.reports import told_parity
     from lcm_compile.spec import BuildSpec
 

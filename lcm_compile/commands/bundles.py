@@ -27,8 +27,8 @@ def bundles() -> None:
 @json_option
 def list_bundles(as_json: bool) -> None:
     """List them, the one used last first, also those built elsewhere with --out."""
+    from lcm_compile.bundles.inventory import STORE, disk_size, shelved
     from lcm_compile.console import print_json, print_table, told_size
-    from lcm_compile.shelf import STORE, disk_size, shelved
 
     found = shelved()
     total = disk_size(found)
@@ -62,11 +62,11 @@ def list_bundles(as_json: bool) -> None:
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Tell what one is, by its name in the list or its path."""
+    from lcm_compile.bundles.inventory import ELSEWHERE, STORE, find_shelved, look_at
+    from lcm_compile.bundles.manifest import read_manifest
+    from lcm_compile.bundles.store import bundles_folder, last_uses
     from lcm_compile.console import print_json
-    from lcm_compile.manifest import read_manifest
     from lcm_compile.reports import describe_bundle, print_description
-    from lcm_compile.shelf import ELSEWHERE, STORE, find_shelved, look_at
-    from lcm_compile.store import bundles_folder, last_uses
 
     folder = find_shelved(name)
     kind = STORE if folder.parent == bundles_folder().resolve() else ELSEWHERE
@@ -85,8 +85,8 @@ def show(name: str, as_json: bool) -> None:
 @quiet_option
 def rm(names: tuple[str, ...], quiet: bool) -> None:
     """Remove some, by their names in the list or their paths."""
+    from lcm_compile.bundles.inventory import find_shelved, remove
     from lcm_compile.console import note
-    from lcm_compile.shelf import find_shelved, remove
 
     for folder in [find_shelved(name) for name in names]:
         remove(folder)
@@ -104,9 +104,9 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     Bundles go until the store is under the size, and what killed builds left goes in any case. Bundles that
     are built or drawn with at this moment are kept, and so are those outside the store.
     """
+    from lcm_compile.bundles.inventory import disk_size, parse_size
+    from lcm_compile.bundles.inventory import prune as remove_oldest
     from lcm_compile.console import note, print_json, told_size
-    from lcm_compile.shelf import disk_size, parse_size
-    from lcm_compile.shelf import prune as remove_oldest
 
     limit = parse_size(keep_under)
     pruned = remove_oldest(limit, dry_run)

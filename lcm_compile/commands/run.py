@@ -16,7 +16,7 @@ from lcm_compile.errors import UsageError
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
-    from lcm_compile.bundle import EngineBundle
+    from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.grid import Axis
     from lcm_compile.pipeline import LcmPipeline, Request
 
@@ -224,8 +224,8 @@ def warn_of_random(bundle: EngineBundle) -> None:
 
 
 def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
+    from lcm_compile.bundles.manifest import told_loss
     from lcm_compile.console import note
-    from lcm_compile.manifest import told_loss
 
     for told in told_loss(bundle.manifest.lossy):
         note(told, quiet)

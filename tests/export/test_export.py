@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from lcm_compile import BuildSpec, build, compile, load, prepare
-from lcm_compile.exported import EXPORT
-from lcm_compile.manifest import read_manifest
+from lcm_compile.bundles.export_manifest import EXPORT
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.pipeline import Request
 
 

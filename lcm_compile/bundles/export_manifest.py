@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcm_compile.bundles.manifest import Manifest, StageFile
 from lcm_compile.errors import BundleError
 from lcm_compile.graphs import ExportedGraph
-from lcm_compile.manifest import Manifest, StageFile
 from lcm_compile.precisions import is_quantized
 
 EXPORT = "export.json"

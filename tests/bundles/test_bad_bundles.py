@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from lcm_compile import load
-from lcm_compile.bundle import list_files
+from lcm_compile.bundles.bundle import list_files
+from lcm_compile.bundles.manifest import MANIFEST, read_manifest
 from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
-from lcm_compile.manifest import MANIFEST, read_manifest
 from lcm_compile.reports import describe_bundle
 from lcm_compile.system.dataclass_json import json_text
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from lcm_compile.bundles.hard_links import share
+from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.engines.kernel_files import drop_kernels, kernels_folder
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
-from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
-from lcm_compile.sharing import share
-from lcm_compile.store import bundles_folder
 from lcm_compile.system.cache import home, lock
 
 # How what a killed build leaves beside a bundle is called: a half-built one, and one put aside.

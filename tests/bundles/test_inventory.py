@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from lcm_compile import load, store
-from lcm_compile.bundle import open_bundle, publishing
+from lcm_compile import load
+from lcm_compile.bundles import store
+from lcm_compile.bundles.bundle import open_bundle, publishing
+from lcm_compile.bundles.inventory import parse_size, prune
+from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.errors import BundleError
-from lcm_compile.manifest import MANIFEST
-from lcm_compile.shelf import parse_size, prune
 
 
 @pytest.fixture

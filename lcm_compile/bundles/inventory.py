@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.bundle import LEFTOVERS, foreign_files, lock_of, reserving
+from lcm_compile.bundles.bundle import LEFTOVERS, foreign_files, lock_of, reserving
+from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.bundles.store import bundles_folder, last_uses
 from lcm_compile.engines.kernel_files import BESIDE, drop_kernels, is_bundle, kernel_files
 from lcm_compile.errors import BundleError, UsageError
-from lcm_compile.manifest import MANIFEST, BundleManifest, read_manifest
-from lcm_compile.store import bundles_folder, last_uses
 from lcm_compile.system.cache import lock
 from lcm_compile.system.files import user_path
 
