@@ -22,11 +22,11 @@ from lcm_compile.benchmarks.work import Work, count_work
 from lcm_compile.benchmarks.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import StageFile, told_loss
-from lcm_compile.captured import USED
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.graphs import DRAW
 from lcm_compile.parity import picture_floor
+from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import float_type, product_type
 from lcm_compile.system.processor import physical_cores
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.graphs import STAGES
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 from lcm_compile.sheets import GAP, INK, wrap
 
 PROMPTS = (

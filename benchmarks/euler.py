@@ -10,9 +10,10 @@ from diffusers import EulerDiscreteScheduler
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint.find import open_checkpoint
-from lcm_compile.loop import put_coefficients
-from lcm_compile.noise import TorchNoise
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
+from lcm_compile.pipeline.loop import put_coefficients
+from lcm_compile.pipeline.noise import TorchNoise
+from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.request import Request
 from lcm_compile.scheduler import LcmStep
 
 Draw = Callable[[Request], np.ndarray]

@@ -276,8 +276,8 @@ def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> Non
     from lcm_compile.benchmarks.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
     from lcm_compile.errors import ParityError
     from lcm_compile.parity import psnr_db
-    from lcm_compile.pipeline import Request
-    from lcm_compile.runners import load
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request
 
     batch = engines.batch
     ms: dict[str, list[float]] = {"with": [], "without": []}
@@ -306,8 +306,9 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
     from lcm_compile.compile import export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
     from lcm_compile.parity import compare_calls, read_calls
-    from lcm_compile.pipeline import LcmPipeline, Request
-    from lcm_compile.runners import load_tokenizers
+    from lcm_compile.pipeline.load import load_tokenizers
+    from lcm_compile.pipeline.pipeline import LcmPipeline
+    from lcm_compile.pipeline.request import Request
 
     if reason := tensorrt_rtx.cannot_run(TARGETS[target]):
         raise Missing(reason)

@@ -34,7 +34,7 @@ from lcm_compile.console import Bar, Parts, note
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
 from lcm_compile.engines import find_backend
-from lcm_compile.pipeline import LcmPipeline
+from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.plan import Plan, make_plan
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.cache import home

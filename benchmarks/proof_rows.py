@@ -19,7 +19,7 @@ from lcm_compile.demo.world import (
     parse_caption,
     proof_prompts,
 )
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")

@@ -59,8 +59,8 @@ class Rival:
 
 def draw_with_bundle(folder: Path) -> Draw:
     """Every prompt is encoded, as diffusers does it: none is remembered."""
-    from lcm_compile.pipeline import Request
-    from lcm_compile.runners import load
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request
 
     pipeline = load(folder, prompt_cache=0)
     batch = pipeline.settings.shape.batch

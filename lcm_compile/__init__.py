@@ -14,12 +14,19 @@ from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.compile import build
-    from lcm_compile.runners import load
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request
     from lcm_compile.spec import BuildSpec, LoraSpec
 
-__all__ = ["BuildSpec", "LoraSpec", "__version__", "build", "load"]
+__all__ = ["BuildSpec", "LoraSpec", "Request", "__version__", "build", "load"]
 
-_HOMES = {"build": "compile", "load": "runners", "BuildSpec": "spec", "LoraSpec": "spec"}
+_HOMES = {
+    "build": "compile",
+    "load": "pipeline.load",
+    "BuildSpec": "spec",
+    "LoraSpec": "spec",
+    "Request": "pipeline.request",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.pipeline import Drawing, LcmPipeline, Request
+from lcm_compile.pipeline.pipeline import Drawing, LcmPipeline
+from lcm_compile.pipeline.request import Request
 from lcm_compile.sheets import grid_sheet
 from lcm_compile.system.files import user_path
 

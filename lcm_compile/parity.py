@@ -21,10 +21,11 @@ from lcm_compile.bundles.manifest import Parity, PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import REBUILD, BundleError, ParityError
 from lcm_compile.graphs import DRAW, StageContract
-from lcm_compile.pipeline import Request, eight_bits
+from lcm_compile.pipeline.load import load, load_tokenizers
+from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.whole_loop import open_pipeline
 from lcm_compile.precisions import product_type
-from lcm_compile.runners import load, load_tokenizers
-from lcm_compile.whole_loop import open_pipeline
 
 if TYPE_CHECKING:
     from lcm_compile.stages.stage import Stage

@@ -26,7 +26,7 @@ from lcm_compile.graphs import STAGES
 from lcm_compile.keys import bundle_name, engine_key, explain, export_key
 from lcm_compile.lora.find import PlannedLora, find_loras
 from lcm_compile.measured import choose_on_cpu
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.system.cache import Digests

@@ -8,7 +8,8 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
 from lcm_compile.parity import psnr_db
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
+from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.request import Request
 
 # The PSNR in dB that fp32 engines must reach.
 FLOOR = 65.0

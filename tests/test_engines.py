@@ -25,7 +25,8 @@ from lcm_compile.engines import (
 )
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.parity import psnr_db, read_calls, snr_db
-from lcm_compile.pipeline import LcmPipeline, Request
+from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.pipeline.request import Request
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, find_target
 

@@ -25,7 +25,7 @@ from lcm_compile.benchmarks.report import read_report
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
-from lcm_compile.pipeline import LcmPipeline
+from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages.stage import make_stages, move, shape_modules
 from lcm_compile.system.child_process import call_in_child

@@ -10,7 +10,7 @@ from PIL import Image
 
 from lcm_compile.errors import UsageError
 from lcm_compile.grid import parse_grid, requests
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 from lcm_compile.sheets import grid_sheet
 
 GAP, SHOWN = 10, 128  # between pictures, and a picture of 64×64 at twice its size

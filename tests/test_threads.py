@@ -28,7 +28,7 @@ def bundle(request, sdxl_checkpoint, tmp_path_factory):
 
 def threads_of(folder):
     """What the libraries themselves say, engine by engine."""
-    from lcm_compile.runners import load
+    from lcm_compile.pipeline.load import load
 
     told = set()
     with load(folder) as pipeline:

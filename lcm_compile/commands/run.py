@@ -18,7 +18,8 @@ from lcm_compile.version import __version__
 if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.grid import Axis
-    from lcm_compile.pipeline import LcmPipeline, Request
+    from lcm_compile.pipeline.pipeline import LcmPipeline
+    from lcm_compile.pipeline.request import Request
 
 GUIDANCE_HINT = 2.0
 CUT_SHOWN = 200
@@ -65,8 +66,9 @@ def run(
     from lcm_compile.console import note
     from lcm_compile.images import picture_paths
     from lcm_compile.lookup import find_bundle
-    from lcm_compile.pipeline import Request, draw_seed
-    from lcm_compile.runners import check_request, load
+    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request, draw_seed
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
@@ -181,7 +183,8 @@ def draw_sheet(
     from lcm_compile.console import Bar, note, print_json
     from lcm_compile.grid import FIELDS, draw_grid, requests
     from lcm_compile.images import save_picture, sheet_path
-    from lcm_compile.runners import check_request, load
+    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)
     for request in asked:

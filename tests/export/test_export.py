@@ -13,7 +13,7 @@ import pytest
 from lcm_compile import BuildSpec, build, compile, load, prepare
 from lcm_compile.bundles.export_manifest import EXPORT
 from lcm_compile.bundles.manifest import read_manifest
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 
 
 @pytest.fixture(scope="module")

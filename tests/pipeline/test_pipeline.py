@@ -13,7 +13,8 @@ from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.parity import psnr_db
-from lcm_compile.pipeline import LcmPipeline, Request
+from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.pipeline.request import Request
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
 from lcm_compile.graphs import TensorSpec
-from lcm_compile.noise import TorchNoise
 from lcm_compile.parity import psnr_db, read_arrays
-from lcm_compile.pipeline import Request
-from lcm_compile.runners import check_stages
+from lcm_compile.pipeline.check import check_stages
+from lcm_compile.pipeline.noise import TorchNoise
+from lcm_compile.pipeline.request import Request
 
 
 @dataclass
@@ -152,7 +152,7 @@ def test_verify_inspect_and_run_take_it(sd15, command, tmp_path):
 def test_what_takes_another_graph_is_refused_before_engines_are_loaded(
     sd15, refused, monkeypatch, words, told
 ):
-    monkeypatch.setattr("lcm_compile.runners.load", None)
+    monkeypatch.setattr("lcm_compile.pipeline.load.load", None)
     refused(2, [told, "without --whole-loop"], "run", "a star", "--engine", sd15.bundle.folder, *words)
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lcm_compile.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
-from lcm_compile.tokens import PromptTokenizer
+from lcm_compile.pipeline.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
+from lcm_compile.pipeline.tokenizer import PromptTokenizer
 
 PROMPTS_KEPT = 8
 

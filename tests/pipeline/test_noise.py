@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcm_compile.noise import TorchNoise
+from lcm_compile.pipeline.noise import TorchNoise
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31 - 1, 2**32 - 1, 2**32 + 5, 2**63 - 1])

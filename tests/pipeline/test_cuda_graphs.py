@@ -16,14 +16,15 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lcm_compile import BuildSpec, build, captured, load
+from lcm_compile import BuildSpec, build, load
 from lcm_compile.bundles.bundle import open_bundle
-from lcm_compile.captured import FIRST, KINDS_KEPT, SWITCHED_OFF, USED
 from lcm_compile.engines import onnxruntime
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.parity import psnr_db
-from lcm_compile.pipeline import LcmPipeline, Request, eight_bits
-from lcm_compile.runners import load_tokenizers
+from lcm_compile.pipeline.cuda_graphs import FIRST, KINDS_KEPT, SWITCHED_OFF, USED
+from lcm_compile.pipeline.load import load_tokenizers
+from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.request import Request
 
 
 class Tape(TorchDispatchMode):
@@ -166,7 +167,7 @@ def pipeline_of(folder, engine, **options):
 
 @pytest.fixture
 def tape(monkeypatch):
-    monkeypatch.setattr(captured, "Capturer", TapeCapturer)
+    monkeypatch.setattr(cuda_graphs, "Capturer", TapeCapturer)
 
 
 @pytest.fixture(scope="module")

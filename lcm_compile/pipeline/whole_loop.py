@@ -12,8 +12,9 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.noise import TorchNoise
-from lcm_compile.pipeline import Drawing, LcmPipeline, Request, check_drawn, eight_bits
+from lcm_compile.pipeline.noise import TorchNoise
+from lcm_compile.pipeline.pipeline import Drawing, LcmPipeline, check_drawn, eight_bits
+from lcm_compile.pipeline.request import Request
 from lcm_compile.scheduler import lcm_steps
 
 NO_CUDA_GRAPH = "not used: one engine draws the whole picture"

@@ -14,7 +14,7 @@ from PIL import Image
 from lcm_compile import load
 from lcm_compile.engines import onnxruntime
 from lcm_compile.errors import BackendError
-from lcm_compile.pipeline import Request
+from lcm_compile.pipeline.request import Request
 
 REQUEST = Request("a red star", 7)
 

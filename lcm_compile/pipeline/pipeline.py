@@ -6,7 +6,6 @@ unless an engine does.
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,41 +16,22 @@ from typing import IO, TYPE_CHECKING, Any, Self
 import numpy as np
 
 from lcm_compile.bundles.manifest import PipelineSettings
-from lcm_compile.captured import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Runner
-from lcm_compile.errors import BackendError, UsageError
+from lcm_compile.errors import BackendError
 from lcm_compile.graphs import STAGES
-from lcm_compile.loop import Loop, put_coefficients, put_timesteps, takes
-from lcm_compile.noise import TorchNoise
-from lcm_compile.prompts import Prompts
+from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
+from lcm_compile.pipeline.loop import Loop, put_coefficients, put_timesteps, takes
+from lcm_compile.pipeline.noise import TorchNoise
+from lcm_compile.pipeline.prompts import Prompts
+from lcm_compile.pipeline.request import Request, draw_seed
+from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.scheduler import LcmStep, lcm_steps
-from lcm_compile.tokens import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Report = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One call of the pipeline. `negative_prompt` None is not "": SDXL then conditions on zeros."""
-
-    prompt: str
-    seed: int
-    negative_prompt: str | None = None
-    steps: int = 4
-    guidance_scale: float = 1.0
-    num_images: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_images < 1:
-            raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
-        if not 0.0 <= self.guidance_scale < float("inf"):
-            raise UsageError(f"guidance scale must be 0 or more, not {self.guidance_scale}")
-        if not 0 <= self.seed < 2**64:
-            raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
 
 
 @dataclass
@@ -270,7 +250,3 @@ def of_one_colour(picture: np.ndarray) -> bool:
 def eight_bits(pictures: np.ndarray) -> np.ndarray:
     """Pictures in 0…1 as 8 bits; those of 8 bits as they are."""
     return pictures if pictures.dtype == np.uint8 else (pictures * 255).round().astype(np.uint8)
-
-
-def draw_seed() -> int:
-    return secrets.randbelow(2**32)

@@ -14,7 +14,7 @@ import numpy as np
 from lcm_compile.engines.cuda_graph import Capturer
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import BackendError
-from lcm_compile.loop import Arrays, Loop, Runners, conditions_of
+from lcm_compile.pipeline.loop import Arrays, Loop, Runners, conditions_of
 from lcm_compile.scheduler import LcmStep
 
 Kind = tuple[int, bool]  # steps, and whether a second pass guides

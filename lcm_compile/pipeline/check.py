@@ -1,0 +1,77 @@
+"""What is checked of a bundle before its engines are loaded, and of a request before anything is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.errors import REBUILD, BundleError
+from lcm_compile.graphs import DRAW, STAGES, StageContract
+from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.whole_loop import check_whole
+from lcm_compile.scheduler import lcm_timesteps
+
+
+def check_stages(bundle: EngineBundle) -> None:
+    """BundleError unless the contracts are those of an LCM loop and fit each other."""
+    settings = bundle.manifest.pipeline
+    contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
+    if tuple(contracts) == (DRAW,):
+        check_draw(bundle, contracts[DRAW])
+        return
+    if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
+        raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
+    takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
+    gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
+    shape, latent = settings.shape, takes["step"].get("latent", ())
+    own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
+    given = {**own, **gives["encode"]}
+    wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (takes["encode"], {t.input: (shape.batch, t.max_length) for t in settings.tokenizers})
+    ]
+    if "context" in contracts:
+        wanted.append((takes["context"], picked(given, takes["context"])))
+        given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
+    given |= {"latent": latent, "noise": latent, "coefficients": (6,)}
+    wanted += [
+        (takes["step"], picked(given, takes["step"])),
+        (gives["step"], picked({"prediction": latent, "next_latent": latent}, gives["step"])),
+        (takes["decode"], {"latent": latent}),
+        (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
+    ]
+    whole = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == ("noise" in takes["step"])
+    timed = "time" in takes["step"] or "timestep" in takes["step"]
+    for has, needs in wanted:
+        if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
+            raise misfit(bundle, has, needs)
+
+
+def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
+    """BundleError unless one stage takes all that a picture is drawn from, and gives that."""
+    settings = bundle.manifest.pipeline
+    has = {s.name: s.shape for s in (*contract.inputs, *contract.outputs)}
+    shape, noise = settings.shape, has.get("noise", ())
+    needs: dict[str, tuple[int, ...]] = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
+    needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], 6)}
+    needs |= {"noise": (*noise[:1], shape.batch, *noise[2:])}
+    needs |= {"guidance": (1,)} if "guidance" in has else {}
+    needs |= {"picture": (shape.batch, shape.height, shape.width, 3)}
+    if has != needs or len(noise) != 5 or [s.name for s in contract.outputs] != ["picture"]:
+        raise misfit(bundle, has, needs)
+
+
+def misfit(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
+    return BundleError(f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD)
+
+
+def check_request(bundle: EngineBundle, request: Request) -> None:
+    """UsageError for what a bundle can't draw, before its engines are loaded."""
+    lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
+    for stage in bundle.manifest.stages:
+        if stage.contract.name == DRAW:
+            check_whole(stage.contract, request)
+
+
+def picked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: given.get(name) for name in names}

@@ -1,0 +1,32 @@
+"""What is asked of a pipeline: a prompt, a seed, and how the picture is to be drawn."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+from lcm_compile.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the pipeline. `negative_prompt` None is not "": SDXL then conditions on zeros."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    steps: int = 4
+    guidance_scale: float = 1.0
+    num_images: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_images < 1:
+            raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
+        if not 0.0 <= self.guidance_scale < float("inf"):
+            raise UsageError(f"guidance scale must be 0 or more, not {self.guidance_scale}")
+        if not 0 <= self.seed < 2**64:
+            raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
+
+
+def draw_seed() -> int:
+    return secrets.randbelow(2**32)
