@@ -25,9 +25,9 @@ from lcm_compile.bundles.manifest import StageFile, told_loss
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.graphs import DRAW
-from lcm_compile.parity import picture_floor
 from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import float_type, product_type
+from lcm_compile.proof.parity import picture_floor
 from lcm_compile.system.processor import physical_cores
 
 PICTURE = "picture"

@@ -184,9 +184,9 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     A large model's build records a smaller one, which a processor draws in seconds.
     """
     from lcm_compile.compile import write_tokenizers
-    from lcm_compile.parity import Trace, write_proof
     from lcm_compile.plan import ENGINE, default_precision, plan_graphs
     from lcm_compile.prepare import cast_stages
+    from lcm_compile.proof.recording import Trace, write_proof
     from lcm_compile.stages.contracts import PARTS, make_contracts
 
     spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
@@ -217,7 +217,8 @@ def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     ParityError where they miss it. Missing where neither that nor the bundle's own proof is of its size.
     """
     from lcm_compile.bundles.bundle import open_bundle
-    from lcm_compile.parity import require, verify
+    from lcm_compile.proof.parity import require
+    from lcm_compile.proof.verify import verify
 
     folder = engines.bundle(work)
     if (recorded := proof_of(work, engines.model) / "proof").is_dir():
@@ -275,9 +276,9 @@ def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> Non
     """The same pictures with CUDA graphs and without, in turn. ParityError where they differ."""
     from lcm_compile.benchmarks.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
     from lcm_compile.errors import ParityError
-    from lcm_compile.parity import psnr_db
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request
+    from lcm_compile.proof.parity import psnr_db
 
     batch = engines.batch
     ms: dict[str, list[float]] = {"with": [], "without": []}
@@ -305,10 +306,11 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
     """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
     from lcm_compile.compile import export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
-    from lcm_compile.parity import compare_calls, read_calls
     from lcm_compile.pipeline.load import load_tokenizers
     from lcm_compile.pipeline.pipeline import LcmPipeline
     from lcm_compile.pipeline.request import Request
+    from lcm_compile.proof.parity import compare_calls
+    from lcm_compile.proof.recording import read_calls
 
     if reason := tensorrt_rtx.cannot_run(TARGETS[target]):
         raise Missing(reason)

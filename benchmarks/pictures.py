@@ -8,7 +8,7 @@ from lcm_compile.benchmarks import timing
 from lcm_compile.benchmarks.rivals import RIVALS, SELF
 from lcm_compile.benchmarks.worker import Sample
 from lcm_compile.bundles.bundle import EngineBundle
-from lcm_compile.parity import psnr_db
+from lcm_compile.proof.parity import psnr_db
 
 REFERENCE = "eager"  # whose pictures the others are compared with
 

@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile import parity
 from lcm_compile.bundles.bundle import (
     EngineBundle,
     check_destination,
@@ -38,8 +37,9 @@ from lcm_compile.errors import CheckpointError
 from lcm_compile.estimate import disk_for, estimate, estimate_plan
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import StageContract
-from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import ENGINE, ExportPlan, Plan, make_plan, make_plan_from, plan_graphs
+from lcm_compile.proof import parity, recording, verify
+from lcm_compile.proof.recording import Call, Trace
 from lcm_compile.spec import BuildSpec, LoraProvenance
 from lcm_compile.stages.contracts import graph_contracts, make_contracts, parts_of
 from lcm_compile.system.child_process import call_in_child
@@ -248,7 +248,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
                 )
             )
     if drawn:
-        db = parity.psnr_db(parity.picture_of(trace), parity.picture_of(drawn))
+        db = parity.psnr_db(recording.picture_of(trace), recording.picture_of(drawn))
         twin = plan.proof_shape != plan.shape
         figures["picture"] = Parity(
             db, parity.picture_floor(plan.precisions.values()), told_check(plan, twin)
@@ -268,7 +268,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
             for planned, lora in zip(plan.loras, provenance, strict=True)
         ),
         parity=figures,
-        proof=parity.write_proof(trace, peaks, proving, folder),
+        proof=recording.write_proof(trace, peaks, proving, folder),
         toolchain={"lcm-compile": __version__, **versions_of(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
         lossy=plan.lossy,
@@ -325,7 +325,7 @@ def build_into(
         manifest.write(folder)  # a bundle that is loaded has one
         call = call_in_child if export.is_large else call_here
         with watch.part(f"check the engines{told}"):
-            figures = call(parity.verify, EngineBundle(folder, manifest, ""))
+            figures = call(verify.verify, EngineBundle(folder, manifest, ""))
         parity.require(figures)
         manifest = replace(manifest, parity={**manifest.parity, **figures})
     replace(manifest, costs={**export.costs, **watch.costs}).write(folder)
@@ -378,7 +378,7 @@ def check_stage(
     name = prepared.twin.contract.name
     with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
         db = parity.compare_calls(runner, trace[name])
-        return db, parity.relay(runner, contracts, settings, folder, drawn)
+        return db, recording.relay(runner, contracts, settings, folder, drawn)
 
 
 def told_check(plan: ExportPlan, twin: bool) -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import nn
 
-from lcm_compile import parity
 from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
@@ -16,9 +15,10 @@ from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import read_lora
-from lcm_compile.parity import Call, Trace
 from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precisions import float_type, is_quantized
+from lcm_compile.proof import parity, recording
+from lcm_compile.proof.recording import Call, Trace
 from lcm_compile.spec import LoraProvenance
 from lcm_compile.stages.contracts import PARTS, make_contracts
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
@@ -109,8 +109,8 @@ def prepare_part(
             calibration=[seen[name] for seen in calibration] if name == "encode" else (),
         )
         if plan.checked == MODULE:
-            runner = parity.TorchRunner(made.stage)
-            cast[name] = parity.relay(runner, contracts, settings, folder, cast)
+            runner = recording.TorchRunner(made.stage)
+            cast[name] = recording.relay(runner, contracts, settings, folder, cast)
             done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
         prepared.append(done)
     return prepared
@@ -135,7 +135,7 @@ def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) ->
     proving = join_stages([cast.stage for cast in made])
     if has_twin(plan):
         twin = export_twin(proving, graph)
-    reference = [parity.joined_call(proving.contract, trace)]
+    reference = [recording.joined_call(proving.contract, trace)]
 
     def layers(field: str) -> tuple[str, ...]:
         return tuple(f"{cast.stage.name}.{layer}" for cast in made for layer in getattr(cast, field))
@@ -150,8 +150,8 @@ def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) ->
     )
     if plan.checked != MODULE:
         return done
-    runner = parity.TorchRunner(proving)
-    drawn = parity.relay(runner, {proving.name: proving.contract}, settings, folder, {})
+    runner = recording.TorchRunner(proving)
+    drawn = recording.relay(runner, {proving.name: proving.contract}, settings, folder, {})
     return replace(done, cast_db=parity.compare_calls(runner, reference), cast=drawn)
 
 
@@ -184,9 +184,9 @@ def cast_stages(
         if name not in contracts:
             continue
         stage = make_stage(checkpoint, contracts[name], modules, plan.proof_shape)
-        runner = parity.TorchRunner(stage, device)
+        runner = recording.TorchRunner(stage, device)
         with record_peaks(stage.module) as peaks:
-            trace[name] = parity.relay(runner, contracts, settings, folder, trace)
+            trace[name] = recording.relay(runner, contracts, settings, folder, trace)
         if name == names[-1]:
             parity.require_same(unshaped, trace[name][0])
         if name == "decode":
@@ -198,7 +198,7 @@ def cast_stages(
         quantized = {}
         if name in CONDITIONS:
             for request, seen in zip(plan.calibration, calibration, strict=True):
-                seen[name] = parity.relay(runner, contracts, settings, folder, seen, request=request)
+                seen[name] = recording.relay(runner, contracts, settings, folder, seen, request=request)
         if is_quantized(precision):
             scales = calibrate(plan, runner, contracts, settings, folder, calibration)
         runner.close()
@@ -211,7 +211,7 @@ def cast_stages(
 
 def calibrate(
     plan: ExportPlan,
-    runner: parity.TorchRunner,
+    runner: recording.TorchRunner,
     contracts: Mapping[str, StageContract],
     settings: PipelineSettings,
     folder: Path,
@@ -222,7 +222,7 @@ def calibrate(
 
     def draw() -> None:
         for request, trace in zip(plan.calibration, calibration, strict=True):
-            calls = parity.relay(runner, contracts, settings, folder, trace, request=request)
+            calls = recording.relay(runner, contracts, settings, folder, trace, request=request)
             recorded.extend(() if recorded else calls)  # one picture's are enough to compare layers on
 
     def replay() -> None:
@@ -244,5 +244,5 @@ def first_call(
     """A stage's first call in the proof's picture as the model was before it was rewritten."""
     contracts = make_contracts(plan.checkpoint, plan.proof_shape)
     stage = make_stage(plan.checkpoint, contracts[name], modules, plan.proof_shape)
-    with parity.TorchRunner(stage, device) as runner:
-        return parity.relay(runner, contracts, settings, folder, trace, calls=1)[0]
+    with recording.TorchRunner(stage, device) as runner:
+        return recording.relay(runner, contracts, settings, folder, trace, calls=1)[0]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
-from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
 
 # The PSNR in dB that fp32 engines must reach.
 FLOOR = 65.0

@@ -21,9 +21,9 @@ from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
-from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.half_precision import to_precision
 from lcm_compile.stages.stage import make_stages, shape_modules

@@ -18,9 +18,9 @@ from lcm_compile.benchmarks.proof_rows import TOGETHER, styled
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import STYLE, held_out_prompts
-from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
 
 CHECKPOINT, LCM_LORA = FAMILIES["demo"].base, FAMILIES["demo"].lcm_lora
 

@@ -24,9 +24,10 @@ from lcm_compile.engines import (
     tensorrt_caches,
 )
 from lcm_compile.errors import BackendError, UsageError
-from lcm_compile.parity import psnr_db, read_calls, snr_db
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db, snr_db
+from lcm_compile.proof.recording import read_calls
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, find_target
 

@@ -14,9 +14,10 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.engines import openvino
 from lcm_compile.errors import BackendError
-from lcm_compile.parity import psnr_db, read_calls, snr_db
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db, snr_db
+from lcm_compile.proof.recording import read_calls
 from lcm_compile.targets import find_target
 
 pytest.importorskip("openvino")

@@ -16,7 +16,7 @@ from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.benchmarks import rivals
 from lcm_compile.benchmarks.rivals import RIVALS, Setup, makers
 from lcm_compile.engines import openvino
-from lcm_compile.parity import psnr_db
+from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import Shape
 
 PROMPT, SEED = "a red star", 7

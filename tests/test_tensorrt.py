@@ -22,10 +22,11 @@ from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import BackendError
-from lcm_compile.parity import read_calls, snr_db
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import snr_db
+from lcm_compile.proof.recording import read_calls
 from lcm_compile.targets import find_target
 
 ENGINES = Path(tensorrt.__file__).parent

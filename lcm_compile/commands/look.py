@@ -18,8 +18,8 @@ def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
     """Replay a bundle's proof on its engines here; exit 3 on a miss."""
     from lcm_compile.console import note, print_json
     from lcm_compile.lookup import find_bundle
-    from lcm_compile.parity import require
-    from lcm_compile.parity import verify as verify_bundle
+    from lcm_compile.proof.parity import require
+    from lcm_compile.proof.verify import verify as verify_bundle
     from lcm_compile.reports import print_parity
 
     found = find_bundle(bundle, None, None)

@@ -12,9 +12,9 @@ from diffusers_reference import FLOOR, Pair, reference
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
-from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
 
 
 @pytest.fixture(scope="module")

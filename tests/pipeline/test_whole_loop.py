@@ -21,10 +21,11 @@ from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
 from lcm_compile.graphs import TensorSpec
-from lcm_compile.parity import psnr_db, read_arrays
 from lcm_compile.pipeline.check import check_stages
 from lcm_compile.pipeline.noise import TorchNoise
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
+from lcm_compile.proof.recording import read_arrays
 
 
 @dataclass

@@ -20,9 +20,9 @@ from lcm_compile.demo.world import held_out_prompts
 from lcm_compile.engines import onnxruntime as onnxruntime_backend
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
-from lcm_compile.parity import snr_db
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.proof.parity import snr_db
 from lcm_compile.stages.half_precision import DTYPES
 from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
 from lcm_compile.stages.stage import Stage

@@ -13,7 +13,7 @@ from factories import load_modules
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
-from lcm_compile.parity import STAGE_FLOORS, snr_db
+from lcm_compile.proof.parity import STAGE_FLOORS, snr_db
 from lcm_compile.spec import Shape
 from lcm_compile.stages.half_precision import FP16_LIMIT, layers_over, record_peaks, to_precision
 from lcm_compile.stages.stage import Stage, make_stages

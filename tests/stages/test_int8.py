@@ -16,7 +16,8 @@ from lcm_compile.demo.world import held_out_prompts, is_held_out
 from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
-from lcm_compile.parity import PROOF_SEED, snr_db
+from lcm_compile.proof.parity import snr_db
+from lcm_compile.proof.recording import PROOF_SEED
 from lcm_compile.stages.quantize import (
     TYPES,
     QuantizedConv2d,

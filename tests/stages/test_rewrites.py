@@ -17,8 +17,8 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import ParityError
 from lcm_compile.export.onnx_graph import onnx_from_stage
-from lcm_compile.parity import psnr_db, snr_db
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.scheduler import lcm_steps
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.contracts import CONTEXT_STEPS, make_contracts

@@ -15,9 +15,9 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import UsageError
-from lcm_compile.parity import psnr_db
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
 from lcm_compile.training import distill
 from lcm_compile.training.full import student_of
 from lcm_compile.training.state import state_path

@@ -12,7 +12,8 @@ from lcm_compile.benchmarks.gpu_items import build_quickly
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
-from lcm_compile.parity import STAGE_FLOORS, verify
+from lcm_compile.proof.parity import STAGE_FLOORS
+from lcm_compile.proof.verify import verify
 from lcm_compile.spec import Shape
 from lcm_compile.system.child_process import call_in_child
 

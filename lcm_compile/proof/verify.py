@@ -1,0 +1,43 @@
+"""A bundle's proof, replayed on its engines on this machine."""
+
+from __future__ import annotations
+
+from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.bundles.manifest import Parity
+from lcm_compile.errors import REBUILD, BundleError, ParityError
+from lcm_compile.pipeline.load import load
+from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import FLAT, compare_calls, picture_floor, psnr_db, stage_floor
+from lcm_compile.proof.recording import read_arrays, read_calls
+
+
+def verify(bundle: EngineBundle) -> dict[str, Parity]:
+    """Replays a bundle's proof on its engines here: a figure for each stage and for the whole picture.
+
+    Where the proof is a twin's, for one smaller picture, only the stages that do not depend on its size or
+    number can be replayed; the whole picture is drawn nevertheless, and must be one. ParityError where it
+    is not.
+    """
+    manifest = bundle.manifest
+    precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
+    proof = manifest.proof
+    whole = proof.shape == manifest.pipeline.shape
+    as_many = proof.shape.batch == manifest.pipeline.shape.batch
+    figures = {}
+    with load(bundle) as pipeline:
+        for name, runner in pipeline.runners.items():
+            if whole or (name == "encode" and as_many):
+                db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
+                figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
+        picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
+        if float(picture.std()) < FLAT:
+            raise ParityError(
+                f"the engines draw a flat picture (standard deviation {picture.std():.1f} of 255)", REBUILD
+            )
+        if whole:
+            reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
+            if reference is None or reference.shape != picture.shape:
+                raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)
+            db = psnr_db(reference, picture)
+            figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
+    return figures
