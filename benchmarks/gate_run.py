@@ -11,11 +11,11 @@ from lcm_compile.benchmarks.bench import cases_of, contest, measure
 from lcm_compile.benchmarks.environment import environment_of
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.statistics import MIN_SAMPLES
+from lcm_compile.builder.build import build
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle
-from lcm_compile.compile import build
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import DRAW
-from lcm_compile.plan import make_plan
 
 # On a busy machine it takes so many to tell 15 % from nothing: tests/test_gate_power.py.
 PROCESSES = 10

@@ -82,7 +82,7 @@ def driver_version() -> str:
 
 def examine_backends(note: Note, target: str, work: Path) -> None:
     """What `doctor` does, backend by backend: where one ends the process, the report tells which."""
-    from lcm_compile.doctor import examine_backend
+    from lcm_compile.builder.doctor import examine_backend
 
     found: Found = {}
     for name in BACKENDS:
@@ -142,7 +142,7 @@ class Engines:
 
 
 def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
-    from lcm_compile.plan import default_precision
+    from lcm_compile.builder.plan import default_precision
 
     precision = with_floats(engines.precision or default_precision(TARGETS[target]), "fp16")
     if lacking := [part for part in precision.split("+") if part not in TARGETS[target].precisions]:
@@ -164,9 +164,10 @@ def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
 
     A whole one of SDXL takes a processor minutes; `measure` compares whole pictures with those of diffusers.
     """
+    from lcm_compile.builder.build import build_into
+    from lcm_compile.builder.export import exported
+    from lcm_compile.builder.plan import make_plan
     from lcm_compile.bundles.bundle import open_bundle, publishing
-    from lcm_compile.compile import build_into, exported
-    from lcm_compile.plan import make_plan
 
     plan = make_plan(spec, out)
     assert plan.export is not None
@@ -183,9 +184,9 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
 
     A large model's build records a smaller one, which a processor draws in seconds.
     """
-    from lcm_compile.compile import write_tokenizers
-    from lcm_compile.plan import ENGINE, default_precision, plan_graphs
-    from lcm_compile.prepare import cast_stages
+    from lcm_compile.builder.export import write_tokenizers
+    from lcm_compile.builder.plan import ENGINE, default_precision, plan_graphs
+    from lcm_compile.builder.prepare import cast_stages
     from lcm_compile.proof.recording import Trace, write_proof
     from lcm_compile.stages.contracts import PARTS, make_contracts
 
@@ -304,7 +305,7 @@ def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> Non
 
 def draw_portable(note: Note, target: str, work: Path) -> None:
     """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
-    from lcm_compile.compile import export
+    from lcm_compile.builder.export import export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
     from lcm_compile.pipeline.load import load_tokenizers
     from lcm_compile.pipeline.pipeline import LcmPipeline

@@ -29,13 +29,13 @@ from lcm_compile.benchmarks.euler import Draw, euler_sampler
 from lcm_compile.benchmarks.proof_figures import write_figures
 from lcm_compile.benchmarks.proof_report import name_of, percent, report
 from lcm_compile.benchmarks.proof_rows import PARTS, Row, requests, rows_of
+from lcm_compile.builder.plan import Plan, make_plan
 from lcm_compile.bundles.manifest import key_digest
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
 from lcm_compile.engines import find_backend
 from lcm_compile.pipeline.pipeline import LcmPipeline
-from lcm_compile.plan import Plan, make_plan
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.cache import home
 from lcm_compile.system.files import write_atomically

@@ -23,7 +23,7 @@ from lcm_compile.benchmarks.rivals import SELF, draw_with_bundle
 from lcm_compile.benchmarks.summary import told_ms
 from lcm_compile.benchmarks.timing import ratios, too_noisy
 from lcm_compile.benchmarks.worker import Maker
-from lcm_compile.compile import build
+from lcm_compile.builder.build import build
 from lcm_compile.console import Bar, Parts, note
 from lcm_compile.spec import REWRITES, BuildSpec
 from lcm_compile.system.files import write_atomically

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
-    from lcm_compile.compile import build
+    from lcm_compile.builder.build import build
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request
     from lcm_compile.spec import BuildSpec, LoraSpec
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BuildSpec", "LoraSpec", "Request", "__version__", "build", "load"]
 
 _HOMES = {
-    "build": "compile",
+    "build": "builder.build",
     "load": "pipeline.load",
     "BuildSpec": "spec",
     "LoraSpec": "spec",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lcm_compile.builder.key import briefly
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.bundles.store import recent, remember
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
-from lcm_compile.keys import briefly
-from lcm_compile.plan import make_plan
 from lcm_compile.spec import BuildSpec
 from lcm_compile.targets import find_target
 

@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.builder.estimate import Estimate
+from lcm_compile.builder.plan import Plan
 from lcm_compile.bundles.manifest import BundleManifest, Parity
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.console import print_table, told_size
-from lcm_compile.estimate import Estimate
-from lcm_compile.plan import Plan
 
 
 def print_plan(plan: Plan, cost: Estimate | None) -> None:

@@ -15,7 +15,7 @@ from lcm_compile.benchmarks import gate_run
 from lcm_compile.benchmarks.gate import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.report import Benchmark, BenchmarkReport, Case, Environment, Rival, read_report
 from lcm_compile.benchmarks.statistics import change, spread, t_quantile
-from lcm_compile.plan import make_plan
+from lcm_compile.builder.plan import make_plan
 
 CPU = Environment("EPYC", "EPYC", 2, {"torch": "2.13.0"}, "2026-11-01T00:00:00+00:00")
 OTHER_CPU = replace(CPU, device="Xeon", processor="Xeon")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lcm_compile import BuildSpec, build, load
+from lcm_compile.builder.doctor import try_backend
 from lcm_compile.bundles.bundle import open_bundle
-from lcm_compile.doctor import try_backend
 from lcm_compile.engines import (
     BACKENDS,
     choose_backend,

@@ -77,11 +77,11 @@ def build(
     The model is fused and exported once for all of them. With --from it was exported before, perhaps on
     another machine: see lcm-compile export.
     """
+    from lcm_compile.builder.build import build_targets, build_targets_from
+    from lcm_compile.builder.key import briefly
+    from lcm_compile.builder.plan import make_plan, make_plan_from
     from lcm_compile.bundles.manifest import told_fp32_layers, told_loss
-    from lcm_compile.compile import build_targets, build_targets_from
     from lcm_compile.console import Parts, note, print_json
-    from lcm_compile.keys import briefly
-    from lcm_compile.plan import make_plan, make_plan_from
     from lcm_compile.reports import describe_bundle, print_plan, told_parity
     from lcm_compile.spec import BuildSpec
     from lcm_compile.targets import find_target
@@ -104,7 +104,7 @@ def build(
         for remark in (*checkpoint.notes, *told_loss(lead.export.lossy)):
             note(remark, quiet)
     if dry_run:
-        from lcm_compile.estimate import estimate_plan
+        from lcm_compile.builder.estimate import estimate_plan
 
         costs = [None if plan.hit else estimate_plan(plan, graphs) for plan in plans]
         if as_json:
@@ -179,9 +179,9 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
     A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
     engines, and needs neither the checkpoint nor much memory.
     """
+    from lcm_compile.builder.export import export as export_graphs
     from lcm_compile.bundles.export_manifest import EXPORT
     from lcm_compile.bundles.manifest import told_fp32_layers
-    from lcm_compile.compile import export as export_graphs
     from lcm_compile.console import Parts, note, print_json
     from lcm_compile.reports import told_parity
     from lcm_compile.spec import BuildSpec

@@ -88,8 +88,8 @@ def targets(as_json: bool) -> None:
 @json_option
 def doctor(as_json: bool) -> None:
     """Find out which backends work here, by computing with each."""
+    from lcm_compile.builder.doctor import examine
     from lcm_compile.console import Parts, print_json, print_table
-    from lcm_compile.doctor import examine
 
     with Parts() as parts:
         found = examine(parts)

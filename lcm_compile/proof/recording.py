@@ -1,4 +1,4 @@
-"""Recordings of the stages while a picture is drawn: made with torch, kept in a bundle, replayed on engines."""
+"""Recordings of the stages while a picture is drawn: made with torch, kept in a bundle, played to engines."""
 
 from __future__ import annotations
 

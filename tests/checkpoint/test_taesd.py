@@ -18,12 +18,12 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.bench import contest, warnings
 from lcm_compile.benchmarks.report import Case, Rival
 from lcm_compile.benchmarks.work import count_work
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import CheckpointError, UsageError
-from lcm_compile.plan import make_plan
 from lcm_compile.spec import Shape
 from lcm_compile.stages.rewrites import Upsampling, shape_vae
 from lcm_compile.stages.stage import Decode

@@ -11,11 +11,11 @@ from factories import write_vae
 from safetensors.torch import save_file
 
 from lcm_compile import BuildSpec, build
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.checkpoint.vae import FIXED_VAE, download_fixed_vae
 from lcm_compile.checkpoint.write_single_file import original_weights
-from lcm_compile.plan import make_plan
 
 
 def base_of(checkpoint, vae, **more):

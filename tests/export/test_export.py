@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from lcm_compile import BuildSpec, build, compile, load, prepare
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.builder import export, prepare
 from lcm_compile.bundles.export_manifest import EXPORT
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.pipeline.request import Request
@@ -25,7 +26,7 @@ def base(sdxl_checkpoint):
 def graphs(base, tmp_path_factory):
     """An export in fp32. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("export") / "graphs"
-    compile.export(BuildSpec(base=base.base, no_lcm=True, precision="fp32"), folder)
+    export.export(BuildSpec(base=base.base, no_lcm=True, precision="fp32"), folder)
     return folder
 
 

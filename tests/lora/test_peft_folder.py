@@ -12,11 +12,11 @@ from factories import fuse_loras, load_modules
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 
 from lcm_compile import BuildSpec, LoraSpec
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
 from lcm_compile.lora.find import find_lora
 from lcm_compile.lora.read import read_lora
-from lcm_compile.plan import make_plan
 
 TOKENS = torch.arange(77)[None]
 LATENT = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))

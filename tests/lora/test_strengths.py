@@ -14,10 +14,10 @@ from factories import fuse_loras, load_modules
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, LoraSpec
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError, UsageError
 from lcm_compile.lora.read import read_lora
-from lcm_compile.plan import make_plan
 
 
 @pytest.mark.parametrize(

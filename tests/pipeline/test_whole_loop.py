@@ -12,12 +12,14 @@ from diffusers_reference import FLOOR, Pair, reference
 from PIL import Image
 from safetensors import safe_open
 
-from lcm_compile import BuildSpec, LoraSpec, build, load, plan
+from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.benchmarks.bench import counted
 from lcm_compile.benchmarks.work import count_work
+from lcm_compile.builder import plan
+from lcm_compile.builder.build import build_from
+from lcm_compile.builder.export import export
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint import open
-from lcm_compile.compile import build_from, export
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
 from lcm_compile.graphs import TensorSpec
@@ -229,7 +231,7 @@ def test_8_bits_for_a_gpu_that_is_not_here_are_proved_by_a_twin(sd15_checkpoint,
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
     monkeypatch.setattr(plan, "TWIN_LATENT", 4)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
-    monkeypatch.setattr("lcm_compile.compile.call_in_child", lambda function, *args: function(*args))
+    monkeypatch.setattr("lcm_compile.builder.export.call_in_child", lambda function, *args: function(*args))
     spec = BuildSpec(str(sd15_checkpoint), gpu="a10", no_lcm=True, precision="int8", whole_loop=True)
     manifest = build(spec, tmp_path / "b").manifest
     [stage] = manifest.stages

@@ -7,8 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from lcm_compile import BuildSpec, build, plan
+from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks.gpu_items import build_quickly
+from lcm_compile.builder import plan
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
@@ -24,7 +25,7 @@ def large(monkeypatch):
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
     monkeypatch.setattr(plan, "TWIN_LATENT", 8)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
-    monkeypatch.setattr("lcm_compile.compile.call_in_child", lambda function, *args: function(*args))
+    monkeypatch.setattr("lcm_compile.builder.export.call_in_child", lambda function, *args: function(*args))
 
 
 def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
@@ -39,7 +40,7 @@ def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_
 
 def test_the_twin_reads_the_very_weights_of_the_graph(large, sdxl_checkpoint, tmp_path, monkeypatch):
     """A weight that is changed in the graph's file shows in the twin, and the engine is refused."""
-    from lcm_compile import prepare
+    from lcm_compile.builder import prepare
     from lcm_compile.errors import ParityError
 
     real, seen = prepare.export_twin, {}

@@ -13,8 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from lcm_compile import BuildSpec, build
+from lcm_compile.builder.build import build_from
+from lcm_compile.builder.export import export
 from lcm_compile.checkpoint.families import FAMILIES
-from lcm_compile.compile import build_from, export
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import held_out_prompts
 from lcm_compile.engines import onnxruntime as onnxruntime_backend

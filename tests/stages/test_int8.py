@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lcm_compile import BuildSpec, build, load, plan
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.builder import plan
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, FAMILIES, SAMPLE_PROMPT
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import held_out_prompts, is_held_out

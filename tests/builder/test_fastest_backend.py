@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lcm_compile import measured
+from lcm_compile.builder import fastest_backend
+from lcm_compile.builder.fastest_backend import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
 from lcm_compile.engines import BACKENDS, cannot_build_from
 from lcm_compile.errors import BackendError
-from lcm_compile.measured import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
 from lcm_compile.system.processor import model_name
 
 ABLE = [n for n in BACKENDS if n not in SLOW_TO_BUILD and not cannot_build_from(n, CPU, "fp32", None)]
@@ -54,9 +54,9 @@ def test_auto_takes_the_fastest_and_tells_of_each_other_why_not(command, sdxl_ch
 @pytest.mark.parametrize(("later", "taken"), [(2.5, "onnxruntime"), (2.3, "torchscript")])
 def test_of_two_that_are_near_the_first_is_taken(monkeypatch, later, taken):
     """Of 3 ms and 2.5 no small network knows which draws sooner."""
-    monkeypatch.setattr(measured, "time_on_cpu", lambda *_: {"onnxruntime": 3.0, "torchscript": later})
+    monkeypatch.setattr(fastest_backend, "time_on_cpu", lambda *_: {"onnxruntime": 3.0, "torchscript": later})
     monkeypatch.setattr(
-        measured,
+        fastest_backend,
         "cannot_build_from",
         lambda name, *_: None if name in ("onnxruntime", "torchscript") else "not asked for",
     )
@@ -67,9 +67,9 @@ def test_of_two_that_are_near_the_first_is_taken(monkeypatch, later, taken):
 
 def test_a_delay_in_a_runner_is_seen(monkeypatch):
     """The fastest is slowed down by a second a call, and is not the fastest any more."""
-    before = measured.measure(ABLE, "fp32")
+    before = fastest_backend.measure(ABLE, "fp32")
     fastest = min(before, key=before.get)
-    engines = measured.small_engines
+    engines = fastest_backend.small_engines
 
     def slowed(*asked):
         for name, runner in engines(*asked):
@@ -81,22 +81,22 @@ def test_a_delay_in_a_runner_is_seen(monkeypatch):
                 runner.__class__ = slow
             yield name, runner
 
-    monkeypatch.setattr(measured, "small_engines", slowed)
-    monkeypatch.setattr(measured, "ROUNDS", 2)
-    after = measured.measure(ABLE, "fp32")
+    monkeypatch.setattr(fastest_backend, "small_engines", slowed)
+    monkeypatch.setattr(fastest_backend, "ROUNDS", 2)
+    after = fastest_backend.measure(ABLE, "fp32")
     assert min(after, key=after.get) != fastest and after[fastest] >= 1000
 
 
 def test_what_is_remembered_is_read_without_torch(own_home, monkeypatch):
     names = ["onnxruntime", "torchscript"]
-    key = measured.circumstances(names, "fp32")
+    key = fastest_backend.circumstances(names, "fp32")
     own_home.mkdir()
     (own_home / "cpu.json").write_text(json.dumps({key: {"onnxruntime": 3.0, "torchscript": 2.0}}))
-    monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("measured again"))
     assert time_on_cpu(names, "fp32") == {"onnxruntime": 3.0, "torchscript": 2.0}
     script = f"""
 import sys
-from lcm_compile.measured import time_on_cpu
+from lcm_compile.builder.fastest_backend import time_on_cpu
 time_on_cpu({names!r}, "fp32")
 assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
 """
@@ -107,12 +107,12 @@ assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
 def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, changed):
     asked = []
     monkeypatch.setattr(
-        measured, "measure", lambda names, _: asked.append(names) or dict.fromkeys(names, 1.0)
+        fastest_backend, "measure", lambda names, _: asked.append(names) or dict.fromkeys(names, 1.0)
     )
     time_on_cpu(ABLE, "fp32")
     time_on_cpu(ABLE, "fp32")
     assert len(asked) == 1
-    monkeypatch.setattr(measured, changed, lambda *_: "another")
+    monkeypatch.setattr(fastest_backend, changed, lambda *_: "another")
     time_on_cpu(ABLE, "fp32")
     assert len(asked) == 2
     time_on_cpu(ABLE, "bf16")
@@ -121,7 +121,7 @@ def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, ch
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"a": 1}', "\x00"])
 def test_a_broken_memory_is_measured_over(own_home, monkeypatch, content):
-    monkeypatch.setattr(measured, "measure", lambda names, _: dict.fromkeys(names, 1.0))
+    monkeypatch.setattr(fastest_backend, "measure", lambda names, _: dict.fromkeys(names, 1.0))
     own_home.mkdir()
     (own_home / "cpu.json").write_text(content)
     assert set(time_on_cpu(ABLE, "fp32")) == set(ABLE)
@@ -129,7 +129,7 @@ def test_a_broken_memory_is_measured_over(own_home, monkeypatch, content):
 
 
 def test_one_candidate_needs_no_measurement(own_home, monkeypatch):
-    monkeypatch.setattr(measured, "measure", lambda *_: pytest.fail("nothing to compare"))
+    monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("nothing to compare"))
     assert choose_on_cpu("fp32", graph_format="torchscript")[0] == "torchscript"
     assert not Path(own_home / "cpu.json").exists()
     with pytest.raises(BackendError, match="no backend can build"):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.builder.fastest_backend import choose_on_cpu
+from lcm_compile.builder.key import bundle_name, engine_key, explain, export_key
 from lcm_compile.bundles.bundle import check_destination
 from lcm_compile.bundles.export_manifest import read_export
 from lcm_compile.bundles.manifest import key_digest
@@ -23,9 +25,7 @@ from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import STAGES
-from lcm_compile.keys import bundle_name, engine_key, explain, export_key
 from lcm_compile.lora.find import PlannedLora, find_loras
-from lcm_compile.measured import choose_on_cpu
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
 from lcm_compile.spec import BuildSpec, Shape

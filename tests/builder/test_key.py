@@ -17,7 +17,9 @@ from diffusers import StableDiffusionXLPipeline
 from factories import load_modules
 from safetensors.torch import load_file, save_file
 
-from lcm_compile import BuildSpec, LoraSpec, build, compile, keys, plan
+from lcm_compile import BuildSpec, LoraSpec, build
+from lcm_compile.builder import build as builder
+from lcm_compile.builder import key, plan
 from lcm_compile.bundles import store
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.checkpoint.find import open_checkpoint
@@ -256,8 +258,8 @@ def test_a_dry_run_lists_all_that_differs_and_a_build_some(command, copy, tmp_pa
 
 @pytest.mark.parametrize("package", ["torch", "diffusers"])
 def test_another_version_is_a_miss(copy, monkeypatch, package):
-    real = keys.installed_version
-    monkeypatch.setattr(keys, "installed_version", lambda p: f"{package} 9.9" if package in p else real(p))
+    real = key.installed_version
+    monkeypatch.setattr(key, "installed_version", lambda p: f"{package} 9.9" if package in p else real(p))
     assert f"{package} version changed: " in reasons(copy)
 
 
@@ -265,10 +267,10 @@ def test_another_version_of_onnx_is_a_miss_for_onnx_graphs_alone(copy, monkeypat
     onnx = replace(copy, backend="onnxruntime")
     build(onnx)
     reasons(onnx, hit=True)
-    real = keys.installed_version
+    real = key.installed_version
     for package in ("onnx", "onnxscript"):
         monkeypatch.setattr(
-            keys, "installed_version", lambda p, new=package: f"{new} 9.9" if new in p else real(p)
+            key, "installed_version", lambda p, new=package: f"{new} 9.9" if new in p else real(p)
         )
         told = reasons(onnx)
         assert f"{package} version changed: " in told and told.count("changed") == 1
@@ -353,7 +355,7 @@ def test_two_builds_at_once(copy):
 def test_what_another_built_since_the_plan_is_taken(copy, monkeypatch):
     """The plan is made again once the lock is held."""
     spec, told = replace(copy, width=48), []
-    real, built = compile.publishing, []
+    real, built = builder.publishing, []
 
     def publishing(folder, waiting):
         if not built:  # another process builds it between this one's plan and its lock
@@ -361,7 +363,7 @@ def test_what_another_built_since_the_plan_is_taken(copy, monkeypatch):
             build(spec)
         return real(folder, waiting)
 
-    monkeypatch.setattr(compile, "publishing", publishing)
+    monkeypatch.setattr(builder, "publishing", publishing)
     bundle = build(spec, report=lambda part, cost: told.append(part))
     assert told == [] and bundle.manifest.spec.width == 48
 
@@ -382,7 +384,7 @@ KEPT = {
 
 def test_the_key_holds_all_code_that_shapes_graphs_or_engines(copy, tmp_path):
     """Each folder, and each file beside them, of a copy of the package is edited by a byte in turn."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     package = shutil.copytree(root / "lcm_compile", tmp_path / "site" / "lcm_compile")
     for name in ("export", "engines", "benchmarks"):
         shutil.copytree(root / name, package / name)
@@ -393,9 +395,10 @@ def test_the_key_holds_all_code_that_shapes_graphs_or_engines(copy, tmp_path):
     script = f"""
 import json, sys
 from pathlib import Path
-import lcm_compile.keys as keys
-from lcm_compile import BuildSpec, LoraSpec, plan
-assert Path(keys.__file__).is_relative_to({str(tmp_path)!r})
+import lcm_compile.builder.key as key_module
+from lcm_compile import BuildSpec, LoraSpec
+from lcm_compile.builder import plan
+assert Path(key_module.__file__).is_relative_to({str(tmp_path)!r})
 spec = {copy!r}
 def key():
     return dict(plan.make_plan(spec).key)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from lcm_compile.builder.fastest_backend import SLOW_TO_BUILD, time_on_cpu
 from lcm_compile.engines import BACKENDS, Backend, find_backend
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
-from lcm_compile.measured import SLOW_TO_BUILD, time_on_cpu
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.system.versions import installed_version

@@ -150,7 +150,7 @@ def small_disk(tmp_path, monkeypatch):
 
     It was larger when builds looked for room: something else has filled it since.
     """
-    monkeypatch.setattr("lcm_compile.compile.check_space", lambda *_: None)
+    monkeypatch.setattr("lcm_compile.builder.build.check_space", lambda *_: None)
     mounted = []
 
     def mount(kib):

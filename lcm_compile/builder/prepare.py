@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
@@ -15,7 +16,6 @@ from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import read_lora
-from lcm_compile.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.precisions import float_type, is_quantized
 from lcm_compile.proof import parity, recording
 from lcm_compile.proof.recording import Call, Trace

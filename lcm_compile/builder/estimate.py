@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.bundles.export_manifest import read_export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.single_file import read_header
-from lcm_compile.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.precisions import product_type
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import PARTS

@@ -10,10 +10,10 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 from lcm_compile import BuildSpec
+from lcm_compile.builder.estimate import estimate, parameters
+from lcm_compile.builder.export import export
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.store import bundles_folder
-from lcm_compile.compile import export
-from lcm_compile.estimate import estimate, parameters
-from lcm_compile.plan import make_plan
 
 
 def size(folder):
