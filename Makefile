@@ -5,11 +5,11 @@ BIN := .venv/bin
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
-	$(BIN)/python -m lcm_compile.benchmarks.demo_sheet --out demo.png
+	$(BIN)/python -m lcm_compile.benchmarks.pages.demo_sheet --out demo.png
 
 # Measures what the demo model shows; ARGS="--tuned DIR" also on a base tuned to another palette.
 proof: .venv/installed
-	$(BIN)/python -m lcm_compile.benchmarks.proof $(ARGS)
+	$(BIN)/python -m lcm_compile.benchmarks.quality.proof $(ARGS)
 
 # Measures the demo model against diffusers here, and fills the README's table; ARGS="--against compile" for more.
 bench: .venv/installed
@@ -18,7 +18,7 @@ bench: .venv/installed
 		$(BIN)/lcm-compile bench "$$bundle" --against eager --against eager-bf16 --against openvino --runs 40 \
 			--save benchmarks/results/bench-demo-$$precision-cpu.json $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m lcm_compile.benchmarks.readme_table
+	$(BIN)/python -m lcm_compile.benchmarks.pages.readme_table
 
 # Holds the demo model's speed, memory and parity to benchmarks/baseline.json, in ten processes. On one core: other
 # programs slow threads that wait for each other more than a rival that has one.

@@ -16,13 +16,18 @@ from typing import NoReturn
 import click
 
 from lcm_compile.commands.bench import bench
-from lcm_compile.commands.build import build, export
+from lcm_compile.commands.build import build
 from lcm_compile.commands.bundles import bundles
 from lcm_compile.commands.compare import compare
+from lcm_compile.commands.distill import distill
+from lcm_compile.commands.doctor import doctor
+from lcm_compile.commands.export import export
 from lcm_compile.commands.fuse import fuse
-from lcm_compile.commands.look import doctor, inspect, targets, verify
+from lcm_compile.commands.inspect import inspect
 from lcm_compile.commands.run import run
-from lcm_compile.commands.train import distill, train_lora
+from lcm_compile.commands.targets import targets
+from lcm_compile.commands.train_lora import train_lora
+from lcm_compile.commands.verify import verify
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.version import __version__
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lcm_compile.builder.estimate import disk_for, estimate_plan
 from lcm_compile.builder.export import WAITING, caller, exported
+from lcm_compile.builder.key import key_digest
 from lcm_compile.builder.plan import Plan, make_plan, make_plan_from
 from lcm_compile.bundles.bundle import (
     EngineBundle,
@@ -20,12 +21,7 @@ from lcm_compile.bundles.bundle import (
     publishing,
 )
 from lcm_compile.bundles.export_manifest import ExportManifest, read_export
-from lcm_compile.bundles.manifest import (
-    BundleManifest,
-    StageFile,
-    key_digest,
-    read_manifest,
-)
+from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
 from lcm_compile.bundles.store import remember
 from lcm_compile.errors import CheckpointError
 from lcm_compile.proof import parity, verify

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from lcm_compile.bundles.manifest import key_digest, read_manifest
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.engines import Backend
@@ -142,3 +142,7 @@ def differences(new: Mapping[str, str], old: Mapping[str, str]) -> list[str]:
         elif new[name] != old[name]:
             told.append(f"{name} changed: {short(old[name])} → {short(new[name])}")
     return told
+
+
+def key_digest(key: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(dict(sorted(key.items()))).encode()).hexdigest()

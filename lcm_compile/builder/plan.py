@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.builder.fastest_backend import choose_on_cpu
-from lcm_compile.builder.key import bundle_name, engine_key, explain, export_key
+from lcm_compile.builder.key import bundle_name, engine_key, explain, export_key, key_digest
 from lcm_compile.bundles.bundle import check_destination
 from lcm_compile.bundles.export_manifest import read_export
-from lcm_compile.bundles.manifest import key_digest
 from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Self
@@ -171,24 +171,6 @@ class BundleManifest(Manifest):
     target: GpuTarget
     backend: str
     created: str
-
-
-def told_loss(lossy: Mapping[str, str]) -> list[str]:
-    """What a manifest or a checkpoint says of its loss, to people."""
-    return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
-
-
-def told_fp32_layers(stages: Sequence[StageFile]) -> list[str]:
-    """For people: how many layers of which stage did not become fp16."""
-    return [
-        f"{stage.contract.name}: {len(stage.fp32_layers)} layers stay fp32, as fp16 would overflow"
-        for stage in stages
-        if stage.fp32_layers
-    ]
-
-
-def key_digest(key: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(dict(sorted(key.items()))).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> tuple[BundleManifest, str]:

@@ -48,11 +48,11 @@ def bench(
     Rivals have the same weights with the LoRAs fused, as many threads, and the same prompts and seeds, which
     change with every picture. Each is in a process of its own, which stands still when it is not its turn.
     """
-    from lcm_compile.benchmarks.bench import bench as measure
-    from lcm_compile.benchmarks.chart import check_plot, plot_report
-    from lcm_compile.benchmarks.summary import print_report, summarise
-    from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.lookup import find_bundle
+    from lcm_compile.benchmarks.measure.bench import bench as measure
+    from lcm_compile.benchmarks.measure.chart import check_plot, plot_report
+    from lcm_compile.benchmarks.measure.summary import print_report, summarise
+    from lcm_compile.commands.find_bundle import find_bundle
+    from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.system.files import check_file
 
     found = find_bundle(bundle, base, gpu)

@@ -1,44 +1,16 @@
-"""`build` and `export`: the heavy modules are imported inside."""
+"""`build`: a bundle of engines, or one for each target."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option
-
-
-def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a model's graphs are shaped."""
-    for option in reversed(
-        (
-            click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
-            click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
-            click.option(
-                "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
-            ),
-            click.option(
-                "--precision",
-                default="auto",
-                show_default=True,
-                help="auto, fp32, fp16, bf16; lossy: int8, fp8.",
-            ),
-            click.option(
-                "--without",
-                multiple=True,
-                metavar="REWRITE",
-                help="Leave a rewrite for LCM out: context, qkv, upsampling, lcm-step, rgb8. Repeatable.",
-            ),
-            click.option("--whole-loop", is_flag=True, help="One graph that draws the whole 4-step picture."),
-        )
-    ):
-        command = option(command)
-    return command
+from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option, shape_options
 
 
 @click.command()
@@ -80,9 +52,9 @@ def build(
     from lcm_compile.builder.build import build_targets, build_targets_from
     from lcm_compile.builder.key import briefly
     from lcm_compile.builder.plan import make_plan, make_plan_from
-    from lcm_compile.bundles.manifest import told_fp32_layers, told_loss
-    from lcm_compile.console import Parts, note, print_json
-    from lcm_compile.reports import describe_bundle, print_plan, told_parity
+    from lcm_compile.output.console import Parts, note, print_json
+    from lcm_compile.output.describe import describe_bundle
+    from lcm_compile.output.reports import print_plan, told_fp32_layers, told_loss, told_parity
     from lcm_compile.spec import BuildSpec
     from lcm_compile.targets import find_target
 
@@ -162,37 +134,3 @@ def refuse_model_options(context: click.Context) -> None:
             raise click.UsageError(
                 f"{parameter.opts[0]} and --from can't be given together: the export has settled it"
             )
-
-
-@click.command()
-@base_options
-@shape_options
-@click.option(
-    "--format", "graph_format", default="onnx", show_default=True, help="onnx, torchscript or torch_export."
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
-@json_option
-@quiet_option
-def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
-    """Write a model's graphs, for build --from on another machine.
-
-    A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
-    engines, and needs neither the checkpoint nor much memory.
-    """
-    from lcm_compile.builder.export import export as export_graphs
-    from lcm_compile.bundles.export_manifest import EXPORT
-    from lcm_compile.bundles.manifest import told_fp32_layers
-    from lcm_compile.console import Parts, note, print_json
-    from lcm_compile.reports import told_parity
-    from lcm_compile.spec import BuildSpec
-
-    spec = BuildSpec(**base_settings(**model))
-    with Parts(quiet) as parts:
-        manifest = export_graphs(spec, out, graph_format, report=parts)
-    if as_json:
-        print_json({"export": str(out), "parity": {k: v.to_dict() for k, v in manifest.parity.items()}})
-        return
-    print(out)
-    note(f"exported in {parts.seconds:.1f} s; {told_parity(manifest.parity)}", quiet)
-    for remark in told_fp32_layers(manifest.stages):
-        note(f"{remark}: {out / EXPORT} names them", quiet)

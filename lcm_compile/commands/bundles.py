@@ -28,7 +28,7 @@ def bundles() -> None:
 def list_bundles(as_json: bool) -> None:
     """List them, the one used last first, also those built elsewhere with --out."""
     from lcm_compile.bundles.inventory import STORE, disk_size, shelved
-    from lcm_compile.console import print_json, print_table, told_size
+    from lcm_compile.output.console import print_json, print_table, told_size
 
     found = shelved()
     total = disk_size(found)
@@ -65,8 +65,9 @@ def show(name: str, as_json: bool) -> None:
     from lcm_compile.bundles.inventory import ELSEWHERE, STORE, find_shelved, look_at
     from lcm_compile.bundles.manifest import read_manifest
     from lcm_compile.bundles.store import bundles_folder, last_uses
-    from lcm_compile.console import print_json
-    from lcm_compile.reports import describe_bundle, print_description
+    from lcm_compile.output.console import print_json
+    from lcm_compile.output.describe import describe_bundle
+    from lcm_compile.output.reports import print_description
 
     folder = find_shelved(name)
     kind = STORE if folder.parent == bundles_folder().resolve() else ELSEWHERE
@@ -86,7 +87,7 @@ def show(name: str, as_json: bool) -> None:
 def rm(names: tuple[str, ...], quiet: bool) -> None:
     """Remove some, by their names in the list or their paths."""
     from lcm_compile.bundles.inventory import find_shelved, remove
-    from lcm_compile.console import note
+    from lcm_compile.output.console import note
 
     for folder in [find_shelved(name) for name in names]:
         remove(folder)
@@ -106,7 +107,7 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """
     from lcm_compile.bundles.inventory import disk_size, parse_size
     from lcm_compile.bundles.inventory import prune as remove_oldest
-    from lcm_compile.console import note, print_json, told_size
+    from lcm_compile.output.console import note, print_json, told_size
 
     limit = parse_size(keep_under)
     pruned = remove_oldest(limit, dry_run)

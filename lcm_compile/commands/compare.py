@@ -45,12 +45,12 @@ def compare(
     """
     if loosen is not None and not (update and loosen.strip()):
         raise click.UsageError("--loosen takes a reason, and goes with --update.")
-    from lcm_compile.benchmarks import gate_report
-    from lcm_compile.benchmarks.gate import compare_reports, parse_limits
-    from lcm_compile.benchmarks.gate_run import PROCESSES, run_again
-    from lcm_compile.benchmarks.gate_update import replaced, tightened
-    from lcm_compile.benchmarks.report import read_report
-    from lcm_compile.console import note, print_json
+    from lcm_compile.benchmarks.gate import show
+    from lcm_compile.benchmarks.gate.compare import compare_reports, parse_limits
+    from lcm_compile.benchmarks.gate.run_again import PROCESSES, run_again
+    from lcm_compile.benchmarks.gate.update import replaced, tightened
+    from lcm_compile.benchmarks.measure.report import read_report
+    from lcm_compile.output.console import note, print_json
     from lcm_compile.system.files import write_atomically
 
     wanted = parse_limits(limits)
@@ -63,8 +63,8 @@ def compare(
     if as_json:
         print_json({**comparison.to_dict(), "new": measured.to_dict()})
     else:
-        sys.stdout.write(gate_report.table(comparison))
-    for path, content in ((markdown, gate_report.markdown), (junit, gate_report.junit)):
+        sys.stdout.write(show.table(comparison))
+    for path, content in ((markdown, show.markdown), (junit, show.junit)):
         if path:
             write_atomically(path, content(comparison))
     for remark in comparison.notes:
@@ -73,7 +73,7 @@ def compare(
         replaced(baseline, measured, loosen.strip()).save(base)
         note(f"{base} is replaced", quiet)
         return
-    told = gate_report.summary(comparison)
+    told = show.summary(comparison)
     if comparison.failures:
         raise PerformanceError(
             told, f"if that is meant: lcm-compile compare {base} --update --loosen 'why it may be worse'"

@@ -71,3 +71,31 @@ def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any
         "loras": tuple(LoraSpec.parse(lora) for lora in loras),
         **others,
     }
+
+
+def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How a model's graphs are shaped."""
+    for option in reversed(
+        (
+            click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
+            click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
+            click.option(
+                "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
+            ),
+            click.option(
+                "--precision",
+                default="auto",
+                show_default=True,
+                help="auto, fp32, fp16, bf16; lossy: int8, fp8.",
+            ),
+            click.option(
+                "--without",
+                multiple=True,
+                metavar="REWRITE",
+                help="Leave a rewrite for LCM out: context, qkv, upsampling, lcm-step, rgb8. Repeatable.",
+            ),
+            click.option("--whole-loop", is_flag=True, help="One graph that draws the whole 4-step picture."),
+        )
+    ):
+        command = option(command)
+    return command

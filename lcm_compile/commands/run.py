@@ -17,7 +17,7 @@ from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
-    from lcm_compile.grid import Axis
+    from lcm_compile.output.grid import Axis
     from lcm_compile.pipeline.pipeline import LcmPipeline
     from lcm_compile.pipeline.request import Request
 
@@ -63,9 +63,9 @@ def run(
     The axes of a grid are steps, seed, guidance and prompt=FILE (a prompt on each line): numbers as 1..8
     or 1,1.5. The first runs across the sheet.
     """
-    from lcm_compile.console import note
-    from lcm_compile.images import picture_paths
-    from lcm_compile.lookup import find_bundle
+    from lcm_compile.commands.find_bundle import find_bundle
+    from lcm_compile.output.console import note
+    from lcm_compile.output.images import picture_paths
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request, draw_seed
@@ -104,7 +104,7 @@ def run(
 
 def folder_of(out: Path | None, request: Request) -> Path | None:
     """Where the pictures of one of many prompts go: several into a folder of their own in `out`."""
-    from lcm_compile.images import slug
+    from lcm_compile.output.images import slug
 
     if out is None or request.num_images == 1:
         return out
@@ -121,8 +121,8 @@ def draw_pictures(
     one_line: bool = False,
 ) -> None:
     """Draws one request into files, and tells them."""
-    from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.images import save_picture
+    from lcm_compile.output.console import Bar, note, print_json
+    from lcm_compile.output.images import save_picture
 
     with Bar("drawing", quiet) as bar:
         drawing = pipeline.draw(request, bar.update)
@@ -160,7 +160,7 @@ def told_ms(ms: Mapping[str, Any]) -> str:
 
 def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
     """The axes of --grid; UsageError for an option that sets what one of them sets too."""
-    from lcm_compile.grid import FIELDS, parse_grid
+    from lcm_compile.output.grid import FIELDS, parse_grid
 
     axes = parse_grid(grid)
     for parameter in (*(FIELDS[axis.name] for axis in axes), "num_images"):
@@ -180,9 +180,9 @@ def draw_sheet(
     quiet: bool,
 ) -> None:
     """Draws every combination of a grid's axes into one sheet."""
-    from lcm_compile.console import Bar, note, print_json
-    from lcm_compile.grid import FIELDS, draw_grid, requests
-    from lcm_compile.images import save_picture, sheet_path
+    from lcm_compile.output.console import Bar, note, print_json
+    from lcm_compile.output.grid import FIELDS, draw_grid, requests
+    from lcm_compile.output.images import save_picture, sheet_path
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
 
@@ -210,7 +210,7 @@ def draw_sheet(
 
 def hint_at(request: Request, quiet: bool) -> None:
     """What would draw better."""
-    from lcm_compile.console import note
+    from lcm_compile.output.console import note
 
     scale = request.guidance_scale
     if scale > GUIDANCE_HINT:
@@ -220,15 +220,15 @@ def hint_at(request: Request, quiet: bool) -> None:
 
 
 def warn_of_random(bundle: EngineBundle) -> None:
-    from lcm_compile.console import note
+    from lcm_compile.output.console import note
 
     if weights := bundle.manifest.spec.weights:
         note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise")
 
 
 def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
-    from lcm_compile.bundles.manifest import told_loss
-    from lcm_compile.console import note
+    from lcm_compile.output.console import note
+    from lcm_compile.output.reports import told_loss
 
     for told in told_loss(bundle.manifest.lossy):
         note(told, quiet)
@@ -236,7 +236,7 @@ def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
     """Tells the end of a prompt that did not fit; that is no hint, --quiet does not silence it."""
-    from lcm_compile.console import note
+    from lcm_compile.output.console import note
 
     if cut:
         shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"

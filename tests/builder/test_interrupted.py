@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_compile import images
 from lcm_compile.bundles import bundle as bundles
 from lcm_compile.bundles.bundle import full_disk_told, open_bundle, publishing
 from lcm_compile.errors import BackendError, LoraError
+from lcm_compile.output import images
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lcm_compile.bundles.bundle import list_files
 from lcm_compile.bundles.manifest import MANIFEST, read_manifest
 from lcm_compile.engines import gpu
 from lcm_compile.errors import BackendError, BundleError
-from lcm_compile.reports import describe_bundle
+from lcm_compile.output.describe import describe_bundle
 from lcm_compile.system.dataclass_json import json_text
 
 FILES = ["engines/step.onnx", "tokenizers/tokenizer_2.json", "proof/step.npz"]

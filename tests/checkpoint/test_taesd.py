@@ -15,9 +15,9 @@ from factories import SMALL_TEXT, SMALL_UNET
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.benchmarks.bench import contest, warnings
-from lcm_compile.benchmarks.report import Case, Rival
-from lcm_compile.benchmarks.work import count_work
+from lcm_compile.benchmarks.measure.bench import contest, warnings
+from lcm_compile.benchmarks.measure.report import Case, Rival
+from lcm_compile.benchmarks.measure.work import count_work
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.configs import COMPONENTS

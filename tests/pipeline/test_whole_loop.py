@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
-from lcm_compile.benchmarks.bench import counted
-from lcm_compile.benchmarks.work import count_work
+from lcm_compile.benchmarks.measure.bench import counted
+from lcm_compile.benchmarks.measure.work import count_work
 from lcm_compile.builder import plan
 from lcm_compile.builder.build import build_from
 from lcm_compile.builder.export import export

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lcm_compile import BuildSpec, build
-from lcm_compile.benchmarks.gpu_items import build_quickly
+from lcm_compile.benchmarks.gpu.gpu_items import build_quickly
 from lcm_compile.builder import plan
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import BundleError, LcmCompileError

@@ -1,0 +1,347 @@
+"""What gpu_suite and gpu_smoke try: each function is called in a process of its own.
+
+Each is given `note`, which keeps what it finds at once, the target's name, and a folder that all share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.benchmarks.gpu.items import Found, Missing, Note, report_path
+from lcm_compile.checkpoint.families import SAMPLE_PROMPT
+from lcm_compile.engines import BACKENDS, find_backend, find_target_here
+from lcm_compile.engines.gpu import gpu_here, why_no_gpu
+from lcm_compile.precisions import with_floats
+from lcm_compile.spec import BuildSpec
+from lcm_compile.system.processor import read_processor
+from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
+from lcm_compile.targets import TARGETS
+
+if TYPE_CHECKING:
+    from lcm_compile.bundles.bundle import EngineBundle
+
+MODELS = {
+    "sdxl": BuildSpec("sdxl", weights="random"),
+    "sd15": BuildSpec("sd15", weights="random"),
+    "demo": BuildSpec("demo"),
+}
+# Pictures, or batches of them, of each who draws; no more are begun after so many seconds.
+RUNS, SECONDS = 20, 20.0
+# What the pictures of one engine must reach to each other: kernels may add in any order, and nothing else.
+SAME_DB = 50.0
+
+
+def examine_machine(note: Note, target: str, work: Path) -> None:
+    note(
+        python=platform.python_version(),
+        processor=read_processor().name,
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        versions=versions_of(RECORDED_PACKAGES),
+    )
+    if target == "cpu":
+        note(target="cpu")
+        return
+    import torch
+
+    note(cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version())
+    if (here := gpu_here()) is None:
+        raise Missing(why_no_gpu())
+    name = find_target_here()
+    note(
+        gpu=here[0],
+        compute_capability=here[1],
+        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory,
+        driver=driver_version(),
+        target=None if TARGETS[name].is_cpu else name,
+    )
+    note(headline=here[0])
+    if TARGETS[name].is_cpu:
+        raise Missing(f"no target has the compute capability {here[1]}: lcm-compile targets")
+
+
+def driver_version() -> str:
+    """As nvidia-smi tells it: sandboxes hide the driver's own file."""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"not told: {error}"
+
+
+def examine_backends(note: Note, target: str, work: Path) -> None:
+    """What `doctor` does, backend by backend: where one ends the process, the report tells which."""
+    from lcm_compile.builder.doctor import examine_backend
+
+    found: Found = {}
+    for name in BACKENDS:
+        note(backends={**found, name: "began"})
+        found[name] = examine_backend(name).to_dict()
+    running = [name for name, one in found.items() if one["runs"]]
+    note(backends=found, headline=f"run: {', '.join(running) or 'none'}")
+
+
+def write_weights(note: Note, target: str, work: Path, model: str) -> None:
+    """A model as a diffusers folder, its LCM-LoRA fused: one set of weights for engines and rivals."""
+    from lcm_compile.lora.fuse import fuse
+
+    folder = weights_of(work, model)
+    folder.parent.mkdir(exist_ok=True)
+    fuse(MODELS[model], folder, "fp32" if TARGETS[target].is_cpu else "fp16", noting(note))
+    # Engines decode in half precision; as its config is, diffusers would do SDXL's decoding in fp32.
+    config = folder / "vae" / "config.json"
+    settings = {**json.loads(config.read_text()), "force_upcast": False}
+    config.write_text(json.dumps(settings, indent=2))
+
+
+def weights_of(work: Path, model: str) -> Path:
+    return work / "weights" / model
+
+
+@dataclass(frozen=True)
+class Engines:
+    """Those of one bundle. `precision` is the target's default unless it is told."""
+
+    model: str
+    backend: str
+    batch: int = 1
+    precision: str = ""
+
+    @property
+    def name(self) -> str:
+        parts = (self.model, self.backend, self.precision, f"by-{self.batch}" if self.batch > 1 else "")
+        return "-".join(part for part in parts if part)
+
+    def bundle(self, work: Path) -> Path:
+        return work / "bundles" / self.name
+
+    def spec(self, work: Path, target: str) -> BuildSpec:
+        """From the checkpoint that write_weights left."""
+        base = str(weights_of(work, self.model))
+        # Its own VAE is named, or one of a hub cache would be built where diffusers takes this one.
+        return BuildSpec(
+            base,
+            target,
+            no_lcm=True,
+            vae=base,
+            backend=self.backend,
+            batch=self.batch,
+            precision=self.precision or "auto",
+        )
+
+
+def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    from lcm_compile.builder.plan import default_precision
+
+    precision = with_floats(engines.precision or default_precision(TARGETS[target]), "fp16")
+    if lacking := [part for part in precision.split("+") if part not in TARGETS[target].precisions]:
+        raise Missing(f"{TARGETS[target].description} does not compute in {' and '.join(lacking)}")
+    if reason := find_backend(engines.backend).cannot_build(TARGETS[target], precision):
+        raise Missing(reason)
+    manifest = build_quickly(engines.spec(work, target), engines.bundle(work), note).manifest
+    parity = {name: round(figure.db, 2) for name, figure in manifest.parity.items()}
+    note(
+        precisions={stage.contract.name: stage.precision for stage in manifest.stages},
+        fp32_layers={stage.contract.name: len(stage.fp32_layers) for stage in manifest.stages},
+        parity=parity,
+        headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()),
+    )
+
+
+def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
+    """As `build` does, but where a model is large torch draws the proof as a small picture.
+
+    A whole one of SDXL takes a processor minutes; `measure` compares whole pictures with those of diffusers.
+    """
+    from lcm_compile.builder.build import build_into
+    from lcm_compile.builder.export import exported
+    from lcm_compile.builder.plan import make_plan
+    from lcm_compile.bundles.bundle import open_bundle, publishing
+
+    plan = make_plan(spec, out)
+    assert plan.export is not None
+    plan = replace(plan, export=replace(plan.export, small_proof=True))
+    out.parent.mkdir(exist_ok=True)
+    report = noting(note)
+    with publishing(out, lambda: None) as folder, exported(plan, folder, report) as (graphs, export):
+        build_into(folder, graphs, export, plan, report)
+    return open_bundle(out)
+
+
+def record_proof(note: Note, target: str, work: Path, model: str) -> None:
+    """What torch computes in fp32 on this device, stage by stage, for a picture of the size that is built.
+
+    A large model's build records a smaller one, which a processor draws in seconds.
+    """
+    from lcm_compile.builder.export import write_tokenizers
+    from lcm_compile.builder.plan import ENGINE, default_precision, plan_graphs
+    from lcm_compile.builder.prepare import cast_stages
+    from lcm_compile.proof.recording import Trace, write_proof
+    from lcm_compile.stages.contracts import PARTS, make_contracts
+
+    spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
+    plan = replace(plan_graphs(spec, "onnx"), checked=ENGINE)  # so that the proof is of the engines' own size
+    folder = proof_of(work, model)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    settings = write_tokenizers(folder, plan, make_contracts(plan.checkpoint, plan.shape)["encode"])
+    trace: Trace = {}
+    seconds: dict[str, float] = {}
+    device = "cpu" if TARGETS[target].is_cpu else "cuda"
+    start = time.perf_counter()
+    for part in PARTS:
+        for cast in cast_stages(plan, part, settings, folder, trace, (), device):
+            seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
+            note(seconds_to=seconds)
+    write_proof(trace, {}, settings, folder)
+    note(headline=f"of {plan.shape}, on {device}")
+
+
+def proof_of(work: Path, model: str) -> Path:
+    return work / "proofs" / model
+
+
+def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """`verify` of every stage's own engine and of the picture, by the proof that record_proof left, if any.
+
+    ParityError where they miss it. Missing where neither that nor the bundle's own proof is of its size.
+    """
+    from lcm_compile.bundles.bundle import open_bundle
+    from lcm_compile.proof.parity import require
+    from lcm_compile.proof.verify import verify
+
+    folder = engines.bundle(work)
+    if (recorded := proof_of(work, engines.model) / "proof").is_dir():
+        take_proof(folder, recorded)
+    bundle = open_bundle(folder)
+    if bundle.manifest.proof.shape != bundle.manifest.pipeline.shape:
+        raise Missing("its proof is of a smaller picture")
+    figures = verify(bundle)
+    told = {name: {"db": round(figure.db, 2), "floor": figure.floor} for name, figure in figures.items()}
+    headline = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
+    note(verified=told, headline=headline)
+    require(figures)
+
+
+def take_proof(folder: Path, recorded: Path) -> None:
+    """Puts another proof into a bundle: of its own size, of the same prompt and seed."""
+    from lcm_compile.bundles.bundle import list_files
+    from lcm_compile.bundles.manifest import read_manifest
+
+    manifest, _ = read_manifest(folder)
+    shutil.copytree(recorded, folder / "proof", dirs_exist_ok=True)
+    digests = {f"proof/{name}": digest for name, digest in list_files(folder / "proof").items()}
+    proof = replace(manifest.proof, shape=manifest.pipeline.shape)
+    replace(manifest, proof=proof, files={**manifest.files, **digests}).write(folder)
+
+
+def measure(note: Note, target: str, work: Path, name: str, engines: Engines, *rivals: str) -> None:
+    """Engines alone, and then in turn with rivals: should one of those hang, what was measured is kept."""
+    from lcm_compile.benchmarks.measure.bench import bench
+    from lcm_compile.benchmarks.measure.summary import summarise
+    from lcm_compile.bundles.bundle import open_bundle
+
+    bundle = open_bundle(engines.bundle(work))
+    for against in ((), rivals):
+        report = bench(bundle, against, RUNS, SECONDS, cold_starts=0)
+        report.save(report_path(work, name))
+        picture = report.cases[0]
+        note(
+            summary=summarise(report),
+            limit_ms=picture.limit_ms,
+            gpu_memory_bytes=picture.gpu_memory_bytes,
+            notes=report.notes,
+            headline=f"{median(picture.samples_ms):.1f} ms",
+        )
+    ratios = {name: told["ratio"] for name, told in summarise(report)["cases"]["picture"]["rivals"].items()}
+    told = [f"{name} takes {ratio:.2f}×" for name, ratio in ratios.items()]
+    note(
+        psnr_db=picture.parity_db,
+        rivals_db={name: rival.parity_db for name, rival in picture.rivals.items()},
+        headline=", ".join([f"{median(picture.samples_ms):.1f} ms", *told]),
+    )
+
+
+def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """The same pictures with CUDA graphs and without, in turn. ParityError where they differ."""
+    from lcm_compile.benchmarks.measure.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
+    from lcm_compile.errors import ParityError
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request
+    from lcm_compile.proof.parity import psnr_db
+
+    batch = engines.batch
+    ms: dict[str, list[float]] = {"with": [], "without": []}
+    worst, start = 200.0, time.perf_counter()
+    with load(engines.bundle(work), prompt_cache=0) as pipeline:
+        for i in range(WARM_UP):
+            pipeline.draw(Request(SAMPLE_PROMPT, WARM_UP_SEED + i, num_images=batch))
+        for i, (prompt, seed) in zip(range(RUNS), requests(SAMPLE_PROMPT), strict=False):
+            if i >= LEAST_ROUNDS and time.perf_counter() - start > SECONDS:
+                break
+            drawn = {}
+            for way in in_turn(list(ms), i):
+                pipeline.cuda_graph = way == "with"
+                drawn[way] = pipeline.draw(Request(prompt, seed, num_images=batch))
+                ms[way].append(drawn[way].ms["total"])
+            worst = min(worst, psnr_db(drawn["without"].pictures, drawn["with"].pictures))
+    told = drawn["with"].cuda_graph
+    medians = ", ".join(f"{way} {median(values):.1f} ms" for way, values in ms.items())
+    note(cuda_graph=told, ms=ms, psnr_db=round(worst, 2), headline=f"{medians}, {worst:.0f} dB; {told}")
+    if worst < SAME_DB:
+        raise ParityError(f"with CUDA graphs another picture is drawn: {worst:.1f} dB, needs {SAME_DB:g}")
+
+
+def draw_portable(note: Note, target: str, work: Path) -> None:
+    """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
+    from lcm_compile.builder.export import export
+    from lcm_compile.engines import tensorrt, tensorrt_rtx
+    from lcm_compile.pipeline.load import load_tokenizers
+    from lcm_compile.pipeline.pipeline import LcmPipeline
+    from lcm_compile.pipeline.request import Request
+    from lcm_compile.proof.parity import compare_calls
+    from lcm_compile.proof.recording import read_calls
+
+    if reason := tensorrt_rtx.cannot_run(TARGETS[target]):
+        raise Missing(reason)
+    import tensorrt_rtx as trt
+
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        graphs = Path(folder) / "graphs"
+        parity, runners = {}, {}
+        exported = export(BuildSpec("demo", precision="fp16"), graphs, report=noting(note))
+        for stage in exported.stages:
+            name = stage.contract.name
+            note(building=name)
+            path = tensorrt.build_with(trt, exported.graph(graphs, stage), Path(folder), lambda config: None)
+            note(loading=name)
+            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
+            calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
+            parity[name] = round(compare_calls(runners[name], calls), 2)
+            note(parity=parity, headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()))
+        tokenizers = load_tokenizers(graphs, exported.pipeline)
+        with LcmPipeline(exported.pipeline, runners, tokenizers) as pipeline:
+            for _ in range(3):
+                note(ms=pipeline.draw(Request(SAMPLE_PROMPT, 0)).ms)
+
+
+def noting(note: Note) -> Callable[[str, Any], None]:
+    """A build's report as parts of what is found; the one that has not ended has no cost."""
+    parts: Found = {}
+
+    def report(part: str, cost: Any) -> None:
+        parts[part] = None if cost is None else asdict(cost)
+        note(parts=parts)
+
+    return report

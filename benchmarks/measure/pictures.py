@@ -1,0 +1,42 @@
+"""What the pictures of samples tell: how many there are, and how near they are to those of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lcm_compile.benchmarks.measure import timing
+from lcm_compile.benchmarks.measure.rivals import RIVALS, SELF
+from lcm_compile.benchmarks.measure.worker import Sample
+from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.proof.parity import psnr_db
+
+REFERENCE = "eager"  # whose pictures the others are compared with
+
+
+def other_batches(samples: Mapping[str, Sequence[Sample]]) -> dict[str, int]:
+    """How many pictures those draw at a time that do not draw as many as we."""
+    batches = {name: len(drawn[0].drawn.pictures) for name, drawn in samples.items()}
+    return {name: batch for name, batch in batches.items() if batch != batches[SELF]}
+
+
+def recorded_parities(bundles: Mapping[str, EngineBundle]) -> dict[str, float]:
+    """The PSNR to torch's picture that each was built with; in dB."""
+    figures = {name: bundle.manifest.parity.get("picture") for name, bundle in bundles.items()}
+    return {name: round(figure.db, 2) for name, figure in figures.items() if figure is not None}
+
+
+def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
+    """The worst PSNR to diffusers' own picture over the first rounds, which every run has; in dB.
+
+    None of those that draw another number at a time: their first picture is another one.
+    """
+    if REFERENCE not in samples:
+        return {}
+    compared = range(min(timing.LEAST_ROUNDS, len(samples[REFERENCE])))
+    reference = [samples[REFERENCE][i].drawn.pictures for i in compared]
+    others = other_batches(samples)
+    return {
+        name: round(min(psnr_db(reference[i], drawn[i].drawn.pictures, 255.0) for i in compared), 2)
+        for name, drawn in samples.items()
+        if name not in (REFERENCE, *others) and (name not in RIVALS or RIVALS[name].lcm)
+    }

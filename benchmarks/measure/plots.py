@@ -1,0 +1,30 @@
+"""matplotlib with this project's hand, which the charts of benchmarks and of the proof are drawn with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+INK = "#333333"
+
+
+def plots() -> Any:
+    """matplotlib, drawing to files alone, with this project's hand."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.edgecolor": "#999999",
+            "text.color": INK,
+            "axes.labelcolor": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+        }
+    )
+    return plt

@@ -1,0 +1,271 @@
+"""What a bundle is timed against: the same fused weights as others would run them.
+
+Each `draw_…` function is called in a worker's process, loads there, and returns what draws: from a prompt to
+8-bit RGB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lcm_compile.benchmarks.measure.worker import Draw, Drawn, Maker
+from lcm_compile.bundles.bundle import EngineBundle, open_bundle
+from lcm_compile.bundles.manifest import MANIFEST
+from lcm_compile.errors import BackendError, UsageError, unknown_name
+from lcm_compile.spec import BuildSpec, Shape
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+STEPS = 4
+EULER_STEPS, EULER_GUIDANCE = 25, 7.5
+SELF = "ours"
+INSTALL_OPENVINO = "pip install openvino"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all rivals share. `precision` is that of the bundle's engines."""
+
+    shape: Shape
+    precision: str
+    threads: int
+    gpu: bool
+
+
+@dataclass(frozen=True)
+class Rival:
+    """`load(folder, setup)` draws with the diffusers pipeline in a folder.
+
+    `lcm`: with the LCM-LoRA fused, and so the same picture as ours. `starts_cold` is false for what nobody
+    would compile anew each time a process starts; its memory holds the compiler's as well.
+    """
+
+    description: str
+    load: Callable[[Path, Setup], Draw]
+    lcm: bool = True
+    starts_cold: bool = True
+
+
+def draw_with_bundle(folder: Path) -> Draw:
+    """Every prompt is encoded, as diffusers does it: none is remembered."""
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import Request
+
+    pipeline = load(folder, prompt_cache=0)
+    batch = pipeline.settings.shape.batch
+
+    def draw(prompt: str, seed: int) -> Drawn:
+        drawing = pipeline.draw(Request(prompt, seed, steps=STEPS, num_images=batch))
+        apart = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
+        stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in apart.items()}
+        return Drawn(drawing.pictures, stages, drawing.cuda_graph)
+
+    return draw
+
+
+def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
+    """A diffusers pipeline of fused weights, with LCM's sampler."""
+    import torch
+    from diffusers import DiffusionPipeline, LCMScheduler
+
+    from lcm_compile.checkpoint.load import quiet_libraries
+
+    torch.set_num_threads(setup.threads)
+    with quiet_libraries():
+        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if hasattr(pipe, "watermark"):
+        pipe.watermark = None
+    return pipe.to("cuda" if setup.gpu else "cpu")
+
+
+def draw_with_diffusers(
+    pipe: DiffusionPipeline, setup: Setup, steps: int = STEPS, guidance: float = 1.0
+) -> Draw:
+    import torch
+
+    stages = {} if setup.gpu else time_stages(pipe)  # a GPU computes on while the host goes ahead
+
+    def draw(prompt: str, seed: int) -> Drawn:
+        stages.update(dict.fromkeys(stages, 0.0))
+        images = pipe(
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            num_images_per_prompt=setup.shape.batch,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            height=setup.shape.height,
+            width=setup.shape.width,
+        ).images
+        return Drawn(np.stack([np.asarray(image) for image in images]), dict(stages))
+
+    return draw
+
+
+def time_stages(pipe: Any) -> dict[str, float]:
+    """Milliseconds of each stage, which the pipeline will add to as it draws."""
+    ms = {"encode": 0.0, "step": 0.0, "decode": 0.0}
+
+    def timed(stage: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            ms[stage] += (time.perf_counter() - start) * 1000
+
+    pipe.encode_prompt = partial(timed, "encode", pipe.encode_prompt)
+    pipe.vae.decode = partial(timed, "decode", pipe.vae.decode)
+    begun = []
+    pipe.unet.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+
+    def end(*_: Any) -> None:
+        ms["step"] += (time.perf_counter() - begun.pop()) * 1000
+
+    pipe.unet.register_forward_hook(end)
+    return ms
+
+
+def draw_eagerly(folder: Path, setup: Setup) -> Draw:
+    """As diffusers' own examples do: fp32 on a processor, fp16 on a GPU."""
+    return draw_with_diffusers(open_diffusers(folder, "float16" if setup.gpu else "float32", setup), setup)
+
+
+def channels_last(pipe: Any) -> Any:
+    import torch
+
+    for module in (pipe.unet, pipe.vae):
+        module.to(memory_format=torch.channels_last)
+    return pipe
+
+
+def draw_eagerly_in_bf16(folder: Path, setup: Setup) -> Draw:
+    return draw_with_diffusers(channels_last(open_diffusers(folder, "bfloat16", setup)), setup)
+
+
+def draw_compiled(folder: Path, setup: Setup) -> Draw:
+    import torch
+
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[setup.precision]
+    pipe: Any = channels_last(open_diffusers(folder, dtype, setup))
+    pipe.unet = torch.compile(pipe.unet)
+    pipe.vae.decode = torch.compile(pipe.vae.decode)
+    return draw_with_diffusers(pipe, setup)
+
+
+def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
+    from lcm_compile.benchmarks.measure.openvino_rival import use_openvino
+
+    pipe = open_diffusers(folder, "float32", setup)
+    use_openvino(pipe, setup.shape, setup.precision, setup.threads)
+    return draw_with_diffusers(pipe, setup)
+
+
+def draw_by_euler(folder: Path, setup: Setup) -> Draw:
+    from diffusers import EulerDiscreteScheduler
+
+    pipe = open_diffusers(folder, "float16" if setup.gpu else "float32", setup)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    return draw_with_diffusers(pipe, setup, EULER_STEPS, EULER_GUIDANCE)
+
+
+RIVALS = {
+    "eager": Rival("diffusers as it comes: fp32 on a processor, fp16 on a GPU", draw_eagerly),
+    "eager-bf16": Rival("diffusers in bf16, channels last", draw_eagerly_in_bf16),
+    "compile": Rival("diffusers with torch.compile", draw_compiled, starts_cold=False),
+    "openvino": Rival("OpenVINO's export of the pipeline", draw_with_openvino, starts_cold=False),
+    "euler-25": Rival("diffusers without the LCM-LoRA, 25 steps at guidance 7.5", draw_by_euler, lcm=False),
+}
+
+
+def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, EngineBundle | None]:
+    """Each rival once; of those that are bundles, the bundle.
+
+    UsageError for one that is neither in RIVALS nor a bundle of the same height and width, or that can't be
+    had here.
+    """
+    manifest = bundle.manifest
+    found: dict[str, EngineBundle | None] = {}
+    for name in names:
+        if name in RIVALS:
+            found[name] = None
+        elif (Path(name) / MANIFEST).is_file():
+            found[name] = open_bundle(Path(name))
+        else:
+            raise unknown_name("rival", name, (*RIVALS, "or a bundle's folder"))
+    shape = manifest.pipeline.shape
+    for name, other in found.items():
+        its = shape if other is None else other.manifest.pipeline.shape
+        if (its.height, its.width) != (shape.height, shape.width):
+            raise UsageError(
+                f"{name} draws {its}, and {bundle.folder} draws {shape}",
+                "compare bundles of one height and width",
+            )
+    inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
+    if "euler-25" in found and "guidance" in inputs:
+        raise UsageError(
+            f"{manifest.spec.base} is a full LCM, which Euler's sampler can't draw with", "drop it"
+        )
+    if "openvino" in found and importlib.util.find_spec("openvino") is None:
+        raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
+    if "openvino" in found and not manifest.target.is_cpu:
+        raise UsageError("the rival openvino computes on processors, and this bundle is for a GPU", "drop it")
+    if found and not manifest.target.is_cpu and (reason := no_gpu()):
+        raise BackendError(f"diffusers can't draw on a GPU here: {reason}", "lcm-compile doctor")
+    return found
+
+
+def no_gpu() -> str | None:
+    from lcm_compile.engines.gpu import gpu_here, why_no_gpu
+
+    return None if gpu_here() else why_no_gpu()
+
+
+@contextlib.contextmanager
+def makers(
+    names: Mapping[str, EngineBundle | None], spec: BuildSpec, setup: Setup, report: Callable[[str], None]
+) -> Iterator[dict[str, Maker]]:
+    """How each rival is loaded. The pipelines they share are fused into folders that are gone afterwards."""
+    from lcm_compile.system.cache import home
+
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home(), prefix=".bench-") as work:
+        folders: dict[bool, Path] = {}
+        made = {}
+        for name, bundle in names.items():
+            if bundle is not None:
+                made[name] = Maker(draw_with_bundle, (bundle.folder,))
+                continue
+            rival = RIVALS[name]
+            if rival.lcm not in folders:
+                report("fuse the rivals' weights")
+                folders[rival.lcm] = fuse_for(spec, rival.lcm, Path(work) / f"lcm-{rival.lcm}", setup.gpu)
+            made[name] = Maker(rival.load, (folders[rival.lcm], setup))
+        yield made
+
+
+def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
+    """A spec's base with its LoRAs as a diffusers folder; without `lcm`, with its styles alone.
+
+    A folder with nothing to fuse is used as it is.
+    """
+    plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
+    if plain and (Path(spec.base) / "model_index.json").is_file():
+        return Path(spec.base)
+    from lcm_compile.lora.fuse import fuse
+    from lcm_compile.system.child_process import call_in_child
+
+    asked = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)
+    call_in_child(fuse, asked, folder, "fp16" if gpu else "fp32")  # its memory is given back
+    return folder

@@ -1,0 +1,203 @@
+"""A benchmark as people read it: tables, and the line that names the next win."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from lcm_compile.benchmarks.gate.statistics import fewest_samples
+from lcm_compile.benchmarks.measure.bench import COLD, PASSES, PICTURE
+from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case
+from lcm_compile.benchmarks.measure.rivals import SELF
+from lcm_compile.benchmarks.measure.timing import quantile, ratios
+from lcm_compile.output.console import note, print_table, told_size
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds; None for a tail of too few samples. `share` is the limit's part of the median."""
+
+    median: float
+    p90: float | None
+    p99: float | None
+    share: float | None
+
+    @classmethod
+    def of(cls, case: Case) -> Latency:
+        middle = median(case.samples_ms)
+        share = None if case.limit_ms is None else case.limit_ms / middle
+        return cls(middle, tail(case.samples_ms, 0.9), tail(case.samples_ms, 0.99), share)
+
+
+def tail(samples: Sequence[float], part: float) -> float | None:
+    """A quantile above the median; None of fewer samples than one is expected above it in."""
+    return quantile(samples, part) if len(samples) >= fewest_samples(part, 1) else None
+
+
+def batches_of(report: BenchmarkReport) -> dict[str, int]:
+    """How many pictures each draws at a time."""
+    ours = report.benchmark.shape.batch if report.benchmark.shape else 1
+    return {SELF: ours, **{name: rival.batch or ours for name, rival in report.cases[0].rivals.items()}}
+
+
+def per_picture(report: BenchmarkReport, case: Case, name: str) -> tuple[Sequence[float], Sequence[float]]:
+    """Milliseconds of ours and of a rival's; for one picture each, where their samples are of several."""
+    ours, rival = case.samples_ms, case.rivals[name]
+    if rival.batch is None:
+        return ours, rival.samples_ms
+    batch = batches_of(report)[SELF]
+    return [ms / batch for ms in ours], [ms / rival.batch for ms in rival.samples_ms]
+
+
+def summarise(report: BenchmarkReport) -> dict[str, Any]:
+    """What the raw samples come to: by case, and a rival's time for a picture to ours, pair by pair."""
+    picture, batches = report.cases[0], batches_of(report)
+    return {
+        "pictures_a_second": 1000 * batches[SELF] / median(picture.samples_ms),
+        "batch": batches[SELF],
+        "rivals": {
+            name: {
+                "pictures_a_second": 1000 * batches[name] / median(rival.samples_ms),
+                "batch": batches[name],
+            }
+            for name, rival in picture.rivals.items()
+        },
+        "cases": {
+            case.name: {
+                **vars(Latency.of(case)),
+                "samples": len(case.samples_ms),
+                "rivals": {
+                    name: {
+                        "median": median(rival.samples_ms),
+                        "ratio": median(ratios(*per_picture(report, case, name))),
+                    }
+                    for name, rival in case.rivals.items()
+                },
+            }
+            for case in report.cases
+            if case.samples_ms
+        },
+        "budget": budget(report),
+    }
+
+
+def stages_of(report: BenchmarkReport) -> list[Case]:
+    return [case for case in report.cases if case.name not in (PICTURE, *COLD) and case.samples_ms]
+
+
+def budget(report: BenchmarkReport) -> str | None:
+    """The stage that has most to gain: the one whose time is furthest above its limit; None uncounted."""
+    whole = median(report.cases[0].samples_ms)
+    stages = [(case, median(case.samples_ms)) for case in stages_of(report) if case.limit_ms is not None]
+    if not stages:
+        return None
+    case, ms = max(stages, key=lambda pair: pair[1] - (pair[0].limit_ms or 0.0))
+    limit = case.limit_ms or 0.0
+    device = "processor" if report.environment.device == report.environment.processor else "GPU"
+    return (
+        f"{case.name} takes {ms / whole:.0%} of the picture and runs at {limit / ms:.0%} of this {device}'s "
+        f"peak: {told_ms(ms - limit)} of {told_ms(whole)} could be won there at most"
+    )
+
+
+def told_ms(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
+
+
+def print_report(report: BenchmarkReport) -> None:
+    """Tables of at most 80 columns on stdout; what one should know of the figures on stderr."""
+    asked, environment = report.benchmark, report.environment
+    precisions = ", ".join(sorted(set(asked.precisions.values())))
+    print(f"{asked.spec.base} {asked.shape}, {asked.backend}, {precisions}")
+    print(f"{environment.device}, {environment.threads} threads\n")
+    print_table(
+        ("", "median", "p90", "p99", "of limit", "engine"),
+        [latency_row(case) for case in report.cases if case.samples_ms],
+    )
+    picture, summary = report.cases[0], summarise(report)
+    print()
+    print_table(("", "of the whole picture"), whole_rows(picture, summary))
+    print()
+    print_rivals(report)
+    if line := summary["budget"]:
+        print(textwrap.fill(line, 80))
+    for text in report.notes:
+        note(f"warning: {text}")
+
+
+def latency_row(case: Case) -> tuple[str, ...]:
+    latency = Latency.of(case)
+    passes = PASSES.get(case.name, 1)
+    return (
+        case.name if passes == 1 else f"{case.name} × {passes}",
+        told_ms(latency.median),
+        *("" if ms is None else told_ms(ms) for ms in (latency.p90, latency.p99)),
+        "" if latency.share is None else f"{latency.share:.0%}",
+        "" if case.engine_bytes is None else told_size(case.engine_bytes),
+    )
+
+
+def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    batch = summary["batch"]
+    by = f", by {batch}" if batch > 1 else ""
+    rows = [("pictures a second", f"{summary['pictures_a_second']:.2f}{by}")]
+    if picture.flop is not None and picture.weight_bytes is not None:
+        rows.append(
+            ("work", f"{picture.flop / 1e12:.3g} TFLOP, {told_size(picture.weight_bytes)} of weights")
+        )
+    if picture.limit_ms is not None:
+        rows.append(("limit", told_ms(picture.limit_ms)))
+    if picture.memory_bytes is not None:
+        rows.append(("peak memory", told_size(picture.memory_bytes)))
+    if picture.gpu_memory_bytes is not None:
+        rows.append(("GPU memory", told_size(picture.gpu_memory_bytes)))
+    if picture.parity_db is not None:
+        rows.append(("PSNR", f"{picture.parity_db:.1f} dB"))
+    return [*rows, ("samples", f"{len(picture.samples_ms)}")]
+
+
+def print_rivals(report: BenchmarkReport) -> None:
+    """A table for each rival, with a line for each case that it shares with us."""
+    picture = report.cases[0]
+    for name in picture.rivals:
+        shared = [case for case in report.cases if name in case.rivals]
+        print_table(
+            (f"against {name}", "ours", "theirs", "theirs : ours", "spread"),
+            [
+                *(rival_row(report, case, name) for case in shared),
+                *batch_rows(report, name),
+                *memory_rows(picture, name),
+            ],
+        )
+        print()
+
+
+def rival_row(report: BenchmarkReport, case: Case, name: str) -> tuple[str, ...]:
+    ours, theirs = per_picture(report, case, name)
+    pairs = ratios(ours, theirs)
+    return (
+        case.name if case.rivals[name].batch is None else f"{case.name}, each",
+        told_ms(median(ours)),
+        told_ms(median(theirs)),
+        f"{median(pairs):.2f}×",
+        f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
+    )
+
+
+def batch_rows(report: BenchmarkReport, name: str) -> list[tuple[str, ...]]:
+    """Pictures a second of both, where they draw another number at a time."""
+    if report.cases[0].rivals[name].batch is None:
+        return []
+    ours = summarise(report)
+    told = [f"{of['pictures_a_second']:.2f}, by {of['batch']}" for of in (ours, ours["rivals"][name])]
+    return [("pictures a second", *told, "", "")]
+
+
+def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:
+    ours, theirs = picture.memory_bytes, picture.rivals[name].memory_bytes
+    if not ours or not theirs:
+        return []
+    return [("peak memory", told_size(ours), told_size(theirs), f"{theirs / ours:.2f}×", "")]

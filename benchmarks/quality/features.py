@@ -1,0 +1,244 @@
+"""How far a set of pictures lies from rendered ones, in the features of a small network that no rule made.
+
+The network was trained on rendered pictures to tell all of a scene, what its caption leaves open too, and how
+each picture was degraded. The distance is between sets: whose prompt a picture was made for is the judge's to
+tell. `python -m lcm_compile.benchmarks.quality.features --train` trains it again.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lcm_compile.demo.world import (
+    COLOURS,
+    DAY,
+    DUSK,
+    PATTERNS,
+    SHAPES,
+    STRIPE_ANGLES,
+    Look,
+    Scene,
+    parse_caption,
+    place,
+    render,
+    sample_scene,
+)
+
+Pictures = NDArray[np.uint8]
+Array = NDArray[np.float64]
+
+WEIGHTS = Path(__file__).with_name("features.safetensors")
+SIDE, WIDTH = 64, 32
+RENDERS = 4  # of each prompt, in the set that others are measured from
+DRAWS = 50  # of rendered sets, for the noise floor
+STEPS, BATCH, POOL = 3000, 64, 12288
+BLUR, NOISE, CONTRAST = 2.0, 0.15, 0.5  # the most of each degradation: pixels, of full scale, part lost
+THINGS = ("none", *SHAPES)
+PLACED = 5  # numbers of a placement: x, y, radius, tilt as cosine and sine
+# What is told apart, and among how many: of the picture, then of each thing from left to right.
+CLASSES = (2, 4, len(PATTERNS), len(STRIPE_ANGLES), 2, *(2 * (len(THINGS), len(COLOURS))))
+NUMBERS = 2 * PLACED + 4 + 3  # placements, phases on their circles, degradations
+
+
+class SceneReader(nn.Module):
+    """A convolutional network that reads a scene; `features` are what its last layer reads."""
+
+    features: nn.Sequential
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 48, 64)
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.features = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, WIDTH))
+        self.head = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, sum(CLASSES) + NUMBERS))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures (n, 3, 64, 64) in -1…1 to logits and numbers (n, sum(CLASSES) + NUMBERS)."""
+        return self.head(self.features(pictures))
+
+
+def told(scene: Scene, look: Look) -> tuple[list[int], list[float]]:
+    """A scene's classes, -1 for what can't be seen, and its numbers, NaN for those."""
+    words = scene.description
+    names, phases = list(look.backgrounds), [math.nan] * 4
+    if words.pattern != "plain":
+        phases = [f(math.pi * phase) for phase in scene.phase for f in (math.cos, math.sin)]
+    if words.pattern == "striped":
+        phases[2:] = [math.nan] * 2
+    angle = STRIPE_ANGLES.index(scene.stripe_angle) if words.pattern == "striped" else -1
+    classes = [look is DUSK, names.index(words.background), PATTERNS.index(words.pattern), angle, words.zebra]
+    numbers = []
+    for thing, spot in zip(words.things, scene.placements, strict=True):
+        classes += [THINGS.index(thing.shape), list(COLOURS).index(thing.colour)]
+        turn = math.nan if thing.shape in ("circle", "ring") else 4 * spot.tilt
+        numbers += [spot.x, spot.y, 2 * spot.radius, math.cos(turn), math.sin(turn)]
+    missing = 2 - len(words.things)
+    return classes + missing * [0, -1], numbers + missing * PLACED * [math.nan] + phases
+
+
+def degraded(pictures: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Pictures (n, 3, 64, 64), a half each blurred, noisy and faded; how much of it, 0 to 1 (n, 3)."""
+    count = len(pictures)
+    amount = torch.rand(count, 3, generator=random) * (torch.rand(count, 3, generator=random) < 0.5)
+    blur, noise, faded = (amount * torch.tensor([BLUR, 2 * NOISE, CONTRAST])).T
+    apart = (torch.arange(SIDE)[:, None] - torch.arange(SIDE)).square()
+    weights = torch.softmax(-apart / (2 * blur[:, None, None].square() + 1e-3), -1)  # each row a Gaussian
+    pictures = torch.einsum("nij,ncjk,nlk->ncil", weights, pictures, weights)
+    pictures = pictures * (1 - faded[:, None, None, None])
+    return (pictures + noise[:, None, None, None] * torch.randn(pictures.shape, generator=random)), amount
+
+
+def loss_of(output: Tensor, classes: Tensor, numbers: Tensor) -> Tensor:
+    """Cross-entropies and squared errors of what can be seen."""
+    logits = output[:, : sum(CLASSES)].split(CLASSES, 1)
+    parts = [functional.cross_entropy(x, y, ignore_index=-1) for x, y in zip(logits, classes.T, strict=True)]
+    seen = ~numbers.isnan()
+    error = (output[:, sum(CLASSES) :] - numbers.nan_to_num()).square()
+    return torch.stack(parts).sum() + 20 * error[seen].mean() + 20 * error[:, -3:].mean()
+
+
+def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
+    """Trains the network on `pool` rendered pictures and writes it in half precision."""
+    rng, random = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    looks = [DUSK if i % 4 == 3 else DAY for i in range(pool)]
+    scenes = [sample_scene(rng, zebra=0.2) for _ in looks]
+    pictures = as_tensor(np.stack([render(s, SIDE, look) for s, look in zip(scenes, looks, strict=True)]))
+    answers = [told(scene, look) for scene, look in zip(scenes, looks, strict=True)]
+    classes, numbers = (torch.tensor([a[i] for a in answers]) for i in (0, 1))
+    network = SceneReader()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for step in range(1, steps + 1):
+        index = torch.randint(pool, (BATCH,), generator=random)
+        shown, amount = degraded(pictures[index], random)
+        loss = loss_of(network(shown), classes[index], torch.cat([numbers[index], amount], 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"features {step}/{steps} loss {loss.item():.3f}", file=sys.stderr, flush=True)
+    whiten(network, pictures)
+    save_file({name: weight.half() for name, weight in network.features.state_dict().items()}, path)
+
+
+@torch.no_grad()
+def whiten(network: SceneReader, pictures: Tensor) -> None:
+    """Rescales the features in place to mean 0 and covariance 1 over undegraded `pictures`.
+
+    What varies least among those, as blur does, then counts as much as what is on them.
+    """
+    found = torch.cat([network.features(batch) for batch in pictures.split(BATCH)]).double()
+    values, vectors = torch.linalg.eigh(found.T.cov())
+    scale = (vectors / (values + 1e-3 * values.max()).sqrt() @ vectors.T).float()
+    last = network.features[-1]
+    assert isinstance(last, nn.Linear)
+    last.bias.copy_(scale @ (last.bias - found.mean(0).float()))
+    last.weight.copy_(scale @ last.weight)
+
+
+def as_tensor(pictures: Pictures) -> Tensor:
+    """Pictures (n, 64, 64, 3) as the network takes them, (n, 3, 64, 64) in -1…1."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@lru_cache(maxsize=1)
+def reader() -> nn.Module:
+    """Pictures (n, 3, 64, 64) to whitened features (n, WIDTH), by the network that comes with the package."""
+    network = SceneReader().features.eval()
+    network.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    return network
+
+
+def features(pictures: Pictures) -> Array:
+    """The network's features of pictures (n, 64, 64, 3). Shape (n, WIDTH)."""
+    with torch.no_grad():
+        batches = as_tensor(pictures).split(BATCH)
+        return torch.cat([reader()(batch) for batch in batches]).double().numpy()
+
+
+def kernel_distance(first: Array, second: Array) -> float:
+    """The unbiased squared MMD between features (n, d) and (m, d) with the kernel (x·y / d + 1)³.
+
+    Bińkowski et al. 2018, "Demystifying MMD GANs": KID, over all pairs. It is 0 on average for two sets of
+    one distribution, and may be negative.
+    """
+
+    def kernel(x: Array, y: Array) -> Array:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Array) -> float:
+        pairs = kernel(x, x)
+        return float((pairs.sum() - np.trace(pairs)) / (len(x) * (len(x) - 1)))
+
+    return within(first) + within(second) - 2 * float(kernel(first, second).mean())
+
+
+def frechet_distance(first: Array, second: Array) -> float:
+    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features (n, d) and (m, d): Heusel et al. 2017, FID."""
+    one, two = (np.cov(x, rowvar=False) for x in (first, second))
+    values, vectors = np.linalg.eigh(one)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    # (Σ₁Σ₂)^½ has the trace of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric.
+    shared = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    apart = np.square(first.mean(0) - second.mean(0)).sum()
+    return float(apart + np.trace(one) + np.trace(two) - 2 * shared)
+
+
+def rendered(prompts: Sequence[str], seed: int, look: Look = DAY) -> Pictures:
+    """One rendering of each prompt, everything it leaves open drawn from `seed`. Shape (n, 64, 64, 3)."""
+    rng = np.random.default_rng(seed)
+    return np.stack([render(place(parse_caption(text), rng), SIDE, look) for text in prompts])
+
+
+def distances(first: Array, second: Array) -> dict[str, float]:
+    """Both distances between two sets of features."""
+    return {"mmd": kernel_distance(first, second), "frechet": frechet_distance(first, second)}
+
+
+class Reference:
+    """Renderings of some prompts, in the features, and the distances that rendering them anew leaves."""
+
+    def __init__(self, prompts: Sequence[str], look: Look = DAY) -> None:
+        sets = [features(rendered(prompts, seed, look)) for seed in range(RENDERS + DRAWS)]
+        self.features = np.concatenate(sets[:RENDERS])
+        draws = [distances(drawn, self.features) for drawn in sets[RENDERS:]]
+        self.floor = {
+            name: {
+                "mean": float(np.mean([draw[name] for draw in draws])),
+                "p95": float(np.percentile([draw[name] for draw in draws], 95)),
+            }
+            for name in draws[0]
+        }
+
+    def distances(self, pictures: Pictures) -> dict[str, float]:
+        """Of pictures (n, 64, 64, 3), as many as there are prompts, from the renderings."""
+        return distances(features(pictures), self.features)
+
+
+@click.command()
+@click.option("--train", "training", is_flag=True, required=True, help="Trains the network anew.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=WEIGHTS)
+def main(training: bool, out: Path) -> None:
+    """Trains the network whose features are compared."""
+    train(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""Measures all that the demo model is shown to prove, on this project's own engines: `make proof`.
+
+Draws the proof's prompts once for each row of its tables, judges the pictures, then times the rows against
+each other, and writes `proof.json` (every verdict and time), `proof.md` and the figures. What `proof.json`
+already holds is not measured again, unless the bundle, the settings, the judge or the machine is another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from PIL import Image
+
+from lcm_compile import build, load
+from lcm_compile.benchmarks.quality import features
+from lcm_compile.benchmarks.quality.euler import Draw, euler_sampler
+from lcm_compile.benchmarks.quality.figures import write_figures
+from lcm_compile.benchmarks.quality.rows import PARTS, Row, requests, rows_of
+from lcm_compile.benchmarks.quality.tables import name_of, percent, report
+from lcm_compile.builder.key import key_digest
+from lcm_compile.builder.plan import Plan, make_plan
+from lcm_compile.demo import judge
+from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
+from lcm_compile.engines import find_backend
+from lcm_compile.output.console import Bar, Parts, note
+from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.spec import BuildSpec
+from lcm_compile.system.cache import home
+from lcm_compile.system.files import write_atomically
+from lcm_compile.system.processor import read_processor
+from lcm_compile.system.versions import installed_version
+
+SHOWN = 8  # pictures of each row that are kept for the figures
+ROUNDS = 15  # of timing: each draws one picture of every row
+
+Record = dict[str, Any]
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """What the seconds were measured on."""
+    packages = {"onnxruntime": find_backend("onnxruntime").PACKAGES}
+    packages |= {name: (name,) for name in ("lcm-compile", "numpy", "torch", "diffusers")}
+    return {
+        "cpu": read_processor().name,
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "python": platform.python_version(),
+        **{name: installed_version(names) for name, names in packages.items()},
+    }
+
+
+@cache
+def judges() -> str:
+    """The digest of all that a picture is judged with."""
+    files = (Path(judge.__file__), Path(features.__file__), features.WEIGHTS)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+@cache
+def planned(spec: BuildSpec) -> Plan:
+    """What will be built, with the digests that tell it from any other."""
+    return make_plan(spec)
+
+
+def row_key(row: Row) -> str:
+    """What tells this measurement from any other."""
+    settings = {"spec": planned(row.spec).key, "judges": judges(), "machine": machine()}
+    told = json.dumps([asdict(row) | settings, [asdict(request) for request in requests(row)]])
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def reference(count: int, zebra: bool, look: str) -> features.Reference:
+    return features.Reference([text + STYLE * zebra for text, _ in proof_prompts(count)], LOOKS[look])
+
+
+def shown_path(key: str) -> Path:
+    """Where the first pictures of a row lie, side by side."""
+    return home() / "proof" / f"{key}.png"
+
+
+def drawn(row: Row, draw: Draw) -> features.Pictures:
+    """Every picture of a row."""
+    asked = requests(row)
+    pictures = []
+    with Bar(f"{row.label}, {row.steps}") as bar:
+        for i, request in enumerate(asked):
+            pictures.append(draw(request))
+            bar.update(i + 1, len(asked))
+    return np.stack(pictures)
+
+
+def measured(row: Row, pictures: features.Pictures) -> Record:
+    """All that is told of a row but its times.
+
+    A verdict is 1 or 0, and - where the prompt says nothing of its column.
+    """
+    asked = [parse_caption(request.prompt) for request in requests(row)]
+    found = []
+    for picture, words in zip(pictures, asked, strict=True):
+        verdict = judge.matches(judge.judge(picture, LOOKS[row.look]), words)
+        found.append(verdict | {"all": all(right is not False for right in verdict.values())})
+    rendered, plan = reference(row.count, row.zebra, row.look), planned(row.spec)
+    mark = {None: "-", True: "1", False: "0"}
+    verdicts = {name: "".join(mark[verdict[name]] for verdict in found) for name in found[0]}
+    return {
+        **{name: value for name, value in asdict(row).items() if name != "spec"},
+        "base": Path(row.spec.base).name,
+        "loras": [{"file": lora.path.name, "weight": lora.spec.weight} for lora in plan.loras],
+        "bundle": key_digest(plan.key),
+        "passes": row.passes,
+        "right": {name: share(marks) for name, marks in verdicts.items()},
+        "distances": rendered.distances(pictures),
+        "floor": rendered.floor,
+        "verdicts": verdicts,
+    }
+
+
+def share(marks: str) -> Record | None:
+    """Which part of a column's verdicts is right, with Wilson's 95 % interval; None where there are none."""
+    count, z = len(marks) - marks.count("-"), 1.96
+    if not count:
+        return None
+    # E. B. Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    part = marks.count("1") / count
+    middle = (part + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * ((part * (1 - part) + z * z / (4 * count)) / count) ** 0.5
+    return {"part": part, "of": count, "low": middle - half, "high": middle + half}
+
+
+def measure(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
+    """Draws the rows that are not known yet, bundle by bundle, and yields each with its key."""
+    missing: dict[BuildSpec, list[Row]] = {}
+    for row in rows:
+        key = row_key(row)
+        if key not in known or not shown_path(key).is_file():
+            missing.setdefault(row.spec, []).append(row)
+    for spec, waiting in missing.items():
+        with samplers_of(spec) as samplers:
+            for row in waiting:
+                pictures = drawn(row, samplers[row.sampler])
+                path = shown_path(row_key(row))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.concatenate(list(pictures[:SHOWN]), 1)).save(path)
+                yield row_key(row), measured(row, pictures)
+
+
+def timed(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Seconds of a picture of each row, by its key: in every round one of each row, on warm engines.
+
+    So what else the machine does meanwhile slows all rows alike.
+    """
+    seconds: dict[str, list[float]] = {row_key(row): [] for row in rows}
+    with ExitStack() as opened:
+        samplers = {spec: opened.enter_context(samplers_of(spec)) for spec in {row.spec for row in rows}}
+        bar = opened.enter_context(Bar("timing"))
+        for turn in range(ROUNDS + 1):
+            for row in rows:
+                asked = requests(row)
+                start = time.perf_counter()
+                samplers[row.spec][row.sampler](asked[turn % len(asked)])
+                seconds[row_key(row)].append(round(time.perf_counter() - start, 5))
+            bar.update(turn, ROUNDS)
+    return {key: samples[1:] for key, samples in seconds.items()}  # the first round warms up
+
+
+@contextmanager
+def samplers_of(spec: BuildSpec) -> Iterator[dict[str, Draw]]:
+    """What draws with the engines of a build: this project's LCM loop, and Euler's."""
+    with Parts() as parts:
+        bundle = build(spec, report=parts)
+    with load(bundle) as pipeline:
+        yield {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}
+
+
+def lcm_sampler(pipeline: LcmPipeline) -> Draw:
+    return lambda request: pipeline.draw(request).pictures[0]
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results/proof")
+)
+@click.option(
+    "--count", type=click.IntRange(min=2), default=300, show_default=True, help="Pictures in a row."
+)
+@click.option("--tuned", metavar="DIR", default="", help="A base tuned to the dusk palette.")
+@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only this part, or these.")
+def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
+    """Measures the demo model and writes tables and figures to OUT."""
+    path = out / "proof.json"
+    stored = json.loads(path.read_text())["rows"] if path.exists() else {}
+    rows = [row for part in parts or PARTS for row in rows_of(part, count, tuned)]
+    if "universal" in (parts or PARTS) and not tuned:
+        note("  universal is left out: it needs --tuned DIR")
+    known = dict(stored)
+    for key, record in measure(rows, stored):
+        known[key] = record
+        write(path, known)
+        told = percent(record["right"]["all"])
+        note(f"  {record['part']}: {name_of(record)}: {told} % right in every column")
+    for part in parts or PARTS:
+        compared = [row for row in rows if row.part == part and row.timed]
+        if not all("seconds" in known[row_key(row)] for row in compared):
+            for key, samples in timed(compared).items():
+                known[key] = {**known[key], "seconds": samples}
+            write(path, known)
+    # What is asked for now, in its order, and the parts that are not asked for as they were.
+    kept = {row_key(row): known[row_key(row)] for row in rows}
+    kept |= {key: record for key, record in stored.items() if record["part"] not in (parts or PARTS)}
+    write(path, kept)
+    (out / "proof.md").write_text(report(machine(), list(kept.values())), encoding="utf-8")
+    write_figures(out, [(kept[key], shown_pictures(key)) for key in map(row_key, rows)])
+    print(out.resolve())
+
+
+def write(path: Path, rows: Mapping[str, Record]) -> None:
+    """Everything that was measured, with what and on which prompts; a line for each row."""
+    most = max((record["count"] for record in rows.values()), default=0)
+    lines = [f"{json.dumps(key)}: {json.dumps(record, ensure_ascii=False)}" for key, record in rows.items()]
+    head = {"machine": machine(), "prompts": proof_prompts(most)}
+    top = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in head.items()]
+    text = ",\n".join([*top, '"rows": {\n' + ",\n".join(lines) + "\n}"])
+    write_atomically(path, f"{{\n{text}\n}}\n")
+
+
+def shown_pictures(key: str) -> list[np.ndarray]:
+    """A row's first pictures, (64, 64, 3) each."""
+    with Image.open(shown_path(key)) as strip:
+        return np.split(np.asarray(strip), strip.width // strip.height, axis=1)
+
+
+if __name__ == "__main__":
+    main()

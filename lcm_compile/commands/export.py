@@ -1,0 +1,43 @@
+"""`export`: a model's graphs on disk, for `build --from`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option, shape_options
+
+
+@click.command()
+@base_options
+@shape_options
+@click.option(
+    "--format", "graph_format", default="onnx", show_default=True, help="onnx, torchscript or torch_export."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
+@json_option
+@quiet_option
+def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
+    """Write a model's graphs, for build --from on another machine.
+
+    A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
+    engines, and needs neither the checkpoint nor much memory.
+    """
+    from lcm_compile.builder.export import export as export_graphs
+    from lcm_compile.bundles.export_manifest import EXPORT
+    from lcm_compile.output.console import Parts, note, print_json
+    from lcm_compile.output.reports import told_fp32_layers, told_parity
+    from lcm_compile.spec import BuildSpec
+
+    spec = BuildSpec(**base_settings(**model))
+    with Parts(quiet) as parts:
+        manifest = export_graphs(spec, out, graph_format, report=parts)
+    if as_json:
+        print_json({"export": str(out), "parity": {k: v.to_dict() for k, v in manifest.parity.items()}})
+        return
+    print(out)
+    note(f"exported in {parts.seconds:.1f} s; {told_parity(manifest.parity)}", quiet)
+    for remark in told_fp32_layers(manifest.stages):
+        note(f"{remark}: {out / EXPORT} names them", quiet)

@@ -1,0 +1,28 @@
+"""`inspect`: what a bundle, a LoRA or a checkpoint is."""
+
+from __future__ import annotations
+
+import click
+
+from lcm_compile.commands.options import json_option
+
+
+@click.command()
+@click.argument("name")
+@click.option("--base", metavar="BASE", help="Hold a LoRA to this base: its modules and its weights.")
+@json_option
+def inspect(name: str, base: str | None, as_json: bool) -> None:
+    """Tell what a bundle, a LoRA or a checkpoint is."""
+    from lcm_compile.output.console import print_json
+    from lcm_compile.output.describe import examine
+    from lcm_compile.output.reports import print_checkpoint, print_description, print_lora
+
+    data = examine(name, base)
+    if as_json:
+        print_json(data)
+    elif "lora" in data:
+        print_lora(data)
+    elif "components" in data:
+        print_checkpoint(data)
+    else:
+        print_description(name, data)

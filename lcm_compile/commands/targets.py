@@ -1,0 +1,32 @@
+"""`targets`: the GPUs that engines are built for."""
+
+from __future__ import annotations
+
+import click
+
+from lcm_compile.commands.options import json_option
+
+
+@click.command()
+@json_option
+def targets(as_json: bool) -> None:
+    """List the GPUs that engines are built for."""
+    from lcm_compile.output.console import print_json, print_table
+    from lcm_compile.targets import GIB, TARGETS
+
+    if as_json:
+        print_json([target.to_dict() for target in TARGETS.values()])
+        return
+    print_table(
+        ("target", "device", "capability", "memory", "computes in"),
+        [
+            (
+                t.name,
+                t.description,
+                t.compute_capability or "",
+                f"{t.memory_bytes // GIB} GiB" if t.memory_bytes else "",
+                " ".join(t.precisions),
+            )
+            for t in TARGETS.values()
+        ],
+    )

@@ -1,0 +1,187 @@
+"""What `inspect` is given, found out by what it holds: a bundle, a checkpoint or a LoRA."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.checkpoint import single_file
+from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, LCM_LORA_FILE, detect_family
+from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
+from lcm_compile.errors import BundleError, CheckpointError, UsageError
+from lcm_compile.lora.find import find_lora
+from lcm_compile.lora.peft_folder import CONFIG
+from lcm_compile.spec import LoraSpec
+from lcm_compile.system.files import user_path
+
+# What a folder holds → what it is.
+FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}
+SINGLE_FILE = "model.diffusion_model."
+
+Header = dict[str, tuple[list[int], str]]
+
+
+def examine(name: str, base: str | None) -> dict[str, Any]:
+    """All that can be told of a name; the first key says what it is, and `base` is what to hold a LoRA to.
+
+    BundleError, CheckpointError or LoraError where it is broken; UsageError for a base without a LoRA.
+    """
+    path = user_path(name)
+    kind = kind_of(name, path)
+    if base is not None and kind != "lora":
+        raise UsageError(f"--base is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
+    if kind == "lora":
+        # They import torch, which a bundle is described without.
+        from lcm_compile.lora.read import read_lora
+        from lcm_compile.lora.report import describe_lora
+
+        lora = read_lora(find_lora(LoraSpec(name)))
+        return describe_lora(lora, None if base is None else open_checkpoint(base))
+    if kind == "demo":
+        return describe_demo()
+    if kind == "bundle":
+        return describe_bundle(path, *read_manifest(path))
+    if kind == "checkpoint":
+        return describe_checkpoint(open_checkpoint(str(path.absolute())))
+    return describe_single_file(path)
+
+
+def kind_of(name: str, path: Path) -> str:
+    if name == "demo":
+        return "demo"
+    if path.is_dir():
+        for file, kind in FOLDERS.items():
+            if (path / file).is_file():
+                return kind
+        raise BundleError(
+            f"{name} is no bundle, checkpoint or LoRA: it holds none of {', '.join(FOLDERS)}",
+            "give the folder that holds one, or a LoRA's file",
+        )
+    if not path.exists() and "/" not in name:
+        raise BundleError(
+            f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
+        )
+    return "single file" if any(key.startswith(SINGLE_FILE) for key in read_header(path)) else "lora"
+
+
+def read_header(path: Path) -> Header:
+    """Shape and type of each tensor of a safetensors file; loads none. Empty for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            return {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+    except (SafetensorError, OSError):
+        return {}
+
+
+def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    height, width = checkpoint.default_size
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "family": checkpoint.family.name if checkpoint.family else None,
+        "architecture": checkpoint.architecture,
+        "size": {"height": height, "width": width},
+        "prediction_type": checkpoint.scheduler.prediction_type,
+        "scheduler": checkpoint.scheduler_config.get("_class_name"),
+        "guidance_embedding": checkpoint.has_guidance_embedding,
+        "components": [describe_component(component) for component in checkpoint.components.values()],
+    }
+
+
+def describe_component(component: Component) -> dict[str, Any]:
+    """CheckpointError where a weight file is damaged."""
+    parameters: Counter[str] = Counter()
+    for path in component.files:
+        if path.suffix == ".safetensors":
+            header = read_header(path)
+            if not header:
+                raise CheckpointError(f"{path} is no whole safetensors file", "download the checkpoint again")
+            for shape, dtype in header.values():
+                parameters[dtype] += math.prod(shape)
+    return {
+        "name": component.name,
+        "parameters": sum(parameters.values()),
+        "dtype": parameters.most_common(1)[0][0],
+        "variant": component.variant,
+    }
+
+
+def describe_single_file(path: Path) -> dict[str, Any]:
+    """CheckpointError for a file in that layout that is no text-to-image base of these architectures."""
+    shapes, metadata = single_file.read_header(path)
+    single_file.refuse_others(path, shapes)
+    family = detect_family(single_file.unet_shape(shapes))
+    types = {key: dtype for key, (_, dtype) in read_header(path).items()}
+    components = []
+    for name, prefix in single_file.models_in(shapes).items():
+        own = [key for key in shapes if key.startswith(prefix)]
+        components.append(
+            {
+                "name": name,
+                "parameters": sum(math.prod(shapes[key]) for key in own),
+                "dtype": Counter(types[key] for key in own).most_common(1)[0][0],
+                "variant": None,
+            }
+        )
+    extra = single_file.unread(shapes)
+    return {
+        "single_file": str(path),
+        "layout": "a whole checkpoint in the original Stable Diffusion's layout, not a LoRA",
+        "family": family.name if family else "none that is known: give its settings with --config DIR",
+        "prediction_type": single_file.prediction_type(path, family, shapes, metadata) if family else None,
+        "keys of no model": f"{len(extra)}, such as {extra[0]}" if extra else None,
+        "components": components,
+    }
+
+
+def describe_demo() -> dict[str, Any]:
+    checkpoint = open_checkpoint("demo")
+    lora = Path(FAMILIES["demo"].lcm_lora or "")
+    files = [*checkpoint.content_files().values(), lora, DEMO_STYLE]
+    return {
+        "checkpoint": str(checkpoint.folder),
+        "lcm_lora": str(lora),
+        "style_lora": str(DEMO_STYLE),
+        "architecture": checkpoint.architecture,
+        "size": list(checkpoint.default_size),
+        "bytes": sum(path.stat().st_size for path in files),
+        "sample_prompt": FAMILIES["demo"].sample_prompt,
+    }
+
+
+def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict[str, Any]:
+    return {
+        "bundle": str(folder),
+        "digest": digest,
+        "base": manifest.spec.base,
+        "weights": manifest.spec.weights or "the base's own",
+        "architecture": manifest.architecture,
+        "target": manifest.target.name,
+        "compute_capability": manifest.target.compute_capability,
+        "backend": manifest.backend,
+        "shape": vars(manifest.pipeline.shape),
+        "lossy": dict(manifest.lossy),
+        "loras": [dict(lora) for lora in manifest.loras],
+        "stages": [
+            {
+                "name": stage.contract.name,
+                "precision": stage.precision,
+                "engine": stage.file,
+                "fp32_layers": len(stage.fp32_layers),
+                "quantized_layers": len(stage.quantized_layers),
+                "largest_activation": stage.largest_activation,
+            }
+            for stage in manifest.stages
+        ],
+        "fp32_layers": {s.contract.name: list(s.fp32_layers) for s in manifest.stages if s.fp32_layers},
+        "parity": {name: figure.to_dict() for name, figure in manifest.parity.items()},
+        "toolchain": dict(manifest.toolchain),
+        "costs": {name: asdict(cost) for name, cost in manifest.costs.items()},
+        "created": manifest.created,
+    }

@@ -1,0 +1,139 @@
+"""A grid of pictures: every combination of a few settings, drawn into one labelled sheet.
+
+`steps=1..8,seed=1..4,guidance=1,1.5` is three axes. The first runs across the sheet, the others down it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.output.sheet import grid_sheet
+from lcm_compile.pipeline.pipeline import Drawing, LcmPipeline
+from lcm_compile.pipeline.request import Request
+from lcm_compile.system.files import user_path
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXAMPLE = "for example --grid steps=1..8,seed=1..4"
+FIELDS = {"steps": "steps", "seed": "seed", "guidance": "guidance_scale", "prompt": "prompt"}
+MAX_CELLS = 1000
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One setting and the values it takes."""
+
+    name: str
+    values: tuple[Any, ...]
+
+    def label(self, value: Any) -> str:
+        if self.name == "prompt":
+            return str(value)
+        return f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}"
+
+
+def parse_grid(text: str) -> tuple[Axis, ...]:
+    """Reads `NAME=VALUES,…`; values are `1..8`, `1,1.5` or, for prompts, a file with one on each line.
+
+    UsageError for anything else, an axis named twice, or more than MAX_CELLS pictures.
+    """
+    parts = re.split(r"(?:^|,)\s*([A-Za-z_-]+)=", text)
+    if parts[0].strip() or len(parts) < 3:
+        raise UsageError(f"--grid {text!r} is not NAME=VALUES,NAME=VALUES", EXAMPLE)
+    names = parts[1::2]
+    axes = tuple(
+        Axis(name, parse_values(name, values)) for name, values in zip(names, parts[2::2], strict=True)
+    )
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"--grid names {twice[0]} twice", EXAMPLE)
+    cells = 1
+    for axis in axes:
+        cells *= len(axis.values)
+    if cells > MAX_CELLS:
+        raise UsageError(f"--grid asks for {cells} pictures, and {MAX_CELLS} are the most", "ask for fewer")
+    return axes
+
+
+def parse_values(name: str, text: str) -> tuple[Any, ...]:
+    if name not in FIELDS:
+        raise unknown_name("axis of --grid", name, FIELDS)
+    if name == "prompt":
+        return read_prompts(user_path(text))
+    values: list[Any] = []
+    for word in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,20})\.\.(\d{1,20})\s*", word)
+        try:
+            if ends and name != "guidance":
+                first, last = int(ends[1]), int(ends[2])
+                if not first <= last < first + MAX_CELLS:
+                    raise ValueError
+                values += range(first, last + 1)
+            else:
+                values.append(float(word) if name == "guidance" else int(word))
+        except ValueError:
+            hint = "--grid guidance=1,1.5,2" if name == "guidance" else f"--grid {name}=1..8 or {name}=1,2,4"
+            raise UsageError(f"--grid {name}={text}: {word!r} is no value of {name}", hint) from None
+    return tuple(values)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--grid prompt={path} can't be read: {error}", "give a text file with a prompt on each line"
+        ) from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UsageError(f"--grid prompt={path}: the file holds no prompt", "write one on each line")
+    return prompts
+
+
+def requests(axes: Sequence[Axis], fixed: Request) -> list[Request]:
+    """A grid's pictures row by row; what no axis sets is as in `fixed`. UsageError: a value out of range."""
+    across, *down = axes
+    fields = [FIELDS[axis.name] for axis in axes]
+    return [
+        replace(fixed, **dict(zip(fields, (value, *row), strict=True)))
+        for row in itertools.product(*(axis.values for axis in down))
+        for value in across.values
+    ]
+
+
+def draw_grid(
+    pipeline: LcmPipeline, axes: Sequence[Axis], fixed: Request, report: Callable[[int, int], None]
+) -> tuple[Image, list[Drawing]]:
+    """The sheet, and the drawings of `requests(axes, fixed)` without their pictures, which may be many.
+
+    `report` is told (pictures done, pictures in all).
+    """
+    asked = requests(axes, fixed)
+    drawings: list[Drawing] = []
+
+    def draw() -> Iterator[Image]:
+        for request in asked:
+            drawing = pipeline.draw(request)
+            yield drawing.images()[0]
+            drawings.append(replace(drawing, pictures=drawing.pictures[:0]))
+            report(len(drawings), len(asked))
+
+    across, *down = [[axis.label(value) for value in axis.values] for axis in axes]
+    labels = ["\n".join(row) for row in itertools.product(*down)]
+    shape = pipeline.settings.shape
+    size = (shape.width, shape.height)
+    return grid_sheet(draw(), size, across, labels, title(axes, fixed)), drawings
+
+
+def title(axes: Sequence[Axis], fixed: Request) -> str:
+    """What all pictures of a grid share."""
+    own = {"prompt": fixed.prompt, "steps": fixed.steps, "guidance": fixed.guidance_scale, "seed": fixed.seed}
+    varied = [axis.name for axis in axes]
+    return " · ".join(Axis(name, ()).label(value) for name, value in own.items() if name not in varied)
