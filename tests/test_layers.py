@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "system": set(),
     "checkpoint": set(),
     "engines": set(),
-    "demo": {"checkpoint", "stages"},
+    "demo": set(),
     "lora": {"checkpoint"},
     "stages": {"checkpoint"},
     "export": {"stages"},

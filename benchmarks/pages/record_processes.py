@@ -1,7 +1,8 @@
 """Records how equal programs differ: the demo model in many fresh processes, in turn with diffusers.
 
-`python -m lcm_compile.benchmarks.pages.record_processes --out tests/benchmarks/processes.json`. The test beside
-that file, test_gate_power.py, draws A/A and slowed comparisons from it.
+`python -m lcm_compile.benchmarks.pages.record_processes --out tests/benchmarks/processes.json`
+
+test_gate_power.py, beside that file, draws A/A and slowed comparisons from it.
 """
 
 from __future__ import annotations
