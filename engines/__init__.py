@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import Precision
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, GpuTarget
 
@@ -50,7 +51,7 @@ class Backend(Protocol):
     GRAPH_FORMAT: str
     PACKAGES: tuple[str, ...]
 
-    def cannot_build(self, target: GpuTarget, precision: str) -> str | None: ...
+    def cannot_build(self, target: GpuTarget, precision: Precision) -> str | None: ...
     def cannot_run(self, target: GpuTarget) -> str | None: ...
     def cannot_load(self, built_with: str, options: Mapping[str, Any]) -> str | None: ...
     def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
@@ -65,7 +66,7 @@ def find_backend(name: str) -> Backend:
 
 
 def choose_backend(
-    target: GpuTarget, precision: str, graph_format: str | None = None
+    target: GpuTarget, precision: Precision, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The first backend, in the table's order, that can build for the target here; why those before can't.
 
@@ -84,7 +85,9 @@ def choose_backend(
     )
 
 
-def cannot_build_from(name: str, target: GpuTarget, precision: str, graph_format: str | None) -> str | None:
+def cannot_build_from(
+    name: str, target: GpuTarget, precision: Precision, graph_format: str | None
+) -> str | None:
     """Why a backend can't build for the target here, or not from graphs of that format if one is given."""
     backend = find_backend(name)
     reason = backend.cannot_build(target, precision)

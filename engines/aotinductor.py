@@ -23,7 +23,7 @@ from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
-from lcm_compile.precisions import float_type, is_quantized
+from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import instruction_set
 from lcm_compile.targets import GpuTarget
 
@@ -33,9 +33,9 @@ PACKAGES = ("torch",)
 SETTINGS = {"aot_inductor.precompile_headers": False}
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    if is_quantized(precision):
-        return f"it compiles no 8-bit products; it computes in {float_type(precision)}"
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    if precision.is_quantized:
+        return f"it compiles no 8-bit products; it computes in {precision.floats}"
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It compiles only on the GPU that will run the engine"
     if not target.computes(precision):

@@ -17,7 +17,7 @@ from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
-from lcm_compile.precisions import float_type, product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import threads
 from lcm_compile.targets import GpuTarget
 
@@ -41,12 +41,12 @@ HEAVY = {"Attention", "Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "
 NO_FP8 = "it multiplies in no fp8; in int8 and fp16 it does"
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    if product_type(precision) == "fp8":
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    if precision.product == "fp8":
         return NO_FP8
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It optimises a graph only on the GPU that will run it"
-    if target.is_cpu and float_type(precision) == "bf16":
+    if target.is_cpu and precision.floats == "bf16":
         return "its CPU provider has no bf16 kernels; use fp32, or --backend torchscript"
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"

@@ -14,7 +14,7 @@ from lcm_compile.engines.gpu import cannot_run_on_gpu
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
-from lcm_compile.precisions import float_type, is_quantized, product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -24,8 +24,8 @@ LIBRARIES = (*shared.CUDA_LIBRARIES, "libnvinfer.so.10", "libnvonnxparser.so.10"
 INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    if product_type(precision) == "fp8":
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    if precision.product == "fp8":
         return shared.NO_FP8
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It builds only on the GPU that will run the engine"
@@ -75,9 +75,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
         "trt_ep_context_embed_mode": "1",
         "trt_ep_context_file_path": str(path),
         # TensorRT 10 takes the graph's types as hints: what is less than fp32 must be allowed as well.
-        "trt_fp16_enable": str(int(float_type(graph.precision) == "fp16")),
-        "trt_bf16_enable": str(int(float_type(graph.precision) == "bf16")),
-        "trt_int8_enable": str(int(is_quantized(graph.precision))),
+        "trt_fp16_enable": str(int(graph.precision.floats == "fp16")),
+        "trt_bf16_enable": str(int(graph.precision.floats == "bf16")),
+        "trt_int8_enable": str(int(graph.precision.is_quantized)),
     }
     preload()
     shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])

@@ -18,7 +18,7 @@ import numpy as np
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
-from lcm_compile.precisions import float_type
+from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import instruction_set, threads
 from lcm_compile.targets import GpuTarget
 
@@ -38,7 +38,7 @@ LARGE = 1 << 26
 LABEL = ["lcm_compile", "precision"]
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     return cannot_run(target) or cannot_compute(precision)
 
 
@@ -50,13 +50,13 @@ def cannot_run(target: GpuTarget) -> str | None:
     return None
 
 
-def cannot_compute(precision: str) -> str | None:
+def cannot_compute(precision: Precision) -> str | None:
     """Why this processor can't compute in a precision, or None."""
-    for part in precision.split("+"):
-        needs = NEEDS.get(part, ())
+    for name in precision.types:
+        needs = NEEDS.get(name, ())
         if needs and not set(needs) & set(instruction_set()):
             return (
-                f"this processor has neither {' nor '.join(needs)}, which it computes {part} with; use fp32"
+                f"this processor has neither {' nor '.join(needs)}, which it computes {name} with; use fp32"
             )
     return None
 
@@ -75,7 +75,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     path = folder / f"{graph.contract.name}.xml"
     try:
         model = ov.Core().read_model(graph.path)
-        model.set_rt_info(graph.precision, LABEL)
+        model.set_rt_info(graph.precision.value, LABEL)
         kept = [plain_reshape(node) for node in list(fp32_from_the_start(model))]
         ov.save_model(model, path, compress_to_fp16=False)
         keep_fp32(path, {node.get_friendly_name() for node in kept})
@@ -169,17 +169,17 @@ class OpenVinoRunner(Runner):
             model = core.read_model(path)
             check_contract(path, "inputs", model.inputs, contract.inputs)
             check_contract(path, "outputs", model.outputs, contract.outputs)
-            precision = model.get_rt_info(LABEL).value
+            precision = Precision(model.get_rt_info(LABEL).value)
             if reason := cannot_compute(precision):
                 raise BackendError(f"{path} computes in {precision}: {reason}", REBUILD)
             settings = {
-                "INFERENCE_PRECISION_HINT": HINTS[float_type(precision)],
+                "INFERENCE_PRECISION_HINT": HINTS[precision.floats],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": threads(),
                 **shared_work(core, path),
             }
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, ValueError) as error:
             version = ov.get_version()
             raise BackendError(
                 f"OpenVINO {version} can't open {path}: {first_reason(error)}", REBUILD

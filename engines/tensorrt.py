@@ -22,6 +22,7 @@ from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, ti
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import Precision
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import GpuTarget
 
@@ -36,7 +37,7 @@ OPTIMIZATION_LEVEL = 3
 ALIGNMENT = 256  # of every address that an engine is given: IExecutionContext::setTensorAddress
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     reason = cannot_run(target)

@@ -15,6 +15,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.engines.tensorrt_caches import KernelCache, kernels_path
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
+from lcm_compile.precisions import Precision
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -23,7 +24,7 @@ INSTALL = "pip install 'lcm-compile[rtx]'"
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     if target.is_cpu:
         return "builds for NVIDIA GPUs only"
     if target.compute_capability not in CAPABILITIES:

@@ -11,15 +11,15 @@ from typing import Any
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
-from lcm_compile.precisions import is_quantized
+from lcm_compile.precisions import Precision
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torchscript"
 PACKAGES = ("torch",)
 
 
-def cannot_build(target: GpuTarget, precision: str) -> str | None:
-    return cannot_run(target) or ("it has no 8-bit products" if is_quantized(precision) else None)
+def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    return cannot_run(target) or ("it has no 8-bit products" if precision.is_quantized else None)
 
 
 def cannot_run(target: GpuTarget) -> str | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_compile.graphs import ExportedGraph
+from lcm_compile.precisions import Precision
 
 if TYPE_CHECKING:
     from lcm_compile.stages.stage import Stage
@@ -18,7 +19,7 @@ EXPORTERS = {
 }
 
 
-def export_stage(stage: Stage, graph_format: str, precision: str, folder: Path) -> ExportedGraph:
+def export_stage(stage: Stage, graph_format: str, precision: Precision, folder: Path) -> ExportedGraph:
     """Writes `folder/<stage>.<suffix>`. ValueError for a format that has no exporter."""
     if graph_format == "onnx":
         from lcm_compile.export.onnx_graph import onnx_from_stage

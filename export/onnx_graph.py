@@ -15,6 +15,7 @@ import lcm_compile.stages.quantize  # noqa: F401 - its operators
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.graphs import ExportedGraph
+from lcm_compile.precisions import Precision
 from lcm_compile.stages.stage import Stage
 
 # Opset 23 has Attention and GroupNormalization as single nodes: half the graph of opset 20, and what
@@ -39,7 +40,7 @@ QUANTIZING: dict[Any, Any] = {
 }
 
 
-def onnx_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
+def onnx_from_stage(stage: Stage, precision: Precision, folder: Path) -> ExportedGraph:
     """`folder/<stage>.onnx`, with inputs and outputs named as in the contract and static shapes."""
     model = onnx_model(stage)
     path = folder / f"{stage.name}.onnx"

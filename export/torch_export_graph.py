@@ -9,10 +9,11 @@ import torch
 
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.graphs import ExportedGraph
+from lcm_compile.precisions import Precision
 from lcm_compile.stages.stage import Stage
 
 
-def torch_export_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
+def torch_export_from_stage(stage: Stage, precision: Precision, folder: Path) -> ExportedGraph:
     """`folder/<stage>.pt2`: opens with plain `torch.export.load`, arguments in the contract's order.
 
     The program is of the device that the stage is on, a CPU; a builder for another one moves it.

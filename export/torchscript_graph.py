@@ -11,13 +11,14 @@ import torch
 
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.graphs import ExportedGraph
+from lcm_compile.precisions import Precision
 from lcm_compile.stages.stage import Stage
 
 # More than the code and constants of any traced stage, beside its weights.
 CODE_SIZE = 16 << 20
 
 
-def torchscript_from_stage(stage: Stage, precision: str, folder: Path) -> ExportedGraph:
+def torchscript_from_stage(stage: Stage, precision: Precision, folder: Path) -> ExportedGraph:
     """`folder/<stage>.pt`: loads with plain `torch.jit.load`, arguments in the contract's order."""
     size = sum(p.numel() * p.element_size() for p in stage.module.parameters())
     # torch.jit.save ends the whole process when the disk is full, so the room is asked for before.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from lcm_compile.precisions import Precision
+
 # The one stage of a bundle that draws a whole picture in one call, and the rewrites that it needs.
 DRAW = "draw"
 
@@ -33,7 +35,7 @@ class ExportedGraph:
     """A stage as a file that a backend builds from; weights over 2 GB lie beside it."""
 
     path: Path
-    precision: str
+    precision: Precision
     contract: StageContract
 
     @property

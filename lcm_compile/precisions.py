@@ -1,42 +1,53 @@
-"""What stages compute in: fp32, fp16, bf16, and 8-bit products beside one of them."""
+"""What stages compute in: fp32, fp16 or bf16, or 8-bit products with one of them for everything else."""
 
 from __future__ import annotations
 
-# Of 8 bits. In these are products of the step alone; all else is in the best that a target has.
+from enum import StrEnum
+
+# The 8-bit types. Only products of the step are computed in them.
 EIGHT_BITS = ("int8", "fp8")
+# What `--precision` takes besides "auto". An 8-bit type alone leaves its floats to the target.
+ASKED_PRECISIONS = ("fp32", "fp16", "bf16", *EIGHT_BITS, "fp8+bf16")
 
 
-# What can be asked for.
-PRECISIONS = ("fp32", "fp16", "bf16", *EIGHT_BITS, "fp8+bf16")
+class Precision(StrEnum):
+    """The types that a stage computes in. "int8+bf16" has its products in int8, and all else in bf16."""
 
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8_FP32 = "int8+fp32"
+    INT8_FP16 = "int8+fp16"
+    INT8_BF16 = "int8+bf16"
+    FP8_FP16 = "fp8+fp16"
+    FP8_BF16 = "fp8+bf16"
 
-# What a stage computes in: "int8+fp16" has its products in int8, and the rest in fp16.
-STAGE_PRECISIONS = (
-    "fp32",
-    "fp16",
-    "bf16",
-    "int8+fp32",
-    "int8+fp16",
-    "int8+bf16",
-    "fp8+fp16",
-    "fp8+bf16",
-)
+    @classmethod
+    def of(cls, asked: str, floats: str) -> Precision:
+        """The precision that `--precision` asks for; an 8-bit type alone computes the rest in `floats`."""
+        return cls(f"{asked}+{floats}" if asked in EIGHT_BITS else asked)
 
+    @property
+    def product(self) -> str:
+        """The type that weights are stored and multiplied in."""
+        return self.value.partition("+")[0]
 
-def is_quantized(precision: str) -> bool:
-    return product_type(precision) in EIGHT_BITS
+    @property
+    def floats(self) -> str:
+        """The type of everything that is not an 8-bit product."""
+        return self.value.rpartition("+")[2]
 
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Every type that a device must compute in."""
+        return tuple(self.value.split("+"))
 
-def with_floats(precision: str, floats: str) -> str:
-    """An 8-bit precision with what it is beside, unless that was told: fp8 → fp8+fp16; others stay."""
-    return f"{precision}+{floats}" if precision in EIGHT_BITS else precision
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its products are in 8 bits."""
+        return self.product in EIGHT_BITS
 
-
-def product_type(precision: str) -> str:
-    """What a stage's weights are kept and multiplied in: int8+bf16 → int8."""
-    return precision.partition("+")[0]
-
-
-def float_type(precision: str) -> str:
-    """What a stage computes in where it is not in 8 bits: int8+bf16 → bf16."""
-    return precision.rpartition("+")[2]
+    @property
+    def without_eight_bits(self) -> Precision:
+        """The precision of the stages beside a quantized step."""
+        return Precision(self.floats)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.precisions import PRECISIONS
+from lcm_compile.precisions import ASKED_PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # How graphs are shaped for LCM, exact to rounding. Each can be left out.
@@ -167,8 +167,8 @@ class BuildSpec:
             raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
         if self.weights and self.config:
             raise UsageError("--weights and --config exclude each other", "drop one of the two")
-        if self.precision != "auto" and self.precision not in PRECISIONS:
-            raise unknown_name("precision", self.precision, ("auto", *PRECISIONS))
+        if self.precision != "auto" and self.precision not in ASKED_PRECISIONS:
+            raise unknown_name("precision", self.precision, ("auto", *ASKED_PRECISIONS))
         self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded; 8 stands for a side that is not given.
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lcm_compile.errors import unknown_name
+from lcm_compile.precisions import Precision
 
 GIB = 1024**3
 
@@ -24,9 +25,13 @@ class GpuTarget:
     def is_cpu(self) -> bool:
         return self.compute_capability is None
 
-    def computes(self, precision: str) -> bool:
-        """Whether it has all of a precision such as int8+fp16."""
-        return set(precision.split("+")) <= set(self.precisions)
+    def lacks(self, precision: Precision) -> list[str]:
+        """The types of a precision that the device does not compute in."""
+        return [name for name in precision.types if name not in self.precisions]
+
+    def computes(self, precision: Precision) -> bool:
+        """Whether the device computes in all types of a precision."""
+        return not self.lacks(precision)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -22,7 +22,7 @@ from lcm_compile.benchmarks.gpu.items import Found, Missing, Note, report_path
 from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.engines import BACKENDS, find_backend, find_target_here
 from lcm_compile.engines.gpu import gpu_here, why_no_gpu
-from lcm_compile.precisions import with_floats
+from lcm_compile.precisions import Precision
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.processor import read_processor
 from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
@@ -144,8 +144,8 @@ class Engines:
 def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     from lcm_compile.builder.plan import default_precision
 
-    precision = with_floats(engines.precision or default_precision(TARGETS[target]), "fp16")
-    if lacking := [part for part in precision.split("+") if part not in TARGETS[target].precisions]:
+    precision = Precision.of(engines.precision or default_precision(TARGETS[target]), "fp16")
+    if lacking := TARGETS[target].lacks(precision):
         raise Missing(f"{TARGETS[target].description} does not compute in {' and '.join(lacking)}")
     if reason := find_backend(engines.backend).cannot_build(TARGETS[target], precision):
         raise Missing(reason)

@@ -14,7 +14,7 @@ from statistics import median
 
 from lcm_compile.benchmarks.measure import timing
 from lcm_compile.benchmarks.measure.environment import PeakGpuMemory, environment_of
-from lcm_compile.benchmarks.measure.peaks import BYTES, Peak, higher, peaks_of, unpublished
+from lcm_compile.benchmarks.measure.peaks import PRODUCT_BYTES, Peak, higher, peaks_of, unpublished
 from lcm_compile.benchmarks.measure.pictures import REFERENCE, other_batches, parities, recorded_parities
 from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Rival
 from lcm_compile.benchmarks.measure.rivals import (
@@ -35,7 +35,7 @@ from lcm_compile.errors import LcmCompileError
 from lcm_compile.graphs import DRAW
 from lcm_compile.output.reports import told_loss
 from lcm_compile.pipeline.cuda_graphs import USED
-from lcm_compile.precisions import float_type, product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import picture_floor
 from lcm_compile.system.processor import physical_cores
 
@@ -77,7 +77,7 @@ class Contest:
         return self.bundle.manifest.pipeline.sample_prompt
 
     @property
-    def precisions(self) -> dict[str, str]:
+    def precisions(self) -> dict[str, Precision]:
         return {stage.contract.name: stage.precision for stage in self.bundle.manifest.stages}
 
 
@@ -128,7 +128,7 @@ def contest(
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}
     work, notes = counted(bundle)
-    precision = float_type(manifest.stages[0].precision)  # in all stages the same
+    precision = manifest.stages[0].precision.floats  # in all stages the same
     setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
     # A tiny autoencoder is our user's choice for speed: held to the base's own, it shows what that brings.
     spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
@@ -151,7 +151,7 @@ def measure(
     return measured
 
 
-def cases_of(rivals: Contest, measured: Measured, peaks: Mapping[str, Peak]) -> tuple[Case, ...]:
+def cases_of(rivals: Contest, measured: Measured, peaks: Mapping[Precision, Peak]) -> tuple[Case, ...]:
     """The picture, each stage, and cold starts."""
     stages = [
         stage_case(
@@ -279,7 +279,7 @@ def stage_case(
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
-        weight_bytes=None if work is None else passes * work.weights * BYTES[product_type(stage.precision)],
+        weight_bytes=None if work is None else passes * work.weights * PRODUCT_BYTES[stage.precision.product],
         limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
     )
 
@@ -305,7 +305,9 @@ def engine_bytes(bundle: EngineBundle, stage: StageFile) -> int:
     return sum((bundle.folder / name).stat().st_size for name in files)
 
 
-def warnings(cases: Sequence[Case], precisions: Mapping[str, str], lossy: Mapping[str, str]) -> list[str]:
+def warnings(
+    cases: Sequence[Case], precisions: Mapping[str, Precision], lossy: Mapping[str, str]
+) -> list[str]:
     """What a reader of the figures must know."""
     picture, told = cases[0], told_loss(lossy)
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}

@@ -13,6 +13,7 @@ from typing import Self
 from lcm_compile.benchmarks.measure.peaks import Peak
 from lcm_compile.benchmarks.measure.report import Environment
 from lcm_compile.engines.gpu import DRIVER
+from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import read_processor
 from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import GpuTarget
@@ -20,7 +21,7 @@ from lcm_compile.targets import GpuTarget
 LOOK = 0.05  # seconds between two looks at the GPU's memory
 
 
-def environment_of(target: GpuTarget, threads: int, peaks: Mapping[str, Peak]) -> Environment:
+def environment_of(target: GpuTarget, threads: int, peaks: Mapping[Precision, Peak]) -> Environment:
     """Of this machine as it is now."""
     return Environment(
         device=processor() if target.is_cpu else gpu_name(),

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lcm_compile.benchmarks.measure.work import Work
-from lcm_compile.precisions import float_type, product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.targets import GpuTarget
 
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
+PRODUCT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 SIDES = (1024, 2048)  # of the matrices; many cores want larger ones, a busy machine shorter tries
 COPIED = 256 << 20  # bytes, more than any cache holds
 MEASURED_FOR = 0.5  # seconds, of each
@@ -25,9 +25,9 @@ class Peak:
     flops: float
     bandwidth: float
 
-    def limit_ms(self, work: Work, precision: str) -> float:
+    def limit_ms(self, work: Work, precision: Precision) -> float:
         """The least that one pass can take: all products at the peak, or all weights read once."""
-        read = work.weights * BYTES[product_type(precision)] / self.bandwidth
+        read = work.weights * PRODUCT_BYTES[precision.product] / self.bandwidth
         return 1000 * max(work.flop / self.flops, read)
 
 
@@ -45,8 +45,8 @@ class Published:
     fp32: float
     gigabytes: float
 
-    def tflops(self, precision: str) -> float | None:
-        product = product_type(precision)
+    def tflops(self, precision: Precision) -> float | None:
+        product = precision.product
         return self.half if product in ("fp16", "bf16") else getattr(self, product)
 
 
@@ -83,7 +83,7 @@ GPUS = {
 }
 
 
-def peak_of(target: GpuTarget, precision: str, threads: int) -> Peak | None:
+def peak_of(target: GpuTarget, precision: Precision, threads: int) -> Peak | None:
     """None where it is not known."""
     if target.is_cpu:
         # In a process of its own, which gives its threads and its memory back.
@@ -95,13 +95,15 @@ def peak_of(target: GpuTarget, precision: str, threads: int) -> Peak | None:
     return Peak(tflops * 1e12, published.gigabytes * 1e9)
 
 
-def peaks_of(target: GpuTarget, precisions: Iterable[str], threads: int) -> dict[str, Peak]:
+def peaks_of(target: GpuTarget, precisions: Iterable[Precision], threads: int) -> dict[Precision, Peak]:
     """By precision, those that are known."""
     found = {precision: peak_of(target, precision, threads) for precision in sorted(set(precisions))}
     return {precision: peak for precision, peak in found.items() if peak is not None}
 
 
-def unpublished(target: GpuTarget, precisions: Iterable[str], peaks: Mapping[str, Peak]) -> list[str]:
+def unpublished(
+    target: GpuTarget, precisions: Iterable[Precision], peaks: Mapping[Precision, Peak]
+) -> list[str]:
     """A note for each precision whose peak is not known."""
     return [
         f"no figure is published of what {target.description} does in {precision}: no share of it is told"
@@ -109,7 +111,7 @@ def unpublished(target: GpuTarget, precisions: Iterable[str], peaks: Mapping[str
     ]
 
 
-def higher(one: Mapping[str, Peak], other: Mapping[str, Peak]) -> dict[str, Peak]:
+def higher(one: Mapping[Precision, Peak], other: Mapping[Precision, Peak]) -> dict[Precision, Peak]:
     """The better of two measurements."""
     return {
         name: Peak(max(a.flops, other[name].flops), max(a.bandwidth, other[name].bandwidth))
@@ -117,18 +119,18 @@ def higher(one: Mapping[str, Peak], other: Mapping[str, Peak]) -> dict[str, Peak
     }
 
 
-def measure(precision: str, threads: int) -> tuple[float, float]:
+def measure(precision: Precision, threads: int) -> tuple[float, float]:
     """FLOP and bytes a second of torch's matrix product and copy: the best of many."""
     import torch
 
     torch.set_num_threads(threads)
     # Processors compute fp16 in fp32.
-    dtype = torch.bfloat16 if float_type(precision) == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision.floats == "bf16" else torch.float32
     source = torch.zeros(COPIED // 4)
     copy = torch.empty_like(source)
     with torch.inference_mode():
         products = [product(torch.randn(side, side).to(dtype), torch.mm) for side in SIDES]
-        if product_type(precision) == "int8":
+        if precision.product == "int8":
             whole = [torch.randint(-128, 128, (side, side), dtype=torch.int8) for side in SIDES]
             products += [product(matrix, torch._int_mm) for matrix in whole]
         return max(products), 2 * COPIED / best(lambda: copy.copy_(source))

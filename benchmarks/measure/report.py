@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError
+from lcm_compile.precisions import Precision
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.system.dataclass_json import from_json, json_text
 from lcm_compile.system.files import write_atomically
@@ -89,7 +90,7 @@ class Benchmark:
     runs: int
     seconds: float
     backend: str = ""
-    precisions: Mapping[str, str] = field(default_factory=dict)
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
     shape: Shape | None = None
     bundle: str = ""  # its digest
 

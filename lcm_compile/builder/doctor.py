@@ -14,6 +14,7 @@ from lcm_compile.engines import BACKENDS, Backend, find_backend
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.system.versions import installed_version
@@ -42,7 +43,7 @@ def examine(report: Report = silent) -> list[Diagnosis]:
     """What every backend does here; `report` is told of them being timed."""
     found = [examine_backend(name) for name in BACKENDS]
     timed = [d.backend for d in found if "cpu" in d.builds_for and d.backend not in SLOW_TO_BUILD]
-    milliseconds = time_on_cpu(timed, "fp32", report)
+    milliseconds = time_on_cpu(timed, Precision.FP32, report)
     return [replace(d, milliseconds=milliseconds.get(d.backend)) for d in found]
 
 
@@ -54,7 +55,7 @@ def examine_backend(name: str) -> Diagnosis:
     reasons: list[str] = []
     runs = False
     for target in {t.compute_capability: t for t in reversed(TARGETS.values())}.values():
-        precision = "fp32" if target.is_cpu else "fp16"
+        precision = Precision.FP32 if target.is_cpu else Precision.FP16
         reason = backend.cannot_build(target, precision)
         if reason is None:
             try:
@@ -81,7 +82,7 @@ def most_telling(reasons: list[str], runs: bool) -> str:
     return max(reasons, key=reasons.count)
 
 
-def try_backend(backend: Backend, target: GpuTarget, precision: str) -> float | None:
+def try_backend(backend: Backend, target: GpuTarget, precision: Precision) -> float | None:
     """Signal-to-noise of a small network's engine in dB, or None where its engines can't run here."""
     import torch
 
@@ -109,7 +110,7 @@ def try_backend(backend: Backend, target: GpuTarget, precision: str) -> float | 
         graphs, engines = Path(folder) / "graphs", Path(folder) / "engines"
         graphs.mkdir()
         engines.mkdir()
-        stage = Stage(contract, to_precision(module, precision))
+        stage = Stage(contract, to_precision(module, precision.floats))
         graph = export_stage(stage, backend.GRAPH_FORMAT, precision, graphs)
         path = backend.build(graph, target, engines)
         if backend.cannot_run(target):

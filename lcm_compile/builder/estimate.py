@@ -12,12 +12,11 @@ from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.bundles.export_manifest import read_export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.single_file import read_header
-from lcm_compile.precisions import product_type
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import PARTS
 
 # Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
+STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
 # The half of a VAE that draws: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
 # Measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md): libraries and what
@@ -60,7 +59,7 @@ def estimate(export: ExportPlan) -> Estimate:
     weights["vae"] = int(weights["vae"] * DECODER)
     engines = int(
         sum(
-            BYTES[product_type(export.precisions[PARTS[part][0][-1]])] * count
+            STORED_BYTES[export.precisions[PARTS[part][0][-1]].product] * count
             for part, count in weights.items()
         )
     )
@@ -102,7 +101,7 @@ def estimate_from(graphs: Path, plan: Plan) -> Estimate:
     for stage in export.stages:
         graph = export.graph(graphs, stage)
         sizes.append(sum(path.stat().st_size for path in (graph.path, graph.weights) if path.is_file()))
-        weights[stage.contract.name] = sizes[-1] / BYTES[product_type(stage.precision)]
+        weights[stage.contract.name] = sizes[-1] / STORED_BYTES[stage.precision.product]
     largest = max(weights.values()) if export.is_large else sum(weights.values())
     compiling = COMPILING * len(weights) if export.graph_format == "torch_export" else 0
     taken = FINISHING + compiling + BUILDING * sum(weights.values()) / 1e6

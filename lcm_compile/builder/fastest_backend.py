@@ -23,7 +23,7 @@ import numpy as np
 from lcm_compile.engines import BACKENDS, cannot_build_from, choose_backend, find_backend
 from lcm_compile.engines.runner import Runner
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
-from lcm_compile.precisions import float_type, is_quantized
+from lcm_compile.precisions import Precision
 from lcm_compile.system.cache import home
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.files import write_atomically
@@ -48,7 +48,7 @@ CHANNELS, HEADS, SIDE = 320, 8, 32
 
 
 def choose_on_cpu(
-    precision: str, report: Report = silent, graph_format: str | None = None
+    precision: Precision, report: Report = silent, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The fastest backend for this CPU, and why not the others; BackendError where none can build.
 
@@ -74,7 +74,7 @@ def choose_on_cpu(
     return chosen, tuple(f"{name}: {why}" for name, why in against.items() if why and name != chosen)
 
 
-def time_on_cpu(names: list[str], precision: str, report: Report = silent) -> Mapping[str, float]:
+def time_on_cpu(names: list[str], precision: Precision, report: Report = silent) -> Mapping[str, float]:
     """Milliseconds that each backend's engine of the small network takes here, remembered or measured.
 
     One process keeps to what it took first, whatever becomes of the file: a build is planned twice.
@@ -96,13 +96,13 @@ def time_on_cpu(names: list[str], precision: str, report: Report = silent) -> Ma
     return known[key]
 
 
-def circumstances(names: list[str], precision: str) -> str:
+def circumstances(names: list[str], precision: Precision) -> str:
     """What the figures depend on."""
     versions = [installed_version(find_backend(name).PACKAGES) for name in names]
     return json.dumps([precision, model_name(), instruction_set(), dict(zip(names, versions, strict=True))])
 
 
-def measure(names: list[str], precision: str) -> dict[str, float]:
+def measure(names: list[str], precision: Precision) -> dict[str, float]:
     """The least milliseconds of each backend, in turns: what else the machine does only adds to them.
 
     In every turn the second call counts: the threads of the backend before may still wait for more work. One
@@ -125,7 +125,7 @@ def measure(names: list[str], precision: str) -> dict[str, float]:
     return {name: 1000 * seconds for name, seconds in least.items()}
 
 
-def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tuple[str, Runner]]:
+def small_engines(names: list[str], precision: Precision, folder: Path) -> Iterator[tuple[str, Runner]]:
     """The small network's engine of each backend, made in `folder`. BackendError where one can't."""
     import torch
 
@@ -138,10 +138,10 @@ def small_engines(names: list[str], precision: str, folder: Path) -> Iterator[tu
     contract = StageContract("small", (array,), (replace(array, name="y"),))
     network = small_network()
     layers = {}
-    if is_quantized(precision):
+    if precision.is_quantized:
         scales = choose_scales(network, precision, *[lambda: network(torch.randn(array.shape))] * 2)
         layers = take_out(network, scales, precision)
-    to_precision(network, float_type(precision))
+    to_precision(network, precision.floats)
     put_in(network, layers)
     stage = Stage(contract, network)
     graphs: dict[str, ExportedGraph] = {}

@@ -26,7 +26,7 @@ from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import STAGES
 from lcm_compile.lora.find import PlannedLora, find_loras
 from lcm_compile.pipeline.request import Request
-from lcm_compile.precisions import EIGHT_BITS, float_type, is_quantized, product_type, with_floats
+from lcm_compile.precisions import EIGHT_BITS, Precision
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.stopwatch import Report, silent
@@ -47,7 +47,7 @@ class ExportPlan:
     checkpoint: Checkpoint
     loras: tuple[PlannedLora, ...]
     shape: Shape
-    precisions: Mapping[str, str]
+    precisions: Mapping[str, Precision]
     graph_format: str
     checked: str
     key: Mapping[str, str]
@@ -61,14 +61,14 @@ class ExportPlan:
     @property
     def lossy(self) -> dict[str, str]:
         """The stages that draw with loss by the user's choice, each with why."""
-        product = product_type(self.precisions["step"])
+        product = self.precisions["step"].product
         eight_bits = {"step": f"it multiplies in 8 bits, {product}"} if product in EIGHT_BITS else {}
         return {**self.checkpoint.lossy, **eight_bits}
 
     @property
     def calibration(self) -> tuple[Request, ...]:
         """The pictures whose activations scale an 8-bit step; the proof's is none of them."""
-        if not is_quantized(self.precisions["step"]):
+        if not self.precisions["step"].is_quantized:
             return ()
         family = self.checkpoint.family
         prompts = family.calibration_prompts if family else CALIBRATION_PROMPTS
@@ -171,7 +171,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, rep
         export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
         return finish_plan(spec, export, export.key, checkpoint.name, target, chosen, out, force)
 
-    half = float_type(precision) == "fp16"
+    half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
     if spec.vae or not half or not overflows(checkpoint):
         return settle(checkpoint)
@@ -185,11 +185,10 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     """Settles an export, whatever target its graphs are for; errors as make_plan's."""
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
-    asked = spec.precision if spec.precision != "auto" else "fp16"
-    if is_quantized(asked) and graph_format != "onnx":
+    precision = Precision.of(spec.precision if spec.precision != "auto" else "fp16", "fp16")
+    if precision.is_quantized and graph_format != "onnx":
         raise UsageError(f"there are no 8-bit graphs in the {graph_format} format", "--format onnx")
-    precision = with_floats(asked, "fp16")
-    half = float_type(precision) == "fp16"
+    half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
     if half and not spec.vae and overflows(checkpoint):
         checkpoint = with_safe_vae(checkpoint)
@@ -197,14 +196,14 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
 
 
 def plan_export(
-    spec: BuildSpec, checkpoint: Checkpoint, precision: str, graph_format: str, engine_runs: bool
+    spec: BuildSpec, checkpoint: Checkpoint, precision: Precision, graph_format: str, engine_runs: bool
 ) -> ExportPlan:
     """How the graphs of a spec are made; UsageError, CheckpointError, LoraError."""
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
     stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
-    precisions = {name: precision if name == "step" else float_type(precision) for name in stages}
+    precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
     key = export_key(checkpoint, loras, shape, spec.rewrites, precisions, graph_format, digests)
@@ -215,13 +214,13 @@ def plan_export(
     return ExportPlan(spec, checkpoint, loras, shape, precisions, graph_format, checked, key)
 
 
-def checked_graph(graph_format: str, precision: str) -> str:
+def checked_graph(graph_format: str, precision: Precision) -> str:
     """What stands for an engine that does not run here: its graph, on ONNX Runtime's CPU provider.
 
     That provider has no bf16: there the torch module that was exported stands for it. It rounds to fp8, which
     no CPU multiplies in.
     """
-    able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], float_type(precision)) is None
+    able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], precision.without_eight_bits) is None
     return GRAPH if able and graph_format == "onnx" else MODULE
 
 
@@ -249,26 +248,26 @@ def default_precision(target: GpuTarget) -> str:
 
 def settle_precision(
     spec: BuildSpec, target: GpuTarget, report: Report
-) -> tuple[str, tuple[str, tuple[str, ...]]]:
+) -> tuple[Precision, tuple[str, tuple[str, ...]]]:
     """The step's precision, and the backend for it.
 
     What of an 8-bit step is not in 8 bits is fp16 on a GPU; on a CPU bf16 if that can be built, else fp32.
     """
-    precision = spec.precision if spec.precision != "auto" else default_precision(target)
-    if precision == "int8" and target.is_cpu:
+    asked = spec.precision if spec.precision != "auto" else default_precision(target)
+    if asked == "int8" and target.is_cpu:
         with contextlib.suppress(BackendError):
-            return "int8+bf16", settle_backend(spec, target, "int8+bf16", report)
-    precision = with_floats(precision, "fp32" if target.is_cpu else "fp16")
+            return Precision.INT8_BF16, settle_backend(spec, target, Precision.INT8_BF16, report)
+    precision = Precision.of(asked, "fp32" if target.is_cpu else "fp16")
     return precision, settle_backend(spec, target, precision, report)
 
 
 def settle_backend(
-    spec: BuildSpec, target: GpuTarget, precision: str, report: Report, graph_format: str | None = None
+    spec: BuildSpec, target: GpuTarget, precision: Precision, report: Report, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
     """The backend asked for, or the first that can build (on a CPU the fastest), from such graphs if their
     format is given.
     """
-    if lacking := [part for part in precision.split("+") if part not in target.precisions]:
+    if lacking := target.lacks(precision):
         raise BackendError(
             f"{target.description} does not compute in {' and '.join(lacking)}; "
             f"it computes in {', '.join(target.precisions)}",

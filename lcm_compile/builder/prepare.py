@@ -16,7 +16,6 @@ from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import read_lora
-from lcm_compile.precisions import float_type, is_quantized
 from lcm_compile.proof import parity, recording
 from lcm_compile.proof.recording import Call, Trace
 from lcm_compile.spec import LoraProvenance
@@ -193,16 +192,16 @@ def cast_stages(
             parity.require_picture(trace)
 
         precision = plan.precisions[name]
-        floats = float_type(precision)
+        floats = precision.floats
         kept = layers_over(stage.module, peaks) if floats == "fp16" else set()
         quantized = {}
         if name in CONDITIONS:
             for request, seen in zip(plan.calibration, calibration, strict=True):
                 seen[name] = recording.relay(runner, contracts, settings, folder, seen, request=request)
-        if is_quantized(precision):
+        if precision.is_quantized:
             scales = calibrate(plan, runner, contracts, settings, folder, calibration)
         runner.close()
-        if is_quantized(precision):
+        if precision.is_quantized:
             quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, precision)
         to_precision(stage.module, floats, kept)
         put_in(stage.module, quantized)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lcm_compile.bundles.manifest import Manifest, StageFile
 from lcm_compile.errors import BundleError
 from lcm_compile.graphs import ExportedGraph
-from lcm_compile.precisions import is_quantized
+from lcm_compile.precisions import Precision
 
 EXPORT = "export.json"
 
@@ -27,9 +27,9 @@ class ExportManifest(Manifest):
     is_large: bool
 
     @property
-    def precision(self) -> str:
-        """That of the stage which asks the most of a target."""
-        return max((stage.precision for stage in self.stages), key=is_quantized)
+    def precision(self) -> Precision:
+        """The precision of the stage that asks the most of a target."""
+        return max((stage.precision for stage in self.stages), key=lambda precision: precision.is_quantized)
 
     def graph(self, folder: Path, stage: StageFile) -> ExportedGraph:
         return ExportedGraph(folder / stage.file, stage.precision, stage.contract)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 from lcm_compile.engines import BACKENDS
 from lcm_compile.errors import REBUILD, BundleError, UsageError
 from lcm_compile.graphs import StageContract
-from lcm_compile.precisions import STAGE_PRECISIONS
+from lcm_compile.precisions import Precision
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.system.cache import Digests
@@ -34,14 +34,10 @@ class StageFile:
 
     contract: StageContract
     file: str
-    precision: str
+    precision: Precision
     fp32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
     quantized_layers: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.precision not in STAGE_PRECISIONS:
-            raise ValueError(f"{self.contract.name} has precision {self.precision!r}, not {STAGE_PRECISIONS}")
 
 
 @dataclass(frozen=True)

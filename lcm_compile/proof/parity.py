@@ -8,8 +8,7 @@ the worst output of the worst call. The whole picture, of 8 bits, is compared as
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import ParityError
 from lcm_compile.graphs import DRAW, StageContract
 from lcm_compile.pipeline.pipeline import eight_bits
-from lcm_compile.precisions import product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.recording import Call, Trace, picture_of
 
 # Signal-to-noise that an engine of each precision must reach, in dB. Measured on random SDXL and SD1.5
@@ -106,12 +105,12 @@ def require(figures: Mapping[str, Parity]) -> None:
         raise ParityError(f"the engines do not compute what torch does: {told}", "try --precision fp32")
 
 
-def stage_floor(contract: StageContract, precision: str) -> float:
+def stage_floor(contract: StageContract, precision: Precision) -> float:
     if contract.name == DRAW:
         return picture_floor([precision])
     eight_bits = any(spec.dtype == "uint8" for spec in contract.outputs)
-    return min(STAGE_FLOORS[product_type(precision)], EIGHT_BIT_FLOOR if eight_bits else math.inf)
+    return min(STAGE_FLOORS[precision.product], EIGHT_BIT_FLOOR if eight_bits else math.inf)
 
 
-def picture_floor(precisions: Any) -> float:
-    return min(PICTURE_FLOORS[product_type(p)] for p in precisions)
+def picture_floor(precisions: Iterable[Precision]) -> float:
+    return min(PICTURE_FLOORS[precision.product] for precision in precisions)

@@ -76,18 +76,18 @@ def layers_over(module: nn.Module, peaks: dict[str, tuple[float, float]]) -> set
     return over
 
 
-def to_precision(module: nn.Module, precision: str, keep_fp32: Iterable[str] = ()) -> nn.Module:
+def to_precision(module: nn.Module, floats: str, keep_fp32: Iterable[str] = ()) -> nn.Module:
     """`module` itself, cast in place; the layers named in `keep_fp32` compute in fp32.
 
     Weight by weight, so that never two copies of a model are in memory. Neighbours of different types meet
     through a cast of each layer's inputs to its own type.
     """
-    if precision == "fp32":
+    if floats == "fp32":
         return module
     kept = set(keep_fp32)
     layers = dict(leaves_with_weights(module))
     whole = {name: layers[name].state_dict() for name in kept}
-    module.to(DTYPES[precision])
+    module.to(DTYPES[floats])
     if kept:
         for name, layer in layers.items():
             if name in kept:

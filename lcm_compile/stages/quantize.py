@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcm_compile.precisions import float_type, product_type
+from lcm_compile.precisions import Precision
 from lcm_compile.stages.half_precision import DTYPES
 
 
@@ -169,13 +169,13 @@ class Seen:
 
 
 def choose_scales(
-    module: nn.Module, precision: str, draw: Callable[[], None], replay: Callable[[], None]
+    module: nn.Module, precision: Precision, draw: Callable[[], None], replay: Callable[[], None]
 ) -> dict[str, float]:
     """Scales of the inputs of those layers of `module` that bear a precision's 8 bits, by name.
 
     `draw` calls the module as it will be called; `replay` again, perhaps less often, to compare each layer.
     """
-    bits = TYPES[product_type(precision)]
+    bits = TYPES[precision.product]
     layers = layers_of(module, bits)
     with inputs_seen(layers) as seen:
         draw()
@@ -225,14 +225,14 @@ def errors_of(
         yield errors
 
 
-def take_out(module: nn.Module, scales: Mapping[str, float], precision: str) -> dict[str, Quantized]:
+def take_out(module: nn.Module, scales: Mapping[str, float], precision: Precision) -> dict[str, Quantized]:
     """Makes the 8-bit layers of a module in fp32, and takes their weights out of it.
 
     They compute in the precision's floats, but for int8+bf16, where it is fp32: OpenVINO computes bf16's
     QuantizeLinear wrongly (2026.4: −5 dB), and narrows what is around the product anyway.
     """
-    bits = TYPES[product_type(precision)]
-    dtype = torch.float32 if precision == "int8+bf16" else DTYPES[float_type(precision)]
+    bits = TYPES[precision.product]
+    dtype = torch.float32 if precision is Precision.INT8_BF16 else DTYPES[precision.floats]
     made = {}
     for name, scale in scales.items():
         layer: Any = module.get_submodule(name)

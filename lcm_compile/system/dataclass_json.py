@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
@@ -21,7 +22,9 @@ def json_text(data: Any, indent: int | None) -> str:
 
 
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
-    """`value` as a `kind`: a dataclass, tuple[X, ...], Mapping[str, X], X | None, a plain type, or Any.
+    """Reads `value` as a `kind`.
+
+    A kind is a dataclass, tuple[X, ...], Mapping[str, X], X | None, an Enum of texts, a plain type, or Any.
 
     ValueError names the place (`stages.0.file`) of what is missing, unknown or of another type; whatever a
     dataclass's own checks raise is passed on.
@@ -40,6 +43,11 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
     if origin is Mapping:
         items = expect(dict, value, where)
         return {key: from_json(arguments[1], item, inside(where, key)) for key, item in items.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = [member.value for member in kind]
+        if value not in names:
+            raise ValueError(f"{where or 'it'} is {value!r}, which is none of {', '.join(names)}")
+        return kind(value)
     if kind is float and type(value) is int:
         value = float(value)
     if kind is float and isinstance(value, float) and not math.isfinite(value):

@@ -35,6 +35,7 @@ from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
+from lcm_compile.precisions import Precision
 from lcm_compile.spec import Shape
 from lcm_compile.system.processor import instruction_set
 
@@ -397,10 +398,10 @@ def test_a_tail_that_samples_are_too_few_for_is_left_empty(capsys, count, p90, p
 def test_the_limit_is_the_longer_of_computing_and_reading():
     """2 GFLOP at 1 TFLOP/s are 2 ms; a million weights at 1 GB/s are 4, 2 or 1 ms, by their size."""
     work, slow = Work(2e9, 1_000_000), Peak(1e12, 1e9)
-    assert slow.limit_ms(work, "fp32") == pytest.approx(4.0)
-    assert Peak(1e12, 0.5e9).limit_ms(work, "bf16") == pytest.approx(4.0)
-    assert Peak(1e12, 0.25e9).limit_ms(work, "int8+bf16") == pytest.approx(4.0)
-    assert slow.limit_ms(work, "int8+bf16") == pytest.approx(2.0)
+    assert slow.limit_ms(work, Precision.FP32) == pytest.approx(4.0)
+    assert Peak(1e12, 0.5e9).limit_ms(work, Precision.BF16) == pytest.approx(4.0)
+    assert Peak(1e12, 0.25e9).limit_ms(work, Precision.INT8_BF16) == pytest.approx(4.0)
+    assert slow.limit_ms(work, Precision.INT8_BF16) == pytest.approx(2.0)
 
 
 @pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")

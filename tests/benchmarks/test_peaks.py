@@ -6,6 +6,7 @@ import pytest
 
 from lcm_compile.benchmarks.measure.peaks import GPUS, peak_of, peaks_of, unpublished
 from lcm_compile.benchmarks.measure.work import Work
+from lcm_compile.precisions import Precision
 from lcm_compile.targets import TARGETS
 
 # CUDA cores and boost clock in MHz. A core multiplies and adds once a clock.
@@ -55,8 +56,7 @@ def test_eight_bits_are_twice_as_fast_as_sixteen_which_geforce_halves_where_sums
 
 @pytest.mark.parametrize("target", [t for t in TARGETS.values() if not t.is_cpu], ids=lambda t: t.name)
 def test_every_gpu_has_its_figures_or_is_told_to_lack_them(target):
-    precisions = [p for p in target.precisions if p not in ("int8", "fp8")]
-    precisions += [f"{p}+fp16" for p in target.precisions if p not in precisions]
+    precisions = [Precision.of(name, "fp16") for name in target.precisions]
     peaks = peaks_of(target, precisions, 1)
     notes = unpublished(target, precisions, peaks)
     assert len(peaks) + len(notes) == len(precisions)
@@ -70,7 +70,7 @@ def test_every_gpu_has_its_figures_or_is_told_to_lack_them(target):
 def test_a_limit_is_of_the_products_or_of_reading_the_weights():
     l4 = TARGETS["l4"]
     products, reading = Work(121e12, 1), Work(1.0, 300 * 10**9)
-    assert peak_of(l4, "fp16", 1).limit_ms(products, "fp16") == pytest.approx(1000)
-    assert peak_of(l4, "int8+fp16", 1).limit_ms(products, "int8+fp16") == pytest.approx(500)
-    assert peak_of(l4, "fp16", 1).limit_ms(reading, "fp16") == pytest.approx(2000)
-    assert peak_of(l4, "fp32", 1).limit_ms(reading, "fp32") == pytest.approx(4000)
+    assert peak_of(l4, Precision.FP16, 1).limit_ms(products, Precision.FP16) == pytest.approx(1000)
+    assert peak_of(l4, Precision.INT8_FP16, 1).limit_ms(products, Precision.INT8_FP16) == pytest.approx(500)
+    assert peak_of(l4, Precision.FP16, 1).limit_ms(reading, Precision.FP16) == pytest.approx(2000)
+    assert peak_of(l4, Precision.FP32, 1).limit_ms(reading, Precision.FP32) == pytest.approx(4000)

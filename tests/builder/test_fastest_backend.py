@@ -14,9 +14,10 @@ from lcm_compile.builder import fastest_backend
 from lcm_compile.builder.fastest_backend import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
 from lcm_compile.engines import BACKENDS, cannot_build_from
 from lcm_compile.errors import BackendError
+from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import model_name
 
-ABLE = [n for n in BACKENDS if n not in SLOW_TO_BUILD and not cannot_build_from(n, CPU, "fp32", None)]
+ABLE = [n for n in BACKENDS if n not in SLOW_TO_BUILD and not cannot_build_from(n, CPU, Precision.FP32, None)]
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_of_two_that_are_near_the_first_is_taken(monkeypatch, later, taken):
         "cannot_build_from",
         lambda name, *_: None if name in ("onnxruntime", "torchscript") else "not asked for",
     )
-    chosen, why = choose_on_cpu("fp32")
+    chosen, why = choose_on_cpu(Precision.FP32)
     assert chosen == taken
     assert any("near enough" in reason for reason in why) is (taken == "onnxruntime")
 
@@ -93,11 +94,11 @@ def test_what_is_remembered_is_read_without_torch(own_home, monkeypatch):
     own_home.mkdir()
     (own_home / "cpu.json").write_text(json.dumps({key: {"onnxruntime": 3.0, "torchscript": 2.0}}))
     monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("measured again"))
-    assert time_on_cpu(names, "fp32") == {"onnxruntime": 3.0, "torchscript": 2.0}
+    assert time_on_cpu(names, Precision.FP32) == {"onnxruntime": 3.0, "torchscript": 2.0}
     script = f"""
 import sys
 from lcm_compile.builder.fastest_backend import time_on_cpu
-time_on_cpu({names!r}, "fp32")
+time_on_cpu({names!r}, Precision.FP32)
 assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -109,13 +110,13 @@ def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, ch
     monkeypatch.setattr(
         fastest_backend, "measure", lambda names, _: asked.append(names) or dict.fromkeys(names, 1.0)
     )
-    time_on_cpu(ABLE, "fp32")
-    time_on_cpu(ABLE, "fp32")
+    time_on_cpu(ABLE, Precision.FP32)
+    time_on_cpu(ABLE, Precision.FP32)
     assert len(asked) == 1
     monkeypatch.setattr(fastest_backend, changed, lambda *_: "another")
-    time_on_cpu(ABLE, "fp32")
+    time_on_cpu(ABLE, Precision.FP32)
     assert len(asked) == 2
-    time_on_cpu(ABLE, "bf16")
+    time_on_cpu(ABLE, Precision.BF16)
     assert len(asked) == 3
 
 
@@ -124,16 +125,16 @@ def test_a_broken_memory_is_measured_over(own_home, monkeypatch, content):
     monkeypatch.setattr(fastest_backend, "measure", lambda names, _: dict.fromkeys(names, 1.0))
     own_home.mkdir()
     (own_home / "cpu.json").write_text(content)
-    assert set(time_on_cpu(ABLE, "fp32")) == set(ABLE)
+    assert set(time_on_cpu(ABLE, Precision.FP32)) == set(ABLE)
     assert json.loads((own_home / "cpu.json").read_text())
 
 
 def test_one_candidate_needs_no_measurement(own_home, monkeypatch):
     monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("nothing to compare"))
-    assert choose_on_cpu("fp32", graph_format="torchscript")[0] == "torchscript"
+    assert choose_on_cpu(Precision.FP32, graph_format="torchscript")[0] == "torchscript"
     assert not Path(own_home / "cpu.json").exists()
     with pytest.raises(BackendError, match="no backend can build"):
-        choose_on_cpu("fp32", graph_format="no such format")
+        choose_on_cpu(Precision.FP32, graph_format="no such format")
 
 
 def test_the_processor_is_told_with_its_cores(tmp_path):

@@ -23,6 +23,7 @@ from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.half_precision import to_precision
@@ -43,7 +44,7 @@ def decode(sdxl_checkpoint, tmp_path_factory):
     (folder / "engines").mkdir()
     checkpoint = open_checkpoint(str(sdxl_checkpoint))
     stage = make_stages(checkpoint, load_modules(checkpoint).named(), Shape(1, 64, 64))[2]
-    graph = export_stage(stage, aotinductor.GRAPH_FORMAT, "fp32", folder / "graphs")
+    graph = export_stage(stage, aotinductor.GRAPH_FORMAT, Precision.FP32, folder / "graphs")
     path = aotinductor.build(graph, CPU, folder / "engines")
     assert [p.name for p in (folder / "engines").iterdir()] == ["decode.pt2"]
     moved = path.rename(folder / "moved.pt2")
@@ -137,16 +138,16 @@ def test_a_broken_engine_is_a_plain_error(decode, tmp_path):
 def test_without_a_compiler_it_says_so(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert "g++ is not installed" in (aotinductor.cannot_build(CPU, "fp32") or "")
+    assert "g++ is not installed" in (aotinductor.cannot_build(CPU, Precision.FP32) or "")
     assert aotinductor.cannot_run(CPU) is None
     monkeypatch.setenv("CXX", sys.executable)
-    assert aotinductor.cannot_build(CPU, "fp32") is None
+    assert aotinductor.cannot_build(CPU, Precision.FP32) is None
 
 
 def test_for_a_gpu_it_builds_on_that_gpu_only():
     if gpu.gpu_here():
         pytest.skip("there is a GPU here")
-    reason = aotinductor.cannot_build(find_target("h200"), "fp16") or ""
+    reason = aotinductor.cannot_build(find_target("h200"), Precision.FP16) or ""
     assert "no NVIDIA GPU here" in reason and "only on the GPU that will run" in reason
 
 
@@ -158,19 +159,19 @@ def test_what_the_compiler_needs_for_a_gpu_is_told(monkeypatch, tmp_path):
     target = find_target("h200")
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
-    assert "pip install triton" in aotinductor.cannot_build(target, "fp16")
+    assert "pip install triton" in aotinductor.cannot_build(target, Precision.FP16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or found(name))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "include"))
-    assert "Python.h" in aotinductor.cannot_build(target, "fp16")
+    assert "Python.h" in aotinductor.cannot_build(target, Precision.FP16)
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "Python.h").touch()
     for home in (None, str(tmp_path)):
         monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-        reason = aotinductor.cannot_build(target, "fp16")
+        reason = aotinductor.cannot_build(target, Precision.FP16)
         assert "cuda_runtime.h" in reason and "CUDA_HOME" in reason and (home or "usual place") in reason
     for name in ("cuda.h", "cuda_runtime.h"):
         (tmp_path / "include" / name).touch()
-    assert aotinductor.cannot_build(target, "fp16") is None
+    assert aotinductor.cannot_build(target, Precision.FP16) is None
 
 
 def test_the_key_holds_the_instruction_set(tmp_path):
@@ -209,7 +210,9 @@ def test_on_a_gpu_every_array_of_a_graph_is_there(sdxl_checkpoint, tmp_path):
     modules = shape_modules(load_modules(checkpoint).named(), REWRITES, [shape], checkpoint.vae_factor)
     for stage in make_stages(checkpoint, modules, shape, REWRITES):
         to_precision(stage.module, "fp16")
-        program = torch.export.load(export_stage(stage, aotinductor.GRAPH_FORMAT, "fp16", tmp_path).path)
+        program = torch.export.load(
+            export_stage(stage, aotinductor.GRAPH_FORMAT, Precision.FP16, tmp_path).path
+        )
         mode = detect_fake_mode([node.meta.get("val") for node in program.graph.nodes])
         for arrays in (program._state_dict, program._constants):
             arrays.update({name: mode.from_tensor(array.detach()) for name, array in arrays.items()})

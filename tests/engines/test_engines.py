@@ -26,6 +26,7 @@ from lcm_compile.engines import (
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.proof.recording import read_calls
 from lcm_compile.system.versions import installed_version
@@ -76,12 +77,14 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
 def test_rtx_builds_for_each_capability(capability):
     pytest.importorskip("tensorrt_rtx")
     target = next(t for t in TARGETS.values() if t.compute_capability == capability)
-    assert choose_backend(target, "fp16")[0] == "tensorrt-rtx"
-    try_backend(find_backend("tensorrt-rtx"), target, "fp16")
+    assert choose_backend(target, Precision.FP16)[0] == "tensorrt-rtx"
+    try_backend(find_backend("tensorrt-rtx"), target, Precision.FP16)
 
 
 def test_t4_has_no_bf16():
-    assert "bf16" in (find_backend("tensorrt-rtx").cannot_build(find_target("t4"), "bf16") or "")
+    assert Precision.BF16 in (
+        find_backend("tensorrt-rtx").cannot_build(find_target("t4"), Precision.BF16) or ""
+    )
 
 
 @pytest.mark.parametrize("name", ["h100", "h200", "b200"])
@@ -89,7 +92,7 @@ def test_hopper_needs_tensorrt_on_the_gpu_itself(name):
     if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     with pytest.raises(BackendError) as caught:
-        choose_backend(find_target(name), "fp16")
+        choose_backend(find_target(name), Precision.FP16)
     assert all(f"{backend}: " in caught.value.message for backend in BACKENDS)
     hint = caught.value.hint or ""
     assert find_target(name).description in hint and "pip install 'lcm-compile[tensorrt]'" in hint
@@ -252,7 +255,7 @@ def test_torchscript_computes_in_bf16(sdxl_checkpoint, tmp_path):
 
 
 def test_onnxruntime_refuses_bf16_on_a_cpu():
-    assert "bf16" in (find_backend("onnxruntime").cannot_build(CPU, "bf16") or "")
+    assert Precision.BF16 in (find_backend("onnxruntime").cannot_build(CPU, Precision.BF16) or "")
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "onnxruntime-tensorrt"])
@@ -260,9 +263,9 @@ def test_onnxruntime_on_a_gpu_takes_that_gpu(name):
     if gpu.gpu_here():
         pytest.skip("there is a GPU here")
     backend = find_backend(name)
-    reason = backend.cannot_build(find_target("a10"), "fp16") or ""
+    reason = backend.cannot_build(find_target("a10"), Precision.FP16) or ""
     assert "no NVIDIA GPU here" in reason and "only on the GPU" in reason
-    assert choose_backend(find_target("a10"), "fp16")[0] == "tensorrt-rtx"
+    assert choose_backend(find_target("a10"), Precision.FP16)[0] == "tensorrt-rtx"
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lcm_compile.engines import openvino
 from lcm_compile.errors import BackendError
 from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.proof.recording import read_calls
 from lcm_compile.targets import find_target
@@ -178,7 +179,9 @@ def test_an_engine_of_another_shape_is_refused(decode, openvino_bundle):
 def test_a_precision_needs_its_instructions(monkeypatch, flags, computes):
     """OpenVINO would take bf16 anywhere, and the label would not be true."""
     monkeypatch.setattr(openvino, "instruction_set", lambda: ["x86_64", *flags.split()])
-    assert [p for p in ("fp32", "bf16", "fp16") if openvino.cannot_build(CPU, p) is None] == computes
+    assert [
+        p for p in (Precision.FP32, Precision.BF16, Precision.FP16) if openvino.cannot_build(CPU, p) is None
+    ] == computes
 
 
 def test_a_bf16_bundle_is_refused_where_bf16_is_not_computed(monkeypatch, decode, tmp_path):
@@ -192,4 +195,4 @@ def test_a_bf16_bundle_is_refused_where_bf16_is_not_computed(monkeypatch, decode
 
 
 def test_gpus_are_not_for_it():
-    assert openvino.cannot_build(find_target("a10"), "fp16") == "builds for the CPU only"
+    assert openvino.cannot_build(find_target("a10"), Precision.FP16) == "builds for the CPU only"

@@ -23,6 +23,7 @@ from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.stages.half_precision import DTYPES
 from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
@@ -71,7 +72,7 @@ def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
     contract = StageContract(
         "small", (TensorSpec("x", tuple(x.shape), "float32", ""),), (TensorSpec("y", y, "float32", ""),)
     )
-    precision = f"fp8+{floats}"
+    precision = Precision(f"fp8+{floats}")
     with torch.inference_mode():
         plain = network(x).numpy()
         scales = choose_scales(network, precision, *[lambda: network(x)] * 2)

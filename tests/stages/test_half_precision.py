@@ -13,6 +13,7 @@ from factories import load_modules
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import STAGE_FLOORS, snr_db
 from lcm_compile.spec import Shape
 from lcm_compile.stages.half_precision import FP16_LIMIT, layers_over, record_peaks, to_precision
@@ -87,7 +88,7 @@ def test_mixed_graph_exports_and_keeps_its_casts(sdxl_checkpoint, tmp_path):
     with record_peaks(stage.module) as peaks:
         reference = stage.module(*inputs).numpy()
     mixed = Stage(stage.contract, to_precision(stage.module, "fp16", layers_over(stage.module, peaks)))
-    graph = export_stage(mixed, "onnx", "fp16", tmp_path)
+    graph = export_stage(mixed, "onnx", Precision.FP16, tmp_path)
     with find_backend("onnxruntime").load(graph.path, stage.contract, find_target("cpu")) as runner:
         actual = runner({"latent": inputs[0].numpy()})["picture"]
     assert snr_db(reference, actual) >= STAGE_FLOORS["fp16"]
@@ -103,7 +104,7 @@ def test_rtx_builds_a_mixed_graph(sdxl_checkpoint, tmp_path):
     with record_peaks(stage.module) as peaks:
         stage.module(*inputs_of(stage))
     mixed = Stage(stage.contract, to_precision(stage.module, "fp16", layers_over(stage.module, peaks)))
-    graph = export_stage(mixed, "onnx", "fp16", tmp_path)
+    graph = export_stage(mixed, "onnx", Precision.FP16, tmp_path)
     engines = tmp_path / "engines"
     engines.mkdir()
     path = find_backend("tensorrt-rtx").build(graph, find_target("a10"), engines)

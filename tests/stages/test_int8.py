@@ -17,6 +17,7 @@ from lcm_compile.demo.world import held_out_prompts, is_held_out
 from lcm_compile.engines import find_backend, openvino
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.proof.recording import PROOF_SEED
 from lcm_compile.stages.quantize import (
@@ -33,7 +34,7 @@ from lcm_compile.targets import find_target
 
 CPU = find_target("cpu")
 INT8 = TYPES["int8"]
-HAS_OPENVINO = openvino.cannot_build(CPU, "int8+fp32") is None
+HAS_OPENVINO = openvino.cannot_build(CPU, Precision.INT8_FP32) is None
 needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="no OpenVINO, or no VNNI")
 
 
@@ -69,8 +70,8 @@ def test_a_convolution_is_onnx_formula():
 
 
 def exported(network, x, floats, folder):
-    scales = choose_scales(network, f"int8+{floats}", *[lambda: network(x)] * 2)
-    layers = take_out(network, scales, f"int8+{floats}")
+    scales = choose_scales(network, Precision(f"int8+{floats}"), *[lambda: network(x)] * 2)
+    layers = take_out(network, scales, Precision(f"int8+{floats}"))
     network.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[floats])
     put_in(network, layers)
 
@@ -87,7 +88,7 @@ def exported(network, x, floats, folder):
         "small", (TensorSpec("x", tuple(x.shape), "float32", ""),), (TensorSpec("y", y, "float32", ""),)
     )
     stage = Stage(contract, Edges().eval())
-    return stage, export_stage(stage, "onnx", f"int8+{floats}", folder)
+    return stage, export_stage(stage, "onnx", Precision(f"int8+{floats}"), folder)
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_layer_that_8_bits_would_spoil_stays():
         layers["quiet"](x), layers["loud"](loud)
 
     with torch.no_grad():
-        assert list(choose_scales(layers, "int8", run, run)) == ["quiet"]
+        assert list(choose_scales(layers, Precision.INT8_FP32, run, run)) == ["quiet"]
 
 
 def test_the_proof_is_no_part_of_what_is_seen():
@@ -185,7 +186,7 @@ def test_the_step_alone_is_in_8_bits_and_says_so(demo):
     stages = {stage.contract.name: stage for stage in demo.manifest.stages}
     floats = stages["encode"].precision
     assert floats in ("fp32", "bf16")
-    assert stages["step"].precision == f"int8+{floats}"
+    assert stages["step"].precision == Precision(f"int8+{floats}")
     assert {stage.precision for name, stage in stages.items() if name != "step"} == {floats}
     quantized = stages["step"].quantized_layers
     assert len(quantized) > 40 and not any("conv_in" in name or "conv_out" in name for name in quantized)

@@ -18,6 +18,7 @@ from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import ParityError
 from lcm_compile.export.onnx_graph import onnx_from_stage
 from lcm_compile.pipeline.request import Request
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.scheduler import lcm_steps
 from lcm_compile.spec import REWRITES, Shape
@@ -201,7 +202,7 @@ def test_graphs_hold_no_sequences(sdxl_checkpoint, tmp_path):
     """As exported, before any engine: TensorRT's parser refuses them. They come from GEGLU's chunk."""
     stages = shaped(sdxl_checkpoint, Shape(1, 64, 64)).values()
     for stage in stages:
-        model = onnx.load(onnx_from_stage(stage, "fp32", tmp_path).path)
+        model = onnx.load(onnx_from_stage(stage, Precision.FP32, tmp_path).path)
         nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
         assert nodes and not [node.op_type for node in nodes if "Sequence" in node.op_type], stage.name
         halves = [node for node in nodes if node.op_type == "Split" and len(node.output) == 2]
