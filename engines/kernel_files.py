@@ -6,7 +6,7 @@ import contextlib
 from pathlib import Path
 
 # The folder beside a bundle, and the files in it.
-BESIDE, KERNELS = ".cache", ".kernels"
+KERNEL_FOLDER_SUFFIX, KERNEL_FILE_SUFFIX = ".cache", ".kernels"
 
 
 def is_bundle(folder: Path) -> bool:
@@ -15,12 +15,12 @@ def is_bundle(folder: Path) -> bool:
 
 def kernels_folder(bundle: Path) -> Path:
     """Beside a bundle, whose manifest lists all that lies in it: what GPUs compile when they first run it."""
-    return bundle.with_name(f"{bundle.name}{BESIDE}")
+    return bundle.with_name(f"{bundle.name}{KERNEL_FOLDER_SUFFIX}")
 
 
 def kernel_files(bundle: Path) -> list[Path]:
     """Whole ones, and what a killed process left of one. Other files there are not ours."""
-    return sorted(path for path in kernels_folder(bundle).glob(f"*{KERNELS}*") if path.is_file())
+    return sorted(path for path in kernels_folder(bundle).glob(f"*{KERNEL_FILE_SUFFIX}*") if path.is_file())
 
 
 def drop_kernels(bundle: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.engines.kernel_files import KERNELS, is_bundle, kernels_folder
+from lcm_compile.engines.kernel_files import KERNEL_FILE_SUFFIX, is_bundle, kernels_folder
 from lcm_compile.system.cache import Digests, home
 from lcm_compile.system.files import write_atomically
 
@@ -42,7 +42,7 @@ def kernels_path(trt: Any, engine: Path, gpu: str) -> Path | None:
     bundle = engine.absolute().parent.parent
     if not is_bundle(bundle):
         return None
-    name = f"{engine.stem}-{Digests().sha256(engine)[:16]}-{plain(gpu)}-{trt.__version__}{KERNELS}"
+    name = f"{engine.stem}-{Digests().sha256(engine)[:16]}-{plain(gpu)}-{trt.__version__}{KERNEL_FILE_SUFFIX}"
     return kernels_folder(bundle) / name
 
 

@@ -45,7 +45,7 @@ class Shape:
 
 
 # A part of a model that a LoRA may have a strength of its own on, and the larger part that it is of.
-PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
+LORA_PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
 LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
 
 
@@ -65,7 +65,7 @@ class LoraSpec:
         if not self.source:
             raise UsageError("a LoRA has no path", LORA_FORM)
         for part in self.strengths:
-            if not PART.fullmatch(part):
+            if not LORA_PART.fullmatch(part):
                 raise UsageError(
                     f"LoRA {self.source} has a strength for {part!r}, which is no part of a model",
                     "unet, text, text_encoder, text_encoder_2, down_blocks.N, mid_block and up_blocks.N are",

@@ -273,7 +273,7 @@ def remarks(base: BenchmarkReport, new: BenchmarkReport) -> Iterator[str]:
                 "NEW runs several, and --update --loosen WHY keeps them"
             )
     was, now = base.environment.versions, new.environment.versions
-    engines = [engines_told(report.benchmark) for report in (base, new)]
+    engines = [engines_text(report.benchmark) for report in (base, new)]
     if all(engines) and engines[0] != engines[1]:
         yield f"the engines differ: {' → '.join(engines)}"
     changed = [f"{k} {was[k]} → {now[k]}" for k in was if k in now and was[k] != now[k]]
@@ -281,6 +281,6 @@ def remarks(base: BenchmarkReport, new: BenchmarkReport) -> Iterator[str]:
         yield f"versions differ, of rivals perhaps too: {', '.join(changed)}"
 
 
-def engines_told(benchmark: Benchmark) -> str:
+def engines_text(benchmark: Benchmark) -> str:
     """Backend and precisions; nothing where the report does not tell."""
     return " ".join([benchmark.backend, *sorted(set(benchmark.precisions.values()))]).strip()

@@ -10,7 +10,7 @@ from statistics import median_low
 from lcm_compile.benchmarks.gate.statistics import MIN_SAMPLES
 from lcm_compile.benchmarks.measure.bench import cases_of, contest, measure
 from lcm_compile.benchmarks.measure.environment import environment_of
-from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Rival
+from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, RivalSamples
 from lcm_compile.builder.build import build
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle
@@ -104,5 +104,5 @@ def join_case(cases: Sequence[Case]) -> Case:
     )
 
 
-def join_rival(rivals: Sequence[Rival]) -> Rival:
+def join_rival(rivals: Sequence[RivalSamples]) -> RivalSamples:
     return replace(rivals[0], samples_ms=sum((rival.samples_ms for rival in rivals), ()))

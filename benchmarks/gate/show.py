@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from lcm_compile.benchmarks.gate.compare import PARITY, UNSURE, Comparison, Verdict
 
 
-def told_value(verdict: Verdict, value: float | None) -> str:
+def value_text(verdict: Verdict, value: float | None) -> str:
     if value is None:
         return ""
     if verdict.unit == "bytes":
@@ -22,32 +22,32 @@ def told_value(verdict: Verdict, value: float | None) -> str:
     return f"{value:.3f}×"
 
 
-def told_change(verdict: Verdict) -> str:
+def change_text(verdict: Verdict) -> str:
     if verdict.change is None:
         return ""
     return f"{-verdict.change:+.1f} dB" if verdict.metric == PARITY else f"{100 * verdict.change:+.1f} %"
 
 
-def told_interval(verdict: Verdict) -> str:
+def interval_text(verdict: Verdict) -> str:
     if verdict.low is None or verdict.high is None:
         return ""
     return f"[{100 * verdict.low:+.1f}, {100 * verdict.high:+.1f}]"
 
 
-def told_limit(verdict: Verdict) -> str:
+def limit_text(verdict: Verdict) -> str:
     if verdict.limit is None:
         return ""
     return f"{verdict.limit:g} dB" if verdict.metric == PARITY else f"{100 * verdict.limit:g} %"
 
 
-def told_status(verdict: Verdict) -> str:
+def status_text(verdict: Verdict) -> str:
     """The status, with what a reader needs to understand it."""
     if verdict.why:
         return f"{verdict.status}: {verdict.why}"
-    return f"{verdict.status} (limit {told_limit(verdict)})" if verdict.failed else verdict.status
+    return f"{verdict.status} (limit {limit_text(verdict)})" if verdict.failed else verdict.status
 
 
-def told_scale(verdicts: list[Verdict]) -> str:
+def scale_text(verdicts: list[Verdict]) -> str:
     """What a case's times are in, where they are ratios."""
     rivals = {v.unit.removeprefix("× ") for v in verdicts if v.unit.startswith("×")}
     whose = [rival if "'s " in rival else f"{rival}'s" for rival in rivals]
@@ -66,7 +66,7 @@ def summary(comparison: Comparison) -> str:
         unsure = sum(v.status == UNSURE for v in comparison.verdicts)
         told = f", {unsure} can't be told" if unsure else ""
         return f"{len(comparison.verdicts)} compared: none worse than its limit{told}"
-    told = "; ".join(f"{v.case} {v.metric}: {told_change(v)} {told_status(v)}" for v in failures)
+    told = "; ".join(f"{v.case} {v.metric}: {change_text(v)} {status_text(v)}" for v in failures)
     return f"{len(failures)} of {len(comparison.verdicts)} failed: {' '.join(told.split())}"
 
 
@@ -74,11 +74,11 @@ def table(comparison: Comparison) -> str:
     """At most 80 columns, but for a case's name and a reason."""
     lines = []
     for case, verdicts in by_case(comparison):
-        lines.append(plain(case) + told_scale(verdicts))
+        lines.append(plain(case) + scale_text(verdicts))
         for v in verdicts:
-            cells = (told_value(v, v.base), told_value(v, v.new), told_change(v), told_interval(v))
+            cells = (value_text(v, v.base), value_text(v, v.new), change_text(v), interval_text(v))
             row = f"  {v.metric:<11} " + "".join(map(str.rjust, cells, (10, 10, 10, 16)))
-            lines.append(f"{row if any(cells) else row.rstrip()}  {told_status(v)}")
+            lines.append(f"{row if any(cells) else row.rstrip()}  {status_text(v)}")
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
@@ -87,11 +87,11 @@ def markdown(comparison: Comparison) -> str:
     lines = ["### lcm-compile compare", "", summary(comparison), ""]
     lines += [f"| {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|---|"]
     for v in comparison.verdicts:
-        verdict = f"**{told_status(v)}**" if v.failed else told_status(v)
-        cells = [v.case, v.metric, told_value(v, v.base), told_value(v, v.new), told_change(v)]
-        cells += [told_interval(v), told_limit(v), verdict]
+        verdict = f"**{status_text(v)}**" if v.failed else status_text(v)
+        cells = [v.case, v.metric, value_text(v, v.base), value_text(v, v.new), change_text(v)]
+        cells += [interval_text(v), limit_text(v), verdict]
         lines.append(f"| {' | '.join(plain(cell).replace('|', chr(92) + '|') for cell in cells)} |")
-    scales = [case + told_scale(verdicts) for case, verdicts in by_case(comparison) if told_scale(verdicts)]
+    scales = [case + scale_text(verdicts) for case, verdicts in by_case(comparison) if scale_text(verdicts)]
     lines += ["", *(f"- {plain(remark)}" for remark in (*scales, *comparison.notes))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -109,7 +109,7 @@ def junit(comparison: Comparison) -> str:
     )
     for v in verdicts:
         test = ElementTree.SubElement(suite, "testcase", classname=plain(v.case), name=v.metric)
-        told = " ".join(f"{told_change(v)} {told_interval(v)} {told_status(v)}".split())
+        told = " ".join(f"{change_text(v)} {interval_text(v)} {status_text(v)}".split())
         if v.failed:
             ElementTree.SubElement(test, "failure", message=plain(told))
         elif v.status == UNSURE:

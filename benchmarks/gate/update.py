@@ -19,7 +19,7 @@ from lcm_compile.benchmarks.gate.compare import (
     yardsticks,
 )
 from lcm_compile.benchmarks.gate.statistics import spread
-from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case, Loosening, Rival
+from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case, Loosening, RivalSamples
 
 
 def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Comparison) -> BenchmarkReport:
@@ -64,7 +64,9 @@ def none_is_slower(pair: Pair) -> bool:
 
 def alone(case: Case, report: BenchmarkReport) -> Case:
     """The case with its yardsticks, which the other cases of its report may not keep."""
-    return replace(case, rivals=case.rivals or {k: Rival(v) for k, v in yardsticks(case, report).items()})
+    return replace(
+        case, rivals=case.rivals or {k: RivalSamples(v) for k, v in yardsticks(case, report).items()}
+    )
 
 
 def replaced(base: BenchmarkReport, new: BenchmarkReport, why: str) -> BenchmarkReport:

@@ -82,12 +82,12 @@ def driver_version() -> str:
 
 def examine_backends(note: Note, target: str, work: Path) -> None:
     """What `doctor` does, backend by backend: where one ends the process, the report tells which."""
-    from lcm_compile.builder.doctor import examine_backend
+    from lcm_compile.builder.doctor import diagnose_backend
 
     found: Found = {}
     for name in BACKENDS:
         note(backends={**found, name: "began"})
-        found[name] = examine_backend(name).to_dict()
+        found[name] = diagnose_backend(name).to_dict()
     running = [name for name, one in found.items() if one["runs"]]
     note(backends=found, headline=f"run: {', '.join(running) or 'none'}")
 
@@ -188,7 +188,7 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     from lcm_compile.builder.plan import ENGINE, default_precision, plan_graphs
     from lcm_compile.builder.prepare import cast_stages
     from lcm_compile.proof.recording import Trace, write_proof
-    from lcm_compile.stages.contracts import PARTS, make_contracts
+    from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
 
     spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
     plan = replace(plan_graphs(spec, "onnx"), checked=ENGINE)  # so that the proof is of the engines' own size
@@ -200,7 +200,7 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     seconds: dict[str, float] = {}
     device = "cpu" if TARGETS[target].is_cpu else "cuda"
     start = time.perf_counter()
-    for part in PARTS:
+    for part in MODEL_STAGES:
         for cast in cast_stages(plan, part, settings, folder, trace, (), device):
             seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
             note(seconds_to=seconds)

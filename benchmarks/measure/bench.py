@@ -16,7 +16,7 @@ from lcm_compile.benchmarks.measure import timing
 from lcm_compile.benchmarks.measure.environment import PeakGpuMemory, environment_of
 from lcm_compile.benchmarks.measure.peaks import PRODUCT_BYTES, Peak, higher, peaks_of, unpublished
 from lcm_compile.benchmarks.measure.pictures import REFERENCE, other_batches, parities, recorded_parities
-from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Rival
+from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, RivalSamples
 from lcm_compile.benchmarks.measure.rivals import (
     RIVALS,
     SELF,
@@ -33,7 +33,7 @@ from lcm_compile.bundles.manifest import StageFile
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.graphs import DRAW
-from lcm_compile.output.reports import told_loss
+from lcm_compile.output.reports import loss_lines
 from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import picture_floor
@@ -240,7 +240,7 @@ def picture_case(
         PICTURE,
         milliseconds([sample.ms for sample in measured.samples[SELF]]),
         {
-            name: Rival(
+            name: RivalSamples(
                 milliseconds([sample.ms for sample in samples]),
                 measured.memory[name] if name not in RIVALS or RIVALS[name].starts_cold else None,
                 measured.gpu_memory[name],
@@ -275,7 +275,7 @@ def stage_case(
     return Case(
         name,
         apart.pop(SELF, ()),
-        {who: Rival(samples, batch=batches.get(who)) for who, samples in apart.items()},
+        {who: RivalSamples(samples, batch=batches.get(who)) for who, samples in apart.items()},
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
@@ -294,7 +294,7 @@ def cold_cases(measured: Measured) -> list[Case]:
             name: milliseconds([getattr(cold, of) for cold in colds])
             for name, colds in measured.colds.items()
         }
-        cases.append(Case(case, samples.pop(SELF), {name: Rival(ms) for name, ms in samples.items()}))
+        cases.append(Case(case, samples.pop(SELF), {name: RivalSamples(ms) for name, ms in samples.items()}))
     return cases
 
 
@@ -309,7 +309,7 @@ def warnings(
     cases: Sequence[Case], precisions: Mapping[str, Precision], lossy: Mapping[str, str]
 ) -> list[str]:
     """What a reader of the figures must know."""
-    picture, told = cases[0], told_loss(lossy)
+    picture, told = cases[0], loss_lines(lossy)
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
     if noise := timing.too_noisy(picture.samples_ms, others):
         told.append(noise)

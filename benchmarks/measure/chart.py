@@ -11,7 +11,7 @@ from typing import Any
 from lcm_compile.benchmarks.measure.pictures import REFERENCE
 from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.measure.rivals import SELF
-from lcm_compile.benchmarks.measure.summary import batches_of, stages_of, told_ms
+from lcm_compile.benchmarks.measure.summary import batches_of, ms_text, stages_of
 from lcm_compile.errors import UsageError
 from lcm_compile.system.files import check_file, replacing_output
 
@@ -83,7 +83,7 @@ def draw_bars(
         bars = {row: ms for row, ms in found if ms is not None}
         drawn = axes.barh([row + i * tall for row in bars], list(bars.values()), tall * 0.92, color=colour)
         handles.append(drawn)
-        axes.bar_label(drawn, [told_ms(ms) for ms in bars.values()], padding=3, size=8)
+        axes.bar_label(drawn, [ms_text(ms) for ms in bars.values()], padding=3, size=8)
     axes.set_yticks([row + 0.4 - tall / 2 for row in range(len(cases))], [case.name for case in cases])
     axes.invert_yaxis()
     axes.margins(x=0.2)  # room for the labels

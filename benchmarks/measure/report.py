@@ -33,7 +33,7 @@ class Environment:
 
 
 @dataclass(frozen=True)
-class Rival:
+class RivalSamples:
     """What was timed in turn with a case: sample i right before or after the case's sample i.
 
     `batch` is how many pictures a sample of it draws, where that is not as many as the case's.
@@ -59,7 +59,7 @@ class Case:
 
     name: str
     samples_ms: tuple[float, ...]
-    rivals: Mapping[str, Rival] = field(default_factory=dict)
+    rivals: Mapping[str, RivalSamples] = field(default_factory=dict)
     memory_bytes: int | None = None
     gpu_memory_bytes: int | None = None
     engine_bytes: int | None = None

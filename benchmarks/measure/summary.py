@@ -13,7 +13,7 @@ from lcm_compile.benchmarks.measure.bench import COLD, PASSES, PICTURE
 from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.measure.rivals import SELF
 from lcm_compile.benchmarks.measure.timing import quantile, ratios
-from lcm_compile.output.console import note, print_table, told_size
+from lcm_compile.output.console import note, print_table, size_text
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,11 @@ def budget(report: BenchmarkReport) -> str | None:
     device = "processor" if report.environment.device == report.environment.processor else "GPU"
     return (
         f"{case.name} takes {ms / whole:.0%} of the picture and runs at {limit / ms:.0%} of this {device}'s "
-        f"peak: {told_ms(ms - limit)} of {told_ms(whole)} could be won there at most"
+        f"peak: {ms_text(ms - limit)} of {ms_text(whole)} could be won there at most"
     )
 
 
-def told_ms(ms: float) -> str:
+def ms_text(ms: float) -> str:
     return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
@@ -133,10 +133,10 @@ def latency_row(case: Case) -> tuple[str, ...]:
     passes = PASSES.get(case.name, 1)
     return (
         case.name if passes == 1 else f"{case.name} × {passes}",
-        told_ms(latency.median),
-        *("" if ms is None else told_ms(ms) for ms in (latency.p90, latency.p99)),
+        ms_text(latency.median),
+        *("" if ms is None else ms_text(ms) for ms in (latency.p90, latency.p99)),
         "" if latency.share is None else f"{latency.share:.0%}",
-        "" if case.engine_bytes is None else told_size(case.engine_bytes),
+        "" if case.engine_bytes is None else size_text(case.engine_bytes),
     )
 
 
@@ -146,14 +146,14 @@ def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("pictures a second", f"{summary['pictures_a_second']:.2f}{by}")]
     if picture.flop is not None and picture.weight_bytes is not None:
         rows.append(
-            ("work", f"{picture.flop / 1e12:.3g} TFLOP, {told_size(picture.weight_bytes)} of weights")
+            ("work", f"{picture.flop / 1e12:.3g} TFLOP, {size_text(picture.weight_bytes)} of weights")
         )
     if picture.limit_ms is not None:
-        rows.append(("limit", told_ms(picture.limit_ms)))
+        rows.append(("limit", ms_text(picture.limit_ms)))
     if picture.memory_bytes is not None:
-        rows.append(("peak memory", told_size(picture.memory_bytes)))
+        rows.append(("peak memory", size_text(picture.memory_bytes)))
     if picture.gpu_memory_bytes is not None:
-        rows.append(("GPU memory", told_size(picture.gpu_memory_bytes)))
+        rows.append(("GPU memory", size_text(picture.gpu_memory_bytes)))
     if picture.parity_db is not None:
         rows.append(("PSNR", f"{picture.parity_db:.1f} dB"))
     return [*rows, ("samples", f"{len(picture.samples_ms)}")]
@@ -180,8 +180,8 @@ def rival_row(report: BenchmarkReport, case: Case, name: str) -> tuple[str, ...]
     pairs = ratios(ours, theirs)
     return (
         case.name if case.rivals[name].batch is None else f"{case.name}, each",
-        told_ms(median(ours)),
-        told_ms(median(theirs)),
+        ms_text(median(ours)),
+        ms_text(median(theirs)),
         f"{median(pairs):.2f}×",
         f"{quantile(pairs, 0.25):.2f} to {quantile(pairs, 0.75):.2f}",
     )
@@ -200,4 +200,4 @@ def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:
     ours, theirs = picture.memory_bytes, picture.rivals[name].memory_bytes
     if not ours or not theirs:
         return []
-    return [("peak memory", told_size(ours), told_size(theirs), f"{theirs / ours:.2f}×", "")]
+    return [("peak memory", size_text(ours), size_text(theirs), f"{theirs / ours:.2f}×", "")]

@@ -73,7 +73,7 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [b / a for a, b in zip(ours, theirs, strict=True)]
 
 
-def spread(values: Sequence[float]) -> float:
+def relative_spread(values: Sequence[float]) -> float:
     """The width of the middle half, as a part of the median."""
     return (quantile(values, 0.75) - quantile(values, 0.25)) / median(values)
 
@@ -81,7 +81,7 @@ def spread(values: Sequence[float]) -> float:
 def too_noisy(ours: Sequence[float], rivals: Mapping[str, Sequence[float]]) -> str | None:
     """What spreads too far for a figure to be relied on, or None. Without rivals, our own samples."""
     told = {f"the ratios to {name}": ratios(ours, theirs) for name, theirs in rivals.items()}
-    wide = {name: spread(values) for name, values in (told or {"the samples": list(ours)}).items()}
+    wide = {name: relative_spread(values) for name, values in (told or {"the samples": list(ours)}).items()}
     worst = max(wide, key=wide.__getitem__)
     if wide[worst] <= NOISY:
         return None

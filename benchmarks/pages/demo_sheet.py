@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.graphs import STAGES
-from lcm_compile.output.console import Bar, Parts, note
+from lcm_compile.output.console import Bar, BuildProgress, note
 from lcm_compile.output.sheet import GAP, INK, wrap
 from lcm_compile.pipeline.request import Request
 
@@ -60,7 +60,7 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 def main(out: Path, seed: int, steps: int) -> None:
     """Draws PROMPTS with the demo model."""
     start = time.perf_counter()
-    with Parts() as parts:
+    with BuildProgress() as parts:
         bundle = build(BuildSpec(base="demo", gpu="cpu"), report=parts)
     built = time.perf_counter() - start
     totals = dict.fromkeys(STAGES, 0.0)

@@ -12,7 +12,7 @@ from statistics import median
 import click
 
 from lcm_compile.benchmarks.measure.report import BenchmarkReport, read_report
-from lcm_compile.benchmarks.measure.summary import per_picture, told_ms
+from lcm_compile.benchmarks.measure.summary import ms_text, per_picture
 from lcm_compile.benchmarks.measure.timing import ratios
 from lcm_compile.errors import UsageError
 from lcm_compile.system.files import write_atomically
@@ -42,7 +42,7 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
             for name in rivals
         ]
         device = f"{report.environment.device}, {report.environment.threads} threads"
-        lines.append([model, device, told_ms(median(picture.samples_ms)), *shown])
+        lines.append([model, device, ms_text(median(picture.samples_ms)), *shown])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -19,12 +19,12 @@ from lcm_compile.benchmarks.measure.bench import picture_case, take_warm
 from lcm_compile.benchmarks.measure.environment import environment_of
 from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, read_report
 from lcm_compile.benchmarks.measure.rivals import SELF, draw_with_bundle
-from lcm_compile.benchmarks.measure.summary import told_ms
+from lcm_compile.benchmarks.measure.summary import ms_text
 from lcm_compile.benchmarks.measure.timing import ratios, too_noisy
 from lcm_compile.benchmarks.measure.worker import Maker
 from lcm_compile.benchmarks.pages.readme_table import RESULTS, ROOT, filled
 from lcm_compile.builder.build import build
-from lcm_compile.output.console import Bar, Parts, note
+from lcm_compile.output.console import Bar, BuildProgress, note
 from lcm_compile.spec import REWRITES, BuildSpec
 from lcm_compile.system.files import write_atomically
 from lcm_compile.system.processor import physical_cores
@@ -43,7 +43,7 @@ def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: fl
     specs = {name: replace(spec, without=left) for name, left in {**lacking, ALL: tuple(REWRITES)}.items()}
     if one_graph:
         specs[WHOLE] = replace(spec, whole_loop=True)
-    with Parts() as parts:
+    with BuildProgress() as parts:
         whole = build(spec, report=parts)
         others = {name: build(other, report=parts) for name, other in specs.items()}
     manifest, cores = whole.manifest, physical_cores()
@@ -69,13 +69,13 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
         for r in reports
     ]
     lines = [["", *heads], ["---", *("--:" for _ in heads)]]
-    lines.append(["all rewrites", *(told_ms(median(r.cases[0].samples_ms)) for r in reports)])
+    lines.append(["all rewrites", *(ms_text(median(r.cases[0].samples_ms)) for r in reports)])
     for name in (*(f"without {rewrite}" for rewrite in REWRITES), ALL, WHOLE):
-        lines.append([name, *(told_ratio(report, name) for report in reports)])
+        lines.append([name, *(ratio_text(report, name) for report in reports)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def told_ratio(report: BenchmarkReport, name: str) -> str:
+def ratio_text(report: BenchmarkReport, name: str) -> str:
     picture = report.cases[0]
     if name not in picture.rivals:
         return ""

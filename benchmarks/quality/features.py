@@ -72,7 +72,7 @@ class SceneReader(nn.Module):
         return self.head(self.features(pictures))
 
 
-def told(scene: Scene, look: Look) -> tuple[list[int], list[float]]:
+def classes_and_numbers(scene: Scene, look: Look) -> tuple[list[int], list[float]]:
     """A scene's classes, -1 for what can't be seen, and its numbers, NaN for those."""
     words = scene.description
     names, phases = list(look.backgrounds), [math.nan] * 4
@@ -119,7 +119,7 @@ def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
     looks = [DUSK if i % 4 == 3 else DAY for i in range(pool)]
     scenes = [sample_scene(rng, zebra=0.2) for _ in looks]
     pictures = as_tensor(np.stack([render(s, SIDE, look) for s, look in zip(scenes, looks, strict=True)]))
-    answers = [told(scene, look) for scene, look in zip(scenes, looks, strict=True)]
+    answers = [classes_and_numbers(scene, look) for scene, look in zip(scenes, looks, strict=True)]
     classes, numbers = (torch.tensor([a[i] for a in answers]) for i in (0, 1))
     network = SceneReader()
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=1e-3)

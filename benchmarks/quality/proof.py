@@ -34,7 +34,7 @@ from lcm_compile.builder.plan import Plan, make_plan
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
 from lcm_compile.engines import find_backend
-from lcm_compile.output.console import Bar, Parts, note
+from lcm_compile.output.console import Bar, BuildProgress, note
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.cache import home
@@ -180,7 +180,7 @@ def timed(rows: Sequence[Row]) -> dict[str, list[float]]:
 @contextmanager
 def samplers_of(spec: BuildSpec) -> Iterator[dict[str, Draw]]:
     """What draws with the engines of a build: this project's LCM loop, and Euler's."""
-    with Parts() as parts:
+    with BuildProgress() as parts:
         bundle = build(spec, report=parts)
     with load(bundle) as pipeline:
         yield {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}

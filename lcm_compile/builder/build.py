@@ -15,10 +15,10 @@ from lcm_compile.builder.key import key_digest
 from lcm_compile.builder.plan import Plan, make_plan, make_plan_from
 from lcm_compile.bundles.bundle import (
     EngineBundle,
-    full_disk_told,
     list_files,
     open_bundle,
     publishing,
+    reporting_full_disk,
 )
 from lcm_compile.bundles.export_manifest import ExportManifest, read_export
 from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
@@ -171,7 +171,7 @@ def build_into(
     for name in ("tokenizers", "proof"):
         shutil.copytree(graphs / name, folder / name)
     stages: list[StageFile] = []
-    with full_disk_told(folder.parent):
+    with reporting_full_disk(folder.parent):
         if twin is not None:
             with watch.part(f"copy the engines{told}"):
                 shutil.copytree(twin / "engines", folder / "engines")

@@ -39,15 +39,15 @@ class Diagnosis:
         return asdict(self)
 
 
-def examine(report: Report = silent) -> list[Diagnosis]:
+def diagnose(report: Report = silent) -> list[Diagnosis]:
     """What every backend does here; `report` is told of them being timed."""
-    found = [examine_backend(name) for name in BACKENDS]
+    found = [diagnose_backend(name) for name in BACKENDS]
     timed = [d.backend for d in found if "cpu" in d.builds_for and d.backend not in SLOW_TO_BUILD]
     milliseconds = time_on_cpu(timed, Precision.FP32, report)
     return [replace(d, milliseconds=milliseconds.get(d.backend)) for d in found]
 
 
-def examine_backend(name: str) -> Diagnosis:
+def diagnose_backend(name: str) -> Diagnosis:
     """Builds for one target of each capability, and runs the engine where it can."""
     backend = find_backend(name)
     version = installed_version(backend.PACKAGES)

@@ -13,7 +13,7 @@ from lcm_compile.bundles.export_manifest import read_export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.single_file import read_header
 from lcm_compile.spec import Shape
-from lcm_compile.stages.contracts import PARTS
+from lcm_compile.stages.contracts import MODEL_STAGES
 
 # Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
 STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
@@ -54,12 +54,12 @@ def estimate(export: ExportPlan) -> Estimate:
     components = export.checkpoint.components
     weights = {
         part: sum(parameters(components[name]) for name in names if name in components)
-        for part, (_, names) in PARTS.items()
+        for part, (_, names) in MODEL_STAGES.items()
     }
     weights["vae"] = int(weights["vae"] * DECODER)
     engines = int(
         sum(
-            STORED_BYTES[export.precisions[PARTS[part][0][-1]].product] * count
+            STORED_BYTES[export.precisions[MODEL_STAGES[part][0][-1]].product] * count
             for part, count in weights.items()
         )
     )

@@ -13,9 +13,9 @@ from lcm_compile.builder.estimate import estimate
 from lcm_compile.builder.plan import ENGINE, ExportPlan, Plan, plan_graphs
 from lcm_compile.bundles.bundle import (
     check_destination,
-    full_disk_told,
     list_files,
     publishing,
+    reporting_full_disk,
 )
 from lcm_compile.bundles.export_manifest import EXPORT, ExportManifest
 from lcm_compile.bundles.manifest import (
@@ -32,7 +32,7 @@ from lcm_compile.graphs import StageContract
 from lcm_compile.proof import parity, recording
 from lcm_compile.proof.recording import Call, Trace
 from lcm_compile.spec import BuildSpec, LoraProvenance
-from lcm_compile.stages.contracts import graph_contracts, make_contracts, parts_of
+from lcm_compile.stages.contracts import graph_contracts, make_contracts, models_of
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.files import check_space
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
@@ -70,14 +70,14 @@ def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, E
     assert plan.export is not None
     # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
-        with full_disk_told(folder.parent):
+        with reporting_full_disk(folder.parent):
             export = export_into(Path(scratch), plan.export, report)
         yield Path(scratch), export
 
 
 def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifest:
     """Fills an empty folder with graphs, tokenizers and proof. ParityError where the graphs miss it."""
-    from lcm_compile.builder.prepare import check_fit, prepare_part
+    from lcm_compile.builder.prepare import check_fit, prepare_model
 
     watch = Stopwatch(report)
     call = caller(plan.is_large)
@@ -93,9 +93,9 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     calibration: list[Trace] = [{} for _ in plan.calibration]
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
-    for part in parts_of(plan.spec):
+    for part in models_of(plan.spec):
         with watch.part(f"export {part}"):
-            made = call(prepare_part, plan, part, proving, folder, trace, drawn, calibration)
+            made = call(prepare_model, plan, part, proving, folder, trace, drawn, calibration)
         for prepared in made:
             contract = prepared.graph.contract
             name, precision = contract.name, prepared.graph.precision
@@ -107,7 +107,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
                     db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
                 twin = prepared.twin != prepared.graph
                 floor = parity.stage_floor(contract, precision)
-                figures[name] = Parity(db, floor, told_check(plan, twin))
+                figures[name] = Parity(db, floor, checked_text(plan, twin))
             graph = prepared.graph.path.relative_to(folder).as_posix()
             largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
             stages.append(
@@ -119,7 +119,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         db = parity.psnr_db(recording.picture_of(trace), recording.picture_of(drawn))
         twin = plan.proof_shape != plan.shape
         figures["picture"] = Parity(
-            db, parity.picture_floor(plan.precisions.values()), told_check(plan, twin)
+            db, parity.picture_floor(plan.precisions.values()), checked_text(plan, twin)
         )
     parity.require(figures)
     return ExportManifest(
@@ -179,8 +179,8 @@ def check_stage(
     name = prepared.twin.contract.name
     with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
         db = parity.compare_calls(runner, trace[name])
-        return db, recording.relay(runner, contracts, settings, folder, drawn)
+        return db, recording.record_calls(runner, contracts, settings, folder, drawn)
 
 
-def told_check(plan: ExportPlan, twin: bool) -> str:
+def checked_text(plan: ExportPlan, twin: bool) -> str:
     return f"{plan.checked}, of a twin of {plan.proof_shape}" if twin else plan.checked

@@ -131,7 +131,7 @@ def small_engines(names: list[str], precision: Precision, folder: Path) -> Itera
 
     from lcm_compile.export import export_stage
     from lcm_compile.stages.half_precision import to_precision
-    from lcm_compile.stages.quantize import choose_scales, put_in, take_out
+    from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
     from lcm_compile.stages.stage import Stage
 
     array = TensorSpec("x", (1, CHANNELS, SIDE, SIDE), "float32", "a feature map")
@@ -140,9 +140,9 @@ def small_engines(names: list[str], precision: Precision, folder: Path) -> Itera
     layers = {}
     if precision.is_quantized:
         scales = choose_scales(network, precision, *[lambda: network(torch.randn(array.shape))] * 2)
-        layers = take_out(network, scales, precision)
+        layers = quantize_layers(network, scales, precision)
     to_precision(network, precision.floats)
-    put_in(network, layers)
+    install_layers(network, layers)
     stage = Stage(contract, network)
     graphs: dict[str, ExportedGraph] = {}
     for name in names:

@@ -19,10 +19,10 @@ from lcm_compile.lora.read import read_lora
 from lcm_compile.proof import parity, recording
 from lcm_compile.proof.recording import Call, Trace
 from lcm_compile.spec import LoraProvenance
-from lcm_compile.stages.contracts import PARTS, make_contracts
+from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
-from lcm_compile.stages.quantize import choose_scales, put_in, take_out
-from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, shape_modules
+from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
+from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages that the step depends on.
 CONDITIONS = ("encode", "context")
@@ -32,7 +32,7 @@ CONDITIONS = ("encode", "context")
 class Cast:
     """A stage in the precision of the engines, and what was seen of it in fp32.
 
-    `stage` is of the proof's shape, `modules` are those of its model, as shape_modules leaves them.
+    `stage` is of the proof's shape, `modules` are those of its model, as rewrite_modules leaves them.
     """
 
     stage: Stage
@@ -69,7 +69,7 @@ def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
     return check_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
 
 
-def prepare_part(
+def prepare_model(
     plan: ExportPlan,
     part: str,
     settings: PipelineSettings,
@@ -85,7 +85,7 @@ def prepare_part(
     that an 8-bit step is scaled to. CheckpointError, LoraError, ParityError.
     """
     if part == DRAW:
-        return [prepare_whole(plan, settings, folder)]
+        return [prepare_whole_loop(plan, settings, folder)]
     checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
     contracts = make_contracts(checkpoint, plan.proof_shape, rewrites)
     whole = make_contracts(checkpoint, plan.shape, rewrites)
@@ -109,14 +109,14 @@ def prepare_part(
         )
         if plan.checked == MODULE:
             runner = recording.TorchRunner(made.stage)
-            cast[name] = recording.relay(runner, contracts, settings, folder, cast)
+            cast[name] = recording.record_calls(runner, contracts, settings, folder, cast)
             done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
         prepared.append(done)
     return prepared
 
 
-def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) -> Prepared:
-    """Makes one graph of the whole picture; arguments and errors as prepare_part's.
+def prepare_whole_loop(plan: ExportPlan, settings: PipelineSettings, folder: Path) -> Prepared:
+    """Makes one graph of the whole picture; arguments and errors as prepare_model's.
 
     Each model is cast before the next is loaded; in the end all of them are in memory.
     """
@@ -125,7 +125,7 @@ def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) ->
     calibration: list[Trace] = [{} for _ in plan.calibration]
     modules: dict[str, nn.Module] = {}
     made: list[Cast] = []
-    for part in PARTS:
+    for part in MODEL_STAGES:
         for cast in cast_stages(plan, part, settings, folder, trace, calibration):
             made.append(cast)
             modules.update(cast.modules)
@@ -150,7 +150,7 @@ def prepare_whole(plan: ExportPlan, settings: PipelineSettings, folder: Path) ->
     if plan.checked != MODULE:
         return done
     runner = recording.TorchRunner(proving)
-    drawn = recording.relay(runner, {proving.name: proving.contract}, settings, folder, {})
+    drawn = recording.record_calls(runner, {proving.name: proving.contract}, settings, folder, {})
     return replace(done, cast_db=parity.compare_calls(runner, reference), cast=drawn)
 
 
@@ -169,15 +169,15 @@ def cast_stages(
 ) -> Iterator[Cast]:
     """A model's stages, one after another: drawn with in fp32 on `device`, held to the plain model, and cast.
 
-    The rest is as of prepare_part; each stage's calls are added to `trace`, and to `calibration`.
+    The rest is as of prepare_model; each stage's calls are added to `trace`, and to `calibration`.
     """
-    names, components = PARTS[part]
+    names, components = MODEL_STAGES[part]
     checkpoint = plan.checkpoint
     modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
     merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
     unshaped = first_call(plan, names[-1], modules, settings, folder, trace, device)
     shapes = (plan.shape, plan.proof_shape)
-    modules = shape_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
+    modules = rewrite_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
     contracts = make_contracts(checkpoint, plan.proof_shape, plan.spec.rewrites)
     for name in names:
         if name not in contracts:
@@ -185,7 +185,7 @@ def cast_stages(
         stage = make_stage(checkpoint, contracts[name], modules, plan.proof_shape)
         runner = recording.TorchRunner(stage, device)
         with record_peaks(stage.module) as peaks:
-            trace[name] = recording.relay(runner, contracts, settings, folder, trace)
+            trace[name] = recording.record_calls(runner, contracts, settings, folder, trace)
         if name == names[-1]:
             parity.require_same(unshaped, trace[name][0])
         if name == "decode":
@@ -197,14 +197,18 @@ def cast_stages(
         quantized = {}
         if name in CONDITIONS:
             for request, seen in zip(plan.calibration, calibration, strict=True):
-                seen[name] = recording.relay(runner, contracts, settings, folder, seen, request=request)
+                seen[name] = recording.record_calls(
+                    runner, contracts, settings, folder, seen, request=request
+                )
         if precision.is_quantized:
             scales = calibrate(plan, runner, contracts, settings, folder, calibration)
         runner.close()
         if precision.is_quantized:
-            quantized = take_out(stage.module, {n: s for n, s in scales.items() if n not in kept}, precision)
+            quantized = quantize_layers(
+                stage.module, {n: s for n, s in scales.items() if n not in kept}, precision
+            )
         to_precision(stage.module, floats, kept)
-        put_in(stage.module, quantized)
+        install_layers(stage.module, quantized)
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
 
 
@@ -221,7 +225,7 @@ def calibrate(
 
     def draw() -> None:
         for request, trace in zip(plan.calibration, calibration, strict=True):
-            calls = recording.relay(runner, contracts, settings, folder, trace, request=request)
+            calls = recording.record_calls(runner, contracts, settings, folder, trace, request=request)
             recorded.extend(() if recorded else calls)  # one picture's are enough to compare layers on
 
     def replay() -> None:
@@ -244,4 +248,4 @@ def first_call(
     contracts = make_contracts(plan.checkpoint, plan.proof_shape)
     stage = make_stage(plan.checkpoint, contracts[name], modules, plan.proof_shape)
     with recording.TorchRunner(stage, device) as runner:
-        return recording.relay(runner, contracts, settings, folder, trace, calls=1)[0]
+        return recording.record_calls(runner, contracts, settings, folder, trace, calls=1)[0]

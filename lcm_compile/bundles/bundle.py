@@ -139,7 +139,7 @@ def publishing(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with reserving(folder, waiting) as (part, old):
         part.mkdir()
-        with full_disk_told(folder.parent):
+        with reporting_full_disk(folder.parent):
             yield part
         if (part / manifest).is_file():
             if folder.parent == bundles_folder().resolve():
@@ -184,7 +184,7 @@ def lock_of(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
+def reporting_full_disk(folder: Path) -> Iterator[None]:
     """Tells of a full disk as such, whatever the library that met it made of that."""
     try:
         yield

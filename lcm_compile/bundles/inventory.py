@@ -18,7 +18,7 @@ from typing import Any
 from lcm_compile.bundles.bundle import LEFTOVERS, foreign_files, lock_of, reserving
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.bundles.store import bundles_folder, last_uses
-from lcm_compile.engines.kernel_files import BESIDE, drop_kernels, is_bundle, kernel_files
+from lcm_compile.engines.kernel_files import KERNEL_FOLDER_SUFFIX, drop_kernels, is_bundle, kernel_files
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.system.cache import lock
 from lcm_compile.system.files import user_path
@@ -28,7 +28,7 @@ SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]i?)?B?", re.IGNORECA
 
 
 @dataclass(frozen=True)
-class Shelved:
+class StoredBundle:
     """A bundle, or what is left of one. `files` are the bytes of each file, by its device and inode; of the
     kernels beside it too.
 
@@ -66,7 +66,7 @@ def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
-def shelved() -> list[Shelved]:
+def list_bundles() -> list[StoredBundle]:
     """Every bundle of the store, and those elsewhere that were used; the one used last first."""
     store = bundles_folder().resolve()
     used = last_uses()
@@ -75,11 +75,13 @@ def shelved() -> list[Shelved]:
     found = []
     for folder in (*inside, *elsewhere):
         with contextlib.suppress(FileNotFoundError):  # removed meanwhile
-            found.append(look_at(folder, STORE if folder.parent == store else ELSEWHERE, used.get(folder)))
+            found.append(
+                read_stored(folder, STORE if folder.parent == store else ELSEWHERE, used.get(folder))
+            )
     return sorted(found, key=lambda one: -one.used)
 
 
-def look_at(folder: Path, kind: str, used: float | None) -> Shelved:
+def read_stored(folder: Path, kind: str, used: float | None) -> StoredBundle:
     manifest = None
     built = folder.stat().st_mtime
     if is_leftover(folder):
@@ -92,12 +94,12 @@ def look_at(folder: Path, kind: str, used: float | None) -> Shelved:
             kind = BROKEN
         except (ValueError, OverflowError):
             pass  # the manifest has no such time: the folder's
-    return Shelved(folder, kind, manifest, max(used or 0, built), built, sizes(folder))
+    return StoredBundle(folder, kind, manifest, max(used or 0, built), built, sizes(folder))
 
 
 def bundle_beside(folder: Path) -> Path | None:
     """The bundle whose kernels a folder is for, which may have gone; None for any other folder."""
-    bundle = folder.with_name(folder.name.removesuffix(BESIDE) or folder.name)
+    bundle = folder.with_name(folder.name.removesuffix(KERNEL_FOLDER_SUFFIX) or folder.name)
     return bundle if bundle != folder and not is_bundle(folder) else None
 
 
@@ -115,7 +117,7 @@ def sizes(folder: Path) -> dict[tuple[int, int], int]:
     return found
 
 
-def disk_size(bundles: Iterable[Shelved]) -> int:
+def disk_size(bundles: Iterable[StoredBundle]) -> int:
     """Bytes of all of them, files that several share counted once."""
     files: dict[tuple[int, int], int] = {}
     for one in bundles:
@@ -133,7 +135,7 @@ def parse_size(text: str) -> int:
     return int(float(match["number"]) * step ** ("kmgt".index(unit[0]) + 1 if unit else 0))
 
 
-def find_shelved(name: str) -> Path:
+def find_stored(name: str) -> Path:
     """The folder of a bundle, by its name in the store or by its path. BundleError where there is none."""
     path = user_path(name)
     for folder in (bundles_folder() / name, path) if path.name == name else (path,):
@@ -142,7 +144,7 @@ def find_shelved(name: str) -> Path:
     raise BundleError(f"there is no bundle {name}", "lcm-compile bundles lists those that are here")
 
 
-def remove(folder: Path, pretend: bool = False) -> None:
+def remove_bundle(folder: Path, pretend: bool = False) -> None:
     """Removes a bundle at once. BundleError while it is used, and where other things lie in it.
 
     `pretend`: only whether it could be removed.
@@ -152,7 +154,7 @@ def remove(folder: Path, pretend: bool = False) -> None:
             f"{folder} is kept: it holds {foreign[0]}, and that is no file of a bundle that can be read",
             f"look into it, and remove it yourself: rm -r {shlex.quote(str(folder))}",
         )
-    with unbuilt(folder, pretend) as (part, _), unread(folder):
+    with not_being_built(folder, pretend) as (part, _), not_in_use(folder):
         if not pretend:
             drop_kernels(folder)
             folder.rename(part)
@@ -161,12 +163,12 @@ def remove(folder: Path, pretend: bool = False) -> None:
 def remove_leftover(leftover: Path, pretend: bool = False) -> None:
     """Removes what a killed build left; a bundle that it had put aside is back. BundleError: no, it runs."""
     ending = next(ending for ending in LEFTOVERS if leftover.name.endswith(ending))
-    with unbuilt(leftover.with_name(leftover.name[1:].removesuffix(ending)), pretend):
+    with not_being_built(leftover.with_name(leftover.name[1:].removesuffix(ending)), pretend):
         pass  # entering removes it
 
 
 @contextlib.contextmanager
-def unbuilt(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
+def not_being_built(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
     """`reserving`, or BundleError while another process builds or removes the bundle."""
 
     def busy() -> None:
@@ -181,7 +183,7 @@ def unbuilt(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
 
 
 @contextlib.contextmanager
-def unread(folder: Path) -> Iterator[None]:
+def not_in_use(folder: Path) -> Iterator[None]:
     """BundleError while a process `hold`s the bundle; none can before the block ends."""
     try:
         file = (folder / MANIFEST).open("r+b")
@@ -201,8 +203,8 @@ def unread(folder: Path) -> Iterator[None]:
 class Pruned:
     """What was removed, what is left of the store, and why some of that could not be removed."""
 
-    removed: tuple[Shelved, ...]
-    left: tuple[Shelved, ...]
+    removed: tuple[StoredBundle, ...]
+    left: tuple[StoredBundle, ...]
     reasons: tuple[str, ...]
 
 
@@ -221,13 +223,13 @@ def prune(limit: int, pretend: bool = False) -> Pruned:
     """
     if not pretend:
         drop_lost_kernels()
-    left = [one for one in shelved() if one.kind != ELSEWHERE]
+    left = [one for one in list_bundles() if one.kind != ELSEWHERE]
     removed, reasons = [], []
     for one in sorted(left, key=lambda one: (one.kind != UNFINISHED, one.used)):
         if one.kind != UNFINISHED and disk_size(left) <= limit:
             break
         try:
-            (remove_leftover if one.kind == UNFINISHED else remove)(one.folder, pretend)
+            (remove_leftover if one.kind == UNFINISHED else remove_bundle)(one.folder, pretend)
         except BundleError as error:
             reasons.append(error.message)
             continue

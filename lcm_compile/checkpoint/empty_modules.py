@@ -28,7 +28,7 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 
 def module_of(name: str, config: Mapping[str, Any]) -> Any:
-    kind = kind_of(name, config)
+    kind = class_of(name, config)
     if name in ("unet", "vae"):
         return kind.from_config(dict(config))
     import transformers
@@ -36,7 +36,7 @@ def module_of(name: str, config: Mapping[str, Any]) -> Any:
     return kind(transformers.CLIPTextConfig(**config))
 
 
-def kind_of(name: str, config: Mapping[str, Any]) -> Any:
+def class_of(name: str, config: Mapping[str, Any]) -> Any:
     """The class of a component, diffusers' or transformers'."""
     if name in ("unet", "vae"):
         import diffusers

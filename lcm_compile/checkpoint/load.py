@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.checkpoint.empty_modules import kind_of
+from lcm_compile.checkpoint.empty_modules import class_of
 from lcm_compile.checkpoint.random_weights import random_component, stand_in_tokenizer
 from lcm_compile.checkpoint.read_single_file import component_in_file
 from lcm_compile.errors import CheckpointError, first_line
@@ -43,7 +43,7 @@ def stored_component(component: Component, folder: Path) -> torch.nn.Module:
     }
     # diffusers and transformers name it differently.
     dtype = "torch_dtype" if component.name in ("unet", "vae") else "dtype"
-    kind = kind_of(component.name, component.config)
+    kind = class_of(component.name, component.config)
     try:
         module, info = kind.from_pretrained(folder, **{dtype: torch.float32}, **options)
     except Exception as error:

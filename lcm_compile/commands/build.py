@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option, shape_options
+from lcm_compile.commands.options import base_options, base_settings, graph_options, json_option, quiet_option
 
 
 @click.command()
@@ -24,7 +24,7 @@ from lcm_compile.commands.options import base_options, base_settings, json_optio
     metavar="TARGET",
     help="See lcm-compile targets; repeatable.",
 )
-@shape_options
+@graph_options
 @click.option("--backend", default="auto", show_default=True, help="auto, or one of lcm-compile doctor.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle; default: the store.")
 @click.option("--force", is_flag=True, help="Build even if this very bundle exists.")
@@ -52,16 +52,16 @@ def build(
     from lcm_compile.builder.build import build_targets, build_targets_from
     from lcm_compile.builder.key import briefly
     from lcm_compile.builder.plan import make_plan, make_plan_from
-    from lcm_compile.output.console import Parts, note, print_json
+    from lcm_compile.output.console import BuildProgress, note, print_json
     from lcm_compile.output.describe import describe_bundle
-    from lcm_compile.output.reports import print_plan, told_fp32_layers, told_loss, told_parity
+    from lcm_compile.output.reports import fp32_layer_lines, loss_lines, parity_line, print_plan
     from lcm_compile.spec import BuildSpec
     from lcm_compile.targets import find_target
 
     names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
     # With several targets, --out is the folder of their bundles' folders.
     outs = [out / name if out is not None and len(names) > 1 else out for name in names]
-    with Parts(quiet) as parts:
+    with BuildProgress(quiet) as parts:
         if graphs is not None:
             refuse_model_options(context)
             plans = [
@@ -73,7 +73,7 @@ def build(
     lead = plans[0]
     if not lead.hit and lead.export is not None:
         checkpoint = lead.export.checkpoint
-        for remark in (*checkpoint.notes, *told_loss(lead.export.lossy)):
+        for remark in (*checkpoint.notes, *loss_lines(lead.export.lossy)):
             note(remark, quiet)
     if dry_run:
         from lcm_compile.builder.estimate import estimate_plan
@@ -92,8 +92,8 @@ def build(
     for plan in plans:
         note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"), quiet)
         if plan.passed_over and not plan.hit:
-            note(told_backend(plan.backend_name, plan.passed_over), quiet)
-    with Parts(quiet) as parts:
+            note(backend_text(plan.backend_name, plan.passed_over), quiet)
+    with BuildProgress(quiet) as parts:
         if graphs is not None:
             done = build_targets_from(graphs, list(zip(names, outs, strict=True)), backend, force, parts)
         else:
@@ -112,13 +112,13 @@ def build(
         print(bundle.folder)
     built = [bundle for plan, bundle in done if not plan.hit]
     if built:
-        note(f"built in {parts.seconds:.1f} s; {told_parity(built[0].manifest.parity)}", quiet)
+        note(f"built in {parts.seconds:.1f} s; {parity_line(built[0].manifest.parity)}", quiet)
     for bundle in built:
-        for remark in told_fp32_layers(bundle.manifest.stages):
+        for remark in fp32_layer_lines(bundle.manifest.stages):
             note(f"{remark}: lcm-compile inspect {shlex.quote(str(bundle.folder))}", quiet)
 
 
-def told_backend(name: str, passed_over: Iterable[str]) -> str:
+def backend_text(name: str, passed_over: Iterable[str]) -> str:
     """The backend, and a line or two for each that was passed over for it."""
     lines = [textwrap.fill(why, 79, initial_indent="  not ", subsequent_indent="    ") for why in passed_over]
     return "\n".join((f"backend {name}", *lines))

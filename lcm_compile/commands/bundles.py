@@ -27,10 +27,10 @@ def bundles() -> None:
 @json_option
 def list_bundles(as_json: bool) -> None:
     """List them, the one used last first, also those built elsewhere with --out."""
-    from lcm_compile.bundles.inventory import STORE, disk_size, shelved
-    from lcm_compile.output.console import print_json, print_table, told_size
+    from lcm_compile.bundles.inventory import STORE, disk_size, list_bundles
+    from lcm_compile.output.console import print_json, print_table, size_text
 
-    found = shelved()
+    found = list_bundles()
     total = disk_size(found)
     if as_json:
         print_json({"bundles": [one.to_dict() for one in found], "bytes": total})
@@ -43,7 +43,7 @@ def list_bundles(as_json: bool) -> None:
         [
             (
                 short_time(one.used),
-                told_size(one.size),
+                size_text(one.size),
                 one.manifest.target.name if one.manifest else "",
                 one.manifest.backend if one.manifest else "",
                 short_time(one.built),
@@ -54,7 +54,7 @@ def list_bundles(as_json: bool) -> None:
         ],
     )
     shared = sum(one.size for one in found) - total
-    print(f"{told_size(total)} in all" + (f"; {told_size(shared)} saved by sharing files" if shared else ""))
+    print(f"{size_text(total)} in all" + (f"; {size_text(shared)} saved by sharing files" if shared else ""))
 
 
 @bundles.command()
@@ -62,18 +62,18 @@ def list_bundles(as_json: bool) -> None:
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Tell what one is, by its name in the list or its path."""
-    from lcm_compile.bundles.inventory import ELSEWHERE, STORE, find_shelved, look_at
+    from lcm_compile.bundles.inventory import ELSEWHERE, STORE, find_stored, read_stored
     from lcm_compile.bundles.manifest import read_manifest
     from lcm_compile.bundles.store import bundles_folder, last_uses
     from lcm_compile.output.console import print_json
     from lcm_compile.output.describe import describe_bundle
     from lcm_compile.output.reports import print_description
 
-    folder = find_shelved(name)
+    folder = find_stored(name)
     kind = STORE if folder.parent == bundles_folder().resolve() else ELSEWHERE
     description = {
         **describe_bundle(folder, *read_manifest(folder)),
-        **look_at(folder, kind, last_uses().get(folder)).to_dict(),
+        **read_stored(folder, kind, last_uses().get(folder)).to_dict(),
     }
     if as_json:
         print_json(description)
@@ -86,11 +86,11 @@ def show(name: str, as_json: bool) -> None:
 @quiet_option
 def rm(names: tuple[str, ...], quiet: bool) -> None:
     """Remove some, by their names in the list or their paths."""
-    from lcm_compile.bundles.inventory import find_shelved, remove
+    from lcm_compile.bundles.inventory import find_stored, remove_bundle
     from lcm_compile.output.console import note
 
-    for folder in [find_shelved(name) for name in names]:
-        remove(folder)
+    for folder in [find_stored(name) for name in names]:
+        remove_bundle(folder)
         note(f"removed {folder}", quiet)
 
 
@@ -107,7 +107,7 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """
     from lcm_compile.bundles.inventory import disk_size, parse_size
     from lcm_compile.bundles.inventory import prune as remove_oldest
-    from lcm_compile.output.console import note, print_json, told_size
+    from lcm_compile.output.console import note, print_json, size_text
 
     limit = parse_size(keep_under)
     pruned = remove_oldest(limit, dry_run)
@@ -128,7 +128,7 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
         note(reason)
     done = "would be removed" if dry_run else "removed"
     more = f", over {keep_under}" if size > limit else ""
-    note(f"{len(pruned.removed)} {done}; {told_size(size)} left{more}", quiet)
+    note(f"{len(pruned.removed)} {done}; {size_text(size)} left{more}", quiet)
 
 
 def short_time(seconds: float) -> str:

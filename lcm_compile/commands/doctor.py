@@ -11,11 +11,11 @@ from lcm_compile.commands.options import json_option
 @json_option
 def doctor(as_json: bool) -> None:
     """Find out which backends work here, by computing with each."""
-    from lcm_compile.builder.doctor import examine
-    from lcm_compile.output.console import Parts, print_json, print_table
+    from lcm_compile.builder.doctor import diagnose
+    from lcm_compile.output.console import BuildProgress, print_json, print_table
 
-    with Parts() as parts:
-        found = examine(parts)
+    with BuildProgress() as parts:
+        found = diagnose(parts)
     if as_json:
         print_json([diagnosis.to_dict() for diagnosis in found])
         return

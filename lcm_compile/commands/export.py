@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from lcm_compile.commands.options import base_options, base_settings, json_option, quiet_option, shape_options
+from lcm_compile.commands.options import base_options, base_settings, graph_options, json_option, quiet_option
 
 
 @click.command()
 @base_options
-@shape_options
+@graph_options
 @click.option(
     "--format", "graph_format", default="onnx", show_default=True, help="onnx, torchscript or torch_export."
 )
@@ -27,17 +27,17 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
     """
     from lcm_compile.builder.export import export as export_graphs
     from lcm_compile.bundles.export_manifest import EXPORT
-    from lcm_compile.output.console import Parts, note, print_json
-    from lcm_compile.output.reports import told_fp32_layers, told_parity
+    from lcm_compile.output.console import BuildProgress, note, print_json
+    from lcm_compile.output.reports import fp32_layer_lines, parity_line
     from lcm_compile.spec import BuildSpec
 
     spec = BuildSpec(**base_settings(**model))
-    with Parts(quiet) as parts:
+    with BuildProgress(quiet) as parts:
         manifest = export_graphs(spec, out, graph_format, report=parts)
     if as_json:
         print_json({"export": str(out), "parity": {k: v.to_dict() for k, v in manifest.parity.items()}})
         return
     print(out)
-    note(f"exported in {parts.seconds:.1f} s; {told_parity(manifest.parity)}", quiet)
-    for remark in told_fp32_layers(manifest.stages):
+    note(f"exported in {parts.seconds:.1f} s; {parity_line(manifest.parity)}", quiet)
+    for remark in fp32_layer_lines(manifest.stages):
         note(f"{remark}: {out / EXPORT} names them", quiet)

@@ -20,10 +20,10 @@ from lcm_compile.commands.options import base_options, base_settings, quiet_opti
 def fuse(out: Path, precision: str, quiet: bool, **base: Any) -> None:
     """Write a base with its LoRAs merged: a diffusers folder, or one file for webui and ComfyUI."""
     from lcm_compile.lora.fuse import fuse as write_fused
-    from lcm_compile.output.console import Parts, note
+    from lcm_compile.output.console import BuildProgress, note
     from lcm_compile.spec import BuildSpec
 
-    with Parts(quiet) as parts:
+    with BuildProgress(quiet) as parts:
         write_fused(BuildSpec(**base_settings(**base)), out, precision, parts)
     print(out)
     # The whole path: a bare name may be a family's.

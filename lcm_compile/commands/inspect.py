@@ -14,10 +14,10 @@ from lcm_compile.commands.options import json_option
 def inspect(name: str, base: str | None, as_json: bool) -> None:
     """Tell what a bundle, a LoRA or a checkpoint is."""
     from lcm_compile.output.console import print_json
-    from lcm_compile.output.describe import examine
+    from lcm_compile.output.describe import describe
     from lcm_compile.output.reports import print_checkpoint, print_description, print_lora
 
-    data = examine(name, base)
+    data = describe(name, base)
     if as_json:
         print_json(data)
     elif "lora" in data:

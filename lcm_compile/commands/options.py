@@ -73,7 +73,7 @@ def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any
     }
 
 
-def shape_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """How a model's graphs are shaped."""
     for option in reversed(
         (

@@ -127,7 +127,7 @@ def draw_pictures(
     with Bar("drawing", quiet) as bar:
         drawing = pipeline.draw(request, bar.update)
     warn_of_cut(bundle, drawing.cut)
-    metadata = {**told(request), **made_by(bundle)}
+    metadata = {**png_text(request), **made_by(bundle)}
     for i, (image, path) in enumerate(zip(drawing.images(), paths, strict=True)):
         save_picture(image, path, {**metadata, "index": str(i)})
     if as_json:
@@ -146,10 +146,10 @@ def draw_pictures(
         return
     for path in paths:
         print(path, flush=True)
-    note(told_ms(drawing.ms), quiet)
+    note(timing_line(drawing.ms), quiet)
 
 
-def told_ms(ms: Mapping[str, Any]) -> str:
+def timing_line(ms: Mapping[str, Any]) -> str:
     if "step" not in ms:  # one graph draws it all
         return f"{ms['total']:.0f} ms"
     return (
@@ -197,7 +197,7 @@ def draw_sheet(
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
-    shared = {name: value for name, value in told(fixed).items() if name not in varied}
+    shared = {name: value for name, value in png_text(fixed).items() if name not in varied}
     save_picture(sheet, path, {**shared, "grid": grid, **made_by(bundle)})
     if as_json:
         pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
@@ -228,9 +228,9 @@ def warn_of_random(bundle: EngineBundle) -> None:
 
 def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
     from lcm_compile.output.console import note
-    from lcm_compile.output.reports import told_loss
+    from lcm_compile.output.reports import loss_lines
 
-    for told in told_loss(bundle.manifest.lossy):
+    for told in loss_lines(bundle.manifest.lossy):
         note(told, quiet)
 
 
@@ -244,7 +244,7 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}")
 
 
-def told(request: Request) -> dict[str, str]:
+def png_text(request: Request) -> dict[str, str]:
     """A request as text chunks of a PNG."""
     return {
         "prompt": request.prompt,

@@ -66,7 +66,7 @@ def match(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> Match:
         if owner is not layer:
             keys = some([owner.keys[0], layer.keys[0]])
             raise LoraError(f"{lora.path} updates {layer.module} twice: {keys}", "save the LoRA again")
-        if reason := misfit(layer.update, place.module):
+        if reason := mismatch_reason(layer.update, place.module):
             found.misshapen.append(f"{layer.module} ({reason})")
         else:
             found.pairs.append((layer, place))
@@ -94,7 +94,7 @@ def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str
     return index
 
 
-def misfit(update: Update, module: torch.nn.Module) -> str | None:
+def mismatch_reason(update: Update, module: torch.nn.Module) -> str | None:
     """Why an update can't be a module's, by shapes alone; None where it can."""
     bias = bias_of(module)
     try:

@@ -12,9 +12,9 @@ from lcm_compile.errors import LoraError
 from lcm_compile.lora.guess_base import fits, made_for
 from lcm_compile.lora.kinds import Update
 from lcm_compile.lora.match import Match, Place, bias_of, match, weight_of
-from lcm_compile.lora.metadata import told_metadata
+from lcm_compile.lora.metadata import metadata_lines
 from lcm_compile.lora.read import Lora, LoraLayer, some
-from lcm_compile.spec import PART, LoraProvenance, LoraSpec
+from lcm_compile.spec import LORA_PART, LoraProvenance, LoraSpec
 
 
 def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:
@@ -35,7 +35,7 @@ def refusal(lora: Lora, why: str, found: Match) -> LoraError:
     total = sum(len(layer.keys) for layer in lora.layers)
     rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
     alpha = f", alpha {', '.join(f'{alpha:g}' for alpha in lora.alphas)}," if lora.alphas else ""
-    metadata = "; ".join(told_metadata(lora.metadata))
+    metadata = "; ".join(metadata_lines(lora.metadata))
     return LoraError(
         f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
         f"{rank}{alpha} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}"
@@ -51,7 +51,7 @@ def check_loras(
     provenance = []
     for lora, spec in loras:
         pairs = match_layers(lora, modules)
-        if not any(changes(layer.update, place.module) for layer, place in pairs):
+        if not any(is_change(layer.update, place.module) for layer, place in pairs):
             raise refusal(lora, "changes nothing: every update in it is zero", Match(pairs, [], []))
         check_parts(modules, spec)
         provenance.append(
@@ -91,7 +91,7 @@ def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
     if not spec.strengths:
         return
     blocks = {".".join(name.split(".")[:2]) for name, _ in modules["unet"].named_modules()}
-    there = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if PART.fullmatch(b))}
+    there = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if LORA_PART.fullmatch(b))}
     if missing := sorted(spec.strengths.keys() - there):
         raise LoraError(
             f"LoRA {spec} has a strength for {', '.join(missing)}, which this base lacks",
@@ -99,7 +99,7 @@ def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
         )
 
 
-def changes(update: Update, module: torch.nn.Module) -> bool:
+def is_change(update: Update, module: torch.nn.Module) -> bool:
     weight, bias = weight_of(module), update.bias
     if weight.is_meta:
         weight = torch.zeros(weight.shape)

@@ -48,7 +48,7 @@ def frequent_tags(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"tag": tag, "captions": count} for tag, count in totals.most_common(TAGS_SHOWN) if tag]
 
 
-def told_metadata(metadata: Mapping[str, str]) -> list[str]:
+def metadata_lines(metadata: Mapping[str, str]) -> list[str]:
     """For people: what describe_metadata and frequent_tags find."""
     said = [f"{name.replace('_', ' ')}: {text}" for name, text in describe_metadata(metadata).items()]
     tags = ", ".join(f"{tag['tag']} ({tag['captions']})" for tag in frequent_tags(metadata))

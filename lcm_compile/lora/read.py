@@ -167,7 +167,7 @@ def read_lora(path: Path) -> Lora:
         LoraLayer(component, module, list(keys.values()), as_update({p: tensors[k] for p, k in keys.items()}))
         for (component, module), keys in found.items()
     ]
-    check_whole(layers, path)
+    check_complete(layers, path)
     apply_metadata(layers, metadata, path)
     return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata)
 
@@ -208,7 +208,7 @@ def as_update(parts: dict[str, torch.Tensor]) -> Update:
     return Update(parts, None if alpha is None else float(alpha), magnitude, bias)
 
 
-def check_whole(layers: Iterable[LoraLayer], path: Path) -> None:
+def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
     halves, mixed = [], []
     for layer in layers:
         update, factors = layer.update, frozenset(layer.update.factors)

@@ -47,11 +47,11 @@ def describe_lora(lora: Lora, base: Checkpoint | None) -> dict[str, Any]:
         "fits": {fit.family: fit.match.keys for fit in found},
         "matched_to": matched_to,
         "matched_keys": matched.keys if matched else 0,
-        "unmatched": told(matched.unmatched if matched else []),
-        "misshapen": told(matched.misshapen if matched else []),
+        "unmatched": counted_names(matched.unmatched if matched else []),
+        "misshapen": counted_names(matched.misshapen if matched else []),
         "metadata": describe_metadata(lora.metadata),
         "likely_triggers": frequent_tags(lora.metadata),
-        "change": changes(lora.layers, matched, weighed=base is not None),
+        "change": change_rows(lora.layers, matched, weighed=base is not None),
     }
 
 
@@ -66,11 +66,11 @@ def parameters(update: Update) -> int:
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
-def told(names: Sequence[str]) -> dict[str, Any]:
+def counted_names(names: Sequence[str]) -> dict[str, Any]:
     return {"count": len(names), "some": list(names[:KEYS_SHOWN])}
 
 
-def changes(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -> list[dict[str, Any]]:
+def change_rows(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -> list[dict[str, Any]]:
     """‖ΔW‖ of each block at weight 1, Frobenius's, and ‖ΔW‖/‖W‖ over the modules that are changed.
 
     The second takes the base's weights. So does the first for a DoRA: None without them.

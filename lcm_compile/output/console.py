@@ -40,14 +40,14 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
-def told_size(size: int) -> str:
+def size_text(size: int) -> str:
     for unit, step in (("GB", 1e9), ("MB", 1e6)):
         if size >= step:
             return f"{size / step:.1f} {unit}"
     return f"{size / 1e3:.1f} kB"
 
 
-class Parts:
+class BuildProgress:
     """Reports a build's parts: a live line on a terminal while one runs, and a line with its cost after it.
 
     A context manager: an error stops the live line.

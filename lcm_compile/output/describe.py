@@ -25,7 +25,7 @@ SINGLE_FILE = "model.diffusion_model."
 Header = dict[str, tuple[list[int], str]]
 
 
-def examine(name: str, base: str | None) -> dict[str, Any]:
+def describe(name: str, base: str | None) -> dict[str, Any]:
     """All that can be told of a name; the first key says what it is, and `base` is what to hold a LoRA to.
 
     BundleError, CheckpointError or LoraError where it is broken; UsageError for a base without a LoRA.

@@ -8,7 +8,7 @@ from typing import Any
 from lcm_compile.builder.estimate import Estimate
 from lcm_compile.builder.plan import Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
-from lcm_compile.output.console import print_table, told_size
+from lcm_compile.output.console import print_table, size_text
 
 
 def print_plan(plan: Plan, cost: Estimate | None) -> None:
@@ -32,24 +32,24 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         *made,
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", "\n".join((plan.backend_name, *(f"not {reason}" for reason in plan.passed_over)))),
-        *(() if cost is None else told_estimate(cost)),
+        *(() if cost is None else estimate_rows(cost)),
         ("bundle", str(plan.folder)),
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]
     print_table(("", "plan"), rows)
 
 
-def told_estimate(cost: Estimate) -> list[tuple[str, str]]:
-    rows = [("disk", f"{told_size(cost.bundle_bytes)}, and {told_size(cost.disk_bytes)} while it is built")]
-    time = f"about {told_time(cost.seconds)} on 2 cores"
-    return [*rows, ("memory", told_size(cost.memory_bytes)), ("time", time)]
+def estimate_rows(cost: Estimate) -> list[tuple[str, str]]:
+    rows = [("disk", f"{size_text(cost.bundle_bytes)}, and {size_text(cost.disk_bytes)} while it is built")]
+    time = f"about {time_text(cost.seconds)} on 2 cores"
+    return [*rows, ("memory", size_text(cost.memory_bytes)), ("time", time)]
 
 
-def told_time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
-def told_parity(figures: Mapping[str, Parity]) -> str:
+def parity_line(figures: Mapping[str, Parity]) -> str:
     told = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
     checked = sorted({figure.checked for figure in figures.values()})
     return f"parity with torch ({', '.join(checked)}): {told}"
@@ -130,12 +130,12 @@ def listed(names: Mapping[str, Any]) -> str:
     return "\n".join([*names["some"], *([f"and {more} more"] if more else [])])
 
 
-def told_loss(lossy: Mapping[str, str]) -> list[str]:
+def loss_lines(lossy: Mapping[str, str]) -> list[str]:
     """What a manifest or a checkpoint says of its loss, to people."""
     return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
 
 
-def told_fp32_layers(stages: Sequence[StageFile]) -> list[str]:
+def fp32_layer_lines(stages: Sequence[StageFile]) -> list[str]:
     """For people: how many layers of which stage did not become fp16."""
     return [
         f"{stage.contract.name}: {len(stage.fp32_layers)} layers stay fp32, as fp16 would overflow"

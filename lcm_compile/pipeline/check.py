@@ -9,7 +9,7 @@ from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import DRAW, STAGES, StageContract
 from lcm_compile.pipeline.request import Request
-from lcm_compile.pipeline.whole_loop import check_whole
+from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.scheduler import lcm_timesteps
 
 
@@ -31,12 +31,12 @@ def check_stages(bundle: EngineBundle) -> None:
         (takes["encode"], {t.input: (shape.batch, t.max_length) for t in settings.tokenizers})
     ]
     if "context" in contracts:
-        wanted.append((takes["context"], picked(given, takes["context"])))
+        wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
     given |= {"latent": latent, "noise": latent, "coefficients": (6,)}
     wanted += [
-        (takes["step"], picked(given, takes["step"])),
-        (gives["step"], picked({"prediction": latent, "next_latent": latent}, gives["step"])),
+        (takes["step"], select(given, takes["step"])),
+        (gives["step"], select({"prediction": latent, "next_latent": latent}, gives["step"])),
         (takes["decode"], {"latent": latent}),
         (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
     ]
@@ -44,7 +44,7 @@ def check_stages(bundle: EngineBundle) -> None:
     timed = "time" in takes["step"] or "timestep" in takes["step"]
     for has, needs in wanted:
         if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
-            raise misfit(bundle, has, needs)
+            raise unfit_stages(bundle, has, needs)
 
 
 def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
@@ -58,10 +58,10 @@ def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
     needs |= {"guidance": (1,)} if "guidance" in has else {}
     needs |= {"picture": (shape.batch, shape.height, shape.width, 3)}
     if has != needs or len(noise) != 5 or [s.name for s in contract.outputs] != ["picture"]:
-        raise misfit(bundle, has, needs)
+        raise unfit_stages(bundle, has, needs)
 
 
-def misfit(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
+def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
     return BundleError(f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD)
 
 
@@ -70,8 +70,8 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
     for stage in bundle.manifest.stages:
         if stage.contract.name == DRAW:
-            check_whole(stage.contract, request)
+            check_whole_loop(stage.contract, request)
 
 
-def picked(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: given.get(name) for name in names}

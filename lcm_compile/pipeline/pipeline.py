@@ -31,7 +31,7 @@ from lcm_compile.scheduler import LcmStep, lcm_steps
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Report = Callable[[int, int], None]
+PassReport = Callable[[int, int], None]
 
 
 @dataclass
@@ -115,7 +115,7 @@ class LcmPipeline:
         seed = draw_seed() if seed is None else seed
         return self.draw(Request(prompt, seed, negative_prompt, steps, guidance_scale, num_images)).images()
 
-    def draw(self, request: Request, report: Report = lambda done, total: None) -> Drawing:
+    def draw(self, request: Request, report: PassReport = lambda done, total: None) -> Drawing:
         """Draws; `report` is told (passes done, passes in all) after every stage."""
         progress = self.progress(request)
         while True:

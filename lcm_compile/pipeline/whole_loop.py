@@ -30,7 +30,7 @@ def inputs_of(contract: StageContract) -> dict[str, TensorSpec]:
     return {spec.name: spec for spec in contract.inputs}
 
 
-def check_whole(contract: StageContract, request: Request) -> None:
+def check_whole_loop(contract: StageContract, request: Request) -> None:
     """UsageError for a request that takes another number of steps, or a second pass."""
     takes = inputs_of(contract)
     steps = takes["noise"].shape[0]
@@ -54,7 +54,7 @@ class WholeLoop(LcmPipeline):
     def progress(self, request: Request) -> Generator[tuple[int, int], None, Drawing]:
         """Draws, yielding (calls done, calls in all) after each; UsageError as check_whole's."""
         runner, batch = self.runners[DRAW], self.settings.shape.batch
-        check_whole(runner.contract, request)
+        check_whole_loop(runner.contract, request)
         start, mark = time.perf_counter(), runner.mark()
         given, cut = self.conditions_of(request)
         # The order in which diffusers asks its generator: one draw for all pictures at the start, and one

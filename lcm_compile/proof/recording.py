@@ -111,7 +111,7 @@ class Replay(Runner):
         """It holds nothing."""
 
 
-def relay(
+def record_calls(
     runner: Runner,
     contracts: Mapping[str, StageContract],
     settings: PipelineSettings,

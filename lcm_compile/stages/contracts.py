@@ -12,7 +12,7 @@ from lcm_compile.graphs import DRAW, StageContract, TensorSpec
 from lcm_compile.spec import BuildSpec, Shape
 
 # The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
-PARTS = {
+MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
     "unet": (("context", "step"), ("unet",)),
     "vae": (("decode",), ("vae",)),
@@ -22,9 +22,9 @@ CONTEXT_STEPS = 4
 SIZES: dict[str, Any] = {}  # see unet_sizes
 
 
-def parts_of(spec: BuildSpec) -> tuple[str, ...]:
+def models_of(spec: BuildSpec) -> tuple[str, ...]:
     """What is prepared at once, and given back before the next: a model, or for one graph all of them."""
-    return (DRAW,) if spec.whole_loop else tuple(PARTS)
+    return (DRAW,) if spec.whole_loop else tuple(MODEL_STAGES)
 
 
 def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> dict[str, StageContract]:

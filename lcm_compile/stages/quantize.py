@@ -225,7 +225,9 @@ def errors_of(
         yield errors
 
 
-def take_out(module: nn.Module, scales: Mapping[str, float], precision: Precision) -> dict[str, Quantized]:
+def quantize_layers(
+    module: nn.Module, scales: Mapping[str, float], precision: Precision
+) -> dict[str, Quantized]:
     """Makes the 8-bit layers of a module in fp32, and takes their weights out of it.
 
     They compute in the precision's floats, but for int8+bf16, where it is fp32: OpenVINO computes bf16's
@@ -241,8 +243,8 @@ def take_out(module: nn.Module, scales: Mapping[str, float], precision: Precisio
     return made
 
 
-def put_in(module: nn.Module, layers: Mapping[str, Quantized]) -> None:
-    """Puts what take_out gave where it belongs."""
+def install_layers(module: nn.Module, layers: Mapping[str, Quantized]) -> None:
+    """Puts what quantize_layers gave where it belongs."""
     for name, layer in layers.items():
         module.set_submodule(name, layer)
 

@@ -20,7 +20,7 @@ from lcm_compile.errors import CheckpointError
 KeysValues = Mapping[str, Tensor]
 
 
-def shape_unet(
+def rewrite_unet(
     unet: nn.Module, rewrites: Collection[str], latents: Sequence[tuple[int, int]]
 ) -> nn.Module | None:
     """Rewrites a UNet in place for latents of these sizes; returns the context that it then depends on.
@@ -32,19 +32,19 @@ def shape_unet(
         fuse_projections(unet)
     if "upsampling" in rewrites:
         levels = len([block for block in parts(unet, "up_blocks") if block.upsamplers])
-        shape_upsampling(unet, [doublings(latent, levels) for latent in latents])
+        rewrite_upsampling(unet, [doublings(latent, levels) for latent in latents])
     return context
 
 
-def shape_vae(vae: nn.Module, rewrites: Collection[str]) -> None:
+def rewrite_vae(vae: nn.Module, rewrites: Collection[str]) -> None:
     """Rewrites the drawing half of a VAE in place."""
     decoder: Any = vae.decoder
     if "upsampling" not in rewrites:
         return
     if hasattr(decoder, "up_blocks"):
-        shape_upsampling(decoder, [])
+        rewrite_upsampling(decoder, [])
     else:
-        shape_sequence(decoder.layers)
+        rewrite_tiny_decoder(decoder.layers)
 
 
 def parts(module: Any, name: str) -> Any:
@@ -106,11 +106,11 @@ def split_context(unet: Any) -> Context:
     start = 0
     for resnet in resnets(unet):
         stop = start + resnet.time_emb_proj.out_features
-        resnet.time_emb_proj, resnet.skip_time_act = Columns(start, stop), True
+        resnet.time_emb_proj, resnet.skip_time_act = Slice(start, stop), True
         start = stop
     unet.get_time_embed = lambda sample, timestep: timestep
     unet.get_aug_embed = lambda **_: None
-    unet.time_proj = unet.time_embedding = First()
+    unet.time_proj = unet.time_embedding = PassFirst()
     unet.add_time_proj = unet.add_embedding = None
     return context
 
@@ -169,7 +169,7 @@ def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
     return one
 
 
-class Columns(nn.Module):
+class Slice(nn.Module):
     """Some columns of what it is given."""
 
     def __init__(self, start: int, stop: int) -> None:
@@ -180,7 +180,7 @@ class Columns(nn.Module):
         return x[:, self.start : self.stop]
 
 
-class First(nn.Module):
+class PassFirst(nn.Module):
     """The first thing that it is given."""
 
     def forward(self, first: Tensor, *_: Any) -> Tensor:
@@ -254,7 +254,7 @@ def doublings(latent: tuple[int, int], levels: int) -> list[bool]:
     return [large == (2 * small[0], 2 * small[1]) for small, large in reversed(pairs)]
 
 
-def shape_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> None:
+def rewrite_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> None:
     """Replaces, in place, every nearest-2× upsampling that a 3×3 convolution follows.
 
     `exact` tells for each size of picture which of them really double their map; all do where it is empty.
@@ -270,7 +270,7 @@ def shape_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> None
             block.upsamplers[i] = Upsampling(conv)
 
 
-def shape_sequence(layers: nn.Sequential) -> None:
+def rewrite_tiny_decoder(layers: nn.Sequential) -> None:
     """The same in a tiny autoencoder's decoder, whose layers are one sequence."""
     pairs: Any = pairwise(layers)
     for i, (layer, conv) in enumerate(pairs):

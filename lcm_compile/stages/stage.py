@@ -19,7 +19,7 @@ from lcm_compile.graphs import StageContract
 from lcm_compile.scheduler import LcmStep
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import draw_contract, make_contracts
-from lcm_compile.stages.rewrites import shape_unet, shape_vae
+from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
 
 
 @dataclass
@@ -49,17 +49,17 @@ def move(module: nn.Module, device: str) -> None:
                 setattr(part, name, value.to(device))
 
 
-def shape_modules(
+def rewrite_modules(
     modules: Mapping[str, nn.Module], rewrites: Collection[str], shapes: Sequence[Shape], factor: int
 ) -> dict[str, nn.Module]:
     """Rewrites modules in place for pictures of these shapes; with them, the `context` that was taken out."""
     shaped = dict(modules)
     if unet := modules.get("unet"):
         latents = [(shape.height // factor, shape.width // factor) for shape in shapes]
-        if context := shape_unet(unet, rewrites, latents):
+        if context := rewrite_unet(unet, rewrites, latents):
             shaped["context"] = context.eval()
     if vae := modules.get("vae"):
-        shape_vae(vae, rewrites)
+        rewrite_vae(vae, rewrites)
     return shaped
 
 
@@ -74,7 +74,7 @@ def make_stages(
 def make_stage(
     checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module], shape: Shape
 ) -> Stage:
-    """One stage, of modules as shape_modules leaves them."""
+    """One stage, of modules as rewrite_modules leaves them."""
     names = [spec.name for spec in contract.inputs]
     module: nn.Module
     if contract.name == "context":

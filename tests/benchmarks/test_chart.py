@@ -6,7 +6,7 @@ import pytest
 
 from lcm_compile import BuildSpec
 from lcm_compile.benchmarks.measure.chart import draw_report, plot_report
-from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Environment, Rival
+from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Environment, RivalSamples
 from lcm_compile.spec import Shape
 
 HERE = Environment("some CPU", "some CPU", 2, {}, "2026-01-01T00:00:00+00:00")
@@ -15,9 +15,13 @@ OTHER = "/bundles/other"
 
 def report_of(ours, rivals, batch=1):
     """Of one stage and the picture; rivals are a picture's and a stage's median, parity and batch."""
-    against = {name: Rival((ms,) * 3, parity_db=db, batch=many) for name, (ms, _, db, many) in rivals.items()}
+    against = {
+        name: RivalSamples((ms,) * 3, parity_db=db, batch=many) for name, (ms, _, db, many) in rivals.items()
+    }
     apart = {
-        name: Rival((ms,) * 3, batch=many) for name, (_, ms, _, many) in rivals.items() if ms is not None
+        name: RivalSamples((ms,) * 3, batch=many)
+        for name, (_, ms, _, many) in rivals.items()
+        if ms is not None
     }
     ms, stage_ms, db = ours
     cases = (

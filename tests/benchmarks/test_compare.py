@@ -19,7 +19,7 @@ from lcm_compile.benchmarks.measure.report import (
     BenchmarkReport,
     Case,
     Environment,
-    Rival,
+    RivalSamples,
     read_report,
 )
 from lcm_compile.builder.plan import make_plan
@@ -40,7 +40,7 @@ def case(
     ours = 65 * scale * together * np.exp(0.02 * rng.standard_normal(shape))
     ours *= np.exp(0.01 * rng.standard_normal((processes, 1)))
     theirs = 210 * together * np.exp(0.02 * rng.standard_normal(shape))
-    rivals = {rival: Rival(tuple(theirs.ravel().tolist()))} if rival else {}
+    rivals = {rival: RivalSamples(tuple(theirs.ravel().tolist()))} if rival else {}
     figures = {"memory_bytes": 10**9, "engine_bytes": 10**8, "parity_db": 80.0, **figures}
     groups = (samples,) * processes if processes > 1 else ()
     return Case(name, tuple(ours.ravel().tolist()), rivals, groups=groups, **figures)

@@ -15,7 +15,7 @@ from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks.gate.compare import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.gate.run_again import PROCESSES, joined
 from lcm_compile.benchmarks.measure import timing
-from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Environment, Rival
+from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, Environment, RivalSamples
 from lcm_compile.benchmarks.measure.rivals import draw_with_bundle
 from lcm_compile.benchmarks.measure.worker import Maker, Worker
 
@@ -52,7 +52,7 @@ def measure(bundles, runs=15):
                 timing.warm_up(worker, PROMPT)
             samples = timing.take_turns({"ours": ours, "rival": rival}, PROMPT, runs, 60.0)
         ms = {name: tuple(sample.ms for sample in taken) for name, taken in samples.items()}
-        case = Case("picture", ms["ours"], {"openvino": Rival(ms["rival"])})
+        case = Case("picture", ms["ours"], {"openvino": RivalSamples(ms["rival"])})
         reports.append(BenchmarkReport(HERE, Benchmark(BuildSpec("demo"), (), runs, 60.0), (case,)))
     return joined(reports)
 

@@ -15,7 +15,7 @@ import pytest
 
 from lcm_compile.benchmarks.gate.compare import DEFAULT_LIMITS, compare_reports
 from lcm_compile.benchmarks.gate.run_again import PROCESSES
-from lcm_compile.benchmarks.measure.report import BenchmarkReport, Rival, read_report
+from lcm_compile.benchmarks.measure.report import BenchmarkReport, RivalSamples, read_report
 
 DRAWS = 50
 
@@ -34,11 +34,11 @@ def some(report: BenchmarkReport, which, slower: float = 1.0, rival: bool = True
         parts = np.split(np.asarray(samples), cuts)
         return np.concatenate([parts[i] for i in which])
 
-    rivals = {name: Rival(tuple(of(r.samples_ms).tolist())) for name, r in case.rivals.items()}
+    rivals = {name: RivalSamples(tuple(of(r.samples_ms).tolist())) for name, r in case.rivals.items()}
     ours = tuple((slower * of(case.samples_ms)).tolist())
     groups = tuple(case.groups[i] for i in which)
-    picked = replace(case, samples_ms=ours, rivals=rivals if rival else {}, groups=groups)
-    return replace(report, cases=(picked,))
+    select = replace(case, samples_ms=ours, rivals=rivals if rival else {}, groups=groups)
+    return replace(report, cases=(select,))
 
 
 def failures(recorded, slower, rival=True):

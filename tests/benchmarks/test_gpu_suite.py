@@ -27,7 +27,7 @@ from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
-from lcm_compile.stages.stage import make_stages, move, shape_modules
+from lcm_compile.stages.stage import make_stages, move, rewrite_modules
 from lcm_compile.system.child_process import call_in_child
 
 
@@ -170,7 +170,7 @@ def test_the_command(tmp_path):
     code = f"""
 import runpy, sys
 from pathlib import Path
-from lcm_compile.benchmarks import gpu_suite
+from lcm_compile.benchmarks.gpu import suite as gpu_suite
 gpu_suite.RESULTS = Path({str(tmp_path)!r})
 sys.argv[1:] = ["--device", "cpu", "--only", "sdxl-aotinductor-eager"]
 runpy.run_module("lcm_compile.benchmarks.gpu.suite", run_name="__main__")
@@ -326,7 +326,7 @@ def move_by_torch(module, device):
 def test_a_moved_stage_has_all_its_tensors_there(sdxl_checkpoint, moves, rewrites):
     """On the device that stands for any other: torch refuses to mix it with the processor."""
     checkpoint, shape = open_checkpoint(str(sdxl_checkpoint)), Shape(1, 64, 64)
-    modules = shape_modules(load_modules(checkpoint).named(), rewrites, [shape], checkpoint.vae_factor)
+    modules = rewrite_modules(load_modules(checkpoint).named(), rewrites, [shape], checkpoint.vae_factor)
     failed = []
     for stage in make_stages(checkpoint, modules, shape, rewrites):
         moves(stage.module, "meta")
@@ -346,7 +346,7 @@ def test_the_smoke_command(tmp_path):
     code = f"""
 import runpy, sys
 from pathlib import Path
-from lcm_compile.benchmarks import gpu_suite
+from lcm_compile.benchmarks.gpu import suite as gpu_suite
 gpu_suite.RESULTS = Path({str(tmp_path)!r})
 sys.argv[1:] = ["--device", "cpu", "--only", "demo-onnxruntime-verify", "--only", "sdxl-aotinductor-verify"]
 runpy.run_module("lcm_compile.benchmarks.gpu.smoke", run_name="__main__")

@@ -68,7 +68,7 @@ def test_of_two_that_are_near_the_first_is_taken(monkeypatch, later, taken):
 
 def test_a_delay_in_a_runner_is_seen(monkeypatch):
     """The fastest is slowed down by a second a call, and is not the fastest any more."""
-    before = fastest_backend.measure(ABLE, "fp32")
+    before = fastest_backend.measure(ABLE, Precision.FP32)
     fastest = min(before, key=before.get)
     engines = fastest_backend.small_engines
 
@@ -84,13 +84,13 @@ def test_a_delay_in_a_runner_is_seen(monkeypatch):
 
     monkeypatch.setattr(fastest_backend, "small_engines", slowed)
     monkeypatch.setattr(fastest_backend, "ROUNDS", 2)
-    after = fastest_backend.measure(ABLE, "fp32")
+    after = fastest_backend.measure(ABLE, Precision.FP32)
     assert min(after, key=after.get) != fastest and after[fastest] >= 1000
 
 
 def test_what_is_remembered_is_read_without_torch(own_home, monkeypatch):
     names = ["onnxruntime", "torchscript"]
-    key = fastest_backend.circumstances(names, "fp32")
+    key = fastest_backend.circumstances(names, Precision.FP32)
     own_home.mkdir()
     (own_home / "cpu.json").write_text(json.dumps({key: {"onnxruntime": 3.0, "torchscript": 2.0}}))
     monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("measured again"))
@@ -98,6 +98,7 @@ def test_what_is_remembered_is_read_without_torch(own_home, monkeypatch):
     script = f"""
 import sys
 from lcm_compile.builder.fastest_backend import time_on_cpu
+from lcm_compile.precisions import Precision
 time_on_cpu({names!r}, Precision.FP32)
 assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
 """

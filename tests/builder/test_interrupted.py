@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from lcm_compile.bundles import bundle as bundles
-from lcm_compile.bundles.bundle import full_disk_told, open_bundle, publishing
+from lcm_compile.bundles.bundle import open_bundle, publishing, reporting_full_disk
 from lcm_compile.errors import BackendError, LoraError
 from lcm_compile.output import images
 
@@ -83,7 +83,7 @@ def test_kill(words, bundle, command, moment):
 PUBLISH = """
 import os, signal, sys
 from pathlib import Path
-from lcm_compile import bundle
+from lcm_compile.bundles import bundle
 moment, calls, real = int(sys.argv[1]), [], {"rename": Path.rename, "fsync": os.fsync}
 
 def counted(name):
@@ -217,7 +217,7 @@ def test_whose_errors_a_full_disk_explains(tmp_path, monkeypatch):
         (1 << 40, OSError(errno.ENOSPC, "No space left on device"), True),
     ):
         monkeypatch.setattr(bundles.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        with pytest.raises(Exception) as caught, full_disk_told(tmp_path):
+        with pytest.raises(Exception) as caught, reporting_full_disk(tmp_path):
             raise error
         assert (getattr(caught.value, "filename", None) == str(tmp_path)) == told
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.measure.bench import contest, warnings
-from lcm_compile.benchmarks.measure.report import Case, Rival
+from lcm_compile.benchmarks.measure.report import Case, RivalSamples
 from lcm_compile.benchmarks.measure.work import count_work
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.manifest import read_manifest
@@ -25,7 +25,7 @@ from lcm_compile.checkpoint.load import load_component
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.spec import Shape
-from lcm_compile.stages.rewrites import Upsampling, shape_vae
+from lcm_compile.stages.rewrites import Upsampling, rewrite_vae
 from lcm_compile.stages.stage import Decode
 
 LOSSY = "tiny autoencoder"
@@ -93,7 +93,7 @@ def test_the_decoder_is_shaped_like_any_other():
     """Doubling and convolving becomes four small convolutions; what comes out is the same."""
     vae, latent = tiny_vae(), torch.randn(2, 4, 5, 3)
     expected = vae.decode(latent).sample
-    shape_vae(vae, ["upsampling"])
+    rewrite_vae(vae, ["upsampling"])
     kinds = [type(layer) for layer in vae.decoder.layers]
     assert kinds.count(Upsampling) == 3 and torch.nn.Upsample not in kinds
     torch.testing.assert_close(vae.decode(latent).sample, expected, atol=1e-5, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_its_loss_is_told(sd15_checkpoint, command, tmp_path):
     assert command(*draw)[2].count(LOSSY) == 1
     assert command(*draw, "--quiet")[2] == ""
     lossy = read_manifest(tmp_path / "b")[0].lossy
-    eager = {"eager": Rival((3.0, 3.0))}
+    eager = {"eager": RivalSamples((3.0, 3.0))}
     told = str(warnings([Case("picture", (1.0, 1.0), eager, parity_db=12.0)], {"decode": "fp32"}, lossy))
     assert LOSSY in told and "base changed" not in told  # it is not to be the picture of another VAE
 

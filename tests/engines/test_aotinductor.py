@@ -27,7 +27,7 @@ from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.half_precision import to_precision
-from lcm_compile.stages.stage import make_stages, shape_modules
+from lcm_compile.stages.stage import make_stages, rewrite_modules
 from lcm_compile.system.processor import instruction_set
 from lcm_compile.targets import find_target
 
@@ -80,7 +80,7 @@ def test_it_runs_without_a_compiler_or_diffusers(decode, tmp_path, sdxl_checkpoi
 import sys, numpy as np
 from pathlib import Path
 from lcm_compile.engines import aotinductor
-from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.targets import find_target
 latent = np.load("latent.npy")
 runner = aotinductor.load(Path({str(path)!r}), {contract!r}, find_target("cpu"))
@@ -207,7 +207,7 @@ def test_on_a_gpu_every_array_of_a_graph_is_there(sdxl_checkpoint, tmp_path):
     from torch.export.passes import move_to_device_pass
 
     checkpoint, shape = open_checkpoint(str(sdxl_checkpoint)), Shape(1, 64, 64)
-    modules = shape_modules(load_modules(checkpoint).named(), REWRITES, [shape], checkpoint.vae_factor)
+    modules = rewrite_modules(load_modules(checkpoint).named(), REWRITES, [shape], checkpoint.vae_factor)
     for stage in make_stages(checkpoint, modules, shape, REWRITES):
         to_precision(stage.module, "fp16")
         program = torch.export.load(

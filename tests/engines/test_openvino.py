@@ -24,7 +24,7 @@ from lcm_compile.targets import find_target
 pytest.importorskip("openvino")
 
 CPU = find_target("cpu")
-COMPUTES_BF16 = openvino.cannot_compute("bf16") is None
+COMPUTES_BF16 = openvino.cannot_compute(Precision.BF16) is None
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_it_runs_alone(decode, tmp_path):
 import sys, numpy as np
 from pathlib import Path
 from lcm_compile.engines import openvino
-from lcm_compile.spec import StageContract, TensorSpec
+from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.targets import find_target
 runner = openvino.load(Path("decode.xml"), {contract!r}, find_target("cpu"))
 np.save("picture.npy", runner({{"latent": np.load("latent.npy")}})["picture"])

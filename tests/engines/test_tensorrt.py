@@ -17,7 +17,7 @@ import torch
 
 from lcm_compile import load
 from lcm_compile.bundles.bundle import open_bundle, publishing
-from lcm_compile.bundles.inventory import prune, shelved
+from lcm_compile.bundles.inventory import list_bundles, prune
 from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
 from lcm_compile.engines.tensors import TensorRunner
@@ -398,7 +398,7 @@ def test_an_engine_in_no_bundle_leaves_nothing_behind(rtx, tmp_path):
 
 def test_they_are_part_of_the_bundle_in_the_list_and_go_with_it(rtx, command):
     folder, draw = rtx
-    plain = shelved()[0].size
+    plain = list_bundles()[0].size
     draw(folder)
     [one] = json.loads(command("bundles", "--json")[1])["bundles"]
     kernels = sum(p.stat().st_size for p in folder.with_name("a.cache").iterdir())

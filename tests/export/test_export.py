@@ -33,9 +33,9 @@ def graphs(base, tmp_path_factory):
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the models that torch prepared."""
-    made, real = [], prepare.prepare_part
+    made, real = [], prepare.prepare_model
     monkeypatch.setattr(
-        prepare, "prepare_part", lambda plan, name, *rest: (made.append(name), real(plan, name, *rest))[1]
+        prepare, "prepare_model", lambda plan, name, *rest: (made.append(name), real(plan, name, *rest))[1]
     )
     return made
 

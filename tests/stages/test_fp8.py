@@ -26,7 +26,7 @@ from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.stages.half_precision import DTYPES
-from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, put_in, take_out
+from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
 
@@ -76,8 +76,8 @@ def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
     with torch.inference_mode():
         plain = network(x).numpy()
         scales = choose_scales(network, precision, *[lambda: network(x)] * 2)
-        layers = take_out(network, scales, precision)
-        put_in(network.to(DTYPES[floats]), layers)
+        layers = quantize_layers(network, scales, precision)
+        install_layers(network.to(DTYPES[floats]), layers)
         expected = network(x).numpy()
         graph = export_stage(Stage(contract, network), "onnx", precision, tmp_path)
     assert 20 < snr_db(plain, expected) < 30  # lossy, and not broken

@@ -26,8 +26,8 @@ from lcm_compile.stages.quantize import (
     QuantizedLinear,
     Seen,
     choose_scales,
-    put_in,
-    take_out,
+    install_layers,
+    quantize_layers,
 )
 from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
@@ -71,9 +71,9 @@ def test_a_convolution_is_onnx_formula():
 
 def exported(network, x, floats, folder):
     scales = choose_scales(network, Precision(f"int8+{floats}"), *[lambda: network(x)] * 2)
-    layers = take_out(network, scales, Precision(f"int8+{floats}"))
+    layers = quantize_layers(network, scales, Precision(f"int8+{floats}"))
     network.to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[floats])
-    put_in(network, layers)
+    install_layers(network, layers)
 
     class Edges(nn.Module):
         def __init__(self):
@@ -117,7 +117,7 @@ def test_the_graph_holds_int8_weights_and_computes_the_same(network, tmp_path, f
 @needs_openvino
 @pytest.mark.parametrize("floats", ["fp32", "bf16"])
 def test_openvino_multiplies_in_8_bits(network, tmp_path, floats):
-    if reason := openvino.cannot_compute(floats):
+    if reason := openvino.cannot_compute(Precision(floats)):
         pytest.skip(reason)
     x = torch.randn(1, 8, 12, 12)
     with torch.inference_mode():
@@ -250,5 +250,5 @@ def test_graphs_of_another_format_have_none(sdxl_checkpoint, refused, tmp_path):
 )
 def test_openvino_needs_vnni(monkeypatch, flags, able):
     monkeypatch.setattr(openvino, "instruction_set", lambda: ["x86_64", *flags.split()])
-    assert (openvino.cannot_compute("int8+fp32") is None) is able
-    assert openvino.cannot_compute("int8+bf16") is not None
+    assert (openvino.cannot_compute(Precision.INT8_FP32) is None) is able
+    assert openvino.cannot_compute(Precision.INT8_BF16) is not None

@@ -24,7 +24,7 @@ from lcm_compile.scheduler import lcm_steps
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.contracts import CONTEXT_STEPS, make_contracts
 from lcm_compile.stages.rewrites import Upsampling, doublings
-from lcm_compile.stages.stage import make_stages, shape_modules
+from lcm_compile.stages.stage import make_stages, rewrite_modules
 
 DB = 100.0  # fp32 in another order
 
@@ -37,7 +37,7 @@ def lcm_checkpoint(tmp_path_factory):
 
 def shaped(path, shape, rewrites=tuple(REWRITES)):
     checkpoint = open_checkpoint(str(path))
-    modules = shape_modules(load_modules(checkpoint).named(), rewrites, [shape], checkpoint.vae_factor)
+    modules = rewrite_modules(load_modules(checkpoint).named(), rewrites, [shape], checkpoint.vae_factor)
     return {stage.name: stage for stage in make_stages(checkpoint, modules, shape, rewrites)}
 
 
