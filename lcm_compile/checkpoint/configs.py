@@ -1,15 +1,9 @@
-"""The models of the families, as their checkpoints configure them: what differs from the libraries' defaults.
+"""Configs of the published models, from which the rows of `families.py` are put together.
 
-They give every shape of a pipeline where there is no checkpoint folder: for random weights, for one-file
-checkpoints, which hold no configs, and before a download.
+Each holds the settings in which the published checkpoint differs from the library's defaults.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
-
-SD15 = {
+UNET_SD15 = {
     "in_channels": 4,
     "out_channels": 4,
     "sample_size": 64,
@@ -19,7 +13,7 @@ SD15 = {
     "attention_head_dim": 8,
     "cross_attention_dim": 768,
 }
-SDXL = {
+UNET_XL = {
     "in_channels": 4,
     "out_channels": 4,
     "sample_size": 128,
@@ -35,23 +29,21 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 
-UNETS: dict[str, Mapping[str, Any]] = {
-    "sdxl": SDXL,
-    "ssd-1b": {
-        **SDXL,
-        "mid_block_type": "UNetMidBlock2D",  # one residual block, no attention
-        "transformer_layers_per_block": [0, [2, 2], [4, 4]],  # the first block has no attention
-        "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-    },
-    "sd15": SD15,
-    "sd21": {
-        **SD15,
-        "sample_size": 96,
-        "attention_head_dim": [5, 10, 20, 20],
-        "cross_attention_dim": 1024,
-        "use_linear_projection": True,
-    },
+UNET_SSD_1B = {
+    **UNET_XL,
+    "mid_block_type": "UNetMidBlock2D",  # one residual block, no attention
+    "transformer_layers_per_block": [0, [2, 2], [4, 4]],  # the first block has no attention
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
 }
+UNET_SD21 = {
+    **UNET_SD15,
+    "sample_size": 96,
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+# What a full LCM's UNet has besides: it reads the guidance scale as an embedding of this width.
+GUIDED = {"time_cond_proj_dim": 256}
 
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -128,26 +120,6 @@ DDIM_V = {
 }
 
 LCM = {"_class_name": "LCMScheduler", **BETAS}
-# Full LCMs: UNets that read the guidance scale as an embedding so wide.
-GUIDED = {"time_cond_proj_dim": 256}
 
-XL = {"vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG, "scheduler": EULER}
-COMPONENTS: dict[str, Mapping[str, Mapping[str, Any]]] = {
-    "sdxl": {"unet": UNETS["sdxl"], **XL},
-    "ssd-1b": {"unet": UNETS["ssd-1b"], **XL},
-    "sd15": {"unet": UNETS["sd15"], "vae": VAE, "text_encoder": CLIP_L, "scheduler": PNDM},
-    "sd21": {
-        "unet": UNETS["sd21"],
-        "vae": {**VAE, "sample_size": 768},
-        "text_encoder": CLIP_H,
-        "scheduler": DDIM_V,
-    },
-    "lcm-sdxl": {"unet": {**UNETS["sdxl"], **GUIDED}, **XL},
-    "lcm-ssd-1b": {"unet": {**UNETS["ssd-1b"], **GUIDED}, **XL},
-    "lcm-dreamshaper": {
-        "unet": {**UNETS["sd15"], **GUIDED, "sample_size": 96},
-        "vae": {**VAE, "sample_size": 768},
-        "text_encoder": CLIP_L,
-        "scheduler": LCM,
-    },
-}
+# What SDXL and SSD-1B have beside their UNet.
+XL = {"vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG}

@@ -1,11 +1,13 @@
-"""The model families: where their weights and their LCM-LoRA are, and how to tell them apart."""
+"""The model families. Everything that is said of a family is in its row of `FAMILIES`, and nowhere else."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lcm_compile.checkpoint import configs
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 DEMO_STYLE = DEMO_FOLDER / "zebra_lora.safetensors"  # trained on the demo base alone
@@ -24,37 +26,62 @@ CALIBRATION_PROMPTS = (
 
 @dataclass(frozen=True)
 class Family:
-    """`base` and `lcm_lora` are hub ids, or paths for the model that comes with the package.
+    """One family of checkpoints.
 
-    `signature` holds the UNet settings that tell the family; where two match, the longer one counts.
-    `sample_prompt` is what `run` draws when it is given none, and what parity is measured on;
-    `calibration_prompts` are what an 8-bit UNet is scaled to. Where `base` is a UNet alone, `others` is the
-    checkpoint whose other models go with it.
+    `base` and `lcm_lora` are hub ids; those of the model in this package are paths. `others` is the
+    checkpoint that holds the remaining models if `base` is a UNet alone. `short` is the name in messages
+    about a LoRA. `signature` lists the UNet settings by which a checkpoint of the family is recognised; if
+    the signatures of two families match, the longer one counts.
+
+    `models` maps each component, such as `unet`, to its config, and `scheduler` is the scheduler's config.
+    They are used where no checkpoint folder is at hand: for random weights, for one-file checkpoints and to
+    count parameters. They are empty for the model in this package, whose folder is always there.
+
+    `sample_prompt` is drawn by `run` without a prompt, and parity is measured on it. `calibration_prompts`
+    are used to scale an 8-bit UNet. `fp16_vae` is a hub id: the VAE to build in fp16 in place of the family's
+    own, if that overflows.
+
+    The last two fields are for a family whose checkpoints predict either noise or v. `prediction_norm` is the
+    tensor of a one-file checkpoint whose values tell which, and `epsilon_sample_size` is the UNet's sample
+    size in a checkpoint that predicts noise.
     """
 
     name: str
+    short: str
     base: str
     lcm_lora: str | None
     description: str
     signature: Mapping[str, Any]
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     sample_prompt: str = SAMPLE_PROMPT
     calibration_prompts: tuple[str, ...] = CALIBRATION_PROMPTS
     others: str | None = None
+    fp16_vae: str | None = None
+    prediction_norm: str | None = None
+    epsilon_sample_size: int | None = None
+
+    @property
+    def is_full_lcm(self) -> bool:
+        """Whether its UNet reads the guidance scale, and so takes no LCM-LoRA."""
+        return "time_cond_proj_dim" in self.signature
 
 
 LCM_LORA_FILE = "pytorch_lora_weights.safetensors"
+SDXL_FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"
 
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         Family(
             "demo",
-            str(DEMO_FOLDER / "checkpoint"),
-            str(DEMO_FOLDER / "lcm_lora.safetensors"),
-            "a small SDXL of coloured shapes, shipped with the package, 64×64",
-            {"cross_attention_dim": 128, "block_out_channels": [64, 112]},
-            "a large red star on a striped pink background",
-            (
+            short="the demo",
+            base=str(DEMO_FOLDER / "checkpoint"),
+            lcm_lora=str(DEMO_FOLDER / "lcm_lora.safetensors"),
+            description="a small SDXL of coloured shapes, shipped with the package, 64×64",
+            signature={"cross_attention_dim": 128, "block_out_channels": [64, 112]},
+            sample_prompt="a large red star on a striped pink background",
+            calibration_prompts=(
                 "a small green square on a plain white background",
                 "a large yellow circle on a checkered black background",
                 "a purple ring and an orange cross on a striped gray background",
@@ -67,89 +94,131 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "sdxl",
-            "stabilityai/stable-diffusion-xl-base-1.0",
-            "latent-consistency/lcm-lora-sdxl",
-            "Stable Diffusion XL, 1024×1024",
-            {
+            short="SDXL",
+            base="stabilityai/stable-diffusion-xl-base-1.0",
+            lcm_lora="latent-consistency/lcm-lora-sdxl",
+            description="Stable Diffusion XL, 1024×1024",
+            signature={
                 "cross_attention_dim": 2048,
                 "transformer_layers_per_block": [1, 2, 10],
                 "block_out_channels": [320, 640, 1280],
             },
+            models={"unet": configs.UNET_XL, **configs.XL},
+            scheduler=configs.EULER,
+            fp16_vae=SDXL_FP16_VAE,
         ),
         Family(
             "ssd-1b",
-            "segmind/SSD-1B",
-            "latent-consistency/lcm-lora-ssd-1b",
-            "Segmind Stable Diffusion 1B, half an SDXL, 1024×1024",
-            {
+            short="SSD-1B",
+            base="segmind/SSD-1B",
+            lcm_lora="latent-consistency/lcm-lora-ssd-1b",
+            description="Segmind Stable Diffusion 1B, half an SDXL, 1024×1024",
+            signature={
                 "cross_attention_dim": 2048,
                 "mid_block_type": "UNetMidBlock2D",  # one residual block, no attention
                 "block_out_channels": [320, 640, 1280],
             },
+            models={"unet": configs.UNET_SSD_1B, **configs.XL},
+            scheduler=configs.EULER,
+            fp16_vae=SDXL_FP16_VAE,
         ),
         Family(
             "sd15",
-            "stable-diffusion-v1-5/stable-diffusion-v1-5",
-            "latent-consistency/lcm-lora-sdv1-5",
-            "Stable Diffusion 1.5, 512×512",
-            {"cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
+            short="SD1.5",
+            base="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            lcm_lora="latent-consistency/lcm-lora-sdv1-5",
+            description="Stable Diffusion 1.5, 512×512",
+            signature={"cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]},
+            models={"unet": configs.UNET_SD15, "vae": configs.VAE, "text_encoder": configs.CLIP_L},
+            scheduler=configs.PNDM,
         ),
         Family(
             "sd21",
-            "stabilityai/stable-diffusion-2-1",
-            None,
-            "Stable Diffusion 2.1, v prediction, 768×768; has no published LCM-LoRA",
-            {"cross_attention_dim": 1024, "block_out_channels": [320, 640, 1280, 1280]},
+            short="SD2.x",
+            base="stabilityai/stable-diffusion-2-1",
+            lcm_lora=None,
+            description="Stable Diffusion 2.1, v prediction, 768×768; has no published LCM-LoRA",
+            signature={"cross_attention_dim": 1024, "block_out_channels": [320, 640, 1280, 1280]},
+            models={
+                "unet": configs.UNET_SD21,
+                "vae": {**configs.VAE, "sample_size": 768},
+                "text_encoder": configs.CLIP_H,
+            },
+            scheduler=configs.DDIM_V,
+            prediction_norm="output_blocks.11.1.transformer_blocks.0.norm1.bias",
+            epsilon_sample_size=64,  # 2.0-base and 2.1-base: 512×512 pictures
         ),
-        # Full LCMs (Luo et al. 2023): UNets that are told the guidance scale, and take no LCM-LoRA.
+        # Full LCMs (Luo et al. 2023).
         Family(
             "lcm-sdxl",
-            "latent-consistency/lcm-sdxl",
-            None,
-            "Stable Diffusion XL as a full LCM, 1024×1024",
-            {
+            short="SDXL",
+            base="latent-consistency/lcm-sdxl",
+            lcm_lora=None,
+            description="Stable Diffusion XL as a full LCM, 1024×1024",
+            signature={
                 "cross_attention_dim": 2048,
                 "transformer_layers_per_block": [1, 2, 10],
                 "block_out_channels": [320, 640, 1280],
                 "time_cond_proj_dim": 256,
             },
+            models={"unet": {**configs.UNET_XL, **configs.GUIDED}, **configs.XL},
+            scheduler=configs.EULER,
             others="stabilityai/stable-diffusion-xl-base-1.0",
+            fp16_vae=SDXL_FP16_VAE,
         ),
         Family(
             "lcm-ssd-1b",
-            "latent-consistency/lcm-ssd-1b",
-            None,
-            "Segmind Stable Diffusion 1B as a full LCM, 1024×1024",
-            {
+            short="SSD-1B",
+            base="latent-consistency/lcm-ssd-1b",
+            lcm_lora=None,
+            description="Segmind Stable Diffusion 1B as a full LCM, 1024×1024",
+            signature={
                 "cross_attention_dim": 2048,
                 "mid_block_type": "UNetMidBlock2D",
                 "block_out_channels": [320, 640, 1280],
                 "time_cond_proj_dim": 256,
             },
+            models={"unet": {**configs.UNET_SSD_1B, **configs.GUIDED}, **configs.XL},
+            scheduler=configs.EULER,
             others="segmind/SSD-1B",
+            fp16_vae=SDXL_FP16_VAE,
         ),
         Family(
             "lcm-dreamshaper",
-            "SimianLuo/LCM_Dreamshaper_v7",
-            None,
-            "Dreamshaper 7, a Stable Diffusion 1.5, as a full LCM, 768×768",
-            {
+            short="SD1.5",
+            base="SimianLuo/LCM_Dreamshaper_v7",
+            lcm_lora=None,
+            description="Dreamshaper 7, a Stable Diffusion 1.5, as a full LCM, 768×768",
+            signature={
                 "cross_attention_dim": 768,
                 "block_out_channels": [320, 640, 1280, 1280],
                 "time_cond_proj_dim": 256,
             },
+            models={
+                "unet": {**configs.UNET_SD15, **configs.GUIDED, "sample_size": 96},
+                "vae": {**configs.VAE, "sample_size": 768},
+                "text_encoder": configs.CLIP_L,
+            },
+            scheduler=configs.LCM,
         ),
     )
 }
 
-# Width of the text states that a LoRA's cross-attention reads → the bases it can be for.
-TEXT_WIDTHS = {768: "SD1.5", 1024: "SD2.x", 2048: "SDXL or SSD-1B"}
-
 
 def detect_family(unet_config: Mapping[str, Any]) -> Family | None:
-    """The family whose signature this UNet has, or None."""
+    """Returns the family whose signature this UNet config has, or None."""
 
     def matches(family: Family) -> bool:
         return all(unet_config.get(key) == value for key, value in family.signature.items())
 
     return max(filter(matches, FAMILIES.values()), key=lambda family: len(family.signature), default=None)
+
+
+def lora_bases() -> list[Family]:
+    """Returns the families that LoRAs are made for: all but the full LCMs."""
+    return [family for family in FAMILIES.values() if not family.is_full_lcm]
+
+
+def names_of_width(width: int) -> str:
+    """Returns in words the families whose text states are `width` wide: `SDXL or SSD-1B`. Empty if none."""
+    return " or ".join(f.short for f in lora_bases() if f.signature.get("cross_attention_dim") == width)

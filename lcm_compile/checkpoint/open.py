@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.random_weights import open_random
-from lcm_compile.checkpoint.vae import download_fixed_vae, with_fixed_vae, with_own_vae, with_vae
+from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
 from lcm_compile.spec import BuildSpec
 
 
@@ -19,6 +19,9 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
 
 
 def with_safe_vae(checkpoint: Checkpoint) -> Checkpoint:
-    """With the VAE that fp16 does not overflow; where it can't be had, with a note that it was not."""
-    reason = None if with_fixed_vae(checkpoint) else download_fixed_vae()
-    return with_fixed_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")
+    """Returns the checkpoint with its family's VAE for fp16, or with a note why that can't be had.
+
+    Only for a checkpoint whose VAE `overflows`.
+    """
+    reason = None if with_fp16_vae(checkpoint) else download_vae(fp16_vae(checkpoint))
+    return with_fp16_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.hub import fetch
@@ -27,18 +26,17 @@ NOISE = 0.02
 
 def open_random(base: str, seed: int) -> Checkpoint:
     """The checkpoint of a family as its configs say; UsageError for a base that is none of theirs."""
-    if base not in COMPONENTS:
-        raise unknown_name("family for random weights", base, COMPONENTS, "give one of them to --base")
-    family = FAMILIES[base]
-    configs = dict(COMPONENTS[base])
-    scheduler = configs.pop("scheduler")
+    known = {name: family for name, family in FAMILIES.items() if family.models}
+    if base not in known:
+        raise unknown_name("family for random weights", base, known, "give one of them to --base")
+    family = known[base]
     try:
         folder = fetch(family.others or family.base, TOKENIZER_FILES)
     except ConnectionError:
         folder = Path(f"{base}-random")  # stand-in tokenizers, see below
-    components = {name: Component(name, config) for name, config in configs.items()}
+    components = {name: Component(name, config) for name, config in family.models.items()}
     return Checkpoint(
-        base, folder, family, components, scheduler, "text_encoder_2" in components, random_seed=seed
+        base, folder, family, components, family.scheduler, "text_encoder_2" in components, random_seed=seed
     )
 
 

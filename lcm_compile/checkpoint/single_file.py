@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.diffusers_folder import Settings, read_settings
 from lcm_compile.checkpoint.families import Family, detect_family
 from lcm_compile.checkpoint.hub import fetch
@@ -196,29 +195,31 @@ def settings_of(
 
 
 def family_settings(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> Settings:
-    configs = {name: dict(config) for name, config in COMPONENTS[family.name].items()}
-    scheduler = configs.pop("scheduler")
-    scheduler["prediction_type"] = prediction = prediction_type(path, family, shapes, metadata)
-    scheduler["rescale_betas_zero_snr"] = "ztsnr" in shapes
-    if family.name == "sd21" and prediction == "epsilon":
-        configs["unet"]["sample_size"] = 64  # 2.0-base and 2.1-base: 512×512 pictures
-    return Settings(configs, scheduler, "text_encoder_2" in configs)
+    prediction = prediction_type(path, family, shapes, metadata)
+    told = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in shapes}
+    models = {name: dict(config) for name, config in family.models.items()}
+    if family.epsilon_sample_size and prediction == "epsilon":
+        models["unet"]["sample_size"] = family.epsilon_sample_size
+    return Settings(models, {**family.scheduler, **told}, "text_encoder_2" in models)
 
 
 def prediction_type(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> str:
-    """What a file's UNet predicts. No shape tells it, so these are asked, in this order:
+    """Returns what the UNet of a file predicts, `epsilon` or `v_prediction`.
 
-    the metadata of the SAI model spec; the key `v_pred`, which trainers of v-predicting SDXLs leave in their
-    files; the family. Of SD2.x, half of whose models predict v, ComfyUI's test: the biases of the last norm
-    before a self-attention spread by more than 0.09 in those that do.
+    No shape tells which. So this reads, in this order, the metadata of the SAI model spec; the key `v_pred`,
+    which trainers of v-predicting SDXLs write into their files; and the family. Half of SD2.x predicts v; for
+    these the test is ComfyUI's: the biases of the last norm before a self-attention have a standard deviation
+    above 0.09 if the UNet predicts v.
     """
     told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
     if told in ("epsilon", "v"):
         return {"epsilon": "epsilon", "v": "v_prediction"}[told]
     if "v_pred" in shapes:
         return "v_prediction"
-    key = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
-    if family.name != "sd21" or key not in shapes:
+    if family.prediction_norm is None:
+        return str(family.scheduler.get("prediction_type", "epsilon"))
+    key = f"{UNET}{family.prediction_norm}"
+    if key not in shapes:
         return "epsilon"
     from safetensors import safe_open
 

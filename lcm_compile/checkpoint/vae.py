@@ -1,4 +1,4 @@
-"""A VAE in place of the base's own: one that is named, a tiny one, or SDXL's that fp16 does not overflow."""
+"""A VAE in place of the base's own: a named one, a tiny one, or the family's own for fp16."""
 
 from __future__ import annotations
 
@@ -17,9 +17,6 @@ from lcm_compile.checkpoint.single_file import VAE, read_header, under
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.system.files import user_path
 
-# SDXL's VAE, finetuned until its activations fit fp16; the same latents.
-FIXED_VAE = "madebyollin/sdxl-vae-fp16-fix"
-FIXED_FOR = ("sdxl", "ssd-1b", "lcm-sdxl", "lcm-ssd-1b")
 SCALING = 0.18215  # diffusers' default
 # What `--vae taesd` is, by how a base's latents are scaled: each kind of VAE has a number of its own.
 TINY = "taesd"
@@ -105,34 +102,54 @@ def latents(vae: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def overflows(checkpoint: Checkpoint) -> bool:
-    """Whether its VAE is SDXL's own, whose config says that it must be computed in fp32."""
-    family = checkpoint.family
-    stored = checkpoint.components["vae"].files
-    stores_own = stored and family and family.name in FIXED_FOR and not is_tiny(checkpoint.vae)
-    return bool(stores_own and checkpoint.vae.get("force_upcast", True))
+    """Returns whether the VAE is the family's own and overflows fp16.
+
+    That is so if the family has a VAE for fp16 and the config does not clear `force_upcast`, by which
+    diffusers decides to compute a VAE in fp32.
+    """
+    own = checkpoint.components["vae"].files and not is_tiny(checkpoint.vae)
+    has_other = checkpoint.family is not None and checkpoint.family.fp16_vae is not None
+    return bool(own and has_other and checkpoint.vae.get("force_upcast", True))
 
 
-def with_fixed_vae(checkpoint: Checkpoint) -> Checkpoint | None:
-    """The checkpoint with the fixed VAE, if that is in the hub cache."""
+def with_fp16_vae(checkpoint: Checkpoint) -> Checkpoint | None:
+    """Returns the checkpoint with the family's VAE for fp16, or None if that is not in the hub cache."""
+    name = fp16_vae(checkpoint)
     try:
-        vae = find_component(from_cache(FIXED_VAE), "vae")
+        vae = find_component(from_cache(name), "vae")
     except Exception:  # the client raises what its HTTP library does
         return None
-    note = f"the SDXL VAE overflows fp16: {FIXED_VAE} is built in its place; --vae names another"
-    return replace(replaced(checkpoint, vae, FIXED_VAE), notes=(*checkpoint.notes, note))
+    note = (
+        f"the {family_name(checkpoint)} VAE overflows fp16: {name} is built in its place; --vae names another"
+    )
+    return replace(replaced(checkpoint, vae, name), notes=(*checkpoint.notes, note))
 
 
 @functools.cache
-def download_fixed_vae() -> str | None:
-    """Puts the fixed VAE into the hub cache, or says why not; a hub out of reach is waited for once."""
+def download_vae(name: str) -> str | None:
+    """Puts a VAE into the hub cache. Returns why that failed, or None. An unreachable hub is tried once."""
     try:
-        fetch(FIXED_VAE, ["config.json", "diffusion_pytorch_model.safetensors"])
+        fetch(name, ["config.json", "diffusion_pytorch_model.safetensors"])
     except ConnectionError as error:
         return str(error)
     return None
 
 
 def with_own_vae(checkpoint: Checkpoint, reason: str) -> Checkpoint:
-    what = f"the SDXL VAE overflows fp16, and {FIXED_VAE} can't be downloaded ({reason})"
+    """Returns the checkpoint unchanged but for a note: its VAE overflows, and why there is no other."""
+    name = fp16_vae(checkpoint)
+    what = f"the {family_name(checkpoint)} VAE overflows fp16, and {name} can't be downloaded ({reason})"
     note = f"{what}: the base's own is built, and its layers that overflow stay fp32"
     return replace(checkpoint, notes=(*checkpoint.notes, note))
+
+
+def fp16_vae(checkpoint: Checkpoint) -> str:
+    """Returns the hub id of the family's VAE for fp16. Only for a checkpoint that `overflows`."""
+    assert checkpoint.family and checkpoint.family.fp16_vae
+    return checkpoint.family.fp16_vae
+
+
+def family_name(checkpoint: Checkpoint) -> str:
+    """Returns the family's name in messages. Only for a checkpoint that `overflows`."""
+    assert checkpoint.family
+    return checkpoint.family.short

@@ -1,4 +1,7 @@
-"""What a training will train and write, counted on shapes alone: no weights, no memory, no network."""
+"""Counts the parameters that a training will train and the bytes that it will write.
+
+Counting uses shapes alone, so it needs no weights, no memory for them and no network.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from lcm_compile.checkpoint.configs import UNETS
 from lcm_compile.checkpoint.empty_modules import empty_unet
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.training.full import with_guidance
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters, adapted modules (0: every weight is trained) and the bytes of the weights to be written."""
+    """The size of a training.
+
+    `modules` counts the adapted modules; it is 0 if every weight is trained. `file_bytes` counts the weights
+    that will be written.
+    """
 
     base: str
     unet_parameters: int
@@ -27,7 +34,7 @@ class Size:
 
 
 def count_lora(base: str, rank: int, endings: Sequence[str]) -> Size:
-    """A LoRA of some rank on the modules whose names end so, written in half precision."""
+    """Counts a LoRA on the linear and convolution modules whose names end in `endings`, written in fp16."""
     unet = empty_unet(unet_config(base))
     adapted = [
         module
@@ -39,21 +46,24 @@ def count_lora(base: str, rank: int, endings: Sequence[str]) -> Size:
 
 
 def count_full(base: str) -> Size:
-    """A whole UNet with its guidance embedding, written in single precision."""
+    """Counts a complete UNet with its guidance embedding, written in fp32."""
     config = unet_config(base)
     count = parameters(empty_unet(with_guidance(config)))
     return Size(base, parameters(empty_unet(config)), count, 0, 4 * count)
 
 
 def unet_config(base: str) -> Mapping[str, Any]:
-    return UNETS[base] if base in UNETS else open_checkpoint(base).unet
+    """Returns the UNet's config of a family such as `sdxl`, or of a checkpoint."""
+    family = FAMILIES.get(base)
+    return family.models["unet"] if family and family.models else open_checkpoint(base).unet
 
 
 def adapter_size(module: nn.Linear | nn.Conv2d, rank: int) -> int:
-    """Parameters of down (r, in, kernel) and up (out, r): Hu et al. 2021."""
+    """Returns the parameters of down (r, in, kernel) and up (out, r) together: Hu et al. 2021."""
     out, *rest = module.weight.shape
     return rank * (out + torch.Size(rest).numel())
 
 
 def parameters(module: nn.Module) -> int:
+    """Returns the number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())

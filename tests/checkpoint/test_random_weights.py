@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from factories import SMALL_TEXT, SMALL_UNET, SMALL_VAE, load_modules
 from PIL import Image
 from tokenizers import Tokenizer
 
-from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.families import FAMILIES, detect_family
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
@@ -24,8 +24,9 @@ from lcm_compile.stages.stage import make_stages
 def shrink(family, monkeypatch):
     """A family of SD1.5's layout a thousand times smaller, and no hub."""
     changed = {"unet": SMALL_UNET, "vae": SMALL_VAE, "text_encoder": SMALL_TEXT}
-    parts = {name: {**config, **changed.get(name, {})} for name, config in COMPONENTS[family].items()}
-    monkeypatch.setitem(COMPONENTS, family, parts)
+    row = FAMILIES[family]
+    models = {name: {**config, **changed.get(name, {})} for name, config in row.models.items()}
+    monkeypatch.setitem(FAMILIES, family, replace(row, models=models))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return open_random(family, 0)
 

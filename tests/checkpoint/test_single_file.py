@@ -20,7 +20,6 @@ from transformers import CLIPTextModel
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.checkpoint import MODELS, Component
-from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
@@ -125,7 +124,7 @@ def test_the_demo_as_a_file_needs_no_config(tmp_path):
 
 def write_full_size(family, path, **metadata):
     """A file with all the keys and shapes of a family's checkpoint; its weights are a hole of zeros."""
-    models = {name: config for name, config in COMPONENTS[family].items() if name != "scheduler"}
+    models = FAMILIES[family].models
     shapes = {}
     for name, config in models.items():
         weights = original_weights(

@@ -20,10 +20,11 @@ from lcm_compile.benchmarks.measure.report import Case, RivalSamples
 from lcm_compile.benchmarks.measure.work import count_work
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.manifest import read_manifest
-from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import CheckpointError, UsageError
+from lcm_compile.precisions import Precision
 from lcm_compile.spec import Shape
 from lcm_compile.stages.rewrites import Upsampling, rewrite_vae
 from lcm_compile.stages.stage import Decode
@@ -115,7 +116,9 @@ def test_its_loss_is_told(sd15_checkpoint, command, tmp_path):
     assert command(*draw, "--quiet")[2] == ""
     lossy = read_manifest(tmp_path / "b")[0].lossy
     eager = {"eager": RivalSamples((3.0, 3.0))}
-    told = str(warnings([Case("picture", (1.0, 1.0), eager, parity_db=12.0)], {"decode": "fp32"}, lossy))
+    told = str(
+        warnings([Case("picture", (1.0, 1.0), eager, parity_db=12.0)], {"decode": Precision.FP32}, lossy)
+    )
     assert LOSSY in told and "base changed" not in told  # it is not to be the picture of another VAE
 
 
@@ -264,8 +267,9 @@ def test_nothing_is_trained_through_it(sd15_checkpoint, tmp_path):
 def random_base(monkeypatch):
     """`sd15` with a small UNet and text encoder; the published tiny autoencoder is small as it is."""
     changed = {"unet": SMALL_UNET, "text_encoder": SMALL_TEXT}
-    parts = {name: {**config, **changed.get(name, {})} for name, config in COMPONENTS["sd15"].items()}
-    monkeypatch.setitem(COMPONENTS, "sd15", parts)
+    row = FAMILIES["sd15"]
+    models = {name: {**config, **changed.get(name, {})} for name, config in row.models.items()}
+    monkeypatch.setitem(FAMILIES, "sd15", replace(row, models=models))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return BuildSpec("sd15", weights="random", vae="taesd", backend="torchscript")
 

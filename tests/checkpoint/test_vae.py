@@ -14,8 +14,10 @@ from lcm_compile import BuildSpec, build
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.load import load_component
-from lcm_compile.checkpoint.vae import FIXED_VAE, download_fixed_vae
+from lcm_compile.checkpoint.vae import download_vae
 from lcm_compile.checkpoint.write_single_file import original_weights
+
+FP16_VAE = FAMILIES["sdxl"].fp16_vae
 
 
 def base_of(checkpoint, vae, **more):
@@ -82,7 +84,7 @@ def passes_for_sdxl(sdxl_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(FAMILIES, "sdxl", replace(FAMILIES["sdxl"], signature={"cross_attention_dim": 80}))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf/hub"))
     monkeypatch.setattr("lcm_compile.checkpoint.vae.fetch", no_hub)
-    download_fixed_vae.cache_clear()
+    download_vae.cache_clear()
     return sdxl_checkpoint
 
 
@@ -103,8 +105,8 @@ def plan(command, passes_for_sdxl):
     return run
 
 
-def cache_fixed_vae(home):
-    repository = home / "hub" / f"models--{FIXED_VAE.replace('/', '--')}"
+def cache_fp16_vae(home):
+    repository = home / "hub" / f"models--{FP16_VAE.replace('/', '--')}"
     write_vae(repository / "snapshots" / ("b" * 40), force_upcast=False)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("b" * 40)
@@ -115,10 +117,10 @@ def test_sdxls_own_vae_makes_room_for_the_fixed_one_in_fp16(plan, sdxl_checkpoin
     own = str(sdxl_checkpoint / "vae")
     found, told = plan()
     assert found["vae"] == own
-    assert "overflows fp16" in told and FIXED_VAE in told and "can't be downloaded" in told
-    fixed = cache_fixed_vae(tmp_path / "hf")
+    assert "overflows fp16" in told and FP16_VAE in told and "can't be downloaded" in told
+    fixed = cache_fp16_vae(tmp_path / "hf")
     found, told = plan()
-    assert found["vae"] == fixed and f"overflows fp16: {FIXED_VAE}" in told
+    assert found["vae"] == fixed and f"overflows fp16: {FP16_VAE}" in told
     assert plan("--quiet")[1] == ""
     assert plan(precision="fp32") == ({**plan(precision="fp32")[0], "vae": own}, "")
     found, told = plan("--vae", str(sdxl_checkpoint))
@@ -129,5 +131,5 @@ def test_a_hit_does_not_ask_the_hub_for_it(passes_for_sdxl, tmp_path, monkeypatc
     """A bundle that was built with the base's own VAE stays a hit."""
     spec = base_of(passes_for_sdxl, None, precision="fp16", backend="torchscript", height=16, width=16)
     build(spec, tmp_path / "bundle")
-    monkeypatch.setattr("lcm_compile.checkpoint.open.download_fixed_vae", pytest.fail)
+    monkeypatch.setattr("lcm_compile.checkpoint.open.download_vae", pytest.fail)
     assert make_plan(spec, tmp_path / "bundle").hit

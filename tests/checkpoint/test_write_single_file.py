@@ -6,8 +6,8 @@ import pytest
 from original_keys import OPTIONAL, original_keys
 
 from lcm_compile.checkpoint.checkpoint import Component
-from lcm_compile.checkpoint.configs import COMPONENTS, UNETS
 from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.families import FAMILIES, lora_bases
 from lcm_compile.checkpoint.load import quiet_libraries
 from lcm_compile.checkpoint.read_single_file import as_diffusers
 from lcm_compile.checkpoint.single_file import TEXT_PREFIXES, UNET, VAE
@@ -23,9 +23,10 @@ def test_the_committed_keys_are_as_many_as_the_published_ones(family):
     assert len(keys) + len(OPTIONAL[family]) == PUBLISHED[family]
 
 
-@pytest.mark.parametrize("family", UNETS)  # full LCMs have no original names
+# Full LCMs have no original names.
+@pytest.mark.parametrize("family", [family.name for family in lora_bases() if family.models])
 def test_every_key_is_the_original_layouts_and_comes_back(family):
-    models = {name: config for name, config in COMPONENTS[family].items() if name != "scheduler"}
+    models = FAMILIES[family].models
     written = {}
     with quiet_libraries():
         for name, config in models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import factories
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.checkpoint import MODELS
-from lcm_compile.checkpoint.configs import COMPONENTS
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.checkpoint.random_weights import open_random
@@ -135,7 +136,7 @@ def small_sd15(monkeypatch):
         "norm_num_groups": 8,
     }
     text = {
-        **COMPONENTS["sd15"]["text_encoder"],
+        **FAMILIES["sd15"].models["text_encoder"],
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -143,8 +144,8 @@ def small_sd15(monkeypatch):
         "vocab_size": 1000,
     }
     vae = dict(factories.tiny_vae(8).config)
-    small = {**COMPONENTS["sd15"], "unet": unet, "text_encoder": text, "vae": vae}
-    monkeypatch.setitem(COMPONENTS, "sd15", small)
+    small = {"unet": unet, "text_encoder": text, "vae": vae}
+    monkeypatch.setitem(FAMILIES, "sd15", replace(FAMILIES["sd15"], models=small))
     monkeypatch.setattr("lcm_compile.checkpoint.random_weights.fetch", no_hub)
 
 

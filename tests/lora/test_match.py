@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.nn import Conv2d, Linear, Module
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lcm_compile.checkpoint.configs import UNETS
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
 from lcm_compile.errors import LoraError
 from lcm_compile.lora.read import read_lora
@@ -29,7 +29,7 @@ SMALL = {"norm_num_groups": 4, "cross_attention_dim": 12, "sample_size": 8}
 
 def small_unet(family: str) -> UNet2DConditionModel:
     """A family's UNet, block by block, with few channels and shallow transformers."""
-    config = {**UNETS[family.removesuffix(" without middle")], **SMALL}
+    config = {**FAMILIES[family.removesuffix(" without middle")].models["unet"], **SMALL}
     if family.endswith(" without middle"):  # as BK-SDM's and Segmind's smallest
         config |= {"mid_block_type": None, "layers_per_block": 1}
     blocks = len(config["block_out_channels"])

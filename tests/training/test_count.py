@@ -10,8 +10,7 @@ from peft import LoraConfig, get_peft_model
 from runs import losses_of, settings_for
 from safetensors.torch import load_file
 
-from lcm_compile.checkpoint.configs import UNETS
-from lcm_compile.checkpoint.families import detect_family
+from lcm_compile.checkpoint.families import FAMILIES, detect_family
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.training.adapters import ADAPTED, ATTENTION
@@ -44,7 +43,7 @@ def test_the_reports_table(base):
 @pytest.mark.parametrize("base", UNET)
 def test_unets_are_the_families(base):
     assert count_lora(base, 1, ATTENTION).unet_parameters / 1e6 == pytest.approx(UNET[base], abs=0.1)
-    assert detect_family(UNETS[base]).name == base
+    assert detect_family(FAMILIES[base].models["unet"]).name == base
 
 
 def test_without_a_network(tmp_path):
