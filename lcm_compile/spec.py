@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
@@ -191,32 +191,19 @@ class BuildSpec:
         return int(seed or 0)
 
     def command(self) -> str:
-        """The command line that asks for this build."""
+        """Returns the command line that asks for this build. Each field is the option of its name."""
         words = ["lcm-compile", "build", "--base", self.base, "--gpu", self.gpu]
-        if self.weights:
-            words += ["--weights", self.weights]
-        if self.config:
-            words += ["--config", self.config]
-        if self.vae:
-            words += ["--vae", self.vae]
-        if self.lcm_lora:
-            words += ["--lcm-lora", str(self.lcm_lora)]
-        if self.no_lcm:
-            words.append("--no-lcm")
-        for lora in self.loras:
-            words += ["--lora", str(lora)]
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                words += [f"--{name}", str(getattr(self, name))]
-        if self.batch != 1:
-            words += ["--batch", str(self.batch)]
-        for name in self.without:
-            words += ["--without", name]
-        if self.whole_loop:
-            words.append("--whole-loop")
-        for name in ("precision", "backend"):
-            if getattr(self, name) != "auto":
-                words += [f"--{name}", getattr(self, name)]
+        for spec in fields(self)[2:]:
+            value, option = getattr(self, spec.name), f"--{spec.name.replace('_', '-')}"
+            if value == spec.default:
+                continue
+            if value is True:
+                words.append(option)
+            elif isinstance(value, tuple):
+                for one in value:
+                    words += ["--lora" if option == "--loras" else option, str(one)]
+            else:
+                words += [option, str(value)]
         return shlex.join(words)
 
 

@@ -1,6 +1,6 @@
-"""What a build would do and why: every input resolved, hashed and compared with the bundle that exists.
+"""Plans builds: finds and hashes every input, and compares them with the bundle that exists.
 
-Needs neither torch nor diffusers, so that a hit answers at once.
+This needs neither torch nor diffusers, so that a hit is reported at once.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lcm_compile.builder.explain import explain
 from lcm_compile.builder.fastest_backend import choose_on_cpu
-from lcm_compile.builder.key import bundle_name, engine_key, explain, export_key, key_digest
+from lcm_compile.builder.key import bundle_name, engine_key, export_key, key_digest
 from lcm_compile.bundles.bundle import check_destination
-from lcm_compile.bundles.export_manifest import read_export
+from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
-from lcm_compile.checkpoint.vae import overflows, with_fixed_vae
+from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
@@ -32,8 +33,9 @@ from lcm_compile.system.cache import Digests
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
 
-LARGE_BYTES = 1 << 30
-TWIN_LATENT = 32  # a side
+LARGE_BYTES = 1 << 30  # a checkpoint with this many bytes of weights, or more, is large
+TWIN_LATENT = 32  # the side of the twin's latents: see ExportPlan
+# What `checked` can be.
 ENGINE = "engine"
 GRAPH = "graph, on ONNX Runtime's CPU provider"
 MODULE = "torch module that was exported"
@@ -41,33 +43,39 @@ MODULE = "torch module that was exported"
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Graphs to be made, with everything settled. `checked` is what will be compared with torch."""
+    """Everything that is decided before graphs are made.
+
+    `checked` says what will be compared with torch: the engine, the graph, or the module that was exported.
+    They are compared on pictures of `proof_shape`, which is the bundle's own shape or a smaller one. A large
+    model whose engines run on another machine gets a twin: a second graph with the same weights for small
+    pictures, which a CPU computes in seconds.
+    """
 
     spec: BuildSpec
     checkpoint: Checkpoint
     loras: tuple[PlannedLora, ...]
     shape: Shape
+    proof_shape: Shape
     precisions: Mapping[str, Precision]
     graph_format: str
     checked: str
     key: Mapping[str, str]
-    small_proof: bool = False
 
     @property
     def is_large(self) -> bool:
-        """Whether each stage is made in a process of its own, so that one model at a time is in memory."""
-        return self.checkpoint.random_seed is not None or self.checkpoint.weight_bytes >= LARGE_BYTES
+        """Whether each model is prepared in a process of its own: see `is_large` of this module."""
+        return is_large(self.checkpoint)
 
     @property
     def lossy(self) -> dict[str, str]:
-        """The stages that draw with loss by the user's choice, each with why."""
+        """The stages that lose quality by the user's choice, each with the reason."""
         product = self.precisions["step"].product
         eight_bits = {"step": f"it multiplies in 8 bits, {product}"} if product in EIGHT_BITS else {}
         return {**self.checkpoint.lossy, **eight_bits}
 
     @property
     def calibration(self) -> tuple[Request, ...]:
-        """The pictures whose activations scale an 8-bit step; the proof's is none of them."""
+        """The pictures whose activations scale an 8-bit step. The proof's picture is not among them."""
         if not self.precisions["step"].is_quantized:
             return ()
         family = self.checkpoint.family
@@ -76,48 +84,45 @@ class ExportPlan:
             prompts = (SAMPLE_PROMPT,)
         return tuple(Request(prompt, seed) for seed, prompt in enumerate(prompts, 1))
 
-    @property
-    def proof_shape(self) -> Shape:
-        """The pictures that parity is measured on: the bundle's own, or smaller ones.
-
-        A large model that runs on another machine has a twin: the same weights as a graph for small
-        pictures, which a CPU computes in seconds. So has one that asks for a `small_proof`.
-        """
-        side = TWIN_LATENT * self.checkpoint.vae_factor
-        small = self.shape.height * self.shape.width <= side * side
-        runs_here = self.checked == ENGINE and not self.small_proof
-        if runs_here or not self.is_large or small:
-            return self.shape
-        return Shape(1, side, side)
-
 
 @dataclass(frozen=True)
 class Plan:
-    """A build with everything settled. `reasons` tell why it is a hit, or what differs.
+    """Everything that is decided before a build.
 
-    `export` says how its graphs are made; None where they are made already. `passed_over` tells why no
-    backend was taken that `auto` prefers to `backend_name`.
+    `source` says how the graphs are made, or is the export that already holds them. `out` is the folder that
+    the user asked for, or None, and `folder` is where the bundle goes. `hit` says whether it is there
+    already. `reasons` say why the plan is a hit, or which inputs differ. `passed_over` says why
+    `--backend auto` did not choose the backends that it tries before `backend_name`.
     """
 
     spec: BuildSpec
-    export: ExportPlan | None
+    source: ExportPlan | Export
     target: GpuTarget
     backend_name: str
     passed_over: tuple[str, ...]
     key: Mapping[str, str]
+    out: Path | None
     folder: Path
     hit: bool
     reasons: tuple[str, ...]
 
     @property
     def backend(self) -> Backend:
+        """The module of the backend."""
         return find_backend(self.backend_name)
 
     @property
+    def export(self) -> ExportPlan | None:
+        """How the graphs are made, or None if they exist already."""
+        return self.source if isinstance(self.source, ExportPlan) else None
+
+    @property
     def loras(self) -> tuple[PlannedLora, ...]:
+        """The LoRAs that will be fused. Empty for a build from an export, where they are fused already."""
         return () if self.export is None else self.export.loras
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the plan for JSON. A build from an export has no fields that describe the base."""
         export = self.export
         made = (
             {}
@@ -154,9 +159,9 @@ class Plan:
 
 
 def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, report: Report = silent) -> Plan:
-    """Settles a spec; `report` is told of backends being timed.
+    """Returns the plan of a build. `report` is called when backends are timed.
 
-    UsageError, CheckpointError, LoraError or BackendError where that can't be.
+    Raises UsageError, CheckpointError, LoraError or BackendError if the build can't be done.
     """
     target = find_target(spec.gpu)
     if spec.backend != "auto":
@@ -169,20 +174,23 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, rep
     def settle(checkpoint: Checkpoint) -> Plan:
         engine_runs = backend.cannot_run(target) is None
         export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
-        return finish_plan(spec, export, export.key, checkpoint.name, target, chosen, out, force)
+        return finish_plan(spec, export, target, chosen, out, force)
 
     half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
     if spec.vae or not half or not overflows(checkpoint):
         return settle(checkpoint)
-    # The hub is asked for the fixed VAE when there is something to build, and not for a hit.
-    if with_fixed_vae(checkpoint) is None and (plan := settle(checkpoint)).hit:
+    # The fp16 VAE is downloaded only if there is something to build, not for a hit.
+    if with_fp16_vae(checkpoint) is None and (plan := settle(checkpoint)).hit:
         return plan
     return settle(with_safe_vae(checkpoint))
 
 
 def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
-    """Settles an export, whatever target its graphs are for; errors as make_plan's."""
+    """Returns the plan of an export, which does not depend on a target.
+
+    Raises UsageError, CheckpointError or LoraError if the export can't be done.
+    """
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
     precision = Precision.of(spec.precision if spec.precision != "auto" else "fp16", "fp16")
@@ -198,7 +206,10 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
 def plan_export(
     spec: BuildSpec, checkpoint: Checkpoint, precision: Precision, graph_format: str, engine_runs: bool
 ) -> ExportPlan:
-    """How the graphs of a spec are made; UsageError, CheckpointError, LoraError."""
+    """Returns how the graphs of a spec are made. `engine_runs` says whether its engines run on this machine.
+
+    Raises UsageError, CheckpointError or LoraError if they can't be made.
+    """
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
@@ -211,14 +222,28 @@ def plan_export(
         key["whole loop"] = "one graph"
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
-    return ExportPlan(spec, checkpoint, loras, shape, precisions, graph_format, checked, key)
+    proof = proof_shape(checkpoint, shape, checked)
+    return ExportPlan(spec, checkpoint, loras, shape, proof, precisions, graph_format, checked, key)
+
+
+def is_large(checkpoint: Checkpoint) -> bool:
+    """Returns whether each model is prepared in a process of its own, so that one at a time is in memory."""
+    return checkpoint.random_seed is not None or checkpoint.weight_bytes >= LARGE_BYTES
+
+
+def proof_shape(checkpoint: Checkpoint, shape: Shape, checked: str) -> Shape:
+    """Returns the shape of the pictures that parity is measured on."""
+    side = TWIN_LATENT * checkpoint.vae_factor
+    small = shape.height * shape.width <= side * side
+    return shape if checked == ENGINE or not is_large(checkpoint) or small else Shape(1, side, side)
 
 
 def checked_graph(graph_format: str, precision: Precision) -> str:
-    """What stands for an engine that does not run here: its graph, on ONNX Runtime's CPU provider.
+    """Returns what is checked in place of an engine that can't run on this machine: GRAPH or MODULE.
 
-    That provider has no bf16: there the torch module that was exported stands for it. It rounds to fp8, which
-    no CPU multiplies in.
+    An ONNX graph is checked on ONNX Runtime's CPU provider. That provider has no bf16, so a bf16 graph and
+    the other formats are checked by the torch module that was exported. An fp8 graph can be checked on the
+    CPU: values are rounded to fp8 there, and multiplied in a wider type, because no CPU multiplies in fp8.
     """
     able = find_backend("onnxruntime").cannot_build(TARGETS["cpu"], precision.without_eight_bits) is None
     return GRAPH if able and graph_format == "onnx" else MODULE
@@ -226,32 +251,47 @@ def checked_graph(graph_format: str, precision: Precision) -> str:
 
 def finish_plan(
     spec: BuildSpec,
-    export: ExportPlan | None,
-    key: Mapping[str, str],
-    name: str,
+    source: ExportPlan | Export,
     target: GpuTarget,
     chosen: tuple[str, tuple[str, ...]],
     out: Path | None,
     force: bool,
 ) -> Plan:
-    """The plan of engines for graphs of the key `key`, by the backend that settle_backend chose."""
+    """Returns the plan of engines from the graphs of `source`. `chosen` is what `settle_backend` returned."""
     backend_name, passed_over = chosen
-    key = {**key, **engine_key(backend_name, find_backend(backend_name), target)}
+    if isinstance(source, Export):
+        name, graphs = source.manifest.name, source.manifest.key
+    else:
+        name, graphs = source.checkpoint.name, source.key
+    key = {**graphs, **engine_key(backend_name, find_backend(backend_name), target)}
     folder = out if out is not None else bundles_folder() / bundle_name(name, target, key)
-    hit, reasons = explain(key, folder, force)
-    return Plan(spec, export, target, backend_name, passed_over, key, folder, hit, tuple(reasons))
+    hit, reasons = explain(spec, key, folder, force)
+    return Plan(spec, source, target, backend_name, passed_over, key, out, folder, hit, tuple(reasons))
+
+
+def plan_again(plan: Plan, force: bool) -> Plan:
+    """Returns the plan made again, because input files or other processes may have changed since.
+
+    Raises what `make_plan` raises.
+    """
+    if isinstance(plan.source, Export):
+        chosen = plan.backend_name, plan.passed_over
+        return finish_plan(plan.spec, plan.source, plan.target, chosen, plan.out, force)
+    return make_plan(plan.spec, plan.out, force)
 
 
 def default_precision(target: GpuTarget) -> str:
+    """Returns the precision that `--precision auto` means for a target."""
     return "fp32" if target.is_cpu else "fp16"
 
 
 def settle_precision(
     spec: BuildSpec, target: GpuTarget, report: Report
 ) -> tuple[Precision, tuple[str, tuple[str, ...]]]:
-    """The step's precision, and the backend for it.
+    """Returns the step's precision, and the backend for it as `settle_backend` returns it.
 
-    What of an 8-bit step is not in 8 bits is fp16 on a GPU; on a CPU bf16 if that can be built, else fp32.
+    In an 8-bit step, whatever is not in 8 bits is in fp16 on a GPU. On a CPU it is in bf16 if that can be
+    built, and otherwise in fp32. Raises UsageError or BackendError if no backend can build it.
     """
     asked = spec.precision if spec.precision != "auto" else default_precision(target)
     if asked == "int8" and target.is_cpu:
@@ -264,8 +304,11 @@ def settle_precision(
 def settle_backend(
     spec: BuildSpec, target: GpuTarget, precision: Precision, report: Report, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """The backend asked for, or the first that can build (on a CPU the fastest), from such graphs if their
-    format is given.
+    """Returns the name of the backend to build with, and why `auto` passed over others.
+
+    For `auto` this is the first backend that can build, or on a CPU the fastest. With a `graph_format`, only
+    backends that build from this format count. Raises UsageError for an unknown backend, and BackendError if
+    the target does not compute in the precision or the backend can't build for it here.
     """
     if lacking := target.lacks(precision):
         raise BackendError(
@@ -290,18 +333,18 @@ def settle_backend(
 
 
 def make_plan_from(
-    graphs: Path,
+    export: Export,
     gpu: str,
     backend: str = "auto",
     out: Path | None = None,
     force: bool = False,
     report: Report = silent,
 ) -> Plan:
-    """As make_plan, from an export. UsageError, BundleError, BackendError where that can't be."""
+    """Returns the plan of a build from an export. Raises UsageError or BackendError if it can't be done."""
     target = find_target(gpu)
     if out is not None:
         check_destination(out)
-    export = read_export(graphs)
-    spec = replace(export.spec, gpu=gpu, backend=backend)
-    chosen = settle_backend(spec, target, export.precision, report, export.graph_format)
-    return finish_plan(spec, None, export.key, export.name, target, chosen, out, force)
+    manifest = export.manifest
+    spec = replace(manifest.spec, gpu=gpu, backend=backend)
+    chosen = settle_backend(spec, target, manifest.precision, report, manifest.graph_format)
+    return finish_plan(spec, export, target, chosen, out, force)

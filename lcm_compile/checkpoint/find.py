@@ -96,6 +96,19 @@ def hub_id(base: str) -> tuple[str, str | None] | None:
     return match["repository"], match["revision"]
 
 
+def same_base(one: str, other: str) -> bool:
+    """Returns whether two values of --base mean the same one: the same hub id, or the same file or folder."""
+    if one == other:
+        return True
+    if hub_id(one) or hub_id(other):
+        return hub_id(one) == hub_id(other)
+    paths = [Path(FAMILIES[base].base) if base in FAMILIES else user_path(base) for base in (one, other)]
+    try:
+        return paths[0].samefile(paths[1])
+    except OSError:
+        return False
+
+
 def locate(base: str, half: bool = False, models: Iterable[str] = (*MODELS, "")) -> Path:
     """The file or folder of a base: a path, the demo, or a hub snapshot, downloaded where it is missing."""
     if hub := hub_id(base):

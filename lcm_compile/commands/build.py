@@ -1,34 +1,40 @@
-"""`build`: a bundle of engines, or one for each target."""
+"""`build`: builds a bundle of engines, or one for each target."""
 
 from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lcm_compile.commands.options import base_options, base_settings, graph_options, json_option, quiet_option
 
+if TYPE_CHECKING:
+    from lcm_compile.builder.plan import Plan
+    from lcm_compile.bundles.bundle import EngineBundle
+
 
 @click.command()
 @base_options
-@click.option("--from", "graphs", type=click.Path(path_type=Path), help="An export, instead of --base.")
+@click.option("--from", "graphs", type=click.Path(path_type=Path), help="Build from this export, not --base.")
 @click.option(
     "--gpu",
     "gpus",
     required=True,
     multiple=True,
     metavar="TARGET",
-    help="See lcm-compile targets; repeatable.",
+    help="A name from lcm-compile targets; repeatable.",
 )
 @graph_options
-@click.option("--backend", default="auto", show_default=True, help="auto, or one of lcm-compile doctor.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the bundle; default: the store.")
-@click.option("--force", is_flag=True, help="Build even if this very bundle exists.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done and why, and stop.")
+@click.option("--backend", default="auto", show_default=True, help="auto, or a name from lcm-compile doctor.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder of the bundle; by default one in the store."
+)
+@click.option("--force", is_flag=True, help="Build even if this bundle exists already.")
+@click.option("--dry-run", is_flag=True, help="Print what would be built and why, then stop.")
 @json_option
 @quiet_option
 @click.pass_context
@@ -41,96 +47,130 @@ def build(
     force: bool,
     dry_run: bool,
     as_json: bool,
-    quiet: bool,
     **model: Any,
 ) -> None:
-    """Build a bundle of engines, or with several --gpu one for each.
+    """Build a bundle of engines, or several: one for each --gpu.
 
-    The model is fused and exported once for all of them. With --from it was exported before, perhaps on
-    another machine: see lcm-compile export.
+    The model is fused and exported once for all of them. With --from the build starts from graphs that
+    lcm-compile export has written, perhaps on another machine.
     """
-    from lcm_compile.builder.build import build_targets, build_targets_from
-    from lcm_compile.builder.key import briefly
+    from lcm_compile.builder.build import build_plans
+    from lcm_compile.output.console import BuildProgress, note
+
+    if graphs is not None:
+        refuse_model_options(context)
+    plans = make_plans(graphs, gpus, backend, out, force, model)
+    if (export := plans[0].export) and not plans[0].hit:
+        from lcm_compile.output.reports import loss_lines
+
+        for remark in (*export.checkpoint.notes, *loss_lines(export.lossy)):
+            note(remark)
+    if dry_run:
+        show_plans(plans, as_json)
+        return
+    for plan in plans:
+        note_reasons(plan)
+    with BuildProgress() as progress:
+        built = build_plans(plans, force, progress)
+    for plan, (followed, _) in zip(plans, built, strict=True):
+        if followed.hit and not plan.hit:
+            note(f"hit: another process built it; {'; '.join(followed.reasons)}")
+    show_bundles(built, progress.seconds, as_json)
+
+
+def make_plans(
+    graphs: Path | None,
+    gpus: Sequence[str],
+    backend: str,
+    out: Path | None,
+    force: bool,
+    model: Mapping[str, Any],
+) -> list[Plan]:
+    """Returns one plan for each target. With several targets, each bundle goes to `out/<target>`.
+
+    Raises UsageError, CheckpointError or LoraError if a bundle can't be planned.
+    """
     from lcm_compile.builder.plan import make_plan, make_plan_from
-    from lcm_compile.output.console import BuildProgress, note, print_json
-    from lcm_compile.output.describe import describe_bundle
-    from lcm_compile.output.reports import fp32_layer_lines, loss_lines, parity_line, print_plan
+    from lcm_compile.bundles.export_manifest import open_export
+    from lcm_compile.output.console import BuildProgress
     from lcm_compile.spec import BuildSpec
     from lcm_compile.targets import find_target
 
     names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
-    # With several targets, --out is the folder of their bundles' folders.
-    outs = [out / name if out is not None and len(names) > 1 else out for name in names]
-    with BuildProgress(quiet) as parts:
+    outs = {name: out / name if out is not None and len(names) > 1 else out for name in names}
+    with BuildProgress() as progress:
         if graphs is not None:
-            refuse_model_options(context)
-            plans = [
-                make_plan_from(graphs, n, backend, o, force, parts) for n, o in zip(names, outs, strict=True)
-            ]
-        else:
-            specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
-            plans = [make_plan(spec, o, force, parts) for spec, o in zip(specs, outs, strict=True)]
-    lead = plans[0]
-    if not lead.hit and lead.export is not None:
-        checkpoint = lead.export.checkpoint
-        for remark in (*checkpoint.notes, *loss_lines(lead.export.lossy)):
-            note(remark, quiet)
-    if dry_run:
-        from lcm_compile.builder.estimate import estimate_plan
+            export = open_export(graphs)
+            return [make_plan_from(export, name, backend, outs[name], force, progress) for name in names]
+        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
+        return [make_plan(spec, outs[spec.gpu], force, progress) for spec in specs]
 
-        costs = [None if plan.hit else estimate_plan(plan, graphs) for plan in plans]
-        if as_json:
-            dicts = [
-                {**plan.to_dict(), "estimate": cost and cost.to_dict()}
-                for plan, cost in zip(plans, costs, strict=True)
-            ]
-            print_json(dicts if len(dicts) > 1 else dicts[0])
-            return
-        for plan, cost in zip(plans, costs, strict=True):
-            print_plan(plan, cost)
-        return
-    for plan in plans:
-        note(f"{'hit' if plan.hit else 'miss'}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"), quiet)
-        if plan.passed_over and not plan.hit:
-            note(backend_text(plan.backend_name, plan.passed_over), quiet)
-    with BuildProgress(quiet) as parts:
-        if graphs is not None:
-            done = build_targets_from(graphs, list(zip(names, outs, strict=True)), backend, force, parts)
-        else:
-            done = build_targets(list(zip(specs, outs, strict=True)), force, parts)
-    for plan, (followed, _) in zip(plans, done, strict=True):
-        if followed.hit and not plan.hit:
-            note(f"hit: another process built it; {'; '.join(followed.reasons)}", quiet)
+
+def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
+    """Prints each plan for --dry-run, with an estimate of the build's time, memory and disk space."""
+    from lcm_compile.builder.estimate import estimate_plan
+    from lcm_compile.output.console import print_json
+    from lcm_compile.output.reports import print_plan
+
+    costs = [None if plan.hit else estimate_plan(plan) for plan in plans]
     if as_json:
-        told = [
-            {**describe_bundle(b.folder, b.manifest, b.digest), "hit": p.hit, "reasons": list(p.reasons)}
-            for p, b in done
+        rows = [
+            {**plan.to_dict(), "estimate": cost and cost.to_dict()}
+            for plan, cost in zip(plans, costs, strict=True)
         ]
-        print_json(told if len(told) > 1 else told[0])
+        print_json(rows if len(rows) > 1 else rows[0])
         return
-    for _, bundle in done:
+    for plan, cost in zip(plans, costs, strict=True):
+        print_plan(plan, cost)
+
+
+def note_reasons(plan: Plan) -> None:
+    """Writes to stderr why a plan is a hit or a miss, and why its backend was chosen."""
+    from lcm_compile.builder.explain import briefly
+    from lcm_compile.output.console import note
+
+    kind = "hit" if plan.hit else "miss"
+    note(f"{kind}: {'; '.join(briefly(plan.reasons))}".replace(":;", ":"))
+    if plan.passed_over and not plan.hit:
+        note(backend_text(plan.backend_name, plan.passed_over))
+
+
+def show_bundles(built: Sequence[tuple[Plan, EngineBundle]], seconds: float, as_json: bool) -> None:
+    """Prints each bundle's folder, or its complete description as JSON; writes hints to stderr."""
+    from lcm_compile.output.console import note, print_json
+    from lcm_compile.output.describe import describe_bundle
+    from lcm_compile.output.reports import fp32_layer_lines, parity_line
+
+    if as_json:
+        rows = [
+            {**describe_bundle(b.folder, b.manifest, b.digest), "hit": p.hit, "reasons": list(p.reasons)}
+            for p, b in built
+        ]
+        print_json(rows if len(rows) > 1 else rows[0])
+        return
+    for _, bundle in built:
         print(bundle.folder)
-    built = [bundle for plan, bundle in done if not plan.hit]
-    if built:
-        note(f"built in {parts.seconds:.1f} s; {parity_line(built[0].manifest.parity)}", quiet)
-    for bundle in built:
+    new = [bundle for plan, bundle in built if not plan.hit]
+    if new:
+        note(f"built in {seconds:.1f} s; {parity_line(new[0].manifest.parity)}")
+    for bundle in new:
         for remark in fp32_layer_lines(bundle.manifest.stages):
-            note(f"{remark}: lcm-compile inspect {shlex.quote(str(bundle.folder))}", quiet)
+            note(f"{remark}: lcm-compile inspect {shlex.quote(str(bundle.folder))}")
 
 
 def backend_text(name: str, passed_over: Iterable[str]) -> str:
-    """The backend, and a line or two for each that was passed over for it."""
+    """Returns lines that name the chosen backend, and say why each preferred one was not chosen."""
     lines = [textwrap.fill(why, 79, initial_indent="  not ", subsequent_indent="    ") for why in passed_over]
     return "\n".join((f"backend {name}", *lines))
 
 
 def refuse_model_options(context: click.Context) -> None:
-    """UsageError for an option that an export has settled already."""
-    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
+    """Raises click.UsageError for an option whose value the export has fixed already."""
+    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json"}
     for parameter in context.command.params:
         name = str(parameter.name)
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if given and name not in free:
             raise click.UsageError(
-                f"{parameter.opts[0]} and --from can't be given together: the export has settled it"
+                f"{parameter.opts[0]} and --from can't be given together: the export has fixed it"
             )

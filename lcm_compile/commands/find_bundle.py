@@ -1,26 +1,31 @@
-"""Which bundle a command means."""
+"""Finds the bundle that a command's options name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from lcm_compile.builder.key import briefly
+from lcm_compile.builder.explain import briefly
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.bundles.store import recent, remember
+from lcm_compile.checkpoint.find import same_base
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.spec import BuildSpec
 from lcm_compile.targets import find_target
 
 
-def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> EngineBundle:
-    """The bundle that is named, or the one used last that runs on this machine."""
-    if engine is not None:
+def find_bundle(bundle: Path | None, base: str | None, gpu: str | None) -> EngineBundle:
+    """Returns the named bundle, that of `base` for `gpu`, or the last used one that runs here.
+
+    Raises UsageError if the options contradict each other, and BundleError if there is no such bundle, it is
+    damaged, or it is out of date.
+    """
+    if bundle is not None:
         if base or gpu:
-            raise UsageError("--engine names a bundle; drop --base and --gpu")
-        return open_used(engine)
+            raise UsageError("--bundle names the bundle already; drop --base and --gpu")
+        return open_used(bundle)
     if base and gpu:
         return find_bundle_of(base, gpu)
     if base or gpu:
@@ -36,16 +41,17 @@ def find_bundle(engine: Path | None, base: str | None, gpu: str | None) -> Engin
         if reason is None:
             return open_used(folder)
         reasons.append(f"{folder.name}: {reason}")
-    told = "\n  ".join(["no bundle here runs on this machine:", *reasons[:5]])
+    message = "\n  ".join(["no bundle here runs on this machine:", *reasons[:5]])
     raise BundleError(
-        told if reasons else "there is no bundle yet", "lcm-compile build --base demo --gpu cpu"
+        message if reasons else "there is no bundle yet", "lcm-compile build --base demo --gpu cpu"
     )
 
 
 def find_bundle_of(base: str, gpu: str) -> EngineBundle:
-    """The bundle used last of a base, whatever was fused into it, for a target.
+    """Returns the last used bundle of a base for a target, with any LoRAs fused into it.
 
-    BundleError where what it was built from has changed since: no stale engine is run by its base's name.
+    Raises BundleError if there is none, or if the base or a LoRA has changed since the build: a base's name
+    never runs an outdated engine.
     """
     target = find_target(gpu).name
     for folder in recent():
@@ -56,30 +62,23 @@ def find_bundle_of(base: str, gpu: str) -> EngineBundle:
         if manifest.target.name == target and same_base(manifest.spec.base, base):
             try:
                 plan = make_plan(manifest.spec, folder)
-            except LcmCompileError:  # the base or a LoRA is gone: the bundle is all there is
+            except LcmCompileError:  # the base or a LoRA is missing, so nothing can be compared
                 return open_used(folder)
             if not plan.hit:
-                told = "\n  ".join(briefly(plan.reasons))
+                reasons_now = "\n  ".join(briefly(plan.reasons))
                 raise BundleError(
-                    f"the bundle of {base} for {target} is out of date; what is there now {told}",
+                    f"the bundle of {base} for {target} is out of date; what is there now {reasons_now}",
                     manifest.spec.command(),
                 )
             return open_used(folder)
     raise BundleError(
         f"there is no bundle of {base} for {target}",
-        f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --engine",
+        f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --bundle",
     )
 
 
 def open_used(folder: Path) -> EngineBundle:
+    """Returns the bundle of a folder, and makes it the last used one. Raises BundleError if it is damaged."""
     bundle = open_bundle(folder)
     remember(folder)
     return bundle
-
-
-def same_base(one: str, other: str) -> bool:
-    """Whether two words for a base are the same name, or lead to the same folder."""
-    try:
-        return one == other or Path(one).samefile(other)
-    except OSError:
-        return False

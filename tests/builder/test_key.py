@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import factories
@@ -46,9 +46,11 @@ def made(sdxl_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def copy(made, tmp_path, monkeypatch):
-    """The spec of `made` on a copy of its files, with its store."""
+    """The spec of `made` on a copy of its files, with its store, as if it had been built from the copy."""
     folder, spec = made
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for path in tmp_path.glob("home/bundles/*/manifest.json"):
+        path.write_text(path.read_text().replace(str(folder), str(tmp_path)))
     monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
     lora = str(tmp_path / "lora.safetensors")
     return replace(spec, base=str(tmp_path / "base"), lcm_lora=LoraSpec(lora), loras=(LoraSpec(lora, 0.5),))
@@ -201,23 +203,42 @@ def test_another_vae_is_a_miss_that_names_its_file_alone(copy, tmp_path):
     assert len(told) == 2 and told[1].startswith("base vae/diffusion_pytorch_model.safetensors changed: ")
 
 
-def shelve(key, name):
-    """A bundle in the store whose key is another's."""
+def shelve(planned):
+    """A bundle in the store with the spec and the key of a plan, which is built from something else."""
     made = store.recent()[0]
-    folder = shutil.copytree(made, store.bundles_folder() / name)
+    folder = shutil.copytree(made, store.bundles_folder() / planned.folder.name)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "key": dict(key)}))
+    manifest |= {"spec": asdict(planned.spec), "key": dict(planned.key)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_another_seed_of_random_weights_is_a_miss(copy):
     """Full-size weights, of which a plan makes none."""
     build(copy)  # a hit, the bundle used last
     spec = BuildSpec(base="sd15", weights="random:7", backend="torchscript")
-    before = plan.make_plan(spec)
-    shelve(before.key, before.folder.name)
+    shelve(plan.make_plan(spec))
     reasons(spec, hit=True)
     told = reasons(replace(spec, weights="random")).splitlines()[1:]
     assert told == ["base weights changed: random, seed 7 → random, seed 0"]
+
+
+def test_a_miss_is_compared_with_the_nearest_of_its_base_and_kind(command, copy, tmp_path, monkeypatch):
+    """Not with what was built last, and not with a bundle of the same base that draws by another graph."""
+    near = build(replace(copy, width=56))
+    far = build(replace(copy, width=32, batch=2, lcm_lora=None, loras=(), no_lcm=True))
+    monkeypatch.chdir(Path(copy.base).parent)
+    told = reasons(replace(copy, base="./base", width=40)).splitlines()
+    assert told[1:] in (["shape changed: 1×64×64 → 1×64×40"], ["shape changed: 1×64×56 → 1×64×40"])
+    assert told[0] in (
+        f"differs from {near.folder.name}:",
+        f"differs from {plan.make_plan(copy).folder.name}:",
+    )
+    assert far.folder == store.recent()[0]
+    none = "there is no bundle of {} to compare with: none has {}"
+    demo = reasons(BuildSpec(base="demo", backend="torchscript"))
+    assert demo == none.format("demo", "its own weights and one graph for each stage")
+    whole = replace(copy, backend="onnxruntime", whole_loop=True)
+    assert reasons(whole) == none.format(copy.base, "its own weights and one graph for the complete loop")
 
 
 def test_another_config_of_a_file_is_a_miss(copy, tmp_path):
@@ -228,8 +249,7 @@ def test_another_config_of_a_file_is_a_miss(copy, tmp_path):
         StableDiffusionXLPipeline.from_pretrained(folder), tmp_path / "one.safetensors"
     )
     spec = replace(copy, base=str(file), config=str(folder))
-    before = plan.make_plan(spec)
-    shelve(before.key, before.folder.name)
+    shelve(plan.make_plan(spec))
     reasons(spec, hit=True)
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "beta_start": 0.001}))
@@ -240,11 +260,12 @@ def test_another_config_of_a_file_is_a_miss(copy, tmp_path):
 
 
 def test_a_dry_run_lists_all_that_differs_and_a_build_some(command, copy, tmp_path):
-    base = factories.write_sdxl(tmp_path / "other", seed=1)
+    old = plan.make_plan(copy).key
+    base = factories.write_sdxl(Path(copy.base), seed=1)
     for text in base.glob("tokenizer*/*.json"):
         text.write_text(text.read_text() + "\n")
-    spec = replace(copy, base=str(base), width=32, lcm_lora=None, loras=(), no_lcm=True)
-    old, new = (plan.make_plan(s, p).key for s, p in ((copy, None), (spec, tmp_path / "out")))
+    spec = replace(copy, width=32, lcm_lora=None, loras=(), no_lcm=True)
+    new = plan.make_plan(spec, tmp_path / "out").key
     differing = [name for name in {*old, *new} if old.get(name) != new.get(name)]
     assert len(differing) > 12
     words_of_all = words(spec, "--dry-run")
