@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo gate proof test test-slow check clean
+.PHONY: bench demo gate proof test test-sample test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
@@ -29,6 +29,10 @@ gate: .venv/installed
 # Every fast test, a file at a time on every core, ruff and mypy.
 test: check
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# A random sample of the tests, each alone, and their files in random order, in an empty home folder.
+test-sample: .venv/installed
+	$(BIN)/python tests/check_independence.py $(ARGS)
 
 # Those that hold seconds to a limit come after the others, which take a core each.
 test-slow: .venv/installed

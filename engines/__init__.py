@@ -1,16 +1,6 @@
-"""Backends: each turns an exported graph into an engine for a target, and runs that engine.
+"""Backends: each builds an engine from an exported graph for one target, and runs that engine.
 
-Every module here that BACKENDS names has the same shape:
-
-GRAPH_FORMAT              the graph it builds from
-PACKAGES                  distributions that it needs; the installed one's version goes into the key
-cannot_build(target, precision) -> str | None    why it can't build that here, or None
-cannot_run(target) -> str | None                 why its engines for that target can't run here, or None
-cannot_load(built_with, options) -> str | None   why an engine of that version and those options can't be
-                                                 loaded by what is installed here, or None
-options(target) -> dict                          builder options; they go into the key
-build(graph, target, folder) -> Path             writes the engine file
-load(path, contract, target) -> Runner           an engine, ready to run
+Each module that BACKENDS lists implements the `Backend` protocol below.
 """
 
 from __future__ import annotations
@@ -28,7 +18,7 @@ from lcm_compile.precisions import Precision
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, GpuTarget
 
-# In the order in which they are tried where none is asked for.
+# The module of each backend, in the order in which choose_backend tries them.
 BACKENDS = {
     "tensorrt-rtx": "lcm_compile.engines.tensorrt_rtx",
     "tensorrt": "lcm_compile.engines.tensorrt",
@@ -41,37 +31,54 @@ BACKENDS = {
 
 ON_THE_GPU = (
     "on the machine with the {} itself: pip install 'lcm-compile[tensorrt]', and build there; "
-    "lcm-compile doctor tells what works"
+    "lcm-compile doctor shows what works"
 )
 
 
 class Backend(Protocol):
-    """What a backend module offers; the modules themselves are the implementations."""
+    """What every backend module provides. The modules themselves are the implementations."""
 
+    # The format of the graphs that it builds from.
     GRAPH_FORMAT: str
+    # The distributions that can provide its library. The bundle's key has the first installed one's version.
     PACKAGES: tuple[str, ...]
 
-    def cannot_build(self, target: GpuTarget, precision: Precision) -> str | None: ...
-    def cannot_run(self, target: GpuTarget) -> str | None: ...
-    def cannot_load(self, built_with: str, options: Mapping[str, Any]) -> str | None: ...
-    def options(self, target: GpuTarget) -> Mapping[str, Any]: ...
-    def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path: ...
-    def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner: ...
+    def cannot_build(self, target: GpuTarget, precision: Precision) -> str | None:
+        """Returns why this machine can't build an engine for the target in that precision, or None."""
+
+    def cannot_run(self, target: GpuTarget) -> str | None:
+        """Returns why this machine can't run engines for the target, or None."""
+
+    def cannot_load(self, built_with: str, options: Mapping[str, Any]) -> str | None:
+        """Returns why the installed library can't load an engine, or None.
+
+        `built_with` is the package and version that built the engine, `options` are its builder options.
+        """
+
+    def options(self, target: GpuTarget) -> Mapping[str, Any]:
+        """Returns the builder options for the target. They are part of the bundle's key."""
+
+    def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+        """Builds an engine file in `folder`, and returns its path. Raises BackendError if that fails."""
+
+    def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+        """Loads an engine file. Raises BackendError if that fails or the file does not fit the contract."""
 
 
 def find_backend(name: str) -> Backend:
+    """Returns the module of a backend. Raises UsageError for an unknown name."""
     if name not in BACKENDS:
         raise unknown_name("backend", name, BACKENDS, "lcm-compile doctor")
-    return importlib.import_module(BACKENDS[name])  # type: ignore[return-value]
+    return importlib.import_module(BACKENDS[name])
 
 
 def choose_backend(
     target: GpuTarget, precision: Precision, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """The first backend, in the table's order, that can build for the target here; why those before can't.
+    """Returns the first backend of BACKENDS that can build for the target here, and why earlier ones can't.
 
-    Only from graphs of `graph_format`, if that is given.
-    BackendError lists every candidate with its reason when none can.
+    A reason has the form "name: reason". If `graph_format` is given, only backends that build from graphs of
+    that format qualify. Raises BackendError with every backend's reason if none qualifies.
     """
     reasons: list[str] = []
     for name in BACKENDS:
@@ -88,7 +95,10 @@ def choose_backend(
 def cannot_build_from(
     name: str, target: GpuTarget, precision: Precision, graph_format: str | None
 ) -> str | None:
-    """Why a backend can't build for the target here, or not from graphs of that format if one is given."""
+    """Returns why a backend can't build for the target here, or None.
+
+    If `graph_format` is given, a backend that builds from graphs of another format can't build either.
+    """
     backend = find_backend(name)
     reason = backend.cannot_build(target, precision)
     if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
@@ -97,30 +107,31 @@ def cannot_build_from(
 
 
 def find_target_here() -> str:
-    """The name of the target that this machine's GPU is, or "cpu".
+    """Returns the name of the target that this machine's GPU matches, or "cpu" if there is none.
 
-    Of those of its compute capability, the one most of whose description is in the GPU's name, and of equals
-    the one with most nearly its memory: NVIDIA calls both kinds of A100 so.
+    It compares the targets of the GPU's compute capability, and returns the one whose description shares
+    the most words with the GPU's name. The memory size breaks a tie, because NVIDIA calls the 40 GB and the
+    80 GB model both "A100".
     """
     from lcm_compile.engines.gpu import gpu_here, gpu_memory
 
     name, capability = gpu_here() or ("", "")
     words, memory = re.findall(r"\w+", name.lower()), gpu_memory()
 
-    def likeness(target: GpuTarget) -> tuple[int, int]:
-        told = sum(word in words for word in target.description.lower().split())
-        return told, -abs((target.memory_bytes or 0) - memory)
+    def similarity(target: GpuTarget) -> tuple[int, int]:
+        shared_words = sum(word in words for word in target.description.lower().split())
+        return shared_words, -abs((target.memory_bytes or 0) - memory)
 
-    alike = [target for target in TARGETS.values() if target.compute_capability == capability]
-    return max(alike, key=likeness).name if alike else "cpu"
+    candidates = [target for target in TARGETS.values() if target.compute_capability == capability]
+    return max(candidates, key=similarity).name if candidates else "cpu"
 
 
 def other_version(built_with: str, packages: tuple[str, ...]) -> str | None:
-    """Why an engine that runs with nothing but the version that built it can't run here, or None.
+    """Returns why the version installed here can't load an engine, or None if it is the one that built it.
 
-    What follows a plus (the CUDA version, of torch) is told apart by the target.
+    What follows a plus sign (torch's CUDA version) is not compared: the target distinguishes those builds.
     """
     here = installed_version(packages)
     if here and here.partition("+")[0] == built_with.partition("+")[0]:
         return None
-    return f"it was built with {built_with}, and only that version can load it; here is {here}"
+    return f"it was built with {built_with}, and only that version can load it; this machine has {here}"

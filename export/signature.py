@@ -1,4 +1,4 @@
-"""What torch.export needs of a module before it can be exported."""
+"""Gives a module the kind of signature that torch.export needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 class PlainSignature(torch.nn.Module):
     """A module whose forward has exactly `count` positional parameters.
 
-    To torch.export the *args of a forward are one argument; a plain signature gives one input each.
+    torch.export takes the *args of a forward as one argument, so each input needs a parameter of its own.
     """
 
     def __init__(self, module: torch.nn.Module, count: int) -> None:
@@ -17,4 +17,4 @@ class PlainSignature(torch.nn.Module):
         names = ", ".join(f"x{i}" for i in range(count))
         scope: dict[str, object] = {}
         exec(f"def forward(self, {names}): return self.module({names})", scope)
-        self.forward = scope["forward"].__get__(self)  # type: ignore[attr-defined,method-assign]
+        self.forward = scope["forward"].__get__(self)  # type: ignore[attr-defined]

@@ -50,7 +50,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; nothing was written", None, 130)
     except BrokenPipeError:
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         sys.exit(0)
     except OSError as error:
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)

@@ -1,12 +1,23 @@
-"""Checkpoints and bundles that many tests share, each made once."""
+"""What all tests run in, and the checkpoints and bundles that many of them share, each made once."""
+
+# ruff: noqa: E402 - the libraries read the environment when they are imported
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 
+# No test sees the caller's settings or the caller's downloads.
+SETTINGS = ("LCM_COMPILE_", "HF_", "HUGGING", "TRANSFORMERS_", "DIFFUSERS_", "OMP_", "COLUMNS", "CXX")
+COLOURS = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR", "CLICOLOR_FORCE")
+for name in [name for name in os.environ if name.startswith(SETTINGS) or name in COLOURS]:
+    del os.environ[name]
+HUB = tempfile.TemporaryDirectory(prefix="hub-")
+os.environ["HF_HOME"] = HUB.name
 # Models this small lose more to a second thread than they gain.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # Of several workers (`pytest -n auto`) each keeps to a core: engines' threads would wait for another's.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     cores = sorted(os.sched_getaffinity(0))
@@ -16,15 +27,42 @@ import factories
 import pytest
 
 from lcm_compile import BuildSpec, build, cli
+from lcm_compile.builder.fastest_backend import SLOW_TO_BUILD, circumstances
+from lcm_compile.engines import BACKENDS, cannot_build_from
+from lcm_compile.export import EXPORTERS
+from lcm_compile.precisions import Precision
+from lcm_compile.targets import TARGETS
 
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """A store of the tests' own."""
+    """A store of the tests' own. In it the backends are timed already, so no test waits for that."""
     folder = tmp_path_factory.mktemp("home")
+    (folder / "cpu.json").write_text(json.dumps(backend_timings()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_COMPILE_HOME", str(folder))
         yield folder
+
+
+def backend_timings():
+    """Milliseconds of every backend that can build for this CPU, as they are remembered once measured.
+
+    The first of the table is the fastest, whatever this machine does at the time.
+    """
+    timings = {}
+    for precision in Precision:
+        for graph_format in (None, *EXPORTERS):
+            able = [
+                name
+                for name in BACKENDS
+                if name not in SLOW_TO_BUILD
+                and cannot_build_from(name, TARGETS["cpu"], precision, graph_format) is None
+            ]
+            if len(able) > 1:
+                timings[circumstances(able, precision)] = {
+                    name: 10.0 * place for place, name in enumerate(able, 1)
+                }
+    return timings
 
 
 @pytest.fixture(scope="session")
