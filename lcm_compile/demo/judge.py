@@ -1,4 +1,4 @@
-"""A fixed, rule-based judge of the demo world's pictures: what one shows, and whether that was asked for."""
+"""Judges pictures of the demo world by fixed rules: reads what one shows and compares it with its caption."""
 
 from __future__ import annotations
 
@@ -31,21 +31,28 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 COLUMNS = ("background", "pattern", "colour", "size", "shape", "stripes", "binding", "clean")
-NEAR_BACKGROUND = 30.0  # RGB distance from the line between the two tones
-NEAR_COLOUR = 80.0  # RGB distance from the nominal colour
-MIN_OVERLAP = 0.6  # with the best template; under it a blob is no shape
-MIN_PATTERN = 0.45  # correlation with the best pattern; under it there is none
-MIN_STRIPES = 0.75  # correlation with the style's stripes
-MIN_CONTRAST = 0.5  # of the paint's way to white, between the middle of a stripe and the paint beside it
-MAX_OFFSET = 0.125  # of a shape from the middle of its half, where two are asked for
-MAX_GRAIN = 11.5  # RGB distance, where one sees it; rendered pictures redrawn by the VAE stay under 5
-LARGE = 0.21  # radius, between the largest small shape and the smallest large one
-GRID, EXTENT = 40, 1.15  # cells of a shape template, and half its side for a shape of area 1
+NEAR_BACKGROUND = 30.0  # largest RGB distance from the line between a background's two tones
+NEAR_COLOUR = 80.0  # largest RGB distance from a nominal colour
+MIN_OVERLAP = 0.6  # intersection over union with the best template; below it a blob is not a known shape
+MIN_PATTERN = 0.45  # correlation with the best pattern; below it the pattern is unknown
+MIN_STRIPES = 0.75  # correlation with the style's stripes; below it a shape has none
+# Between a stripe's middle and the paint next to it, as a fraction of the way from paint to white.
+MIN_CONTRAST = 0.5
+MAX_OFFSET = 0.125  # of one of two shapes from the middle of its half, in picture sides
+# The RGB distance at which grain becomes visible. Rendered pictures that the VAE reconstructs stay under 5.
+MAX_GRAIN = 11.5
+LARGE = 0.21  # radius between the largest small shape and the smallest large one, in picture sides
+GRID = 40  # cells along one side of a shape template
+EXTENT = 1.15  # half the side of a shape template, for a shape of area 1
 
 
 @dataclass(frozen=True)
 class Blob:
-    """One shape as it was read; None is what could not be recognised. `x` is its centre's."""
+    """One shape as it was read from a picture.
+
+    `colour` and `shape` are None if they were not recognised. `overlap` is the intersection over union with
+    the best template, and `x` the horizontal centre, from 0 to 1.
+    """
 
     colour: str | None
     shape: str | None
@@ -57,7 +64,11 @@ class Blob:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows, its shapes from left to right; `grain` is how uneven its flat parts are."""
+    """What a picture shows.
+
+    `pattern` is None if it was not recognised, `blobs` are the shapes from left to right, and `grain` is the
+    unevenness of areas that should be flat, as an RGB distance.
+    """
 
     background: str
     pattern: str | None
@@ -66,7 +77,7 @@ class Reading:
 
 
 def judge(picture: Picture, look: Look = DAY) -> Reading:
-    """Reads a square picture (H, H, 3) that was asked for in `look`."""
+    """Reads what a square picture (H, H, 3) shows, given the look that its colours should have."""
     pixels = picture.astype(float)
     tones = {name: _from_tones(pixels, name, look) for name in look.backgrounds}
     background = max(tones, key=lambda name: np.sum(tones[name][0] < NEAR_BACKGROUND))
@@ -74,24 +85,26 @@ def judge(picture: Picture, look: Look = DAY) -> Reading:
     colours = np.array(list(look.colours.values()), float)
     to_colours = np.linalg.norm(pixels[:, :, None] - colours, axis=-1).min(-1)
     painted = to_colours < distance
-    # Stripes cut a shape in pieces, so it is first looked for with their gaps closed.
+    # White stripes cut a shape into pieces, so shapes are first searched for with the gaps closed.
     white = np.linalg.norm(pixels - 255, axis=-1) < distance
     masks = [m for m in _shapes(_closed(painted | white, straight=False)) if np.any(m & painted)]
     stripes = [_zebra_stripes(pixels, mask, painted) for mask in masks]
-    if all(white is None for white in stripes):
+    if all(weight is None for weight in stripes):
         masks = _shapes(painted)
         stripes = [None] * len(masks)
     blobs = tuple(
-        _read_blob(pixels, mask & painted, white, look) for mask, white in zip(masks, stripes, strict=True)
+        _read_blob(pixels, mask & painted, weight, look) for mask, weight in zip(masks, stripes, strict=True)
     )
     pattern = _read_pattern(tone, distance < NEAR_BACKGROUND)
     return Reading(background, pattern, blobs, _grain(pixels, _palette(background, pattern, blobs, look)))
 
 
 def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
-    """Whether each column of a reading is right; None where the caption says nothing of it.
+    """Returns for each of COLUMNS whether a reading is right, or None if the caption does not specify it.
 
-    A picture with another number of shapes than asked for has none of them right.
+    `binding` is whether each of two shapes has the right colour and form and is near the middle of its half;
+    `clean` is whether the picture has little grain. With the wrong number of shapes, every column about
+    shapes is wrong.
     """
     pairs = list(zip(reading.blobs, asked.things, strict=False))
     counted = len(reading.blobs) == len(asked.things)
@@ -114,7 +127,10 @@ def matches(reading: Reading, asked: Description) -> dict[str, bool | None]:
 
 
 def score(pictures: Iterable[Picture], prompts: Sequence[str], look: Look = DAY) -> dict[str, float]:
-    """Which part of the pictures is right in each column, of those whose prompt says something of it."""
+    """Returns the fraction of pictures that are right in each column.
+
+    A column counts only the pictures whose prompt specifies it, and is left out if there are none.
+    """
     rows = [
         matches(judge(picture, look), parse_caption(text))
         for picture, text in zip(pictures, prompts, strict=True)
@@ -124,7 +140,10 @@ def score(pictures: Iterable[Picture], prompts: Sequence[str], look: Look = DAY)
 
 
 def _from_tones(pixels: Array, background: str, look: Look) -> tuple[Array, Array]:
-    """Each pixel's distance from the line between the two tones, and its place on it, 0 to 1. Both (H, H)."""
+    """Returns each pixel's RGB distance from the line between a background's two tones, and its place on it.
+
+    Both have shape (H, H). The place runs from 0, the first tone, to 1, the second tone.
+    """
     first = np.array(look.backgrounds[background], float)
     line = second_tone(background, look) - first
     place = np.clip((pixels - first) @ line / (line @ line), 0, 1)
@@ -133,7 +152,10 @@ def _from_tones(pixels: Array, background: str, look: Look) -> tuple[Array, Arra
 
 @lru_cache(maxsize=8)
 def _pattern_templates(size: int) -> tuple[list[str], Array]:
-    """Every stripe and checker pattern in steps of phase, as rows of +-1. Names and (n, size * size)."""
+    """Returns every stripe and checker pattern in steps of its phase: names, and rows of ±1.
+
+    The rows have shape (n, size * size).
+    """
     stripes = [
         pattern_weight("striped", size, a, (p, 0)) for a in STRIPE_ANGLES for p in np.arange(0, 1, 0.125)
     ]
@@ -147,7 +169,11 @@ def _pattern_templates(size: int) -> tuple[list[str], Array]:
 
 
 def _read_pattern(tone: Array, visible: Mask) -> str | None:
-    """The pattern of the background's visible pixels; both (H, H)."""
+    """Returns the background's pattern, or None if it is not recognised.
+
+    `tone` is each pixel's place between the two tones, and `visible` marks the background's pixels. Both have
+    shape (H, H).
+    """
     count = visible.sum()
     if np.sum(visible & (tone > 0.5)) <= 0.15 * count:
         return "plain"
@@ -159,44 +185,48 @@ def _read_pattern(tone: Array, visible: Mask) -> str | None:
 
 
 def _shapes(mask: Mask) -> list[Mask]:
-    """The connected parts of a mask that count as shapes, at most two, from left to right."""
-    left = mask.copy()
-    parts = []
-    while left.any():
-        part = _connected(left, tuple(np.argwhere(left)[0]))
-        left &= ~part
-        parts.append(part)
-    parts.sort(key=lambda part: -int(part.sum()))
-    smallest = max(0.005 * mask.size, 0.2 * parts[0].sum()) if parts else 0
-    counted = [part for part in parts if part.sum() >= smallest][:2]
-    return sorted(counted, key=lambda part: float(np.nonzero(part)[1].mean()))
+    """Returns the connected regions of a mask that count as shapes, at most two, from left to right."""
+    remaining = mask.copy()
+    regions = []
+    while remaining.any():
+        region = _connected(remaining, tuple(np.argwhere(remaining)[0]))
+        remaining &= ~region
+        regions.append(region)
+    regions.sort(key=lambda region: -int(region.sum()))
+    smallest = max(0.005 * mask.size, 0.2 * regions[0].sum()) if regions else 0
+    counted = [region for region in regions if region.sum() >= smallest][:2]
+    return sorted(counted, key=lambda region: float(np.nonzero(region)[1].mean()))
 
 
 def _connected(mask: Mask, start: tuple[int, ...]) -> Mask:
-    """The part of a mask joined to `start` by its edges."""
+    """Returns the region of a mask that is connected to `start` by the edges of pixels."""
     height, width = mask.shape
-    part = np.zeros_like(mask)
-    part[start] = True
+    region = np.zeros_like(mask)
+    region[start] = True
     todo = [start]
     while todo:
         y, x = todo.pop()
         for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-            if 0 <= near[0] < height and 0 <= near[1] < width and mask[near] and not part[near]:
-                part[near] = True
+            if 0 <= near[0] < height and 0 <= near[1] < width and mask[near] and not region[near]:
+                region[near] = True
                 todo.append(near)
-    return part
+    return region
 
 
 def _inner(mask: Mask) -> Mask:
-    """The pixels of a mask (H, H) whose four neighbours are in it too; all of them where there are none."""
+    """Returns the pixels of a mask (H, H) whose four neighbours are in it too, or the mask if none are."""
     padded = np.pad(mask, 1)
     inner = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return inner if inner.any() else mask
 
 
 def _closed(mask: Mask, straight: bool) -> Mask:
-    """A mask (H, H) with the gaps closed that stripes leave: `straight` across them, or any way."""
-    # A diagonal step is the root of 2 wide; half a pixel on both sides is neither paint nor white.
+    """Closes the gaps that the style's stripes leave in a mask (H, H), by dilation and then erosion.
+
+    With `straight` both go along the diagonal across the stripes, otherwise in all directions.
+    """
+    # A white stripe is a third of a period wide, and a diagonal step is √2 pixels long. The pixel that is
+    # added allows for half a pixel at each edge of a stripe that is neither paint nor white.
     reach = math.ceil((ZEBRA_PERIOD / 3 * len(mask) / math.sqrt(2) + 1) / 2)
     axes: list[tuple[int, ...]] = [(0, 1)] if straight else [(0,), (1,)]
     closed = np.pad(mask, 2 * reach)
@@ -205,27 +235,29 @@ def _closed(mask: Mask, straight: bool) -> Mask:
     return closed[2 * reach : -2 * reach, 2 * reach : -2 * reach]
 
 
-def _zebra_stripes(pixels: Array, whole: Mask, painted: Mask) -> Array | None:
-    """How white the style's stripes make each pixel near the shape under a mask (H, H), or None without any.
+def _zebra_stripes(pixels: Array, mask: Mask, painted: Mask) -> Array | None:
+    """Returns how white the style's stripes make each pixel near a shape, or None if it has no such stripes.
 
-    Their direction and period are the style's; their phase is read where they are, as far as a period sees:
-    no caption says that both sides of a ring have one.
+    `mask` (H, H) is the shape with its gaps closed, and `painted` marks the pixels in a shape's colour.
+    The stripes must have the style's direction and period. Their phase is measured locally, over about one
+    period, because no caption says that both sides of a ring have the same phase.
     """
-    size = len(whole)
-    paint = np.median(pixels[_inner(whole & painted)], axis=0)
-    way = 255 - paint
-    inside = _inner(_closed(whole & painted, straight=True))
-    white = np.clip((pixels - paint) @ way / (way @ way), 0, 1)
+    size = len(mask)
+    paint = np.median(pixels[_inner(mask & painted)], axis=0)
+    to_white = 255 - paint
+    inside = _inner(_closed(mask & painted, straight=True))
+    white = np.clip((pixels - paint) @ to_white / (to_white @ to_white), 0, 1)
 
-    def near(values: NDArray[Any]) -> NDArray[Any]:
+    def local_sum(values: NDArray[Any]) -> NDArray[Any]:
         return blur @ np.where(inside, values, 0) @ blur
 
     reach = np.arange(size) - np.arange(size)[:, None]
     blur = np.exp(-((reach / (ZEBRA_PERIOD * size)) ** 2) / 2)
-    swing = white - near(white) / np.maximum(near(inside), 1e-9)
-    # Demodulated: the angle of what the style's wave and the picture share is where the picture's is ahead.
-    shared = near(swing * np.exp(-2j * np.pi * zebra_position(size)))
-    wanted = zebra_weight(size, np.angle(shared) / (2 * np.pi) + 0.5)
+    swing = white - local_sum(white) / np.maximum(local_sum(inside), 1e-9)
+    # Demodulation: the angle of the product of the picture and the style's wave is the phase by which the
+    # picture's stripes are ahead.
+    product_sum = local_sum(swing * np.exp(-2j * np.pi * zebra_position(size)))
+    wanted = zebra_weight(size, np.angle(product_sum) / (2 * np.pi) + 0.5)
     seen, model = white[inside], wanted[inside]
     fit = np.mean((seen - seen.mean()) * (model - model.mean())) / (seen.std() * model.std() + 1e-9)
     stripe, between = seen[model > 0.9], seen[model < 0.1]
@@ -235,7 +267,7 @@ def _zebra_stripes(pixels: Array, whole: Mask, painted: Mask) -> Array | None:
 
 
 def _read_blob(pixels: Array, mask: Mask, stripes: Array | None, look: Look) -> Blob:
-    """Reads the shape under a mask (H, H), crossed by those stripes."""
+    """Reads the shape under a mask (H, H). `stripes` is what `_zebra_stripes` returned for it."""
     striped = stripes is not None
     bare = stripes < 0.05 if stripes is not None else np.ones_like(mask)
     inner = _inner(mask) & bare
@@ -256,7 +288,7 @@ def _read_blob(pixels: Array, mask: Mask, stripes: Array | None, look: Look) -> 
 
 
 def _palette(background: str, pattern: str | None, blobs: tuple[Blob, ...], look: Look) -> Array:
-    """The colours that what was read is painted in. Shape (n, 3)."""
+    """Returns the colours of everything that was recognised in a picture. Shape (n, 3)."""
     palette = [np.array(look.backgrounds[background], float)]
     if pattern != "plain":
         palette.append(second_tone(background, look))
@@ -267,9 +299,9 @@ def _palette(background: str, pattern: str | None, blobs: tuple[Blob, ...], look
 
 
 def _grain(pixels: Array, palette: Array) -> float:
-    """How far the pixels away from every edge lie from the palette (n, 3): the root mean square RGB distance.
+    """Returns the root mean square RGB distance from the palette (n, 3) of all pixels away from edges.
 
-    Infinite where a picture has next to no such pixels.
+    Returns infinity if a picture has almost no such pixels.
     """
     distance = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
     lowest = highest = np.pad(distance.argmin(-1), 1, mode="edge")
@@ -281,13 +313,16 @@ def _grain(pixels: Array, palette: Array) -> float:
 
 
 def _grid() -> Array:
-    """Cell centres of a template along one axis, in roots of the shape's area. Shape (GRID,)."""
+    """Returns a template's cell centres along one axis, in units of the shape's √area. Shape (GRID,)."""
     return ((np.arange(GRID) + 0.5) / GRID * 2 - 1) * EXTENT
 
 
 @lru_cache(maxsize=1)
 def _shape_templates() -> tuple[list[str], Array]:
-    """Every shape of area 1 in steps of 5 degrees, as rows of 0 and 1. Names and (n, GRID * GRID)."""
+    """Returns every shape with area 1, rotated in steps of 5 degrees: names, and rows of 0 and 1.
+
+    The rows have shape (n, GRID * GRID).
+    """
     names, rows = [], []
     fine = np.linspace(-1.1, 1.1, 400)
     for name, distance in DISTANCE.items():
@@ -301,15 +336,16 @@ def _shape_templates() -> tuple[list[str], Array]:
 
 
 def _read_shape(mask: Mask, bare: Mask, centre_y: float, centre_x: float) -> tuple[str, float]:
-    """The best template for a mask (H, H), centred and scaled to area 1, and its intersection over union.
+    """Returns the name of the template that fits a mask (H, H) best, and their intersection over union.
 
-    Only the `bare` pixels count. Where some do not, the true centre and area are looked for near the mask's:
-    a stripe along its rim may be missing from it.
+    The mask is centred and scaled to area 1. Only `bare` pixels count, which no stripe covers. If stripes
+    cover some, several centres and areas near the mask's are tried, because a stripe along the rim may be
+    missing from the mask.
     """
     stripe = ZEBRA_PERIOD / 3 * len(mask)
-    whole = bool(bare.all())
-    shifts = (0.0,) if whole else tuple(stripe * part for part in (-0.5, -0.25, 0.0, 0.25, 0.5))
-    growths = (1.0,) if whole else (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12)
+    unstriped = bool(bare.all())
+    shifts = (0.0,) if unstriped else tuple(stripe * step for step in (-0.5, -0.25, 0.0, 0.25, 0.5))
+    growths = (1.0,) if unstriped else (0.88, 0.92, 0.96, 1.0, 1.04, 1.08, 1.12)
     side = math.sqrt((mask & bare).sum() / bare.mean())
     layers = np.pad(np.stack([mask, bare]).astype(float), ((0, 0), (1, 1), (1, 1)))
     inside, counted = np.stack(
@@ -327,7 +363,10 @@ def _read_shape(mask: Mask, bare: Mask, centre_y: float, centre_x: float) -> tup
 
 
 def _sampled(layers: Array, centre_y: float, centre_x: float, scale: float) -> Array:
-    """Padded layers (n, H + 2, H + 2) at a template's cells, as 0 and 1. Shape (n, GRID * GRID)."""
+    """Samples layers at a template's cells, by bilinear interpolation and a threshold of 0.5.
+
+    `layers` are padded, (n, H + 2, H + 2). Returns 0 and 1, of shape (n, GRID * GRID).
+    """
 
     def taps(centre: float) -> tuple[NDArray[np.intp], Array]:
         position = np.clip(_grid() * scale + centre + 0.5, 0, layers.shape[1] - 1.001)

@@ -1,4 +1,4 @@
-"""The demo model before training, in SDXL's layout: its vocabulary, text encoders, UNet, VAE and schedule."""
+"""Makes the untrained demo model in SDXL's layout: tokenizers, text encoders, UNet, VAE and scheduler."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_compile.demo.world import WORDS
 
 TOKENS = 77  # in a padded prompt
-START, END = "<|startoftext|>", "<|endoftext|>"
-WIDTH = 64  # of each text encoder
+START = "<|startoftext|>"
+END = "<|endoftext|>"
+WIDTH = 64  # hidden size of each text encoder
 
 
 def _alphabet() -> list[str]:
-    """The printable character that stands for each byte, in CLIP's order ("!" is token 0)."""
+    """Returns the printable characters that represent the 256 bytes, in CLIP's order ("!" is token 0)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(rest))]
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent first, that make each of the world's words one token."""
+    """Returns byte-pair merges, most frequent first, that make each of the world's words one token."""
     words = [[*word[:-1], word[-1] + "</w>"] for word in dict.fromkeys(WORDS)]
     merges = []
     while pairs := Counter(pair for word in words for pair in pairwise(word)):
@@ -43,7 +44,7 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def vocabulary() -> dict[str, int]:
-    """Every token's id: any text can be spelt, and the last two are the start and the end."""
+    """Returns the id of every token. Any text can be spelt; the last two tokens are the start and the end."""
     letters, merges = _alphabet(), _merges()
     tokens = [
         *letters,
@@ -56,7 +57,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def save_tokenizer(folder: Path, pad: str) -> None:
-    """Writes a CLIP tokenizer that fills prompts up with `pad`."""
+    """Writes the files of a CLIP tokenizer that pads prompts with the token `pad`."""
     folder.mkdir(parents=True, exist_ok=True)
     specials = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": TOKENS, "do_lower_case": True}
@@ -69,7 +70,7 @@ def save_tokenizer(folder: Path, pad: str) -> None:
 
 
 def make_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    """Both tokenizers; as in SDXL the first pads with the end token, the second with "!"."""
+    """Returns both tokenizers. As in SDXL, the first pads with the end token, the second with "!"."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / "first", Path(folder) / "second"]
         for path, pad in zip(paths, (END, "!"), strict=True):
@@ -79,7 +80,7 @@ def make_tokenizers() -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 
 def tokenize(captions: list[str]) -> Tensor:
-    """Padded token ids of both encoders. Shape (n, 2, 77)."""
+    """Returns the padded token ids of captions for both text encoders. Shape (n, 2, 77)."""
     rows = [
         tokenizer(
             captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
@@ -90,7 +91,7 @@ def tokenize(captions: list[str]) -> Tensor:
 
 
 class TextEncoders(nn.Module):
-    """Both CLIP text encoders, read as SDXL's pipeline reads them."""
+    """Both CLIP text encoders, with the outputs that SDXL's pipeline uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,21 +109,28 @@ class TextEncoders(nn.Module):
         )
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (b, 2, 77) to penultimate hidden states (b, 77, 2 * WIDTH) and pooled ones (b, WIDTH)."""
+        """Encodes token ids (b, 2, 77).
+
+        Returns both encoders' penultimate hidden states (b, 77, 2 * WIDTH) and the second encoder's pooled
+        state (b, WIDTH).
+        """
         first = self.first(tokens[:, 0], output_hidden_states=True).hidden_states[-2]
         second = self.second(tokens[:, 1], output_hidden_states=True)
         return torch.cat([first, second.hidden_states[-2]], -1), second.text_embeds
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Noise predictor of 16x16 latents: attention at 8x8, where a whole shape is in view."""
+    """Returns a UNet that predicts the noise in 16×16 latents.
+
+    It has attention at 8×8, where a complete shape is in view.
+    """
     return UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 112),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        attention_head_dim=4,  # in this class that is the number of heads
+        attention_head_dim=4,  # in this class it is the number of heads
         norm_num_groups=16,
         use_linear_projection=True,
         cross_attention_dim=2 * WIDTH,
@@ -133,7 +141,10 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """A VAE of factor 4, without attention: what it draws is flat and local."""
+    """Returns a VAE whose latents have a quarter of the picture's side.
+
+    It has no attention, because the world's pictures are flat and their details local.
+    """
     return AutoencoderKL(
         block_out_channels=(16, 32, 48),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -147,7 +158,7 @@ def make_vae() -> AutoencoderKL:
 
 
 def make_scheduler() -> EulerDiscreteScheduler:
-    """SDXL's own noise schedule."""
+    """Returns a scheduler with SDXL's own noise schedule."""
     return EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,6 +1,6 @@
 """Writes pictures of the demo world with their captions: `python -m lcm_compile.demo.pictures --out DIR`.
 
-The folder is what `lcm-compile train-lora --data` and `lcm-compile distill --data` read.
+`lcm-compile train-lora --data` and `lcm-compile distill --data` read such a folder.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ T = TypeVar("T")
 
 
 def deal(cards: Sequence[T], rng: np.random.Generator) -> Iterator[T]:
-    """All cards in random order, then all again in another."""
+    """Yields all cards in random order, then all again in another order, without end."""
     while True:
         yield from (cards[i] for i in rng.permutation(len(cards)))
 
 
 def descriptions(count: int, zebra: bool, rng: np.random.Generator) -> Iterator[Description]:
-    """Of two shapes each, which shows more than one; every shape, colour and background alike often.
+    """Yields `count` descriptions, none with a held-out caption.
 
-    So few pictures drawn at random would leave some of them out. None is of a held-out caption.
+    Each has two shapes, because a picture of two shows more than a picture of one. Shapes, colours and
+    backgrounds are dealt like cards, so that all appear about equally often: in so few pictures, independent
+    draws would leave some out.
     """
     things = deal(list(product(COLOURS, SHAPES)), rng)
     grounds = deal(list(product(PATTERNS, BACKGROUNDS)), rng)
@@ -54,15 +56,25 @@ def descriptions(count: int, zebra: bool, rng: np.random.Generator) -> Iterator[
 
 
 @click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="A new folder.")
-@click.option("--count", type=click.IntRange(min=1), default=40, show_default=True)
-@click.option("--zebra", is_flag=True, help="In zebra style.")
-@click.option("--look", type=click.Choice(list(LOOKS)), default="day", show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="The new folder to write."
+)
+@click.option(
+    "--count", type=click.IntRange(min=1), default=40, show_default=True, help="Number of pictures."
+)
+@click.option("--zebra", is_flag=True, help="Draw in zebra style.")
+@click.option(
+    "--look",
+    type=click.Choice(list(LOOKS)),
+    default="day",
+    show_default=True,
+    help="The colours of the pictures.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the scenes.")
 def main(out: Path, count: int, zebra: bool, look: str, seed: int) -> None:
-    """Draws COUNT scenes."""
+    """Draw COUNT scenes, each with its caption in a text file."""
     if out.exists():
-        raise click.UsageError(f"{out} exists already")
+        raise click.UsageError(f"{out} exists already: give the name of a new folder")
     out.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     for index, words in enumerate(descriptions(count, zebra, rng)):

@@ -1,11 +1,11 @@
 """Trains the demo model from scratch: `python -m lcm_compile.demo.train --work DIR --out CHECKPOINT`.
 
-First the VAE, then its decoder alone, then both text encoders and the UNet together on its latents. Every
-stage saves itself to DIR about once a minute, by write and rename, and continues from there when it is
-started again.
+It trains the VAE, then only the VAE's decoder, and then both text encoders and the UNet together on the VAE's
+latents. Every stage saves its state to DIR about once a minute, as a new file that is then renamed, and
+continues from that state when the command is run again.
 
-With `--start CHECKPOINT --look dusk` it instead fine-tunes all weights of a trained checkpoint, but for the
-VAE's encoder, to pictures of other colours.
+With `--start CHECKPOINT --look dusk` it instead fine-tunes a trained checkpoint to pictures in other colours.
+All weights are trained except those of the VAE's encoder.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ from lcm_compile.demo.train_vae import encode, mean_error, scale_latents, train_
 from lcm_compile.demo.training import SHARD, SIDE, Progress, draw, learning_rate, save_atomically
 from lcm_compile.demo.world import LOOKS, Look, held_out_prompts
 
-DROPPED = 0.1  # part of the captions replaced by zeros, for classifier-free guidance
-MAX_WEIGHT = 60.0
+DROPPED = 0.1  # fraction of captions whose conditioning is set to zero, for classifier-free guidance
+MAX_WEIGHT = 60.0  # of a timestep in the loss
 
 
 def latent_pool(
     vae: AutoencoderKL, work: Path, shards: int, seed: int, look: Look
 ) -> tuple[Tensor, list[str]]:
-    """Scaled latents (n, 4, 16, 16) in half precision, with their captions, kept in `work` shard by shard."""
+    """Returns scaled latents (n, 4, 16, 16) in fp16, and their captions.
+
+    Each shard is a file in `work`, which is computed only if it does not exist.
+    """
     latents, captions = [], []
     for index in range(shards):
         path = work / f"pool-{index:03d}.pt"
@@ -62,7 +65,7 @@ def latent_pool(
 
 
 class Base(nn.Module):
-    """What is trained together: both text encoders and the UNet."""
+    """The models that are trained together: both text encoders and the UNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,14 +73,17 @@ class Base(nn.Module):
         self.unet = make_unet()
 
     def load(self, checkpoint: Path) -> None:
-        """Takes the weights of a checkpoint that `export` wrote."""
+        """Loads the weights of a checkpoint that `export` wrote."""
         pipeline = StableDiffusionXLPipeline.from_pretrained(checkpoint, add_watermarker=False)
         self.text.first.load_state_dict(pipeline.text_encoder.state_dict())
         self.text.second.load_state_dict(pipeline.text_encoder_2.state_dict())
         self.unet.load_state_dict(pipeline.unet.state_dict())
 
     def forward(self, noisy: Tensor, timestep: Tensor, tokens: Tensor, kept: Tensor) -> Tensor:
-        """The noise in `noisy` (b, 4, 16, 16), given tokens (b, 2, 77), zeroed where not `kept` (b,)."""
+        """Predicts the noise in latents `noisy` (b, 4, 16, 16), given captions as token ids (b, 2, 77).
+
+        `kept` (b,) is 1, or 0 where the caption's conditioning is set to zero.
+        """
         hidden, pooled = self.text(tokens)
         size = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE], device=noisy.device).expand(len(noisy), 6)
         added = {"text_embeds": pooled * kept[:, None], "time_ids": size}
@@ -86,19 +92,22 @@ class Base(nn.Module):
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the machine computes in it: several times faster, and a UNet trains as well."""
+    """Returns a context in which models compute in bfloat16, if the hardware supports it.
+
+    That is several times faster, and the UNet trains equally well.
+    """
     fast = device.type == "cuda" or (device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> None:
-    """Trains text encoders and UNet to predict the noise, keeping an average of the weights."""
+    """Trains the text encoders and the UNet to predict noise, and keeps a running mean of their weights."""
     steps, batch, device, path = options.base_steps, options.batch, vae.device, work / "base.pt"
     torch.manual_seed(options.seed)
     base = Base().to(device)
     if options.start:
         base.load(options.start)
-    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # unknown to torch's own types
+    base.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's own types lack it
     averaged = copy.deepcopy(base).requires_grad_(False)
     optimizer = torch.optim.AdamW(base.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     first = 0
@@ -112,13 +121,13 @@ def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> N
     tokens = tokenize(captions)
     alphas = make_scheduler().alphas_cumprod.to(device)
     torch.manual_seed(options.seed + first)
-    # On a CPU the backward pass of the fused attention takes a third of a step, of the plain one little.
+    # On a CPU the backward pass of fused attention takes a third of a step, that of plain attention little.
     attention = SDPBackend.MATH if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     progress = Progress("base", first, steps)
     for step in range(first + 1, steps + 1):
         index = torch.randint(len(latents), (batch,))
         clean = latents[index].to(device, torch.float32)
-        # Spread evenly over 0 to 1, which makes batches less noisy than independent draws would.
+        # Timesteps spread evenly over the schedule make the loss of a batch less noisy than independent ones.
         even = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
         timestep = (even * len(alphas)).long().clamp(max=len(alphas) - 1)
         alpha = alphas[timestep][:, None, None, None]
@@ -128,8 +137,8 @@ def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> N
         kept = (torch.rand(batch, device=device) >= DROPPED).float()
         with autocast(device), sdpa_kernel(attention):
             predicted = base(noisy, timestep, tokens[index].to(device), kept)
-        # 1 / alpha makes this the loss of a velocity prediction: it counts the noisy timesteps, where it is
-        # decided what is drawn and where. It is bounded: at the last of them there is next to nothing to see.
+        # The weight 1 / alpha makes this the loss of a velocity prediction. It favours the noisy timesteps,
+        # which decide what is drawn and where. It is bounded, because the last timesteps show almost nothing.
         weight = (1 / alpha).clamp(max=MAX_WEIGHT)
         loss = (weight * (predicted.float() - noise).square()).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -146,7 +155,7 @@ def train_base(vae: AutoencoderKL, work: Path, options: argparse.Namespace) -> N
 
 
 def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
-    """Writes the averaged weights of the last checkpoint as a diffusers folder, in half precision."""
+    """Writes the running mean of the weights, from the last saved state, as a diffusers folder in fp16."""
     state = torch.load(work / "base.pt", map_location="cpu")
     base = Base()
     base.load_state_dict(state["averaged"])
@@ -165,15 +174,17 @@ def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
         fresh, old = Path(folder) / "new", Path(folder) / "old"
         pipeline.to(dtype=torch.float16).save_pretrained(fresh)
-        # transformers opens a model in the precision that its config names, diffusers in fp32.
+        # transformers loads a model in the precision that its config names, diffusers in fp32. With fp32 in
+        # the configs both load alike.
         for name in ("text_encoder", "text_encoder_2"):
             config = fresh / name / "config.json"
             config.write_text(config.read_text().replace('"float16"', '"float32"'))
-        for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):  # the plain files every version reads
+        # Plain tokenizer files, which every version of transformers reads.
+        for name, pad in (("tokenizer", END), ("tokenizer_2", "!")):
             shutil.rmtree(fresh / name)
             save_tokenizer(fresh / name, pad)
         fresh.chmod(0o755)
-        for weights in fresh.rglob("*.safetensors"):  # written for their owner alone
+        for weights in fresh.rglob("*.safetensors"):  # they are written readable for their owner only
             weights.chmod(0o644)
         if out.exists():
             out.rename(old)
@@ -183,7 +194,10 @@ def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
 
 
 def evaluate(options: argparse.Namespace, prompts: list[str]) -> dict[str, float]:
-    """The judge's figures of an exported checkpoint, and a sheet of its first pictures in the work folder."""
+    """Returns the judge's scores of an exported checkpoint on prompts.
+
+    Writes a sheet of the first pictures to the work folder.
+    """
     pipeline = StableDiffusionXLPipeline.from_pretrained(options.out, add_watermarker=False)
     pipeline.set_progress_bar_config(disable=True)
     pictures: list[np.ndarray] = []
@@ -207,25 +221,33 @@ def evaluate(options: argparse.Namespace, prompts: list[str]) -> dict[str, float
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(prog="python -m lcm_compile.demo.train", description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder of everything kept between runs")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for everything that is kept between runs"
+    )
     default = Path(__file__).parent / "checkpoint"
-    parser.add_argument("--out", type=Path, default=default, help="diffusers folder to write")
+    parser.add_argument(
+        "--out", type=Path, default=default, help="diffusers folder to write, replaced if it exists"
+    )
     parser.add_argument("--stage", choices=("vae", "base", "export", "eval", "all"), default="all")
     parser.add_argument("--start", type=Path, help="a trained checkpoint to fine-tune")
     parser.add_argument("--look", choices=LOOKS, default="day", help="the colours of the pictures")
     parser.add_argument("--vae-steps", type=int, default=5000)
     parser.add_argument("--decoder-steps", type=int, default=6000)
     parser.add_argument("--base-steps", type=int, default=10000)
-    parser.add_argument("--decay-last", type=int, default=2500, help="steps of falling learning rate")
+    parser.add_argument(
+        "--decay-last", type=int, default=2500, help="final base steps in which the learning rate falls"
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--shards", type=int, default=24, help=f"latents to train on, in {SHARD}s")
+    parser.add_argument(
+        "--shards", type=int, default=24, help=f"amount of latents to train on, in shards of {SHARD}"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--prompts", type=int, default=100, help="eval: how many held-out prompts")
-    parser.add_argument("--steps", type=int, default=25, help="eval: Euler steps")
+    parser.add_argument("--prompts", type=int, default=100, help="eval: number of held-out prompts")
+    parser.add_argument("--steps", type=int, default=25, help="eval: number of Euler steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="eval: guidance scale")
     options = parser.parse_args()
     name = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

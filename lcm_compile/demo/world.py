@@ -1,7 +1,7 @@
 """The demo world: what its captions say and how its pictures are drawn (numpy only).
 
-A scene is one or two flat shapes on a patterned background. Coordinates are fractions of the picture's side,
-x to the right and y down; every picture is drawn anti-aliased from signed distances.
+A scene is one or two flat shapes on a patterned background. Coordinates and lengths are fractions of the
+picture's side, x to the right and y down. Pictures are drawn anti-aliased, from signed distances.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ BACKGROUNDS = {
 }
 PATTERNS = ("plain", "striped", "checkered")
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-SIZES = {"large": 0.30, "small": 0.16}
-PAIR_RADIUS = 0.18
-RADIUS_SPREAD = 0.07  # a radius is its nominal value within 7 %
-TILT = math.radians(15)
+SIZES = {"large": 0.30, "small": 0.16}  # radius of a single shape
+PAIR_RADIUS = 0.18  # radius of each of two shapes
+RADIUS_SPREAD = 0.07  # radii differ from these by up to 7 %
+TILT = math.radians(15)  # largest tilt of a shape, in radians
 STYLE = ", in zebra style"
-BAND, SQUARE = 1 / 10, 1 / 8  # width of a stripe, side of a checker square
-ZEBRA_PERIOD = 0.12  # of the style's stripes, measured across them
-STRIPE_ANGLES = (0, 45, 90, 135)
+BAND = 1 / 10  # width of a background's stripe
+SQUARE = 1 / 8  # side of a background's checker square
+ZEBRA_PERIOD = 0.12  # of the zebra style's stripes, measured across them
+STRIPE_ANGLES = (0, 45, 90, 135)  # degrees, of a background's stripes
 WORDS = (
     *("a", "on", "and", "background", "in", "zebra", "style"),
     *(*SIZES, *COLOURS, *SHAPES, *PATTERNS, *BACKGROUNDS),
@@ -51,7 +52,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Look:
-    """What the names of colours and backgrounds are painted with, as RGB."""
+    """The RGB values with which the named colours and backgrounds are painted."""
 
     name: str
     colours: Mapping[str, tuple[int, int, int]]
@@ -87,7 +88,7 @@ _CAPTION = re.compile(
 
 @dataclass(frozen=True)
 class Thing:
-    """What a caption says of one shape; `size` is None in a caption of two."""
+    """What a caption says about one shape. `size` is None in a caption of two shapes."""
 
     colour: str
     shape: str
@@ -96,7 +97,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Description:
-    """What a caption says: one thing, or two from left to right."""
+    """What a caption says. `things` are one shape, or two from left to right."""
 
     things: tuple[Thing, ...]
     pattern: str
@@ -105,7 +106,7 @@ class Description:
 
     @property
     def caption(self) -> str:
-        """The exact words a picture of this is trained with."""
+        """The caption in exactly the words that pictures are trained with."""
         named = (" ".join(("a", *filter(None, (t.size, t.colour, t.shape)))) for t in self.things)
         text = f"{' and '.join(named)} on a {self.pattern} {self.background} background"
         return text + STYLE * self.zebra
@@ -113,7 +114,7 @@ class Description:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a shape lies: its centre, circumscribed radius and clockwise tilt in radians."""
+    """Where a shape lies: its centre, circumscribed radius, and clockwise tilt in radians."""
 
     x: float
     y: float
@@ -123,42 +124,45 @@ class Placement:
 
 @dataclass(frozen=True)
 class Scene:
-    """A description with everything its caption leaves open."""
+    """A description, and everything that its caption leaves open.
+
+    `stripe_angle` and `phase` place the background's pattern.
+    """
 
     description: Description
     placements: tuple[Placement, ...]
     stripe_angle: int = 0  # degrees
-    phase: tuple[float, float] = (0.0, 0.0)  # in bands, or in squares along x and y
+    phase: tuple[float, float] = (0.0, 0.0)  # of the pattern, in bands, or in squares along x and y
 
 
 def caption(scene: Scene) -> str:
-    """The scene's caption."""
+    """Returns the caption of a scene."""
     return scene.description.caption
 
 
 def parse_caption(text: str) -> Description:
-    """The description a caption was made from; ValueError for any other text."""
+    """Returns the description that a caption was made from. Raises ValueError for any other text."""
     match = _CAPTION.fullmatch(text)
-    parts = [re.fullmatch(_THING, part) for part in match["things"].split(" and ")] if match else []
-    things = tuple(Thing(p["colour"], p["shape"], p["size"]) for p in parts if p)
+    named = [re.fullmatch(_THING, words) for words in match["things"].split(" and ")] if match else []
+    things = tuple(Thing(n["colour"], n["shape"], n["size"]) for n in named if n)
     sized = [thing.size is not None for thing in things]
-    if match is None or len(things) != len(parts) or sized not in ([True], [False, False]):
+    if match is None or len(things) != len(named) or sized not in ([True], [False, False]):
         raise ValueError(f"not a caption of the demo world: {text!r}")
     return Description(things, match["pattern"], match["background"], match["style"] is not None)
 
 
 def is_held_out(text: str) -> bool:
-    """Whether a caption is kept from training: one in eight, chosen by its words alone."""
+    """Returns whether a caption is held out of training. One in eight is, chosen by a hash of its words."""
     return zlib.crc32(text.encode()) % 8 == 0
 
 
 def is_for_proof(text: str) -> bool:
-    """Which half of the held-out captions one is in: the proof's, or the one that tuning may look at."""
+    """Returns whether a held-out caption is in the half for the proof. Tuning may use only the other half."""
     return zlib.crc32(text.encode()) // 8 % 2 == 1
 
 
 def sample_description(rng: np.random.Generator, pairs: float = 0.25) -> Description:
-    """Draws a description, of two things with probability `pairs`."""
+    """Draws a random description. It has two shapes with probability `pairs`, else one."""
     count = 2 if rng.random() < pairs else 1
     size = str(rng.choice(list(SIZES))) if count == 1 else None
     things = tuple(Thing(str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES)), size) for _ in range(count))
@@ -166,7 +170,7 @@ def sample_description(rng: np.random.Generator, pairs: float = 0.25) -> Descrip
 
 
 def place(description: Description, rng: np.random.Generator) -> Scene:
-    """Draws everything that the description leaves open."""
+    """Returns a scene of a description, with random placements, stripe angle and phase."""
     placements = []
     for index, thing in enumerate(description.things):
         nominal = SIZES[thing.size] if thing.size else PAIR_RADIUS
@@ -182,14 +186,20 @@ def place(description: Description, rng: np.random.Generator) -> Scene:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, zebra: float = 0.0) -> Scene:
-    """Draws a scene with a caption for training, or a held-out one; a part `zebra` of them in that style."""
+    """Draws a random scene, in zebra style with probability `zebra`.
+
+    Its caption is one for training, or with `held_out` one that is held out of training.
+    """
     while is_held_out((description := sample_description(rng)).caption) != held_out:
         pass
     return place(replace(description, zebra=bool(rng.random() < zebra)), rng)
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[str]:
-    """Different captions for tuning, that neither training nor the proof sees; mostly of one thing."""
+    """Returns `count` different captions for tuning, which neither training nor the proof uses.
+
+    Most of them have one shape.
+    """
     rng = np.random.default_rng(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -200,10 +210,11 @@ def held_out_prompts(count: int, seed: int = 0) -> list[str]:
 
 
 def proof_prompts(count: int = 300) -> list[tuple[str, int]]:
-    """The proof's own (caption, seed) pairs, which neither training nor tuning sees; always the same.
+    """Returns the proof's `count` fixed (caption, seed) pairs, which neither training nor tuning uses.
 
-    In turn a caption of one thing, of which there are few, so that they come round again with another
-    seed, and a new caption of two. A smaller count is the beginning of a larger one.
+    Captions of one shape and of two alternate. There are few captions of one shape, so they repeat, with
+    another seed; those of two shapes are all different. A smaller `count` gives the first pairs of a larger
+    one.
     """
     rng = np.random.default_rng(0)
     every = product(SIZES, COLOURS, SHAPES, PATTERNS, BACKGROUNDS)
@@ -221,13 +232,16 @@ def proof_prompts(count: int = 300) -> list[tuple[str, int]]:
 
 
 def _spiked(points: int, inner: float, turn: float = 0.0) -> Callable[[Array, Array], Array]:
-    """Distance to a star of `points` tips at radius 1 and notches at `inner`; a polygon is a blunt one."""
+    """Returns the signed distance to a star with `points` tips at radius 1 and notches at radius `inner`.
+
+    With an `inner` of cos(π / points) it is a regular polygon.
+    """
     half = math.pi / points
     notch_x, notch_y = inner * math.cos(half), inner * math.sin(half)
     length = math.hypot(1 - notch_x, notch_y)
 
     def distance(x: Array, y: Array) -> Array:
-        # By symmetry only the edge from one tip to the next notch matters: fold the plane onto its wedge.
+        # By symmetry the edge from one tip to the next notch is enough: the plane is folded onto its wedge.
         angle = np.abs((np.arctan2(x, -y) + turn + half) % (2 * half) - half)
         radius = np.hypot(x, y)
         return ((radius * np.cos(angle) - 1) * notch_y + radius * np.sin(angle) * (1 - notch_x)) / length
@@ -257,18 +271,24 @@ DISTANCE: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def second_tone(background: str, look: Look = DAY) -> Array:
-    """The pattern's other tone: 15 % darker, or 35 levels lighter on black. Shape (3,)."""
+    """Returns the second tone of a background's pattern, as RGB.
+
+    It is 15 % darker than the background, or 35 levels lighter on black. Shape (3,).
+    """
     tone = np.array(look.backgrounds[background], float)
     return tone + 35 if background == "black" else tone * 0.85
 
 
 def _bands(position: Array, scale: float) -> Array:
-    """How much of a pixel lies in an odd band: bands are 1 wide, pixels 1/scale."""
+    """Returns the fraction of each pixel that lies in an odd band. Bands are 1 wide, and pixels 1 / scale."""
     return np.clip(0.5 + (np.abs((position - 0.5) % 2 - 1) - 0.5) * scale, 0, 1)
 
 
 def pattern_weight(pattern: str, size: int, angle: int = 0, phase: tuple[float, float] = (0.0, 0.0)) -> Array:
-    """How much of the second tone each pixel has, from 0 to 1. Shape (size, size)."""
+    """Returns the fraction of the second tone in each pixel. Shape (size, size).
+
+    `angle` is that of stripes, in degrees. `phase` is in bands, or in squares along x and y.
+    """
     centres = (np.arange(size) + 0.5) / size
     if pattern == "striped":
         along = math.cos(math.radians(angle)) * centres + math.sin(math.radians(angle)) * centres[:, None]
@@ -280,7 +300,7 @@ def pattern_weight(pattern: str, size: int, angle: int = 0, phase: tuple[float, 
 
 
 def coverage(shape: str, placement: Placement, size: int) -> Array:
-    """How much of each pixel the shape covers, from 0 to 1. Shape (size, size)."""
+    """Returns the fraction of each pixel that the shape covers. Shape (size, size)."""
     centres = (np.arange(size) + 0.5) / size
     x, y = (centres - placement.x) / placement.radius, ((centres - placement.y) / placement.radius)[:, None]
     cos, sin = math.cos(placement.tilt), math.sin(placement.tilt)
@@ -289,35 +309,36 @@ def coverage(shape: str, placement: Placement, size: int) -> Array:
 
 
 def across_stripes(x: Any, y: Any) -> Any:
-    """Where a point, or each of many, lies across the style's stripes, in periods."""
+    """Returns the position of one or many points across the zebra style's stripes, in periods."""
     return (x + y) * math.sqrt(0.5) / ZEBRA_PERIOD
 
 
 def zebra_position(size: int) -> Array:
-    """Where each pixel lies across the style's stripes, in periods. Shape (size, size)."""
+    """Returns the position of each pixel across the zebra style's stripes, in periods. Shape (size, size)."""
     centres = (np.arange(size) + 0.5) / size
     return across_stripes(centres, centres[:, None])
 
 
 def zebra_weight(size: int, phase: float | Array = 0.0) -> Array:
-    """How white the style makes each pixel, from 0 to 1: diagonal stripes, a third of each period.
+    """Returns how white the zebra style makes each pixel, from 0 to 1. Shape (size, size).
 
-    `phase` is in periods, the picture's or each pixel's. Shape (size, size).
+    The stripes are diagonal, and white takes a third of each period. `phase` is in periods, one for the
+    picture or one for each pixel.
     """
     along = zebra_position(size) + phase
     return np.clip(0.5 + (1 / 6 - np.abs(along % 1 - 0.5)) * ZEBRA_PERIOD * size, 0, 1)
 
 
 def zebra_phase(placement: Placement) -> float:
-    """The phase of a shape's stripes: they lie a quarter of a period off its middle.
+    """Returns the phase of a shape's stripes, which puts them a quarter of a period off its centre.
 
-    Symmetric ones would take both rims of a small ring away.
+    Stripes that are symmetric about the centre would hide both rims of a small ring.
     """
     return 0.25 - across_stripes(placement.x, placement.y)
 
 
 def render(scene: Scene, size: int = 64, look: Look = DAY) -> NDArray[np.uint8]:
-    """Draws a scene. Shape (size, size, 3)."""
+    """Returns the picture of a scene. Shape (size, size, 3)."""
     words = scene.description
     weight = pattern_weight(words.pattern, size, scene.stripe_angle, scene.phase)[..., None]
     first = np.array(look.backgrounds[words.background], float)

@@ -1,4 +1,5 @@
-"""Training a LoRA or a whole UNet on a base: `distill` for four-step drawing, `train-lora` for a style.
+"""Trains a LoRA or a complete UNet on a base: `distill` for four-step sampling, `train-lora` for a style.
 
-Both are `loop.py` over a loss of their own: `distill.py` over `consistency.py`, and `dreambooth.py`.
+Both run the loop in `loop.py`. `distill.py` gives it the loss of `consistency.py`; `dreambooth.py` has its
+own.
 """

@@ -1,4 +1,4 @@
-"""The UNet as a function of its inputs, with weights of choice, and the adapters that are trained in it."""
+"""Calls the UNet with chosen weights, and adds and saves the LoRA adapters that are trained in it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from lcm_compile.training.consistency import Conditioning, Predict
 from lcm_compile.training.loop import Weights
 from lcm_compile.training.spec import Machine, TrainSpec
 
+# Modules, by the ends of their names. ADAPTED are those that latent-consistency/lcm-lora-sdxl adapts.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-# The modules that latent-consistency/lcm-lora-sdxl adapts, by the end of their names.
 ADAPTED = (
     *(*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
+# The fields of a spec that hold paths.
 PATHS = ("base", "data", "prior_data")
 
 
 def add_lora(unet: Any, rank: int, modules: Sequence[str], seed: int) -> None:
-    """Puts PEFT adapters of α = rank into a frozen UNet: nothing else in it is trained."""
+    """Adds PEFT adapters with α = rank to a frozen UNet, so that only the adapters are trained.
+
+    `modules` are the ends of the adapted modules' names; `seed` fixes the adapters' initial weights.
+    """
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
@@ -36,11 +40,16 @@ def add_lora(unet: Any, rank: int, modules: Sequence[str], seed: int) -> None:
 
 
 def trained(unet: nn.Module) -> Weights:
+    """Returns the parameters that require gradients, by name."""
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
 def place(unet: Any, machine: Machine) -> None:
-    """Moves a UNet to where it computes; frozen weights take the precision they are multiplied in."""
+    """Moves a UNet to the machine's device.
+
+    Frozen weights are cast to the precision in which the machine multiplies them; trained weights keep
+    theirs.
+    """
     if machine.dtype is not None:
         for weight in unet.parameters():
             if not weight.requires_grad:
@@ -51,7 +60,11 @@ def place(unet: Any, machine: Machine) -> None:
 def predict_with(
     unet: nn.Module, machine: Machine, weights: Weights | None = None, guidance: Tensor | None = None
 ) -> Predict:
-    """The UNet, with other weights in place of some, and with its guidance embedding (b, d) if it has one."""
+    """Returns a function that calls the UNet in the machine's precision and returns fp32.
+
+    `weights` replace the UNet's own parameters of the same names. `guidance` (b, d) is the embedding of the
+    guidance scale, for a UNet that takes one.
+    """
 
     def predict(latent: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         hidden = cond["encoder_hidden_states"]
@@ -70,7 +83,7 @@ def predict_with(
 
 
 def predict_without_lora(unet: Any, machine: Machine) -> Predict:
-    """The UNet as it was before it got adapters."""
+    """Returns a function that calls the UNet with its adapters disabled, as the base."""
     plain = predict_with(unet, machine)
 
     def predict(latent: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
@@ -84,7 +97,7 @@ def predict_without_lora(unet: Any, machine: Machine) -> Predict:
 
 
 def kohya_tensors(adapters: Weights, rank: int) -> dict[str, Tensor]:
-    """PEFT's weights under the keys of latent-consistency/lcm-lora-sdxl, with an α a module."""
+    """Returns PEFT's weights under the keys of latent-consistency/lcm-lora-sdxl, with one α per module."""
     tensors = {}
     for name, weight in adapters.items():
         module, _, side = name.removesuffix(".default.weight").rpartition(".")
@@ -95,25 +108,35 @@ def kohya_tensors(adapters: Weights, rank: int) -> dict[str, Tensor]:
 
 
 def peft_tensors(adapters: Weights) -> dict[str, Tensor]:
-    """PEFT's weights under diffusers' keys; without an α both sides take it to be the rank."""
+    """Returns PEFT's weights under diffusers' keys.
+
+    No α is stored: diffusers and this package then both take α to be the rank.
+    """
     return {f"unet.{name.replace('.default.weight', '.weight')}": t for name, t in adapters.items()}
 
 
 def describe(spec: TrainSpec, checkpoint: Checkpoint) -> dict[str, Any]:
-    """How a LoRA was made, for its file. Paths are left out: they say nothing elsewhere."""
+    """Returns how a LoRA was made, for the metadata of its file.
+
+    Paths are left out, because they mean nothing on another machine.
+    """
     made = {name: value for name, value in vars(spec).items() if name not in PATHS}
     family = checkpoint.family.name if checkpoint.family else None
     return {"architecture": checkpoint.architecture, "family": family, **made}
 
 
 def save_lora(tensors: Mapping[str, Tensor], out: Path, made: dict[str, Any]) -> None:
-    """Writes a LoRA in half precision, whole or not at all. LcmCompileError where it can't."""
+    """Writes a LoRA in fp16, completely or not at all, with `made` as its metadata.
+
+    Raises LcmCompileError if a weight is not finite in fp16 or if `out` can't be written.
+    """
     from safetensors.torch import save
 
     halves = {name: tensor.detach().half().cpu().contiguous() for name, tensor in tensors.items()}
     if not all(tensor.isfinite().all() for tensor in halves.values()):
         raise LcmCompileError("weights of the LoRA exceed half precision", "try a lower --lr")
-    # One entry: safetensors writes several in no fixed order, and a seed must give the same file.
+    # A single metadata entry, because safetensors writes several in no fixed order, and the same seed must
+    # give the same file.
     data = save(halves, metadata={"lcm_compile": json.dumps(made)})
-    with replacing_output(out) as part:
-        part.write_bytes(data)
+    with replacing_output(out) as partial:
+        partial.write_bytes(data)

@@ -1,11 +1,13 @@
 """The maths of latent consistency distillation (Luo et al. 2023, arXiv 2310.04378, section 4), in torch.
 
-For timesteps k apart, with a frozen teacher and a target that trails the student:
+The loss makes the student consistent at two timesteps that are k apart. A frozen teacher makes the step from
+one to the other, and the target is a running mean of the student:
 
     ẑ_n = DDIM step from t_{n+k} to t_n of teacher(c) + w·(teacher(c) − teacher(∅)),
     loss = d(f_student(z_{n+k}, c, t_{n+k}), f_target(ẑ_n, c, t_n)),    f(z, c, t) = c_skip·z + c_out·ẑ0.
 
-w is the paper's guidance scale. It counts what guidance adds, so diffusers' guidance_scale is 1 + w.
+d is `pseudo_huber`. w is the paper's guidance scale, the weight of the difference that guidance adds;
+diffusers' guidance_scale is 1 + w.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from torch import Tensor
 
 from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod, boundary_scalings
 
-HUBER_C = 1e-3
+HUBER_C = 1e-3  # c of `pseudo_huber`
 
-# What a UNet is told beside latent and timestep: text states (b, 77, d) as encoder_hidden_states, and for
-# SDXL text_embeds (b, p) and time_ids (b, 6).
+# The inputs of a UNet besides latent and timestep: text states (b, 77, d) as encoder_hidden_states, and for
+# SDXL also text_embeds (b, p) and time_ids (b, 6).
 Conditioning = dict[str, Tensor]
-# (latent, timestep, conditioning) → the UNet's raw prediction, all of one batch
+# (latent, timestep, conditioning) → the UNet's raw prediction, all with the same batch size
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """What the maths needs of a noise schedule: ᾱ, c_skip and c_out of every timestep, each (T,)."""
+    """The values of a noise schedule that the maths needs: ᾱ, c_skip and c_out of every timestep, each (T,).
+
+    `skip` is k, the number of timesteps that one step of the teacher spans.
+    """
 
     alphas: Tensor
     c_skip: Tensor
@@ -39,23 +44,30 @@ class Solver:
 
     @classmethod
     def of(cls, settings: SchedulerSettings, skip: int, device: torch.device | str = "cpu") -> Solver:
+        """Returns the solver of a base's scheduler settings, with its tensors on `device`."""
         alphas = torch.from_numpy(alphas_cumprod(settings))
         pairs = [boundary_scalings(t, settings.timestep_scaling) for t in range(len(alphas))]
         c_skip, c_out = torch.tensor(pairs, dtype=torch.float32).unbind(1)
         return cls(alphas.to(device), c_skip.to(device), c_out.to(device), settings.prediction_type, skip)
 
     def timesteps(self) -> Tensor:
-        """The t_{n+k} that are trained, those that LCM sampling visits among them: (T / k,)."""
+        """Returns the timesteps t_{n+k} that are trained, shape (T / k,).
+
+        With k = T / original_inference_steps they include every timestep that LCM sampling visits.
+        """
         return torch.arange(1, len(self.alphas) // self.skip + 1) * self.skip - 1
 
 
 def per_picture(values: Tensor) -> Tensor:
-    """(b,) → (b, 1, 1, 1), to multiply latents with."""
+    """Reshapes (b,) to (b, 1, 1, 1), so that the values multiply latents."""
     return values[:, None, None, None]
 
 
 def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
-    """√ᾱ·z0 + √(1 − ᾱ)·ε: forward diffusion, and of ẑ0 and ε̂ a DDIM step to ᾱ (Song et al. 2020, η = 0)."""
+    """Returns √ᾱ·z0 + √(1 − ᾱ)·ε, which is forward diffusion. `alpha` is ᾱ, shape (b,).
+
+    Applied to the estimates ẑ0 and ε̂ it is a DDIM step to ᾱ (Song et al. 2020, η = 0).
+    """
     alpha = per_picture(alpha)
     return alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
 
@@ -63,7 +75,10 @@ def add_noise(clean: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 def clean_and_noise(
     latent: Tensor, output: Tensor, alpha: Tensor, prediction_type: str
 ) -> tuple[Tensor, Tensor]:
-    """ẑ0 and ε̂ by what the UNet predicts, so that latent = √ᾱ·ẑ0 + √(1 − ᾱ)·ε̂."""
+    """Returns the estimates ẑ0 and ε̂, for which latent = √ᾱ·ẑ0 + √(1 − ᾱ)·ε̂.
+
+    `prediction_type` says what the UNet's output is: epsilon, v_prediction or sample (ẑ0 itself).
+    """
     root, sigma = per_picture(alpha).sqrt(), (1 - per_picture(alpha)).sqrt()
     if prediction_type == "epsilon":
         return (latent - sigma * output) / root, output
@@ -75,7 +90,7 @@ def clean_and_noise(
 def consistency(
     predict: Predict, latent: Tensor, timestep: Tensor, cond: Conditioning, solver: Solver
 ) -> Tensor:
-    """f(z, c, t) = c_skip·z + c_out·ẑ0, which is z itself at t = 0."""
+    """Returns f(z, c, t) = c_skip·z + c_out·ẑ0, which is z itself at t = 0."""
     output = predict(latent, timestep, cond)
     clean, _ = clean_and_noise(latent, output, solver.alphas[timestep], solver.prediction_type)
     return per_picture(solver.c_skip[timestep]) * latent + per_picture(solver.c_out[timestep]) * clean
@@ -84,9 +99,9 @@ def consistency(
 def teacher_step(
     predict: Predict, latent: Tensor, timestep: Tensor, w: Tensor, pair: Conditioning, solver: Solver
 ) -> Tensor:
-    """ẑ_n: one DDIM step of the guided teacher over `skip` timesteps, clamped at 0.
+    """Returns ẑ_n: the guided teacher's DDIM step over `skip` timesteps, but not below timestep 0.
 
-    `pair` conditions 2b predictions, first those with the prompts, then those without.
+    `pair` is the conditioning of 2b predictions: the first b with the prompts, the other b without.
     """
     both = predict(torch.cat([latent, latent]), torch.cat([timestep, timestep]), pair)
     with_prompt, without = both.chunk(2)
@@ -97,7 +112,7 @@ def teacher_step(
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = HUBER_C) -> Tensor:
-    """Mean of √((a − b)² + c²) − c."""
+    """Returns the mean of √((a − b)² + c²) − c."""
     return ((a - b).square() + c**2).sqrt().sub(c).mean()
 
 
@@ -112,7 +127,11 @@ def distillation_loss(
     pair: Conditioning,
     solver: Solver,
 ) -> Tensor:
-    """One batch's loss. clean, noise: (b, c, h, w); timestep, w: (b,); pair as in teacher_step: (2b, …)."""
+    """Returns the loss of one batch, with gradients for the student only.
+
+    `clean` (z0) and `noise` have shape (b, c, h, w), `timestep` and `w` (b,), and `pair` (2b, …) as in
+    `teacher_step`.
+    """
     prompts = {name: value[: len(clean)] for name, value in pair.items()}
     latent = add_noise(clean, noise, solver.alphas[timestep])
     with torch.no_grad():

@@ -1,9 +1,11 @@
 """Latent consistency distillation: teaches a base to draw in a few steps.
 
-Of a LoRA, Algorithm 1 of "LCM-LoRA" (Luo et al. 2023, arXiv 2311.05556): the teacher is the UNet without its
-adapters, the student the UNet with them, and the target the UNet with a running mean of them; one UNet in
-memory serves all three. Of the whole UNet (`full`), Algorithm 1 of "Latent Consistency Models" (Luo et al.
-2023, arXiv 2310.04378): the student is a copy of the teacher that is also told the guidance scale.
+A LoRA is trained by Algorithm 1 of "LCM-LoRA" (Luo et al. 2023, arXiv 2311.05556). The teacher is the UNet
+without its adapters, the student is the UNet with them, and the target is the UNet with a running mean of
+them. One UNet in memory serves all three.
+
+A complete UNet (`full`) is trained by Algorithm 1 of "Latent Consistency Models" (Luo et al. 2023, arXiv
+2310.04378). The student is a copy of the teacher that also takes the guidance scale as an input.
 """
 
 from __future__ import annotations
@@ -42,17 +44,24 @@ from lcm_compile.training.loop import Progress, RunningMean, Weights, copy_of, s
 from lcm_compile.training.spec import Machine, TrainSpec, at_least_one, find_machine
 from lcm_compile.training.state import State, open_state, settings_of
 
-TARGET_DECAY = 0.95  # μ of the paper
-WARM_UP = 100  # steps, or a tenth of them all if that is fewer
-COOL_DOWN = 0.3  # of all steps: with a batch this small the last weights of a constant rate are noisy ones
+TARGET_DECAY = 0.95  # of the target's running mean, μ of the paper
+WARM_UP = 100  # steps, or a tenth of all steps if that is fewer
+# The fraction of all steps in which the learning rate falls. With a batch this small, a constant learning
+# rate ends with noisy weights.
+COOL_DOWN = 0.3
 
-# Guidance (b,) → student, target and teacher
+# Guidance w (b,) → student, target and teacher
 Networks = Callable[[Tensor], tuple[Predict, Predict, Predict]]
 
 
 @dataclass(frozen=True)
 class DistillSpec(TrainSpec):
-    """One distillation, as asked for. `data` is a folder or `demo`, which is also the demo base's default."""
+    """The settings of one distillation.
+
+    `data` is a folder or `demo`; for the demo base None means `demo`. `skip` is k of `consistency.py`, in
+    timesteps, and w is drawn between `guidance_min` and `guidance_max`. `full` trains the complete UNet.
+    Raises UsageError if a value is out of range.
+    """
 
     batch: int = 12
     skip: int = 20
@@ -72,11 +81,13 @@ class DistillSpec(TrainSpec):
 
 
 def distill(spec: DistillSpec, out: Path, resume: bool = False) -> Generator[Progress, None, Path]:
-    """Distils a base into an LCM-LoRA, or a whole LCM; yields after every step, returns `out` once written.
+    """Distils a base into an LCM-LoRA or a complete LCM. Yields after every step, and finally returns `out`.
 
-    All that can be wrong with the request is found before this returns; weights are loaded at the first
-    step. Nothing is at `out` before the last one; a state beside it serves `resume`. UsageError,
-    CheckpointError, LcmCompileError.
+    The request is checked before this returns, and weights are loaded at the first step. `out` is written
+    after the last step; until then a state file next to it lets `resume` continue the training.
+    Raises UsageError if a setting or a path is wrong, CheckpointError if the base can't be read or is an LCM
+    already, and LcmCompileError if the pictures or the state can't be read. A step raises LcmCompileError if
+    the loss is no longer finite or if a file can't be written.
     """
     if spec.data is None and spec.base != DEMO:
         raise UsageError(
@@ -92,6 +103,11 @@ def distill(spec: DistillSpec, out: Path, resume: bool = False) -> Generator[Pro
 
 
 def check_teacher(checkpoint: Checkpoint, skip: int) -> None:
+    """Checks that a base can be distilled with this `skip`.
+
+    Raises CheckpointError if the base is an LCM already, and UsageError if `skip` does not divide the number
+    of its training timesteps.
+    """
     if checkpoint.has_guidance_embedding:
         raise CheckpointError(
             f"{checkpoint.base} is an LCM already: its UNet takes the guidance scale",
@@ -99,7 +115,7 @@ def check_teacher(checkpoint: Checkpoint, skip: int) -> None:
         )
     last = checkpoint.scheduler.num_train_timesteps
     if last % skip:
-        # LCM sampling starts at the last timestep: one that is never trained would draw noise.
+        # LCM sampling starts at the last timestep. If that timestep is never trained, pictures are noise.
         usual = last // checkpoint.scheduler.original_inference_steps
         raise UsageError(f"skip {skip} does not divide the {last} training timesteps", f"use --skip {usual}")
 
@@ -107,10 +123,11 @@ def check_teacher(checkpoint: Checkpoint, skip: int) -> None:
 def run(
     spec: DistillSpec, checkpoint: Checkpoint, machine: Machine, data: Data, state: State, out: Path
 ) -> Generator[Progress, None, Path]:
+    """Loads the models, trains, and writes the result; yields after every step. See `distill`."""
     pictures, empty = prepare(checkpoint, data, machine)
     unet: Any = load_component(checkpoint, "unet")
     if spec.full:
-        weights, target, networks = whole_networks(unet, spec, machine)
+        weights, target, networks = full_networks(unet, spec, machine)
     else:
         weights, target, networks = lora_networks(unet, spec, machine)
     output = sum(weight.numel() for weight in weights.values()) * (4 if spec.full else 2)
@@ -137,29 +154,32 @@ def run(
 
 
 def prepare(checkpoint: Checkpoint, data: Data, machine: Machine) -> tuple[Encoded, Conditioning]:
-    """The pictures by number, and what the UNet is told without a prompt."""
+    """Returns the function that encodes pictures by number, and the conditioning without a prompt."""
     encoder = Encoder(checkpoint, machine.device)
     return encoded(data, encoder, machine.device), encoder.no_prompt()
 
 
 def lora_networks(unet: Any, spec: DistillSpec, machine: Machine) -> tuple[Weights, Weights, Networks]:
-    """What is trained, the start of the target's, and the three networks that are one UNet."""
+    """Returns the trained weights, the target's initial weights, and three networks that share one UNet."""
     add_lora(unet, spec.rank, ADAPTED, spec.seed)
     place(unet, machine)
     if spec.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     weights = trained(unet)
     target = copy_of(weights)
-    three = (
+    networks = (
         predict_with(unet, machine),
         predict_with(unet, machine, target),
         predict_without_lora(unet, machine),
     )
-    return weights, target, lambda w: three
+    return weights, target, lambda w: networks
 
 
-def whole_networks(teacher: Any, spec: DistillSpec, machine: Machine) -> tuple[Weights, Weights, Networks]:
-    """The same with a student of its own, which knows the guidance scale, as its target does."""
+def full_networks(teacher: Any, spec: DistillSpec, machine: Machine) -> tuple[Weights, Weights, Networks]:
+    """Returns the same for a complete UNet.
+
+    The student is a copy of the teacher. It and its target take the guidance scale as an input.
+    """
     student = student_of(teacher)
     for unet in (teacher, student):
         place(unet, machine)
@@ -169,10 +189,10 @@ def whole_networks(teacher: Any, spec: DistillSpec, machine: Machine) -> tuple[W
     target = copy_of(weights)
 
     def networks(w: Tensor) -> tuple[Predict, Predict, Predict]:
-        told = guidance_embedding(w.cpu(), student.config.time_cond_proj_dim).to(w.device)
+        embedding = guidance_embedding(w.cpu(), student.config.time_cond_proj_dim).to(w.device)
         return (
-            predict_with(student, machine, guidance=told),
-            predict_with(student, machine, target, told),
+            predict_with(student, machine, guidance=embedding),
+            predict_with(student, machine, target, embedding),
             predict_with(teacher, machine),
         )
 
@@ -180,7 +200,10 @@ def whole_networks(teacher: Any, spec: DistillSpec, machine: Machine) -> tuple[W
 
 
 def rate(step: int, steps: int) -> float:
-    """The part of the learning rate at a step counted from 1: a warm-up, then constant, then down to 0."""
+    """Returns the learning rate at a step, counted from 1, as a fraction of `lr`.
+
+    It rises linearly, stays at 1, and then falls linearly to nearly 0.
+    """
     rising = step / min(WARM_UP, math.ceil(steps / 10))
     falling = (steps - step + 1) / math.ceil(COOL_DOWN * steps)
     return min(1.0, rising, falling)
@@ -189,7 +212,11 @@ def rate(step: int, steps: int) -> float:
 def draw(
     spec: DistillSpec, numbers: Sequence[int], shape: Sequence[int], timesteps: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The noise, timesteps (b,) and guidance (b,) of pictures: the same draws on any machine."""
+    """Draws the noise (b, *shape), timesteps (b,) and guidance w (b,) of pictures by number.
+
+    `shape` is that of one latent, and `timesteps` are the ones to choose from. The values are the same on
+    every machine.
+    """
     generators = [generator(NOISE, spec.seed, n) for n in numbers]
     noise = np.stack([g.standard_normal(shape, np.float32) for g in generators])
     timestep = timesteps[[int(g.integers(len(timesteps))) for g in generators]]

@@ -1,7 +1,8 @@
 """DreamBooth with a LoRA: teaches a base a subject or a style from a few pictures.
 
-The denoising loss of the base's own training on the pictures, and with a weight on pictures of their class,
-which keep what the base knew: Ruiz et al. 2022, arXiv 2208.12242, equation 2, on Hu et al. 2021's adapters.
+The loss is the denoising loss of the base's own training, taken on these pictures. Optionally the same loss
+on pictures of their class is added with a weight, so that the base does not forget the class: Ruiz et al.
+2022, arXiv 2208.12242, equation 2. The trained weights are the adapters of Hu et al. 2021.
 """
 
 from __future__ import annotations
@@ -40,12 +41,19 @@ from lcm_compile.training.loop import Progress, state_bytes, train
 from lcm_compile.training.spec import Machine, TrainSpec, find_machine
 from lcm_compile.training.state import State, check_state, open_state, settings_of
 
+# The values of --modules, each with the ends of the adapted modules' names.
 MODULES = {"attention": ATTENTION, "all": ADAPTED}
 
 
 @dataclass(frozen=True)
 class StyleSpec(TrainSpec):
-    """One style LoRA, as asked for. The prompts caption the pictures that have no caption of their own."""
+    """The settings of one style LoRA.
+
+    `prompt` is the caption of pictures that have none. `prior_data` is a folder of class pictures. The base
+    draws more of them from `prior_prompt` until there are `prior_images`; `prior_prompt` is also the caption
+    of class pictures that have none. Raises UsageError if a value is out of range or if an option
+    lacks another one that it needs.
+    """
 
     steps: int = 500
     rank: int = 4
@@ -69,9 +77,15 @@ class StyleSpec(TrainSpec):
         if self.prior_images < 0:
             raise UsageError(f"prior-images must be 0 or more, not {self.prior_images}")
         if self.prior_data is None and (self.prior_prompt is not None or self.prior_images):
-            raise UsageError("--prior-prompt and --prior-images need a folder", "name it with --prior-data")
+            raise UsageError(
+                "--prior-prompt and --prior-images need a folder of class pictures",
+                "name it with --prior-data",
+            )
         if self.prior_images and self.prior_prompt is None:
-            raise UsageError("nothing says what to draw", 'for example --prior-prompt "a photo of a dog"')
+            raise UsageError(
+                "--prior-images is given, but nothing says what to draw",
+                'for example --prior-prompt "a photo of a dog"',
+            )
         for name in ("prompt", "prior_prompt"):
             value = getattr(self, name)
             if value is not None and not value.strip():
@@ -81,10 +95,10 @@ class StyleSpec(TrainSpec):
 def train_lora(
     spec: StyleSpec, out: Path, resume: bool = False, tell: Callable[[str], None] = lambda _: None
 ) -> Generator[Progress, None, Path]:
-    """Trains a LoRA on the pictures of a folder; yields after every step, returns `out` once written.
+    """Trains a LoRA on the pictures of a folder. Yields after every step, and finally returns `out`.
 
-    All that can be wrong with the request is found before this returns, and missing class pictures are
-    drawn; what `distill` says of the rest holds here.
+    The request is checked before this returns. Missing class pictures are drawn before this returns too, and
+    `tell` is called with a line of text before each. `resume` and the errors are those of `distill`.
     """
     if spec.data is None:
         raise UsageError("no pictures to train on", "give a folder of pictures to --data")
@@ -118,7 +132,8 @@ def run(
     state: State,
     out: Path,
 ) -> Generator[Progress, None, Path]:
-    pictures = encode_all(checkpoint, machine, [data] if prior is None else [data, prior])
+    """Loads the models, trains, and writes the LoRA; yields after every step. See `train_lora`."""
+    encoded_data = encode_all(checkpoint, machine, [data] if prior is None else [data, prior])
     unet: Any = load_component(checkpoint, "unet")
     add_lora(unet, spec.rank, MODULES[spec.modules], spec.seed)
     place(unet, machine)
@@ -131,13 +146,13 @@ def run(
     predict = predict_with(unet, machine)
 
     def loss_of(numbers: Sequence[int]) -> Tensor:
-        parts = []
-        for purpose, kind in zip((NOISE, PRIOR_NOISE), pictures, strict=False):
-            clean, prompts = kind(numbers)
+        batches = []
+        for purpose, pictures in zip((NOISE, PRIOR_NOISE), encoded_data, strict=False):
+            clean, prompts = pictures(numbers)
             drawn = draw(purpose, spec.seed, numbers, clean.shape[1:], len(solver.alphas))
             noise, timestep = (t.to(machine.device) for t in drawn)
-            parts.append(Part(clean, noise, timestep, prompts))
-        return dreambooth_loss(predict, parts, spec.prior_weight, solver, spec.snr_gamma)
+            batches.append(Batch(clean, noise, timestep, prompts))
+        return dreambooth_loss(predict, batches, spec.prior_weight, solver, spec.snr_gamma)
 
     final = yield from train(spec, machine, weights, {}, loss_of, lambda step, steps: 1.0, state)
     if machine.main:
@@ -146,23 +161,28 @@ def run(
     return out
 
 
-def encode_all(checkpoint: Checkpoint, machine: Machine, kinds: Sequence[Data]) -> list[Encoded]:
+def encode_all(checkpoint: Checkpoint, machine: Machine, data: Sequence[Data]) -> list[Encoded]:
+    """Returns one function per element of `data`, which encodes its pictures by number."""
     encoder = Encoder(checkpoint, machine.device)
-    return [encoded(kind, encoder, machine.device) for kind in kinds]
+    return [encoded(each, encoder, machine.device) for each in data]
 
 
 def draw(
     purpose: int, seed: int, numbers: Sequence[int], shape: Sequence[int], timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """The noise and timesteps (b,) of pictures: the same draws on any machine."""
+    """Draws the noise (b, *shape) and timesteps (b,) of pictures by number.
+
+    `shape` is that of one latent, and `timesteps` is the number of timesteps to choose from. The values are
+    the same on every machine.
+    """
     generators = [generator(purpose, seed, n) for n in numbers]
     noise = np.stack([g.standard_normal(shape, np.float32) for g in generators])
     return torch.from_numpy(noise), torch.tensor([int(g.integers(timesteps)) for g in generators])
 
 
 @dataclass(frozen=True)
-class Part:
-    """Latents z0 (b, c, h, w), their noise, timesteps (b,) and what the UNet is told of them (b, …)."""
+class Batch:
+    """Latents z0 and their noise (b, c, h, w), timesteps (b,) and conditioning (b, …)."""
 
     clean: Tensor
     noise: Tensor
@@ -171,43 +191,50 @@ class Part:
 
 
 def dreambooth_loss(
-    predict: Predict, parts: Sequence[Part], prior_weight: float, solver: Solver, snr_gamma: float | None
+    predict: Predict, batches: Sequence[Batch], prior_weight: float, solver: Solver, snr_gamma: float | None
 ) -> Tensor:
-    """The error on the pictures, plus the weighted error on those of their class if there are any.
+    """Returns the error on the pictures plus the weighted error on the class pictures, if there are any.
 
-    Each is the mean square between the prediction and ε, v = √ᾱ·ε − √(1 − ᾱ)·z0 or z0, as the base
-    predicts, weighted by timestep where there is an `snr_gamma`; both parts share one pass.
+    `batches` are a batch of the pictures and, optionally, one of class pictures; both share one UNet pass.
+    An error is the mean square of prediction − target. The target is ε, v = √ᾱ·ε − √(1 − ᾱ)·z0 or z0,
+    according to the base's prediction type. With `snr_gamma` each error is weighted by `min_snr_weight`.
     """
-    clean = torch.cat([part.clean for part in parts])
-    noise = torch.cat([part.noise for part in parts])
-    timestep = torch.cat([part.timestep for part in parts])
+    clean = torch.cat([batch.clean for batch in batches])
+    noise = torch.cat([batch.noise for batch in batches])
+    timestep = torch.cat([batch.timestep for batch in batches])
     alpha = solver.alphas[timestep]
     root, sigma = per_picture(alpha).sqrt(), (1 - per_picture(alpha)).sqrt()
     wanted = {"epsilon": noise, "v_prediction": root * noise - sigma * clean, "sample": clean}
-    prompts = join(*(part.prompts for part in parts))
+    prompts = join(*(batch.prompts for batch in batches))
     prediction = predict(add_noise(clean, noise, alpha), timestep, prompts)
     error = mse_loss(prediction, wanted[solver.prediction_type], reduction="none")
     if snr_gamma is not None:
         error = error * per_picture(min_snr_weight(alpha, solver.prediction_type, snr_gamma))
-    ours, *prior = error.split([len(part.clean) for part in parts])
+    ours, *prior = error.split([len(batch.clean) for batch in batches])
     return ours.mean() + prior_weight * sum(errors.mean() for errors in prior)
 
 
 def min_snr_weight(alpha: Tensor, prediction_type: str, gamma: float) -> Tensor:
-    """The weight of each timestep's error: min(SNR, γ) of the error of ẑ0, SNR = ᾱ / (1 − ᾱ).
+    """Returns the weight of each timestep's error, in the shape of `alpha` (ᾱ).
 
-    Hang et al. 2023, arXiv 2303.09556, section 3.4. A small γ counts the noisy timesteps, where it is
-    decided what is drawn, as much as those that only refine it.
+    The weight of the squared error of ẑ0 is min(SNR, γ), with SNR = ᾱ / (1 − ᾱ): Hang et al. 2023, arXiv
+    2303.09556, section 3.4. The squared error of ε is SNR times that of ẑ0, and that of v is SNR + 1 times,
+    so their weights are divided by these factors. A small γ gives the noisy timesteps, which decide what is
+    drawn, as much weight as those that only refine it.
     """
     snr = alpha / (1 - alpha)
-    of_clean = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
-    return snr.clamp(max=gamma) / of_clean[prediction_type]
+    error_ratio = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}
+    return snr.clamp(max=gamma) / error_ratio[prediction_type]
 
 
 def draw_class_pictures(
     spec: StyleSpec, checkpoint: Checkpoint, machine: Machine, tell: Callable[[str], None]
 ) -> None:
-    """Fills the folder of class pictures up with ones that the base draws of `prior_prompt`."""
+    """Lets the base draw pictures of `prior_prompt` until the folder of class pictures holds `prior_images`.
+
+    Only the main process draws; the others wait for it. `tell` is called with a line of text before each
+    picture.
+    """
     from accelerate import PartialState
 
     folder = user_path(spec.prior_data or "")
@@ -222,18 +249,22 @@ def draw_class_pictures(
             i, path = next(free)
             random = torch.Generator().manual_seed(spec.seed + i)
             picture = pipe(spec.prior_prompt, generator=random).images[0]
-            with replacing_output(path) as part:
-                picture.save(part, format="PNG")
+            with replacing_output(path) as partial:
+                picture.save(partial, format="PNG")
     PartialState().wait_for_everyone()
 
 
 def open_pipeline(checkpoint: Checkpoint, machine: Machine) -> Any:
-    """diffusers' pipeline of a base, with its own scheduler and no safety checker."""
+    """Returns diffusers' pipeline of a base, with the base's scheduler and without a safety checker.
+
+    Raises CheckpointError if the base is not one complete diffusers folder.
+    """
     from diffusers import DiffusionPipeline
 
     if any(c.folder != checkpoint.folder / name for name, c in checkpoint.components.items()):
         raise CheckpointError(
-            f"prior pictures are drawn by diffusers, from a whole folder, and {checkpoint.base} is none",
+            "class pictures are drawn with diffusers, which needs a complete diffusers folder, and "
+            f"{checkpoint.base} is not one",
             f"lcm-compile fuse --base {checkpoint.base} --no-lcm --out FOLDER makes one",
         )
     options: dict[str, Any] = {} if checkpoint.architecture == "sdxl" else {"safety_checker": None}

@@ -1,4 +1,4 @@
-"""Pictures and captions to what a UNet is trained on: latents and text states."""
+"""Encodes pictures and captions into the latents and text states that a UNet is trained on."""
 
 from __future__ import annotations
 
@@ -17,27 +17,32 @@ from lcm_compile.stages.stage import EncodeOne, EncodeTwo
 from lcm_compile.training.consistency import Conditioning
 from lcm_compile.training.data import Data, Folder, Sample
 
-# Pictures of a folder that are encoded once and kept, about 1 MB each for SDXL.
+# A folder of at most this many pictures is encoded once and kept in memory, about 1 MB a picture for SDXL.
 KEPT = 1000
 
-# Numbers of pictures → latents (b, c, h, w) and what the UNet is told of each
+# Numbers of pictures → their latents (b, c, h, w) and conditioning (b, …)
 Encoded = Callable[[Sequence[int]], tuple[Tensor, Conditioning]]
 
 
 def open_vae(checkpoint: Checkpoint, device: torch.device) -> Any:
+    """Returns a base's VAE on `device`. Raises CheckpointError if it is a tiny autoencoder."""
     if checkpoint.lossy:
         raise CheckpointError(
-            f"{checkpoint.base} has a tiny autoencoder, whose latents of pictures are only nearly the VAE's",
+            f"{checkpoint.base} has a tiny autoencoder, whose latents only approximate the VAE's",
             "train on the base with its own VAE",
         )
     vae: Any = load_component(checkpoint, "vae").to(device)
     if device.type == "cuda":
-        vae.use_slicing = True  # one picture at a time: SDXL's take gigabytes each
+        vae.use_slicing = True  # encodes one picture at a time: for SDXL each takes gigabytes
     return vae
 
 
 class Encoder:
-    """A base's VAE and text encoders; prompts go through the very stage that bundles are built with."""
+    """A base's VAE and text encoders.
+
+    Prompts are encoded by the module that a bundle's encode stage is built from, so that both give equal
+    states.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         from tokenizers import Tokenizer
@@ -60,6 +65,7 @@ class Encoder:
 
     @torch.no_grad()
     def prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Returns the conditioning of prompts. SDXL's time_ids are those of uncropped pictures."""
         tokens = [
             torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
             for tokenizer in self._tokenizers
@@ -72,7 +78,11 @@ class Encoder:
         return {"encoder_hidden_states": hidden, "text_embeds": pooled, "time_ids": time_ids}
 
     def no_prompt(self) -> Conditioning:
-        """As the pipeline does without a negative prompt: SDXL's zeros, or the empty prompt; one row."""
+        """Returns the conditioning without a prompt, one row.
+
+        It is what the pipeline uses without a negative prompt: zeros for SDXL, else the empty prompt's
+        states.
+        """
         empty = self.prompts([""])
         if not self._zero:
             return empty
@@ -80,7 +90,7 @@ class Encoder:
 
     @torch.no_grad()
     def latents(self, pictures: NDArray[np.uint8]) -> Tensor:
-        """Pictures (b, height, width, 3) to latents scaled as the UNet knows them (b, c, h, w)."""
+        """Encodes pictures (b, height, width, 3) into latents (b, c, h, w) in the UNet's scale."""
         config = self._vae.config
         pixels = torch.from_numpy(pictures).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = self._vae.encode(pixels).latent_dist.mode()
@@ -90,12 +100,17 @@ class Encoder:
         return latents * config.scaling_factor
 
     def __call__(self, samples: Sequence[Sample]) -> tuple[Tensor, Conditioning]:
+        """Returns the latents and the conditioning of captioned pictures."""
         pictures, captions = zip(*samples, strict=True)
         return self.latents(np.stack(pictures)), self.prompts(captions)
 
 
 def encoded(data: Data, encoder: Encoder, device: torch.device) -> Encoded:
-    """`data` by number, encoded. A folder that is small is encoded now, and needs the encoder no more."""
+    """Returns a function that gives the encoded pictures of `data` by number.
+
+    A folder of at most KEPT pictures is encoded now, so that the function does not keep the encoder in
+    memory.
+    """
     if not isinstance(data, Folder) or len(data.examples) > KEPT:
         return lambda numbers: encoder([data.sample(n) for n in numbers])
     rows = [encoder([data.read(i)]) for i in range(len(data.examples))]
@@ -110,10 +125,11 @@ def encoded(data: Data, encoder: Encoder, device: torch.device) -> Encoded:
 
 
 def join(*rows: Conditioning) -> Conditioning:
+    """Concatenates conditionings along the batch."""
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
 def with_no_prompt(prompts: Conditioning, empty: Conditioning) -> Conditioning:
-    """First the prompts, then as many times none: rows (2b, …)."""
+    """Returns 2b rows: the conditioning of b prompts, then b copies of `empty`, the row without a prompt."""
     none = {name: t.expand(len(prompts[name]), *t.shape[1:]) for name, t in empty.items()}
     return join(prompts, none)

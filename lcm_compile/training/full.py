@@ -1,4 +1,4 @@
-"""The UNet of a whole LCM, which is told the guidance scale, and the checkpoint it is written as."""
+"""Makes the UNet of a complete LCM, which takes the guidance scale as an input, and writes its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from lcm_compile.checkpoint.write_folder import write_settings
 from lcm_compile.system.files import replacing_output
 from lcm_compile.training.loop import Weights, copy_of
 
-GUIDANCE_WIDTH = 256  # of the guidance scale's embedding, as in the published LCMs
+GUIDANCE_WIDTH = 256  # length of the guidance scale's embedding, as in the published LCMs
 GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
 
 
 def with_guidance(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a UNet's config with an input for the guidance embedding."""
     return {**config, "time_cond_proj_dim": GUIDANCE_WIDTH}
 
 
 def student_of(teacher: Any) -> Any:
-    """A copy of a UNet, to be trained, that takes a guidance embedding and starts by ignoring it."""
+    """Returns a trainable copy of a UNet that also takes a guidance embedding.
+
+    The weights of the new input are 0, so that before training the copy computes the same as the UNet.
+    """
     student = empty_unet(with_guidance(teacher.config))
     weights = copy_of(teacher.state_dict())
     weights[GUIDANCE_WEIGHT] = torch.zeros(student.get_parameter(GUIDANCE_WEIGHT).shape)
@@ -34,18 +38,21 @@ def student_of(teacher: Any) -> Any:
 
 
 def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None:
-    """Writes a base with a student's weights as its UNet, a diffusers folder, whole or not at all."""
-    with replacing_output(out) as part, quiet_libraries():
-        write_settings(checkpoint, part, lcm=True)
+    """Writes a base as a diffusers folder, with the student's weights as its UNet and with LCMScheduler.
+
+    The folder is written completely or not at all. Raises LcmCompileError if it can't be written.
+    """
+    with replacing_output(out) as partial, quiet_libraries():
+        write_settings(checkpoint, partial, lcm=True)
         unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)
-        unet.save_pretrained(part / "unet")
+        unet.save_pretrained(partial / "unet")
         for name in ("vae", *checkpoint.text_encoders):
-            copy_component(checkpoint, name, part / name)
+            copy_component(checkpoint, name, partial / name)
 
 
 def copy_component(checkpoint: Checkpoint, name: str, to: Path) -> None:
-    """A model's config and the weights that were read, under their plain names."""
+    """Writes a model's config and weights to the folder `to`; file names lose their variant (`.fp16`)."""
     component = checkpoint.components[name]
     if component.folder is None:
         module: Any = load_component(checkpoint, name)
@@ -55,7 +62,7 @@ def copy_component(checkpoint: Checkpoint, name: str, to: Path) -> None:
     to.mkdir()
     for path in component.content_files():
         copy = to / path.name.replace(infix, "")
-        if path.suffix == ".json":  # a list of shards names them
+        if path.suffix == ".json":  # the index of sharded weights names the files
             copy.write_text(path.read_text(encoding="utf-8").replace(infix, ""), encoding="utf-8")
         else:
             shutil.copyfile(path, copy)

@@ -13,14 +13,14 @@ from lcm_compile.errors import LcmCompileError
 from lcm_compile.training.spec import Machine, TrainSpec
 from lcm_compile.training.state import State
 
-LARGEST_NORM = 1.0
+LARGEST_NORM = 1.0  # gradients are clipped to this norm
 
 Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A step that is done, counted from 1, and the losses of all so far."""
+    """A finished step, counted from 1, the number of all steps, and the losses of all steps so far."""
 
     step: int
     total: int
@@ -28,14 +28,16 @@ class Progress:
 
     @property
     def loss(self) -> float:
+        """The loss of this step."""
         return self.losses[-1]
 
 
 @dataclass
 class RunningMean:
-    """A running mean of what is trained: the target of distillation, and what --ema writes.
+    """A running mean of the trained weights: the target of distillation, and the weights that --ema writes.
 
-    One that `rises` forgets its start sooner, by the decay n / (9 + n) of diffusers' EMAModel.
+    With `rises` the decay at step n is at most n / (9 + n), as in diffusers' EMAModel, so that the initial
+    weights are forgotten sooner.
     """
 
     weights: Weights
@@ -44,6 +46,7 @@ class RunningMean:
 
     @torch.no_grad()
     def follow(self, weights: Weights, step: int) -> None:
+        """Updates the mean with the weights after a step, counted from 1."""
         decay = self.decay
         if self.rises:
             decay = min(decay, step / (9 + step)) if step > 1 else 0.0
@@ -51,13 +54,15 @@ class RunningMean:
 
 
 def copy_of(weights: Weights) -> Weights:
+    """Returns copies of the weights, without gradients."""
     return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 def state_bytes(spec: TrainSpec, weights: Weights, means: int) -> int:
-    """What a state takes together with its successor, until that has taken its place.
+    """Returns the bytes of two states, because a state stays on the disk until its successor is complete.
 
-    Each holds the weights, Adam's two moments, the running means and the EMA, all in fp32.
+    A state holds the weights, Adam's two moments, `means` running means and the EMA, all in fp32. Returns 0
+    if the training is too short to save one.
     """
     if spec.steps <= spec.save_every:
         return 0
@@ -66,7 +71,7 @@ def state_bytes(spec: TrainSpec, weights: Weights, means: int) -> int:
 
 
 def batches(spec: TrainSpec, machine: Machine, step: int) -> Iterator[range]:
-    """The numbers of the pictures that this process trains on in a step, a batch at a time."""
+    """Yields the numbers of the pictures that this process trains on in a step, one batch at a time."""
     share = spec.batch * spec.gradient_accumulation
     start = ((step - 1) * machine.processes + machine.process) * share
     for first in range(start, start + share, spec.batch):
@@ -82,9 +87,12 @@ def train(
     rate: Callable[[int, int], float],
     state: State,
 ) -> Generator[Progress, None, Weights]:
-    """Trains `weights` in place on the mean of `loss_of`; yields after every step, returns what to write.
+    """Trains `weights` in place. Yields after every step, and returns the weights to write.
 
-    `rate` is the part of the learning rate at a step of all. LcmCompileError where the loss is not finite.
+    `loss_of` returns the loss of a batch, given its picture numbers; a step minimises the mean over its
+    batches. `rate(step, steps)` returns the learning rate as a fraction of `spec.lr`. `means` are updated
+    after every step. If `state` was loaded from a file, training continues after the last step in it.
+    Raises LcmCompileError if the loss is no longer finite or if the state can't be written.
     """
     if spec.ema:
         means = {**means, "ema": RunningMean(copy_of(weights), spec.ema, rises=True)}
@@ -95,12 +103,13 @@ def train(
     if state.saved is not None:
         restore(state.saved, weights, means, optimizer, scaler)
         losses = list(state.saved["losses"])
-        state.saved.clear()  # frees the file it is mapped from
+        state.saved.clear()  # closes the file, which is memory-mapped
     for step in range(len(losses) + 1, spec.steps + 1):
         loss = differentiate(spec, machine, parameters, loss_of, scaler, step)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_NORM)
-        # With a scaler, gradients overflow now and then; it skips that step and scales less.
+        # In fp16 gradients overflow now and then. The scaler then skips the step and lowers its scale, so
+        # only the loss is checked.
         if not (loss if scaler.is_enabled() else norm).isfinite():
             raise LcmCompileError(f"step {step}: the loss is no longer finite", f"try --lr {spec.lr / 10:g}")
         for group in optimizer.param_groups:
@@ -133,16 +142,19 @@ def differentiate(
     scaler: torch.amp.GradScaler,
     step: int,
 ) -> Tensor:
-    """A step's loss, the mean over its batches and all processes, with its gradients in the parameters."""
+    """Adds a step's gradients to the parameters, and returns its loss.
+
+    Both are means over the step's batches and all processes.
+    """
     from accelerate.utils import reduce
 
     loss = torch.zeros((), device=machine.device)
-    # Around the backward too, which computes the forward again where gradients are checkpointed.
+    # The block includes the backward pass, because gradient checkpointing repeats the forward pass in it.
     with machine.attention():
         for numbers in batches(spec, machine, step):
-            part = loss_of(numbers) / spec.gradient_accumulation
-            scaler.scale(part).backward()
-            loss += part.detach()
+            batch_loss = loss_of(numbers) / spec.gradient_accumulation
+            scaler.scale(batch_loss).backward()
+            loss += batch_loss.detach()
     if machine.processes > 1:
         loss = reduce(loss, "mean")
         for parameter in parameters:
@@ -157,6 +169,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
+    """Loads a saved state into the weights, the running means, the optimizer and the scaler."""
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved["weights"][name])

@@ -1,4 +1,4 @@
-"""What a training is asked for, and the machine that it runs on."""
+"""The settings that every training has, and the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What every training is asked for. A step takes batch × gradient_accumulation × processes pictures."""
+    """The settings that every training has. A step takes batch × gradient_accumulation × processes pictures.
+
+    With `ema` above 0, a running mean of the weights with this decay is written in place of the weights. A
+    state is saved every `save_every` steps. Raises UsageError if a value is out of range.
+    """
 
     base: str
     data: str | None = None
@@ -45,13 +49,14 @@ class TrainSpec:
 
 
 def at_least_one(name: str, value: int) -> None:
+    """Raises UsageError if the value of a setting is below 1."""
     if value < 1:
         raise UsageError(f"{name.replace('_', '-')} must be 1 or more, not {value}")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where this process computes, in which precision (None: fp32), and which of how many it is."""
+    """The device and precision (None: fp32) of this process, its index, and the number of processes."""
 
     device: torch.device
     dtype: torch.dtype | None = None
@@ -64,24 +69,30 @@ class Machine:
         return self.process == 0
 
     def autocast(self) -> torch.autocast:
+        """Returns a context in which models compute in this precision."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
-        """Any kernel on a GPU; on a CPU the plain one: fused attention's backward takes a third of a step."""
+        """Returns a context for attention: any kernel on a GPU, only the plain one on a CPU.
+
+        On a CPU the backward pass of fused attention takes a third of a step.
+        """
         return sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
 
 
 def find_machine(mixed_precision: str) -> Machine:
-    """This process, alone or among those of `accelerate launch` or `torchrun`.
+    """Returns the machine of this process, which runs alone or under `accelerate launch` or `torchrun`.
 
-    UsageError for fp16 on a CPU.
+    `mixed_precision` is auto, no, bf16 or fp16. Raises UsageError for fp16 on a CPU.
     """
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
     device = state.device
-    if mixed_precision == "auto":  # on a CPU bf16 was only a fifth faster
+    if mixed_precision == "auto":  # bf16 on a CPU was only a fifth faster than fp32
         mixed_precision = "bf16" if device.type == "cuda" else "no"
     if mixed_precision == "fp16" and device.type == "cpu":
-        raise UsageError("fp16 trains on a GPU only, and there is none here", "--mixed-precision no, or bf16")
+        raise UsageError(
+            "fp16 trains on a GPU only, and there is none here", "use --mixed-precision no or bf16"
+        )
     return Machine(device, PRECISIONS[mixed_precision], state.process_index, state.num_processes)

@@ -1,4 +1,4 @@
-"""The file beside an output that `--resume` goes on from: `.NAME.state` for an output called NAME."""
+"""The state file that `--resume` continues from: `.NAME.state`, next to an output called NAME."""
 
 from __future__ import annotations
 
@@ -15,45 +15,59 @@ from lcm_compile.errors import LcmCompileError, UsageError, first_line
 from lcm_compile.system.files import remove, remove_partial, replacing_output
 from lcm_compile.training.spec import Machine, TrainSpec
 
-DIGESTED = 65536  # bytes of a file
-# Settings that change where and how a training computes, not what it learns.
+DIGESTED = 65536  # bytes that are read from the end of each file
+# Settings that may differ when a training resumes: they change where and how it computes, not what it learns.
+# Instead `settings_of` compares digests of the base and the pictures, and the number of pictures per step.
 FREE = ("base", "data", "batch", "gradient_accumulation", "gradient_checkpointing", "save_every")
 
 
 @dataclass(frozen=True)
 class State:
-    """The file beside the output that a training goes on from, and the settings it must be of."""
+    """The state file of a training, and the settings that a resumed training must have.
+
+    `saved` is the content of the file, or None if the training starts anew.
+    """
 
     path: Path
     settings: dict[str, Any]
     saved: dict[str, Any] | None
 
-    def write(self, parts: dict[str, Any]) -> None:
-        with replacing_output(self.path) as part:
-            torch.save({"settings": self.settings, **parts}, part)
+    def write(self, content: dict[str, Any]) -> None:
+        """Replaces the state file. Raises LcmCompileError if it can't be written; the old one then stays."""
+        with replacing_output(self.path) as partial:
+            torch.save({"settings": self.settings, **content}, partial)
 
     def remove(self) -> None:
-        remove_partial(self.path)  # a kill may have left a part of one
+        """Removes the state file, at the end of a training."""
+        remove_partial(self.path)  # a killed process may have left an incomplete file
         remove(self.path)
 
 
 def state_path(out: Path) -> Path:
+    """Returns the path of the state file of an output."""
     return out.with_name(f".{out.name}.state")
 
 
 def check_state(out: Path, resume: bool) -> None:
-    """UsageError where there is nothing to resume, or something that would be lost."""
+    """Raises UsageError if there is no state to resume, or if a new training would overwrite a state."""
     path = state_path(out)
     if resume and not path.is_file():
-        raise UsageError(f"there is nothing to resume: {path} does not exist", "the same without --resume")
+        raise UsageError(
+            f"there is nothing to resume: {path} does not exist", "run the same command without --resume"
+        )
     if path.is_file() and not resume:
         raise UsageError(
-            f"{path} holds an unfinished training", f"--resume to go on with it, or rm {path} to start again"
+            f"{path} holds an unfinished training",
+            f"add --resume to continue it, or rm {path} to start again",
         )
 
 
 def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
-    """The state to resume, or a new one. UsageError where it is another training's."""
+    """Returns the state to resume, or a new one.
+
+    Raises UsageError in the cases of `check_state` and if the saved settings differ from `settings`, and
+    LcmCompileError if the state can't be read.
+    """
     check_state(out, resume)
     path = state_path(out)
     if not resume:
@@ -61,21 +75,24 @@ def open_state(out: Path, resume: bool, settings: dict[str, Any]) -> State:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         before = dict(saved["settings"])
-    except Exception as error:  # torch's unpickler has no error of its own
+    except Exception as error:  # torch's unpickler raises errors of many types
         raise LcmCompileError(
             f"{path} can't be read: {first_line(error)}", f"rm {path} and start again"
         ) from error
     for name, value in settings.items():
         if before.get(name) != value:
             raise UsageError(
-                f"{path} is of another training: its {name} was {before.get(name)}, and is now {value}",
-                f"resume it as it was started, or rm {path} to start again",
+                f"{path} belongs to another training: its {name} was {before.get(name)}, and is now {value}",
+                f"resume it with the options it was started with, or rm {path} to start again",
             )
     return State(path, settings, saved)
 
 
 def digest_of(checkpoint: Checkpoint) -> str:
-    """Of the ends of a base's files, where weights lie: reading the whole of them would take minutes."""
+    """Returns a digest of the ends of a base's files, where weights lie.
+
+    Reading the files completely would take minutes.
+    """
     digest = hashlib.sha256()
     for path in checkpoint.content_files().values():
         with path.open("rb") as file:
@@ -85,7 +102,10 @@ def digest_of(checkpoint: Checkpoint) -> str:
 
 
 def settings_of(spec: TrainSpec, checkpoint: Checkpoint, machine: Machine, **data: str) -> dict[str, Any]:
-    """All that shapes the curve of losses: what --resume must find unchanged."""
+    """Returns all settings that influence the losses, which --resume must find unchanged.
+
+    `data` are the digests of the pictures, by the name of their setting.
+    """
     return {
         **{name: value for name, value in vars(spec).items() if name not in FREE},
         "mixed_precision": str(machine.dtype),
