@@ -160,51 +160,58 @@ def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
 
 
 def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
-    """As `build` does, but where a model is large torch draws the proof as a small picture.
+    """Builds as `build` does, but where a model is large torch draws the proof as a small picture.
 
-    A whole one of SDXL takes a processor minutes; `measure` compares whole pictures with those of diffusers.
+    A complete one of SDXL takes a processor minutes; `measure` compares whole pictures with those of
+    diffusers.
     """
     from lcm_compile.builder.build import build_into
     from lcm_compile.builder.export import exported
-    from lcm_compile.builder.plan import make_plan
+    from lcm_compile.builder.plan import GRAPH, make_plan, proof_shape
     from lcm_compile.bundles.bundle import open_bundle, publishing
 
     plan = make_plan(spec, out)
-    assert plan.export is not None
-    plan = replace(plan, export=replace(plan.export, small_proof=True))
+    graphs = plan.export
+    assert graphs is not None
+    small = proof_shape(graphs.checkpoint, graphs.shape, GRAPH)
+    plan = replace(plan, source=replace(graphs, proof_shape=small))
     out.parent.mkdir(exist_ok=True)
     report = noting(note)
-    with publishing(out, lambda: None) as folder, exported(plan, folder, report) as (graphs, export):
-        build_into(folder, graphs, export, plan, report)
+    with publishing(out, lambda: None) as folder, exported(plan, folder, report) as export:
+        build_into(folder, export, plan, report)
     return open_bundle(out)
 
 
 def record_proof(note: Note, target: str, work: Path, model: str) -> None:
-    """What torch computes in fp32 on this device, stage by stage, for a picture of the size that is built.
+    """Records what torch computes in fp32 on this device, stage by stage, at the size that is built.
 
     A large model's build records a smaller one, which a processor draws in seconds.
     """
+    from lcm_compile.benchmarks.gpu.cuda_rehearsal import CudaRehearsal
     from lcm_compile.builder.export import write_tokenizers
-    from lcm_compile.builder.plan import ENGINE, default_precision, plan_graphs
-    from lcm_compile.builder.prepare import cast_stages
-    from lcm_compile.proof.recording import Trace, write_proof
+    from lcm_compile.builder.plan import default_precision, plan_graphs
+    from lcm_compile.builder.prepare import LoraFiles, cast_stages
+    from lcm_compile.proof.recording import Recordings, Rehearsal, write_proof
     from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
 
     spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
-    plan = replace(plan_graphs(spec, "onnx"), checked=ENGINE)  # so that the proof is of the engines' own size
+    plan = plan_graphs(spec, "onnx")
+    plan = replace(plan, proof_shape=plan.shape)  # the engines' own size
     folder = proof_of(work, model)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    settings = write_tokenizers(folder, plan, make_contracts(plan.checkpoint, plan.shape)["encode"])
-    trace: Trace = {}
-    seconds: dict[str, float] = {}
+    settings = write_tokenizers(folder, plan)
+    contracts = make_contracts(plan.checkpoint, plan.shape, plan.spec.rewrites)
     device = "cpu" if TARGETS[target].is_cpu else "cuda"
+    kind = Rehearsal if device == "cpu" else CudaRehearsal
+    rehearsal, recordings = kind(contracts, settings, folder), Recordings.empty()
+    seconds: dict[str, float] = {}
     start = time.perf_counter()
     for part in MODEL_STAGES:
-        for cast in cast_stages(plan, part, settings, folder, trace, (), device):
+        for cast in cast_stages(plan, part, LoraFiles(plan.loras), rehearsal, recordings):
             seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
             note(seconds_to=seconds)
-    write_proof(trace, {}, settings, folder)
+    write_proof(recordings.reference, {}, settings, folder)
     note(headline=f"of {plan.shape}, on {device}")
 
 
@@ -306,6 +313,7 @@ def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> Non
 def draw_portable(note: Note, target: str, work: Path) -> None:
     """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
     from lcm_compile.builder.export import export
+    from lcm_compile.bundles.export_manifest import Export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
     from lcm_compile.pipeline.load import load_tokenizers
     from lcm_compile.pipeline.pipeline import LcmPipeline
@@ -320,18 +328,18 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
     with tempfile.TemporaryDirectory(dir=work) as folder:
         graphs = Path(folder) / "graphs"
         parity, runners = {}, {}
-        exported = export(BuildSpec("demo", precision="fp16"), graphs, report=noting(note))
-        for stage in exported.stages:
+        exported = Export(graphs, export(BuildSpec("demo", precision="fp16"), graphs, report=noting(note)))
+        for stage in exported.manifest.stages:
             name = stage.contract.name
             note(building=name)
-            path = tensorrt.build_with(trt, exported.graph(graphs, stage), Path(folder), lambda config: None)
+            path = tensorrt.build_with(trt, exported.graph(stage), Path(folder), lambda config: None)
             note(loading=name)
             runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
             calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
             parity[name] = round(compare_calls(runners[name], calls), 2)
             note(parity=parity, headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()))
-        tokenizers = load_tokenizers(graphs, exported.pipeline)
-        with LcmPipeline(exported.pipeline, runners, tokenizers) as pipeline:
+        tokenizers = load_tokenizers(graphs, exported.manifest.pipeline)
+        with LcmPipeline(exported.manifest.pipeline, runners, tokenizers) as pipeline:
             for _ in range(3):
                 note(ms=pipeline.draw(Request(SAMPLE_PROMPT, 0)).ms)
 

@@ -1,9 +1,9 @@
-"""The main path of a build: plan → export (each stage prepared and checked) → engines → bundle."""
+"""Builds bundles: plan → export (each stage is prepared and checked) → engines → bundle."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,7 +12,7 @@ from pathlib import Path
 from lcm_compile.builder.estimate import disk_for, estimate_plan
 from lcm_compile.builder.export import WAITING, caller, exported
 from lcm_compile.builder.key import key_digest
-from lcm_compile.builder.plan import Plan, make_plan, make_plan_from
+from lcm_compile.builder.plan import Plan, make_plan, plan_again
 from lcm_compile.bundles.bundle import (
     EngineBundle,
     list_files,
@@ -20,7 +20,7 @@ from lcm_compile.bundles.bundle import (
     publishing,
     reporting_full_disk,
 )
-from lcm_compile.bundles.export_manifest import ExportManifest, read_export
+from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
 from lcm_compile.bundles.store import remember
 from lcm_compile.errors import CheckpointError
@@ -40,189 +40,146 @@ def build(
     force: bool = False,
     report: Report = silent,
 ) -> EngineBundle:
-    """Builds a bundle, or returns the one that already holds this very build.
+    """Builds a bundle and returns it. If a bundle already holds exactly this build, returns that one.
 
-    `out` is the bundle's folder, by default one in the user's store; `report` is told each part's name as
-    it starts, and its cost as it ends. Raises UsageError, CheckpointError, LoraError, BackendError, and
-    ParityError when the engines do not draw what torch draws; nothing is published then.
+    `out` is the bundle's folder, by default one in the user's store. `report` is called with each task's name
+    when it starts, and again with its cost when it ends. Raises UsageError, CheckpointError, LoraError or
+    BackendError if the build can't be done, and ParityError if the engines do not draw what torch draws.
+    After an error nothing is published.
     """
-    return build_targets([(spec, None if out is None else Path(out))], force, report)[0][1]
+    plan = make_plan(spec, None if out is None else Path(out), force, report)
+    return build_plans([plan], force, report)[0][1]
 
 
-def build_targets(
-    asked: Sequence[tuple[BuildSpec, Path | None]], force: bool, report: Report
-) -> list[tuple[Plan, EngineBundle]]:
-    """Bundles for several specs, each with the plan that was followed; the same graphs are made once."""
-    plans = [make_plan(spec, out, force, report) for spec, out in asked]
-    sharing: dict[str, list[int]] = {}
-    for i, plan in enumerate(plans):
-        if not plan.hit:
-            assert plan.export is not None
-            shared = [key_digest(plan.export.key), plan.export.checked, str(plan.export.proof_shape)]
-            sharing.setdefault(" ".join(shared), []).append(i)
-    groups = list(sharing.values())
-    for n, members in enumerate(groups, 1):
-        wanted = {plans[i].folder for i in members}
-        later = [plans[i] for group in groups[n:] for i in group]
-        followed = build_sharing([asked[i] for i in members], wanted, later, force, report)
-        for i, plan in zip(members, followed, strict=True):
-            plans[i] = plan
+def build_plans(plans: Sequence[Plan], force: bool, report: Report) -> list[tuple[Plan, EngineBundle]]:
+    """Builds the bundles of several plans, and returns each bundle with the plan that was followed for it.
+
+    Plans that need the same graphs share one export. Raises what `build` raises.
+    """
+    followed = {plan.folder: plan for plan in plans}
+    groups = group_by_graphs(plans)
+    for n, group in enumerate(groups, 1):
+        later = [plan for others in groups[n:] for plan in others]
+        followed |= {plan.folder: plan for plan in build_group(group, later, force, report)}
+    for folder in followed:
+        remember(folder)
+    return [(followed[plan.folder], open_bundle(plan.folder)) for plan in plans]
+
+
+def group_by_graphs(plans: Sequence[Plan]) -> list[list[Plan]]:
+    """Returns the plans that are no hit, grouped: plans in one group share the export of their graphs.
+
+    A plan that starts from an existing export is a group of its own.
+    """
+    groups: dict[str, list[Plan]] = {}
     for plan in plans:
-        remember(plan.folder)
-    return [(plan, open_bundle(plan.folder)) for plan in plans]
+        if not plan.hit:
+            name = str(plan.folder)
+            if export := plan.export:
+                name = " ".join((key_digest(export.key), export.checked, str(export.proof_shape)))
+            groups.setdefault(name, []).append(plan)
+    return list(groups.values())
 
 
-def build_sharing(
-    asked: Sequence[tuple[BuildSpec, Path | None]],
-    wanted: Iterable[Path],
-    later: Sequence[Plan],
-    force: bool,
-    report: Report,
-) -> list[Plan]:
-    """Builds bundles that need the same graphs into the folders `wanted`.
+def build_group(group: Sequence[Plan], later: Sequence[Plan], force: bool, report: Report) -> list[Plan]:
+    """Builds bundles that need the same graphs, and returns the plans that were followed.
 
-    Those that another process built meanwhile are hits. The disk must have room for those of `later` too.
+    The plans are made again first: a bundle that another process has built by now is a hit. The disk must
+    have room for the bundles of `later` too. Raises CheckpointError if the base or a LoRA changed since the
+    plan was made, and otherwise what `build` raises.
     """
-
-    def plan_again() -> list[Plan]:
-        return [make_plan(spec, out, force) for spec, out in asked]
-
     with ExitStack() as stack:
         folders = {
             folder: stack.enter_context(publishing(folder, lambda: report(WAITING, None)))
-            for folder in sorted(wanted)  # in one order: no two builds wait for each other
+            # Every build locks its folders in sorted order, so that no two builds wait for each other.
+            for folder in sorted(plan.folder for plan in group)
         }
-        plans = plan_again()
+        plans = [plan_again(plan, force) for plan in group]
         if {plan.folder for plan in plans} != folders.keys():
             raise CheckpointError(CHANGED, "build again")
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
-            several = len(missing) > 1
             check_room([*missing.values(), *later])
+            label = " for {}" if len(missing) > 1 else ""
             built: dict[tuple[str | None, ...], Path] = {}
             with exported(next(iter(missing.values())), folders[next(iter(missing))], report) as export:
                 for folder, plan in missing.items():
-                    twin = built.get(engines_of(plan))
-                    build_into(folders[folder], *export, plan, report, several, twin)
+                    same = built.get(engines_of(plan))
+                    build_into(folders[folder], export, plan, report, label.format(plan.target.name), same)
                     built[engines_of(plan)] = folders[folder]
-            if [plan.key for plan in plan_again()] != [plan.key for plan in plans]:
+            if [plan_again(plan, force).key for plan in plans] != [plan.key for plan in plans]:
                 raise CheckpointError(CHANGED, "build again")
     return plans
 
 
-def check_room(plans: Sequence[Plan], graphs: Path | None = None) -> None:
-    """LcmCompileError where the disk has no room to build all of these, from the export `graphs` if given."""
-    check_space(plans[0].folder, disk_for([estimate_plan(plan, graphs) for plan in plans]))
+def check_room(plans: Sequence[Plan]) -> None:
+    """Raises LcmCompileError if the disk has no room to build all of these plans."""
+    check_space(plans[0].folder, disk_for([estimate_plan(plan) for plan in plans]))
 
 
 def engines_of(plan: Plan) -> tuple[str | None, ...]:
-    """What engines depend on besides their graphs: an A10's are an A10G's."""
+    """Returns what engines depend on besides their graphs: two targets may share it, as A10 and A10G do."""
     key = plan.key
     capability = plan.target.compute_capability
     return plan.backend_name, key["backend version"], key["builder options"], capability
 
 
-def build_from(
-    graphs: Path,
-    gpu: str,
-    backend: str = "auto",
-    out: Path | None = None,
-    *,
-    force: bool = False,
-    report: Report = silent,
-) -> tuple[Plan, EngineBundle]:
-    """A bundle for one target from an export, here or on a machine that never had the model.
-
-    Raises UsageError, BackendError, ParityError, and BundleError where the export is damaged.
-    """
-    return build_targets_from(graphs, [(gpu, out)], backend, force, report)[0]
-
-
-def build_targets_from(
-    graphs: Path, asked: Sequence[tuple[str, Path | None]], backend: str, force: bool, report: Report
-) -> list[tuple[Plan, EngineBundle]]:
-    """Bundles for several targets from an export, each with the plan that was followed; see build_from."""
-    done = []
-    for n, (gpu, out) in enumerate(asked, 1):
-        plan = make_plan_from(graphs, gpu, backend, out, force, report)
-        if not plan.hit:
-            with publishing(plan.folder, lambda: report(WAITING, None)) as folder:
-                plan, *later = [make_plan_from(graphs, g, backend, o, force) for g, o in asked[n - 1 :]]
-                if not plan.hit:
-                    check_room([plan, *(p for p in later if not p.hit)], graphs)
-                    build_into(folder, graphs, read_export(graphs), plan, report)
-        remember(plan.folder)
-        done.append((plan, open_bundle(plan.folder)))
-    return done
-
-
 def build_into(
-    folder: Path,
-    graphs: Path,
-    export: ExportManifest,
-    plan: Plan,
-    report: Report,
-    several: bool = False,
-    twin: Path | None = None,
+    folder: Path, export: Export, plan: Plan, report: Report, label: str = "", same: Path | None = None
 ) -> None:
-    """Fills an empty folder with the engines of an export, or those of its `twin`, and with the manifest."""
-    watch = Stopwatch(report)
-    told = f" for {plan.target.name}" if several else ""
+    """Fills an empty folder with a bundle: the engines of an export, the tokenizers, the proof, the manifest.
+
+    `label` is added to the names of the reported tasks. `same` is a bundle with identical engines, which are
+    copied from it. Raises BackendError if an engine can't be built, and ParityError if the engines run on
+    this machine and do not compute what torch computes.
+    """
+    watch, graphs = Stopwatch(report), export.manifest
     for name in ("tokenizers", "proof"):
-        shutil.copytree(graphs / name, folder / name)
+        shutil.copytree(export.folder / name, folder / name)
     stages: list[StageFile] = []
     with reporting_full_disk(folder.parent):
-        if twin is not None:
-            with watch.part(f"copy the engines{told}"):
-                shutil.copytree(twin / "engines", folder / "engines")
-            stages += read_manifest(twin)[0].stages
+        if same is not None:
+            with watch.task(f"copy the engines{label}"):
+                shutil.copytree(same / "engines", folder / "engines")
+            stages += read_manifest(same)[0].stages
         else:
             (folder / "engines").mkdir()
-            stages += [
-                build_stage(folder, graphs, export, stage, plan, watch, told) for stage in export.stages
-            ]
+            for stage in graphs.stages:
+                with watch.task(f"build {stage.contract.name}{label}"):
+                    stages.append(build_stage(folder, export, stage, plan))
     manifest = BundleManifest(
         spec=plan.spec,
         target=plan.target,
         backend=plan.backend_name,
         key=plan.key,
-        architecture=export.architecture,
-        pipeline=export.pipeline,
+        architecture=graphs.architecture,
+        pipeline=graphs.pipeline,
         stages=tuple(stages),
-        loras=export.loras,
-        parity=export.parity,
-        proof=export.proof,
+        loras=graphs.loras,
+        parity=graphs.parity,
+        proof=graphs.proof,
         toolchain={
-            **export.toolchain,
+            **graphs.toolchain,
             **versions_of(("numpy", "tokenizers")),
             plan.backend_name: str(installed_version(plan.backend.PACKAGES)).split(" ")[-1],
         },
         costs={},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=list_files(folder, but=graphs),
-        lossy=export.lossy,
+        files=list_files(folder, but=export.folder),
+        lossy=graphs.lossy,
     )
     if plan.backend.cannot_run(plan.target) is None:
-        manifest.write(folder)  # a bundle that is loaded has one
-        call = caller(export.is_large)
-        with watch.part(f"check the engines{told}"):
+        manifest.write(folder)  # verify loads the bundle, and loading reads the manifest
+        call = caller(graphs.is_large)
+        with watch.task(f"check the engines{label}"):
             figures = call(verify.verify, EngineBundle(folder, manifest, ""))
         parity.require(figures)
         manifest = replace(manifest, parity={**manifest.parity, **figures})
-    replace(manifest, costs={**export.costs, **watch.costs}).write(folder)
+    replace(manifest, costs={**graphs.costs, **watch.costs}).write(folder)
 
 
-def build_stage(
-    folder: Path,
-    graphs: Path,
-    export: ExportManifest,
-    stage: StageFile,
-    plan: Plan,
-    watch: Stopwatch,
-    told: str,
-) -> StageFile:
-    """One engine, in `folder`/engines."""
-    call = caller(export.is_large)
-    with watch.part(f"build {stage.contract.name}{told}"):
-        path = call(plan.backend.build, export.graph(graphs, stage), plan.target, folder / "engines")
+def build_stage(folder: Path, export: Export, stage: StageFile, plan: Plan) -> StageFile:
+    """Builds one engine in `folder/engines` and returns its entry in the manifest. Raises BackendError."""
+    build_engine = caller(export.manifest.is_large)
+    path = build_engine(plan.backend.build, export.graph(stage), plan.target, folder / "engines")
     return replace(stage, file=path.relative_to(folder).as_posix())

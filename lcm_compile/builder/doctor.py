@@ -1,4 +1,4 @@
-"""Which backends work on this machine, found out by building and running a small network on each."""
+"""Finds out which backends work on this machine, by building and running a small network with each."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ from lcm_compile.targets import TARGETS, GpuTarget
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """`builds_for`: targets that an engine was built for, just now; `runs`: an engine ran and was right.
+    """What one backend can do on this machine.
 
-    `milliseconds`: of the small fp32 network by which `auto` chooses on this CPU; None where it does not.
+    `version` is that of the backend's package, or None if it is not installed. `builds_for` are the targets
+    that an engine was built for, and `runs` says whether an engine ran and its output was right. `reason`
+    says what was seen. `milliseconds` is the time of one call of the small fp32 network by which
+    `--backend auto` chooses on this CPU, or None if the backend was not timed.
     """
 
     backend: str
@@ -36,11 +39,12 @@ class Diagnosis:
     milliseconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, for JSON."""
         return asdict(self)
 
 
 def diagnose(report: Report = silent) -> list[Diagnosis]:
-    """What every backend does here; `report` is told of them being timed."""
+    """Returns the diagnosis of every backend. `report` is called when the backends are timed."""
     found = [diagnose_backend(name) for name in BACKENDS]
     timed = [d.backend for d in found if "cpu" in d.builds_for and d.backend not in SLOW_TO_BUILD]
     milliseconds = time_on_cpu(timed, Precision.FP32, report)
@@ -48,7 +52,10 @@ def diagnose(report: Report = silent) -> list[Diagnosis]:
 
 
 def diagnose_backend(name: str) -> Diagnosis:
-    """Builds for one target of each capability, and runs the engine where it can."""
+    """Builds an engine for one target of each compute capability, and runs it if this machine can.
+
+    Returns what was found; a backend that fails is a finding, and raises nothing.
+    """
     backend = find_backend(name)
     version = installed_version(backend.PACKAGES)
     built: list[str] = []
@@ -72,18 +79,22 @@ def diagnose_backend(name: str) -> Diagnosis:
         else:
             reasons.append(reason)
     order = list(TARGETS)
-    return Diagnosis(name, version, tuple(sorted(built, key=order.index)), runs, most_telling(reasons, runs))
+    return Diagnosis(name, version, tuple(sorted(built, key=order.index)), runs, main_reason(reasons, runs))
 
 
-def most_telling(reasons: list[str], runs: bool) -> str:
-    """The reason a person needs: that it ran, else what a GPU machine of the most targets would hear."""
+def main_reason(reasons: list[str], runs: bool) -> str:
+    """Returns the reason to show: that an engine ran, otherwise the reason that holds for most targets."""
     if runs or not reasons:
         return reasons[0] if reasons else ""
     return max(reasons, key=reasons.count)
 
 
 def try_backend(backend: Backend, target: GpuTarget, precision: Precision) -> float | None:
-    """Signal-to-noise of a small network's engine in dB, or None where its engines can't run here."""
+    """Builds and runs a small network's engine, and returns its signal-to-noise ratio against torch in dB.
+
+    Returns None if engines for this target can't run on this machine. Raises BackendError if the engine can't
+    be built or loaded.
+    """
     import torch
 
     from lcm_compile.stages.half_precision import to_precision

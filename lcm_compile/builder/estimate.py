@@ -1,44 +1,51 @@
-"""What a build will take of disk, memory and time, told before it starts."""
+"""Estimates how much disk, memory and time a build will take, before it starts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
-from lcm_compile.bundles.export_manifest import read_export
+from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.single_file import read_header
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import MODEL_STAGES
 
-# Of fp8 Linear layers alone are: 0.87 of SDXL's UNet, 0.31 of SD1.5's.
+# Bytes per weight on the disk, by the precision of the products. With fp8 only the weights of Linear layers
+# take 1 byte: they are 0.87 of SDXL's UNet and 0.31 of SD1.5's.
 STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
-# The half of a VAE that draws: 49.5 of the 83.7 M weights of Stable Diffusion's.
+# The decoder's share of a VAE's weights: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
-# Measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md): libraries and what
-# they keep for themselves, and bytes for each weight while it is drawn with in fp32 or compiled.
-LIBRARIES, PER_WEIGHT = 0.5e9, 4.4
-# ONNX Runtime computes an fp16 twin in fp32, and keeps what it unpacks.
+# Memory, measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md).
+LIBRARIES = 0.5e9  # bytes: the libraries and the memory that they keep for themselves
+PER_WEIGHT = 4.4  # bytes for each weight, while torch computes with it in fp32 or it is compiled
+# Bytes: ONNX Runtime computes the fp16 twin (a second graph for small pictures) in fp32, and keeps the fp32
+# copies of the weights.
 CHECKING = 2.8e9
-# Seconds on 2 cores, measured likewise: for the processes that make the stages of a large model's part; for
-# loading, fusing and exporting a million weights; for computing with as many for a picture of 256×256; for
-# building and checking them for a GPU that is not here; for drawing such a picture with the VAE.
-START, PER_MILLION, DRAWING, ENGINE, DECODING = 15, 0.05, 0.008, 0.07, 9
-SMALL = 14  # all of it, for a model that is made in one process
-DRAWN = 256 * 256
-# aotinductor compiles each stage for so long.
-COMPILING = 40
-# From an export: for whatever the model, and for building the engines of a million weights.
-FINISHING, BUILDING = 3, 0.025
+# Seconds on 2 cores, measured on the same models.
+START = 15  # to start the processes that make one model's stages, if the model is large
+PER_MILLION = 0.05  # to load, fuse and export a million weights
+DRAWING = 0.008  # to compute with a million weights of the UNet for a picture of 256×256
+ENGINE = 0.07  # to build and check a million weights for a GPU that is not in this machine
+DECODING = 9  # to decode a picture of 256×256 with the VAE
+SMALL = 14  # the complete build of a model that is made in one process
+COMPILING = 40  # to compile one stage with aotinductor
+DRAWN = 256 * 256  # pixels of the picture that DRAWING and DECODING are for
+# Seconds to build from an export.
+FINISHING = 3  # whatever the model
+BUILDING = 0.025  # to build the engines of a million weights
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes: on disk while a bundle is built, of the bundle, and of anonymous memory at the most."""
+    """What one build takes.
+
+    `disk_bytes` is the most that lies on the disk during the build, `bundle_bytes` the size of the finished
+    bundle, `memory_bytes` the peak of anonymous memory, and `seconds` the time on 2 cores.
+    """
 
     disk_bytes: int
     bundle_bytes: int
@@ -46,77 +53,84 @@ class Estimate:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, for JSON."""
         return vars(self)
 
 
 def estimate(export: ExportPlan) -> Estimate:
-    """For one bundle. CheckpointError for a weight file that is damaged."""
+    """Estimates a build of one bundle whose graphs are made from a checkpoint.
+
+    Raises CheckpointError if a weight file is damaged.
+    """
     components = export.checkpoint.components
     weights = {
-        part: sum(parameters(components[name]) for name in names if name in components)
-        for part, (_, names) in MODEL_STAGES.items()
+        model: sum(parameters(components[name]) for name in names if name in components)
+        for model, (_, names) in MODEL_STAGES.items()
     }
     weights["vae"] = int(weights["vae"] * DECODER)
     engines = int(
         sum(
-            STORED_BYTES[export.precisions[MODEL_STAGES[part][0][-1]].product] * count
-            for part, count in weights.items()
+            STORED_BYTES[export.precisions[MODEL_STAGES[model][0][-1]].product] * count
+            for model, count in weights.items()
         )
     )
-    # One stage at a time is in memory where the model is large, else all of them.
-    apart = export.is_large and not export.spec.whole_loop
-    largest = max(weights.values()) if apart else sum(weights.values())
+    # A large model's stages are in memory one at a time, a small model's all at once.
+    one_at_a_time = export.is_large and not export.spec.whole_loop
+    largest = max(weights.values()) if one_at_a_time else sum(weights.values())
     checking = CHECKING if export.is_large and export.checked == GRAPH else 0
     memory = LIBRARIES * (not checking) + checking + PER_WEIGHT * largest
     return Estimate(2 * engines, engines, int(memory), seconds(export, weights))
 
 
 def seconds(export: ExportPlan, weights: Mapping[str, int]) -> float:
-    """How long all parts take together. A fit to few models on one machine: a faster one needs less."""
+    """Returns the seconds that the build takes, given the number of weights of each model.
+
+    The figures are a fit to few models on one machine: a faster machine needs less.
+    """
     compiling = COMPILING * len(export.precisions) if export.graph_format == "torch_export" else 0
     if not export.is_large:
         return float(SMALL + compiling)
     engine = ENGINE if export.checked == GRAPH else 0
-    taken = {part: START + (PER_MILLION + engine) * count / 1e6 for part, count in weights.items()}
-    return compiling + sum(taken.values()) + drawing(export.proof_shape, weights["unet"])
+    making = sum(START + (PER_MILLION + engine) * count / 1e6 for count in weights.values())
+    return compiling + making + drawing(export.proof_shape, weights["unet"])
 
 
 def drawing(shape: Shape, unet: float) -> float:
-    """Seconds for a picture of a large model whose UNet has so many weights."""
+    """Returns the seconds that a large model takes for pictures of a shape; `unet` is its UNet's weights."""
     return shape.height * shape.width * shape.batch / DRAWN * (DRAWING * unet / 1e6 + DECODING)
 
 
-def estimate_plan(plan: Plan, graphs: Path | None = None) -> Estimate:
-    """For one bundle, from the base or from the export `graphs`; errors as estimate's and estimate_from's."""
-    if graphs is not None:
-        return estimate_from(graphs, plan)
-    assert plan.export is not None
-    return estimate(plan.export)
+def estimate_plan(plan: Plan) -> Estimate:
+    """Estimates a plan's build. Raises CheckpointError if a weight file is damaged."""
+    return estimate(plan.source) if isinstance(plan.source, ExportPlan) else estimate_from(plan.source, plan)
 
 
-def estimate_from(graphs: Path, plan: Plan) -> Estimate:
-    """For one bundle from an export, told by the sizes of its graphs. BundleError where that is broken."""
-    export = read_export(graphs)
+def estimate_from(export: Export, plan: Plan) -> Estimate:
+    """Estimates a build from an existing export, by the sizes of its graphs."""
+    manifest = export.manifest
     sizes, weights = [], {}
-    for stage in export.stages:
-        graph = export.graph(graphs, stage)
+    for stage in manifest.stages:
+        graph = export.graph(stage)
         sizes.append(sum(path.stat().st_size for path in (graph.path, graph.weights) if path.is_file()))
         weights[stage.contract.name] = sizes[-1] / STORED_BYTES[stage.precision.product]
-    largest = max(weights.values()) if export.is_large else sum(weights.values())
-    compiling = COMPILING * len(weights) if export.graph_format == "torch_export" else 0
+    largest = max(weights.values()) if manifest.is_large else sum(weights.values())
+    compiling = COMPILING * len(weights) if manifest.graph_format == "torch_export" else 0
     taken = FINISHING + compiling + BUILDING * sum(weights.values()) / 1e6
-    if export.is_large and plan.backend.cannot_run(plan.target) is None:
-        taken += drawing(export.pipeline.shape, largest)  # the proof
+    if manifest.is_large and plan.backend.cannot_run(plan.target) is None:
+        taken += drawing(manifest.pipeline.shape, largest)  # the engines are checked on the proof's picture
     return Estimate(sum(sizes), sum(sizes), int(LIBRARIES + PER_WEIGHT * largest), taken)
 
 
 def disk_for(costs: Sequence[Estimate]) -> int:
-    """Bytes that several builds of one command take at the most: all bundles, and one export at a time."""
+    """Returns the most bytes that several builds take on the disk: all bundles, and one export at a time."""
     return sum(c.bundle_bytes for c in costs) + max(c.disk_bytes - c.bundle_bytes for c in costs)
 
 
 def parameters(component: Component) -> int:
-    """How many weights a model has: by its files' headers, or by its architecture where there are none."""
+    """Returns the number of a model's weights, from its files' headers or, if it has no files, its config.
+
+    Raises CheckpointError if a file or the config can't be read.
+    """
     if not component.files:
         from lcm_compile.checkpoint.empty_modules import empty_module
 

@@ -1,4 +1,4 @@
-"""A model as graphs on disk, each stage prepared and checked: what engines are built from."""
+"""Exports a checkpoint: prepares and checks each stage, and writes its graph. Engines are built from these."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcm_compile.bundles.bundle import (
     publishing,
     reporting_full_disk,
 )
-from lcm_compile.bundles.export_manifest import EXPORT, ExportManifest
+from lcm_compile.bundles.export_manifest import EXPORT, Export, ExportManifest
 from lcm_compile.bundles.manifest import (
     Parity,
     PipelineSettings,
@@ -28,9 +28,8 @@ from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.engines import find_backend
 from lcm_compile.export import EXPORTERS
-from lcm_compile.graphs import StageContract
-from lcm_compile.proof import parity, recording
-from lcm_compile.proof.recording import Call, Trace
+from lcm_compile.proof import parity
+from lcm_compile.proof.recording import Call, Recordings, Rehearsal, picture_of, write_proof
 from lcm_compile.spec import BuildSpec, LoraProvenance
 from lcm_compile.stages.contracts import graph_contracts, make_contracts, models_of
 from lcm_compile.system.child_process import call_in_child
@@ -50,9 +49,11 @@ WAITING = "wait for another build of this bundle"
 def export(
     spec: BuildSpec, out: Path, graph_format: str = "onnx", *, report: Report = silent
 ) -> ExportManifest:
-    """Writes a spec's graphs, tokenizers and proof to `out`, whole or not at all: what `build_from` takes.
+    """Writes a spec's graphs, tokenizers and proof to the folder `out`, and returns the export's manifest.
 
-    The spec's target and backend do not matter. UsageError, CheckpointError, LoraError, ParityError.
+    The folder appears complete or not at all. The spec's target and backend have no effect. Raises
+    UsageError, CheckpointError or LoraError if the export can't be made, and ParityError if the graphs do not
+    compute what torch computes.
     """
     plan = plan_graphs(spec, graph_format)
     check_destination(out, EXPORT)
@@ -65,62 +66,60 @@ def export(
 
 
 @contextmanager
-def exported(plan: Plan, folder: Path, report: Report) -> Iterator[tuple[Path, ExportManifest]]:
-    """The export that a bundle is built from, until that is done."""
-    assert plan.export is not None
-    # Inside the folder being built: whoever clears that up after a kill clears the graphs up too.
+def exported(plan: Plan, folder: Path, report: Report) -> Iterator[Export]:
+    """Yields the export that a bundle is built from. An export made for this build is removed afterwards.
+
+    `folder` is the bundle's folder while it is built. Raises what `export_into` raises.
+    """
+    if isinstance(plan.source, Export):
+        yield plan.source
+        return
+    # Inside the bundle's folder: if the build is killed, removing that folder removes the graphs too.
     with tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch:
         with reporting_full_disk(folder.parent):
-            export = export_into(Path(scratch), plan.export, report)
-        yield Path(scratch), export
+            manifest = export_into(Path(scratch), plan.source, report)
+        yield Export(Path(scratch), manifest)
 
 
 def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifest:
-    """Fills an empty folder with graphs, tokenizers and proof. ParityError where the graphs miss it."""
-    from lcm_compile.builder.prepare import check_fit, prepare_model
+    """Fills an empty folder with graphs, tokenizers and proof, and returns the manifest without writing it.
+
+    Raises CheckpointError or LoraError if the model can't be loaded or a LoRA does not fit, and ParityError
+    if the graphs do not compute what torch computes.
+    """
+    from lcm_compile.builder.prepare import LoraFiles, check_fit, prepare_model
 
     watch = Stopwatch(report)
     call = caller(plan.is_large)
+    loras = LoraFiles(plan.loras)
     provenance: list[LoraProvenance] = []
     if plan.loras:
-        with watch.part("check that the LoRAs fit"):
-            provenance = call(check_fit, plan)
-    encode = make_contracts(plan.checkpoint, plan.shape)["encode"]
-    settings = write_tokenizers(folder, plan, encode)
-    proving = replace(settings, shape=plan.proof_shape)
-    trace: Trace = {}  # torch's own calls
-    drawn: Trace = {}  # those of the graphs
-    calibration: list[Trace] = [{} for _ in plan.calibration]
+        with watch.task("check that the LoRAs fit"):
+            provenance = call(check_fit, plan, loras)
+    settings = write_tokenizers(folder, plan)
+    contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites)
+    rehearsal = Rehearsal(contracts, replace(settings, shape=plan.proof_shape), folder)
+    recordings = Recordings.empty(len(plan.calibration))
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
-    for part in models_of(plan.spec):
-        with watch.part(f"export {part}"):
-            made = call(prepare_model, plan, part, proving, folder, trace, drawn, calibration)
+    for model in models_of(plan.spec):
+        with watch.task(f"export {model}"):
+            made = call(prepare_model, plan, model, loras, rehearsal, recordings)
         for prepared in made:
-            contract = prepared.graph.contract
-            name, precision = contract.name, prepared.graph.precision
-            trace[name], peaks[name] = prepared.reference, prepared.peaks
-            for seen, calls in zip(calibration, prepared.calibration, strict=False):
-                seen[name] = calls
+            name = prepared.graph.contract.name
+            recordings.reference[name], peaks[name] = prepared.reference, prepared.peaks
+            for trace, calls in zip(recordings.calibration, prepared.calibration, strict=False):
+                trace[name] = calls
             if plan.checked != ENGINE:
-                with watch.part(f"check {name}"):
-                    db, drawn[name] = call(check_stage, plan, prepared, proving, folder, trace, drawn)
-                twin = prepared.twin != prepared.graph
-                floor = parity.stage_floor(contract, precision)
-                figures[name] = Parity(db, floor, checked_text(plan, twin))
-            graph = prepared.graph.path.relative_to(folder).as_posix()
-            largest = max((max(pair) for pair in prepared.peaks.values()), default=None)
-            stages.append(
-                StageFile(
-                    contract, graph, precision, prepared.fp32_layers, largest, prepared.quantized_layers
-                )
-            )
-    if drawn:
-        db = parity.psnr_db(recording.picture_of(trace), recording.picture_of(drawn))
-        twin = plan.proof_shape != plan.shape
-        figures["picture"] = Parity(
-            db, parity.picture_floor(plan.precisions.values()), checked_text(plan, twin)
-        )
+                with watch.task(f"check {name}"):
+                    db, recordings.cast[name] = call(check_stage, plan, prepared, rehearsal, recordings)
+                floor = parity.stage_floor(prepared.graph.contract, prepared.graph.precision)
+                figures[name] = Parity(db, floor, checked_text(plan, prepared.twin != prepared.graph))
+            stages.append(stage_file(prepared, folder))
+    if recordings.cast:
+        db = parity.psnr_db(picture_of(recordings.reference), picture_of(recordings.cast))
+        checked = checked_text(plan, plan.proof_shape != plan.shape)
+        figures["picture"] = Parity(db, parity.picture_floor(plan.precisions.values()), checked)
     parity.require(figures)
     return ExportManifest(
         name=plan.checkpoint.name,
@@ -136,25 +135,46 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
             for planned, lora in zip(plan.loras, provenance, strict=True)
         ),
         parity=figures,
-        proof=recording.write_proof(trace, peaks, proving, folder),
+        proof=write_proof(recordings.reference, peaks, rehearsal.settings, folder),
         toolchain={"lcm-compile": __version__, **versions_of(EXPORTERS[plan.graph_format])},
         costs=watch.costs,
         lossy=plan.lossy,
     )
 
 
+def stage_file(prepared: Prepared, folder: Path) -> StageFile:
+    """Returns a stage's entry in the manifest; the path of its graph is relative to `folder`."""
+    graph = prepared.graph
+    return StageFile(
+        graph.contract,
+        graph.path.relative_to(folder).as_posix(),
+        graph.precision,
+        prepared.fp32_layers,
+        max((max(pair) for pair in prepared.peaks.values()), default=None),
+        prepared.quantized_layers,
+    )
+
+
 def caller(is_large: bool) -> Callable[..., Any]:
-    """What calls a function: for a large model a new process, whose memory is given back when it ends."""
+    """Returns a function that calls another one: `caller(is_large)(function, *args)`.
+
+    For a large model the call runs in a new process, whose memory is free again when it ends.
+    """
     return call_in_child if is_large else call_directly
 
 
 def call_directly(function: Callable[..., Any], *args: Any) -> Any:
+    """Returns what `function(*args)` returns."""
     return function(*args)
 
 
-def write_tokenizers(folder: Path, plan: ExportPlan, encode: StageContract) -> PipelineSettings:
-    """Writes each tokenizer as one JSON, and says all that the LCM loop must know."""
+def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
+    """Writes each tokenizer as one JSON file, and returns the settings that the LCM loop needs.
+
+    Raises CheckpointError if a tokenizer can't be read.
+    """
     checkpoint = plan.checkpoint
+    encode = make_contracts(checkpoint, plan.shape)["encode"]
     tokenizers = []
     (folder / "tokenizers").mkdir()
     for name, tokens in zip(checkpoint.tokenizers, encode.inputs, strict=True):
@@ -169,18 +189,23 @@ def write_tokenizers(folder: Path, plan: ExportPlan, encode: StageContract) -> P
 
 
 def check_stage(
-    plan: ExportPlan, prepared: Prepared, settings: PipelineSettings, folder: Path, trace: Trace, drawn: Trace
+    plan: ExportPlan, prepared: Prepared, rehearsal: Rehearsal, recordings: Recordings
 ) -> tuple[float, list[Call]]:
-    """A graph's signal-to-noise over torch's own calls, and its calls in its own picture."""
+    """Returns a graph's signal-to-noise ratio in dB against torch's calls, and the graph's own calls.
+
+    Its own calls are those of a picture that is drawn with the graphs; each graph then reads what the graphs
+    before it gave.
+    """
     if prepared.cast is not None:
         assert prepared.cast_db is not None
         return prepared.cast_db, prepared.cast
     contracts = graph_contracts(plan.checkpoint, plan.proof_shape, plan.spec)
     name = prepared.twin.contract.name
     with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
-        db = parity.compare_calls(runner, trace[name])
-        return db, recording.record_calls(runner, contracts, settings, folder, drawn)
+        db = parity.compare_calls(runner, recordings.reference[name])
+        return db, replace(rehearsal, contracts=contracts).record(runner, recordings.cast)
 
 
 def checked_text(plan: ExportPlan, twin: bool) -> str:
+    """Returns in the manifest's words what was compared with torch. `twin`: a graph for smaller pictures was."""
     return f"{plan.checked}, of a twin of {plan.proof_shape}" if twin else plan.checked

@@ -1,7 +1,8 @@
-"""The fastest backend on this CPU, by a quick measurement that is remembered.
+"""Chooses the fastest backend on this CPU, by a quick measurement that is stored.
 
 A small network of the layers that diffusion models are made of is built with every backend that can, and the
-engines are timed in turns. While nothing that matters has changed since, the figures are read, not measured.
+engines are timed in turns. As long as the backends' versions, the processor and the precision stay the same,
+the stored figures are read and nothing is measured.
 """
 
 from __future__ import annotations
@@ -39,10 +40,12 @@ CPU = TARGETS["cpu"]
 # Not timed, and so never chosen: it compiles for half a minute, and as long again for every stage.
 SLOW_TO_BUILD = {"aotinductor": "compiles for minutes; --backend aotinductor takes it"}
 ROUNDS = 7
-NEAR = 1.25  # times the fastest one's milliseconds: closer than that, a small network does not tell
-FAR = 4  # times the fastest one's
-REMEMBERED = 20
-TAKEN: dict[tuple[Path, str], Mapping[str, float]] = {}  # by this process
+# Backends within this factor of the fastest one's milliseconds count as equally fast: a small network does not
+# decide between them.
+NEAR = 1.25
+FAR = 4  # a backend beyond this factor of the fastest one's milliseconds is not timed again
+REMEMBERED = 20  # measurements that the file keeps
+TAKEN: dict[tuple[Path, str], Mapping[str, float]] = {}  # the figures that this process has used
 # A UNet's block at a quarter of its size: channels, heads, and a side of the map.
 CHANNELS, HEADS, SIDE = 320, 8, 32
 
@@ -50,9 +53,11 @@ CHANNELS, HEADS, SIDE = 320, 8, 32
 def choose_on_cpu(
     precision: Precision, report: Report = silent, graph_format: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """The fastest backend for this CPU, and why not the others; BackendError where none can build.
+    """Returns the fastest backend for this CPU, and for each other one the reason why it was not chosen.
 
-    Of those that are nearly as fast, the first in the table's order: it needs less to run with.
+    Among backends that are nearly as fast, the first in BACKENDS is chosen: it needs fewer packages to run.
+    With a `graph_format`, only backends that build from this format count. Raises BackendError if no backend
+    can build.
     """
     against = {
         name: SLOW_TO_BUILD.get(name) or cannot_build_from(name, CPU, precision, graph_format)
@@ -61,7 +66,7 @@ def choose_on_cpu(
     able = [name for name, reason in against.items() if reason is None]
     if not able:
         return choose_backend(CPU, precision, graph_format)  # aotinductor, or the error
-    if len(able) > 1 and importlib.util.find_spec("torch") is None:  # which makes the small network
+    if len(able) > 1 and importlib.util.find_spec("torch") is None:  # the small network needs torch
         return able[0], tuple(
             f"{name}: comes after {able[0]}; without torch none is timed" for name in able[1:]
         )
@@ -69,15 +74,16 @@ def choose_on_cpu(
     enough = NEAR * min(milliseconds.values(), default=0.0)
     chosen = next(name for name in able if milliseconds.get(name, 0.0) <= enough)
     for name, ms in milliseconds.items():
-        told = f"{ms:.1f} ms for a small network, and {chosen} {milliseconds[chosen]:.1f} ms"
-        against[name] = f"{told}, which is near enough" if ms < milliseconds[chosen] else told
+        times = f"{ms:.1f} ms for a small network, and {chosen} {milliseconds[chosen]:.1f} ms"
+        against[name] = f"{times}, which is near enough" if ms < milliseconds[chosen] else times
     return chosen, tuple(f"{name}: {why}" for name, why in against.items() if why and name != chosen)
 
 
 def time_on_cpu(names: list[str], precision: Precision, report: Report = silent) -> Mapping[str, float]:
-    """Milliseconds that each backend's engine of the small network takes here, remembered or measured.
+    """Returns the milliseconds of one call of each backend's engine of the small network, stored or measured.
 
-    One process keeps to what it took first, whatever becomes of the file: a build is planned twice.
+    A process uses the same figures to its end, even if the file changes: a build makes its plan twice, and
+    both plans must choose the same backend. Raises BackendError if an engine can't be built.
     """
     path = home() / "cpu.json"
     known: dict[str, Mapping[str, float]] = {}
@@ -88,7 +94,7 @@ def time_on_cpu(names: list[str], precision: Precision, report: Report = silent)
     if (path, key) in TAKEN:
         return TAKEN[path, key]
     if set(known.get(key, ())) != set(names):
-        with Stopwatch(report).part("time the backends here"):
+        with Stopwatch(report).task("time the backends here"):
             known[key] = measure(names, precision)
         with contextlib.suppress(OSError):
             write_atomically(path, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1))
@@ -97,16 +103,17 @@ def time_on_cpu(names: list[str], precision: Precision, report: Report = silent)
 
 
 def circumstances(names: list[str], precision: Precision) -> str:
-    """What the figures depend on."""
+    """Returns everything that the figures depend on, as JSON: it is their key in the file."""
     versions = [installed_version(find_backend(name).PACKAGES) for name in names]
     return json.dumps([precision, model_name(), instruction_set(), dict(zip(names, versions, strict=True))])
 
 
 def measure(names: list[str], precision: Precision) -> dict[str, float]:
-    """The least milliseconds of each backend, in turns: what else the machine does only adds to them.
+    """Times the backends in turns, and returns the least milliseconds of each.
 
-    In every turn the second call counts: the threads of the backend before may still wait for more work. One
-    that is far behind, as fp16 is where a processor has none, has no further turns.
+    The least counts because other work on the machine can only add time. In every turn the second call is
+    timed: during the first one, the threads of the backend before may still be busy waiting for more work. A
+    backend that is far behind, as with fp16 on a processor without it, gets no further turns.
     """
     x = np.random.default_rng(0).standard_normal((1, CHANNELS, SIDE, SIDE), np.float32)
     least: dict[str, float] = {}
@@ -126,7 +133,10 @@ def measure(names: list[str], precision: Precision) -> dict[str, float]:
 
 
 def small_engines(names: list[str], precision: Precision, folder: Path) -> Iterator[tuple[str, Runner]]:
-    """The small network's engine of each backend, made in `folder`. BackendError where one can't."""
+    """Builds the small network's engine with each backend in `folder`, and yields its name and its runner.
+
+    Raises BackendError if a backend can't build or load it.
+    """
     import torch
 
     from lcm_compile.export import export_stage
@@ -155,6 +165,10 @@ def small_engines(names: list[str], precision: Precision, folder: Path) -> Itera
 
 
 def small_network() -> torch.nn.Module:
+    """Returns the small network in fp32, always with the same weights.
+
+    Its input and its output are one feature map of shape (1, CHANNELS, SIDE, SIDE).
+    """
     import torch
     from torch import Tensor, nn
 

@@ -1,38 +1,41 @@
-"""One model on its way to engines, all that needs torch: load, fuse, shape, draw with, cast, export."""
+"""Prepares one model with torch, up to its graphs: load, fuse LoRAs, rewrite, record calls, cast, export."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
-from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import DRAW, ExportedGraph, StageContract
+from lcm_compile.graphs import DRAW, ExportedGraph
+from lcm_compile.lora.find import PlannedLora
 from lcm_compile.lora.merge import check_loras, merge_loras
-from lcm_compile.lora.read import read_lora
-from lcm_compile.proof import parity, recording
-from lcm_compile.proof.recording import Call, Trace
-from lcm_compile.spec import LoraProvenance
+from lcm_compile.lora.read import Lora, read_lora
+from lcm_compile.proof import parity
+from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
+from lcm_compile.spec import LoraProvenance, LoraSpec
 from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
-# The stages that the step depends on.
+# The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
 CONDITIONS = ("encode", "context")
 
 
 @dataclass(frozen=True)
 class Cast:
-    """A stage in the precision of the engines, and what was seen of it in fp32.
+    """A stage in the precision of the engines, and what was recorded of it in fp32.
 
-    `stage` is of the proof's shape, `modules` are those of its model, as rewrite_modules leaves them.
+    `stage` is for pictures of the proof's shape. `modules` are its model's, as `rewrite_modules` returns them.
+    `peaks` are the largest absolute input and output of each layer. `fp32_layers` are those that stay in fp32
+    because they would overflow fp16, and `quantized_layers` those that multiply in 8 bits.
     """
 
     stage: Stage
@@ -44,12 +47,12 @@ class Cast:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is left of a stage once its weights are out of memory.
+    """What is kept of a stage after its weights are removed from memory.
 
-    `reference` are its calls in fp32; `twin` the graph for the proof's pictures, `graph` itself where they
-    are the bundle's own. `cast` are the calls of the module as it was exported, where nothing else can be
-    checked, and `cast_db` their signal-to-noise. `calibration` are the text encoder's in fp32, one list for
-    each picture that an 8-bit step is scaled to.
+    `twin` is the graph for the proof's pictures: it is `graph` itself if these have the bundle's shape.
+    `reference` are the stage's calls in fp32. If only the exported module can be checked, `cast` are that
+    module's calls and `cast_db` is their signal-to-noise ratio in dB. `calibration` are the text encoder's
+    calls in fp32, one list for each picture that scales an 8-bit step.
     """
 
     graph: ExportedGraph
@@ -63,78 +66,96 @@ class Prepared:
     calibration: Sequence[list[Call]] = ()
 
 
-def check_fit(plan: ExportPlan) -> list[LoraProvenance]:
-    """How each LoRA goes into the base, by shapes alone, before weights are read. LoraError if it can't."""
+class LoraFiles:
+    """The LoRAs of a plan. Each file is read once in a process; a child process reads them again."""
+
+    def __init__(self, planned: Sequence[PlannedLora]) -> None:
+        self._planned = planned
+        self._read: list[tuple[Lora, LoraSpec]] | None = None
+
+    def read(self) -> list[tuple[Lora, LoraSpec]]:
+        """Returns each LoRA with the strengths it is fused with. Raises LoraError if one can't be read."""
+        if self._read is None:
+            self._read = [(read_lora(planned.path), planned.spec) for planned in self._planned]
+        return self._read
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_planned": self._planned, "_read": None}
+
+
+def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
+    """Checks that the LoRAs fit the base, by shapes alone and before any weights of the base are read.
+
+    Returns for each LoRA what the bundle records about it. Raises LoraError if one does not fit.
+    """
     modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
-    return check_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
+    return check_loras(modules, loras.read())
 
 
 def prepare_model(
-    plan: ExportPlan,
-    part: str,
-    settings: PipelineSettings,
-    folder: Path,
-    trace: Trace,
-    cast: Trace,
-    calibration: Sequence[Trace] = (),
+    plan: ExportPlan, model: str, loras: LoraFiles, rehearsal: Rehearsal, recordings: Recordings
 ) -> list[Prepared]:
-    """Makes the graphs of one model's stages in `folder/graphs`; of the part DRAW, the one of all models.
+    """Exports the stages of one model to `graphs` in the rehearsal's folder, and returns them.
 
-    `folder` holds the tokenizers, `settings` are for the proof's shape; `trace` and `cast` are the earlier
-    stages' calls in fp32, and in the precision of the engines, `calibration` those in fp32 in the pictures
-    that an 8-bit step is scaled to. CheckpointError, LoraError, ParityError.
+    If `model` is DRAW, all models are exported as one stage. `rehearsal` draws the proof's pictures.
+    `recordings` hold the calls of the models before this one, and are not changed. Raises CheckpointError or
+    LoraError if the weights can't be loaded or fused, and ParityError if a rewritten stage differs from the
+    model.
     """
-    if part == DRAW:
-        return [prepare_whole_loop(plan, settings, folder)]
-    checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
-    contracts = make_contracts(checkpoint, plan.proof_shape, rewrites)
-    whole = make_contracts(checkpoint, plan.shape, rewrites)
-    trace, cast, prepared = dict(trace), dict(cast), []
-    calibration = [dict(seen) for seen in calibration]
-    for made in cast_stages(plan, part, settings, folder, trace, calibration):
+    if model == DRAW:
+        return [prepare_whole_loop(plan, loras, rehearsal)]
+    contracts = make_contracts(plan.checkpoint, plan.shape, plan.spec.rewrites)
+    recordings, prepared = recordings.copy(), []
+    for made in cast_stages(plan, model, loras, rehearsal, recordings):
         name = made.stage.name
-        full = make_stage(checkpoint, whole[name], made.modules, plan.shape)
-        graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], folder / "graphs")
-        # The encoders know nothing of a picture's size; the context's contract does not tell SDXL's size ids.
+        full = make_stage(plan.checkpoint, contracts[name], made.modules, plan.shape)
+        graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], graphs_in(rehearsal))
+        # The text encoders do not depend on the picture's size. The context does, through SDXL's size ids,
+        # although its contract does not show it.
         if name != "encode" and has_twin(plan):
             twin = export_twin(made.stage, graph)
         done = Prepared(
             graph,
             twin,
-            trace[name],
+            recordings.reference[name],
             made.peaks,
             made.fp32_layers,
             quantized_layers=made.quantized_layers,
-            calibration=[seen[name] for seen in calibration] if name == "encode" else (),
+            calibration=[trace[name] for trace in recordings.calibration] if name == "encode" else (),
         )
         if plan.checked == MODULE:
-            runner = recording.TorchRunner(made.stage)
-            cast[name] = recording.record_calls(runner, contracts, settings, folder, cast)
-            done = replace(done, cast_db=parity.compare_calls(runner, trace[name]), cast=cast[name])
+            runner = TorchRunner(made.stage)
+            recordings.cast[name] = rehearsal.record(runner, recordings.cast)
+            db = parity.compare_calls(runner, recordings.reference[name])
+            done = replace(done, cast_db=db, cast=recordings.cast[name])
         prepared.append(done)
     return prepared
 
 
-def prepare_whole_loop(plan: ExportPlan, settings: PipelineSettings, folder: Path) -> Prepared:
-    """Makes one graph of the whole picture; arguments and errors as prepare_model's.
+def graphs_in(rehearsal: Rehearsal) -> Path:
+    """Returns the folder of the graphs, which is next to the tokenizers that a rehearsal draws with."""
+    return rehearsal.folder / "graphs"
 
-    Each model is cast before the next is loaded; in the end all of them are in memory.
+
+def prepare_whole_loop(plan: ExportPlan, loras: LoraFiles, rehearsal: Rehearsal) -> Prepared:
+    """Exports the complete loop, from token ids to pictures, as one graph.
+
+    Each model is cast before the next one is loaded. At the end all of them are in memory. Raises what
+    `prepare_model` raises.
     """
-    checkpoint, rewrites = plan.checkpoint, plan.spec.rewrites
-    trace: Trace = {}
-    calibration: list[Trace] = [{} for _ in plan.calibration]
+    recordings = Recordings.empty(len(plan.calibration))
     modules: dict[str, nn.Module] = {}
     made: list[Cast] = []
-    for part in MODEL_STAGES:
-        for cast in cast_stages(plan, part, settings, folder, trace, calibration):
+    for model in MODEL_STAGES:
+        for cast in cast_stages(plan, model, loras, rehearsal, recordings):
             made.append(cast)
             modules.update(cast.modules)
-    full = join_stages(make_stages(checkpoint, modules, plan.shape, rewrites))
-    graph = twin = export_stage(full, plan.graph_format, plan.precisions["step"], folder / "graphs")
+    full = join_stages(make_stages(plan.checkpoint, modules, plan.shape, plan.spec.rewrites))
+    graph = twin = export_stage(full, plan.graph_format, plan.precisions["step"], graphs_in(rehearsal))
     proving = join_stages([cast.stage for cast in made])
     if has_twin(plan):
         twin = export_twin(proving, graph)
-    reference = [recording.joined_call(proving.contract, trace)]
+    reference = [joined_call(proving.contract, recordings.reference)]
 
     def layers(field: str) -> tuple[str, ...]:
         return tuple(f"{cast.stage.name}.{layer}" for cast in made for layer in getattr(cast, field))
@@ -149,84 +170,70 @@ def prepare_whole_loop(plan: ExportPlan, settings: PipelineSettings, folder: Pat
     )
     if plan.checked != MODULE:
         return done
-    runner = recording.TorchRunner(proving)
-    drawn = recording.record_calls(runner, {proving.name: proving.contract}, settings, folder, {})
+    runner = TorchRunner(proving)
+    drawn = replace(rehearsal, contracts={DRAW: proving.contract}).record(runner, {})
     return replace(done, cast_db=parity.compare_calls(runner, reference), cast=drawn)
 
 
 def has_twin(plan: ExportPlan) -> bool:
+    """Returns whether a second graph with the same weights is exported for pictures of the proof's shape."""
     return plan.proof_shape != plan.shape and plan.checked == GRAPH
 
 
 def cast_stages(
-    plan: ExportPlan,
-    part: str,
-    settings: PipelineSettings,
-    folder: Path,
-    trace: Trace,
-    calibration: Sequence[Trace],
-    device: str = "cpu",
+    plan: ExportPlan, model: str, loras: LoraFiles, rehearsal: Rehearsal, recordings: Recordings
 ) -> Iterator[Cast]:
-    """A model's stages, one after another: drawn with in fp32 on `device`, held to the plain model, and cast.
+    """Yields a model's stages one after another, each recorded in fp32 and then cast.
 
-    The rest is as of prepare_model; each stage's calls are added to `trace`, and to `calibration`.
+    The first call of the model's last stage is compared with the model before the rewrites. Each stage's calls
+    are added to the reference and to the calibration of `recordings`. Raises CheckpointError or LoraError if
+    the weights can't be loaded or fused, and ParityError if a rewritten stage differs from the model.
     """
-    names, components = MODEL_STAGES[part]
+    names, components = MODEL_STAGES[model]
     checkpoint = plan.checkpoint
-    modules = {c: load_component(checkpoint, c) for c in components if c in checkpoint.components}
-    merge_loras(modules, [(read_lora(p.path), p.spec) for p in plan.loras])
-    unshaped = first_call(plan, names[-1], modules, settings, folder, trace, device)
+    modules = {name: load_component(checkpoint, name) for name in components if name in checkpoint.components}
+    merge_loras(modules, loras.read())
+    before_rewrites = first_call(plan, names[-1], modules, rehearsal, recordings.reference)
     shapes = (plan.shape, plan.proof_shape)
     modules = rewrite_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
-    contracts = make_contracts(checkpoint, plan.proof_shape, plan.spec.rewrites)
     for name in names:
-        if name not in contracts:
+        if name not in rehearsal.contracts:
             continue
-        stage = make_stage(checkpoint, contracts[name], modules, plan.proof_shape)
-        runner = recording.TorchRunner(stage, device)
+        stage = make_stage(checkpoint, rehearsal.contracts[name], modules, plan.proof_shape)
+        runner = rehearsal.runner_of(stage)
         with record_peaks(stage.module) as peaks:
-            trace[name] = recording.record_calls(runner, contracts, settings, folder, trace)
+            recordings.reference[name] = rehearsal.record(runner, recordings.reference)
         if name == names[-1]:
-            parity.require_same(unshaped, trace[name][0])
+            parity.require_same(before_rewrites, recordings.reference[name][0])
         if name == "decode":
-            parity.require_picture(trace)
-
+            parity.require_picture(recordings.reference)
         precision = plan.precisions[name]
-        floats = precision.floats
-        kept = layers_over(stage.module, peaks) if floats == "fp16" else set()
-        quantized = {}
+        kept = layers_over(stage.module, peaks) if precision.floats == "fp16" else set()
         if name in CONDITIONS:
-            for request, seen in zip(plan.calibration, calibration, strict=True):
-                seen[name] = recording.record_calls(
-                    runner, contracts, settings, folder, seen, request=request
-                )
-        if precision.is_quantized:
-            scales = calibrate(plan, runner, contracts, settings, folder, calibration)
+            for request, trace in zip(plan.calibration, recordings.calibration, strict=True):
+                trace[name] = rehearsal.record(runner, trace, request)
+        scales = calibrate(plan, runner, rehearsal, recordings) if precision.is_quantized else {}
         runner.close()
-        if precision.is_quantized:
-            quantized = quantize_layers(
-                stage.module, {n: s for n, s in scales.items() if n not in kept}, precision
-            )
-        to_precision(stage.module, floats, kept)
+        wanted = {layer: scale for layer, scale in scales.items() if layer not in kept}
+        quantized = quantize_layers(stage.module, wanted, precision) if precision.is_quantized else {}
+        to_precision(stage.module, precision.floats, kept)
         install_layers(stage.module, quantized)
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
 
 
 def calibrate(
-    plan: ExportPlan,
-    runner: recording.TorchRunner,
-    contracts: Mapping[str, StageContract],
-    settings: PipelineSettings,
-    folder: Path,
-    calibration: Sequence[Trace],
+    plan: ExportPlan, runner: TorchRunner, rehearsal: Rehearsal, recordings: Recordings
 ) -> dict[str, float]:
-    """The scales of the step's layers that bear 8 bits, from pictures drawn in fp32."""
+    """Returns the input scale of each layer of the step that tolerates 8 bits.
+
+    The scales come from the activations of the plan's calibration pictures, drawn in fp32.
+    """
     recorded: list[Call] = []
 
     def draw() -> None:
-        for request, trace in zip(plan.calibration, calibration, strict=True):
-            calls = recording.record_calls(runner, contracts, settings, folder, trace, request=request)
-            recorded.extend(() if recorded else calls)  # one picture's are enough to compare layers on
+        for request, trace in zip(plan.calibration, recordings.calibration, strict=True):
+            calls = rehearsal.record(runner, trace, request)
+            recorded.extend(() if recorded else calls)  # one picture's calls are enough to compare layers
 
     def replay() -> None:
         for inputs, _ in recorded:
@@ -236,16 +243,10 @@ def calibrate(
 
 
 def first_call(
-    plan: ExportPlan,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    settings: PipelineSettings,
-    folder: Path,
-    trace: Trace,
-    device: str,
+    plan: ExportPlan, name: str, modules: Mapping[str, nn.Module], rehearsal: Rehearsal, trace: Trace
 ) -> Call:
-    """A stage's first call in the proof's picture as the model was before it was rewritten."""
-    contracts = make_contracts(plan.checkpoint, plan.proof_shape)
-    stage = make_stage(plan.checkpoint, contracts[name], modules, plan.proof_shape)
-    with recording.TorchRunner(stage, device) as runner:
-        return recording.record_calls(runner, contracts, settings, folder, trace, calls=1)[0]
+    """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
+    plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
+    stage = make_stage(plan.checkpoint, plain.contracts[name], modules, plan.proof_shape)
+    with rehearsal.runner_of(stage) as runner:
+        return plain.record(runner, trace, most=1)[0]

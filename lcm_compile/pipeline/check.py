@@ -1,4 +1,4 @@
-"""What is checked of a bundle before its engines are loaded, and of a request before anything is drawn."""
+"""Checks a bundle before its engines are loaded, and a request before anything is drawn."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import DRAW, STAGES, StageContract
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
-from lcm_compile.scheduler import lcm_timesteps
+from lcm_compile.scheduler import COEFFICIENTS, lcm_timesteps
 
 
 def check_stages(bundle: EngineBundle) -> None:
-    """BundleError unless the contracts are those of an LCM loop and fit each other."""
+    """Raises BundleError unless the stages are those of an LCM loop and their shapes fit together."""
     settings = bundle.manifest.pipeline
     contracts = {stage.contract.name: stage.contract for stage in bundle.manifest.stages}
     if tuple(contracts) == (DRAW,):
@@ -33,27 +33,29 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    given |= {"latent": latent, "noise": latent, "coefficients": (6,)}
+    given |= {"latent": latent, "noise": latent, "coefficients": (len(COEFFICIENTS),)}
     wanted += [
         (takes["step"], select(given, takes["step"])),
         (gives["step"], select({"prediction": latent, "next_latent": latent}, gives["step"])),
         (takes["decode"], {"latent": latent}),
         (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
     ]
-    whole = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == ("noise" in takes["step"])
+    complete = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == (
+        "noise" in takes["step"]
+    )
     timed = "time" in takes["step"] or "timestep" in takes["step"]
     for has, needs in wanted:
-        if has != needs or not whole or not timed or latent[:1] != (shape.batch,):
+        if has != needs or not complete or not timed or latent[:1] != (shape.batch,):
             raise unfit_stages(bundle, has, needs)
 
 
 def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
-    """BundleError unless one stage takes all that a picture is drawn from, and gives that."""
+    """Raises BundleError unless the single stage has all inputs of a picture and returns the picture."""
     settings = bundle.manifest.pipeline
     has = {s.name: s.shape for s in (*contract.inputs, *contract.outputs)}
     shape, noise = settings.shape, has.get("noise", ())
     needs: dict[str, tuple[int, ...]] = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
-    needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], 6)}
+    needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], len(COEFFICIENTS))}
     needs |= {"noise": (*noise[:1], shape.batch, *noise[2:])}
     needs |= {"guidance": (1,)} if "guidance" in has else {}
     needs |= {"picture": (shape.batch, shape.height, shape.width, 3)}
@@ -62,11 +64,14 @@ def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
 
 
 def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
-    return BundleError(f"{bundle.folder}: its stages do not fit each other: {has} for {needs}", REBUILD)
+    """Returns the error for stages whose shapes are `has` where `needs` is required."""
+    return BundleError(
+        f"{bundle.folder}: its stages do not fit each other: {has} instead of {needs}", REBUILD
+    )
 
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
-    """UsageError for what a bundle can't draw, before its engines are loaded."""
+    """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
     lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
     for stage in bundle.manifest.stages:
         if stage.contract.name == DRAW:
@@ -74,4 +79,5 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
 
 
 def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of these names; a missing one is None."""
     return {name: given.get(name) for name in names}

@@ -1,7 +1,8 @@
-"""A picture's stages as CUDA graphs: the context, each step with its arithmetic, and the decoding.
+"""Draws a picture with CUDA graphs: one for the context, one for each step, and one for the decoding.
 
-A graph for each stage, not one for all: the host draws the noise of later steps while the GPU computes
-earlier ones, and stages are timed and reported as they are without. A launch takes the host microseconds.
+There is a graph for each stage rather than one for all. So the host can generate the noise of later steps
+while the GPU computes earlier ones, and stages are timed and reported as they are without graphs. A launch
+takes the host a few microseconds.
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ from lcm_compile.errors import BackendError
 from lcm_compile.pipeline.loop import Arrays, Loop, Runners, conditions_of
 from lcm_compile.scheduler import LcmStep
 
-Kind = tuple[int, bool]  # steps, and whether a second pass guides
-KINDS_KEPT = 8
-USED, FIRST = "used", "not used: the first picture of its kind is drawn without"
+Kind = tuple[int, bool]  # the number of steps, and whether a second pass guides the picture
+KINDS_KEPT = 8  # kinds of pictures whose graphs are kept
+# The status of a picture: whether it was drawn with CUDA graphs, and why not.
+USED = "used"
+FIRST = "not used: the first picture of its kind is drawn without"
 SWITCHED_OFF = "not used: it is switched off"
-CHECK_SCALE = 1.5
-# Of the range of values of a picture: the most by which a graph's may differ from the same without graphs.
-# Kernels that add in any order stay far under it, a wrong address far over it.
+CHECK_SCALE = 1.5  # guidance scale of the picture that checks the graphs
+# The largest mean difference between the check's picture with graphs and without, as a fraction of the range
+# of a pixel. Kernels that add in any order stay far below it, and a wrong address is far above it.
 MOST_DIFFERENCE = 0.01
 
 
 class CapturedLoop:
-    """What Loop does, for one kind of picture: so many steps, guided by a second pass or not.
+    """Does what Loop does, with CUDA graphs, for one kind of picture: its steps and passes are fixed.
 
-    All memory stays. Texts, scale and noise are copied in; all else a stage reads where the one before wrote
-    it. BackendError or RuntimeError where it can't be captured, or then draws another picture than without.
+    All arrays stay at their addresses. Texts, scale and noise are copied in, and a stage reads everything
+    else where the stage before wrote it. Raises BackendError or RuntimeError if the loop can't be captured,
+    or if its graphs draw another picture than the engines draw without graphs.
     """
 
     def __init__(
@@ -43,15 +47,15 @@ class CapturedLoop:
         times: Sequence[Array],
         texts: Sequence[Arrays],
     ) -> None:
-        """`texts` are arrays of the texts' shapes, one or two, and become this object's."""
+        """Captures the loop. `texts` are one or two dicts of arrays that this object owns and overwrites."""
         step = runners["step"]
         shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
         noise = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
         self._texts = texts
         self._scale = step.to_device(np.asarray([CHECK_SCALE], np.float32))
-        # Copies: on a processor an array may be in place already.
+        # Copies, because to_device returns the same array on a processor.
         self._latent, self._fresh = (step.to_device(array.copy()) for array in noise)
-        # The context is called once: nothing overwrites its output memory while the steps read it there.
+        # If the context is called only once, nothing overwrites its output while the steps read it.
         keep = len(texts) * len(times) > 1
         last = len(steps) - 1
 
@@ -70,7 +74,7 @@ class CapturedLoop:
             self._launch_context, conditions = capturer.capture(context)
         else:
             conditions = context()
-        # Held, with the timesteps: the graphs read their arrays at every launch.
+        # Both are kept, because the graphs read their arrays at every launch.
         self._loop, self._times = Loop(runners, steps, coefficients, conditions, self._scale), times
         self._steps: list[tuple[Callable[[], None], Array]] = []
         latent = self._latent
@@ -82,7 +86,7 @@ class CapturedLoop:
         self._check(noise, expected)
 
     def _check(self, noise: np.ndarray, expected: np.ndarray) -> None:
-        """BackendError unless the graphs draw from `noise` what was drawn without, after something else."""
+        """Raises BackendError unless the graphs draw `expected` from `noise`, after another picture."""
         runners, last = self._loop.runners, len(self._steps) - 1
         for arrays in (-noise, noise):
             latent, fresh = (runners["step"].to_device(array) for array in arrays)
@@ -95,7 +99,7 @@ class CapturedLoop:
             raise BackendError("its CUDA graphs draw another picture than the engines do without them")
 
     def begin(self, texts: Sequence[Arrays], scale: Array) -> CapturedLoop:
-        """This loop with other texts and scale, whose context is computed."""
+        """Returns this loop after copying in other texts and another scale, and computing their context."""
         for own, given in zip(self._texts, texts, strict=True):
             for name, array in own.items():
                 array.copy_(given[name])
@@ -104,7 +108,8 @@ class CapturedLoop:
         return self
 
     def step(self, i: int, latent: Array, fresh: Array | None) -> Array:
-        if i == 0:  # later ones read what the step before wrote
+        """Returns the latent after step i; valid until step i is run again. See Loop.step."""
+        if i == 0:  # later steps read what the step before wrote
             self._latent.copy_(latent)
         if fresh is not None:
             self._fresh.copy_(fresh)
@@ -113,27 +118,27 @@ class CapturedLoop:
         return latent
 
     def decode(self, latent: Array) -> Array:
-        """The picture; valid until the next one is drawn."""
+        """Returns the picture; it is valid until the next one is drawn."""
         self._launch_decode()
         return self._picture
 
 
 class CudaGraphs:
-    """The captured loops of one pipeline, by kind of picture; or its engines' own CUDA graphs.
+    """The captured loops of one pipeline, by kind of picture, or its engines' own CUDA graphs.
 
-    A kind's first picture is drawn without: engines may still be loading, one picture is drawn sooner so, and
-    a capture must find ready what libraries set up at their first calls.
+    The first picture of a kind is drawn without graphs: engines may still be loading, a single picture is
+    faster this way, and the libraries must have done the setup of their first call before a capture.
     """
 
     def __init__(self, runners: Runners) -> None:
         self._runners = runners
-        self._kinds: dict[Kind, CapturedLoop | None] = {}  # the one used last is the last
+        self._kinds: dict[Kind, CapturedLoop | None] = {}  # the last used one is at the end
         self._capturer: Capturer | None = None
         self._failed = ""
         self._own = False
 
     def find(self, kind: Kind, make: Callable[[Capturer], CapturedLoop]) -> CapturedLoop | None:
-        """The graphs of a kind of picture, captured by `make`; None where it is drawn without."""
+        """Returns the graphs of a kind of picture, captured by `make`, or None if it is drawn without."""
         first, loop = kind not in self._kinds, self._kinds.pop(kind, None)
         if not first and loop is None:
             if self._cannot_capture():
@@ -149,24 +154,24 @@ class CudaGraphs:
         try:
             self._capturer = self._capturer or Capturer()
             return make(self._capturer)
-        except (BackendError, RuntimeError) as error:  # RuntimeError: torch's own, of CUDA's errors too
+        except (BackendError, RuntimeError) as error:  # torch raises RuntimeError for CUDA's errors too
             self._failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return None
 
     def _cannot_capture(self) -> str:
-        """Why not all stages of a loop can be captured, or nothing. Waits until they are loaded."""
+        """Returns why a stage of the loop can't be captured, or "". It waits until the stages are loaded."""
         stages = (runner for name, runner in self._runners.items() if name != "encode")
         return next((reason for runner in stages if (reason := runner.cannot_capture())), "")
 
     def use_own(self, on: bool) -> None:
-        """Whether engines that have CUDA graphs of their own use them from now on."""
+        """Switches the CUDA graphs of engines that have their own on or off."""
         if on != self._own:
             self._own = on
             for runner in self._runners.values():
                 runner.graph_itself(on)
 
-    def told(self, loop: CapturedLoop | None) -> str:
-        """Whether the picture that was drawn last was drawn with CUDA graphs, and else why not."""
+    def status(self, loop: CapturedLoop | None) -> str:
+        """Says whether the last picture was drawn with CUDA graphs, or why it was not."""
         if loop is not None:
             return USED
         if self._failed:
@@ -180,5 +185,6 @@ class CudaGraphs:
         return FIRST
 
     def close(self) -> None:
+        """Frees all graphs and their memory."""
         self._kinds.clear()
         self._capturer = None

@@ -1,4 +1,4 @@
-"""A bundle's engines, loaded: `load`."""
+"""Loads a bundle's engines as a pipeline: `load`."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lcm_compile.bundles.bundle import EngineBundle, hold, open_bundle
 from lcm_compile.bundles.manifest import PipelineSettings, StageFile
 from lcm_compile.bundles.store import remember
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.gpu import OldDriver
-from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.runner import ForwardingRunner, Runner
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
 from lcm_compile.pipeline.check import check_stages
-from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.prompts import PROMPTS_KEPT
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
-from lcm_compile.pipeline.whole_loop import open_pipeline
+from lcm_compile.pipeline.whole_loop import pipeline_class
 from lcm_compile.system.dataclass_json import from_json
 
 
@@ -34,12 +32,13 @@ def load(
     wait: bool = True,
     prompt_cache: int = PROMPTS_KEPT,
     cuda_graph: bool = True,
-) -> LcmPipeline:
-    """The pipeline of a bundle, engines loaded; with `wait` False the later ones while it draws already.
+) -> Pipeline:
+    """Returns the pipeline of a bundle, with its engines loaded.
 
-    `prompt_cache` is the number of prompts whose conditioning is kept. With `cuda_graph` a GPU's stages are
-    launched as CUDA graphs where that can be; `Drawing.cuda_graph` tells. BundleError: no bundle, a damaged
-    one, or one for another GPU. BackendError: its backend is missing.
+    With `wait` False it returns at once, and later engines load while the pipeline draws. `prompt_cache` is
+    the number of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs
+    on a GPU if they can be captured; `Drawing.cuda_graph` says whether they were. Raises BundleError if there
+    is no bundle, or it is damaged or for another GPU, and BackendError if its backend is not installed.
     """
     start = time.perf_counter()
     if not isinstance(bundle, EngineBundle):
@@ -54,7 +53,7 @@ def load(
     def load_stage(stage: StageFile) -> Runner:
         return backend.load(bundle.path(stage.file), stage.contract, manifest.target)
 
-    # One thread, so in the order in which the pipeline needs them.
+    # One thread loads them in the order in which the pipeline needs them.
     loader = None if wait else ThreadPoolExecutor(1)
     try:
         for stage in manifest.stages:
@@ -73,44 +72,27 @@ def load(
         if loader is not None:
             loader.shutdown(wait=False)
     load_ms = (time.perf_counter() - start) * 1000
-    return open_pipeline(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
+    open_with = pipeline_class(runners)
+    return open_with(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
 
 
-class LoadingRunner(Runner):
-    """An engine that is being loaded; whoever needs it waits."""
+class LoadingRunner(ForwardingRunner):
+    """An engine that is still being loaded. Its first call waits until it is."""
 
     def __init__(self, contract: StageContract, loading: Future[Runner]) -> None:
         super().__init__(contract)
         self._loading = loading
 
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return self._loading.result()(inputs)
-
-    def to_device(self, array: np.ndarray) -> Array:
-        return self._loading.result().to_device(array)
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return self._loading.result().to_host(array)
-
-    def cannot_capture(self) -> str | None:
-        return self._loading.result().cannot_capture()
-
-    def graph_itself(self, on: bool) -> str | None:
-        return self._loading.result().graph_itself(on)
-
-    def mark(self) -> Any:
-        return self._loading.result().mark()
-
-    def between(self, start: Any, end: Any) -> float:
-        return self._loading.result().between(start, end)
+    def runner(self) -> Runner:
+        return self._loading.result()
 
     def close(self) -> None:
         if not self._loading.cancel() and self._loading.exception() is None:
-            self._loading.result().close()
+            super().close()
 
 
 def check_backend(bundle: EngineBundle) -> Backend:
-    """The backend of a bundle; BundleError where its engines can't run here."""
+    """Returns the backend of a bundle. Raises BundleError if the bundle's engines can't run here."""
     manifest = bundle.manifest
     backend = find_backend(manifest.backend)
     if reason := backend.cannot_run(manifest.target):
@@ -132,13 +114,17 @@ def check_backend(bundle: EngineBundle) -> Backend:
 
 
 def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:
-    """The backend's version and the builder options, from the key. BundleError where it holds none."""
+    """Returns the backend's version and the builder options of a bundle's key.
+
+    Raises BundleError if the key has none.
+    """
     key = bundle.manifest.key
     try:
         return key["backend version"], from_json(Mapping[str, Any], json.loads(key["builder options"]))
     except (KeyError, ValueError, RecursionError) as error:
-        raise BundleError(f"{bundle.folder} does not tell what built it: {error}", REBUILD) from error
+        raise BundleError(f"{bundle.folder} does not say what built it: {error}", REBUILD) from error
 
 
 def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:
+    """Returns the tokenizers by the stage input that they fill. Raises BundleError if one can't be read."""
     return {t.input: PromptTokenizer(folder / t.file, t) for t in settings.tokenizers}

@@ -1,7 +1,7 @@
-"""The device's part of a picture: context, steps and decoding, with nothing of the host's between them.
+"""The work of a picture on the device: the context, the steps and the decoding.
 
-It asks the runners, and adds and multiplies what they give; it never looks at a number. So its stages can be
-captured as CUDA graphs: see captured.
+It calls the runners, and adds and multiplies the arrays that they return. It never reads a value on the host,
+so that the stages can be captured as CUDA graphs: see cuda_graphs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Runners = Mapping[str, Runner]
 class Loop:
     """The steps and the decoding of pictures with one or two prompts.
 
-    `conditions` are what the step takes besides latent and noise, for the prompt and, where a second pass
-    guides it by `scale` (1,), for the negative one: an entry for each step. `coefficients` are the steps'.
+    `conditions` has a list for the prompt and, if a second pass guides the picture by `scale` (1,), another
+    for the negative prompt. Each list has an entry for each step: the inputs of the step stage for this text.
+    `coefficients` has an entry for each step as well, empty if the step stage takes none.
     """
 
     runners: Runners
@@ -34,7 +35,10 @@ class Loop:
     scale: Array
 
     def step(self, i: int, latent: Array, fresh: Array | None) -> Array:
-        """The latent after step i, in memory of its own; `fresh` is noise, which the last step has not."""
+        """Returns the latent (b, c, h, w) after step i, in new memory.
+
+        `fresh` is the noise to add, of the latent's shape, or None for the last step.
+        """
         lcm_step, step = self.steps[i], self.runners["step"]
         inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **self.coefficients[i]}
         given = step({**inputs, **self.conditions[0][i]})
@@ -47,22 +51,26 @@ class Loop:
         return lcm_step(latent, given["prediction"], fresh)
 
     def decode(self, latent: Array) -> Array:
+        """Returns the pictures (b, height, width, 3), valid until the next call of the decoder."""
         return self.runners["decode"]({"latent": latent})["picture"]
 
 
 def reads_text(runners: Runners) -> Runner:
-    """The stage that is given text."""
+    """Returns the stage that takes the text states: the context if there is one, or the step."""
     return runners.get("context", runners["step"])
 
 
 def takes(runners: Runners, name: str) -> bool:
-    """Whether the stages that are given text take such an input too."""
+    """Returns whether the context or the step has an input of this name."""
     stages = [runners[stage] for stage in ("context", "step") if stage in runners]
     return any(spec.name == name for stage in stages for spec in stage.contract.inputs)
 
 
 def put_timesteps(runners: Runners, timesteps: Sequence[float]) -> list[Array]:
-    """Timesteps on the device: as many at once as the stage that reads them takes, the last one repeated."""
+    """Returns the timesteps on the device, as arrays of the length that one call of their stage takes.
+
+    The last timestep is repeated to fill the last array.
+    """
     runner = reads_text(runners)
     shapes = {spec.name: spec.shape for spec in runner.contract.inputs}
     at_once = shapes.get("timesteps", (1,))[0]
@@ -71,9 +79,9 @@ def put_timesteps(runners: Runners, timesteps: Sequence[float]) -> list[Array]:
 
 
 def put_coefficients(runners: Runners, steps: Sequence[LcmStep]) -> list[Arrays]:
-    """What each step takes that does its own LCM arithmetic; nothing for one that does not.
+    """Returns the coefficients input for each step, or {} if the step stage has no LCM arithmetic.
 
-    Each in memory of its own: TensorRT wants every address to be a multiple of 256.
+    Each has its own memory, because TensorRT needs every address to be a multiple of 256.
     """
     if not takes(runners, "coefficients"):
         return [{} for _ in steps]
@@ -82,9 +90,9 @@ def put_coefficients(runners: Runners, steps: Sequence[LcmStep]) -> list[Arrays]
 
 
 def conditions_of(runners: Runners, text: Arrays, times: Sequence[Array], keep: bool = True) -> list[Arrays]:
-    """What the step takes for a text, with each of the timesteps of `put_timesteps`; see Loop.
+    """Returns the step's other inputs for a text: one dict for each timestep of `put_timesteps`. See Loop.
 
-    With `keep` False what the context gives is read where it lies, and valid until it is called again.
+    With `keep` False they are the context's own output memory, which its next call overwrites.
     """
     context = runners.get("context")
     if context is None:

@@ -1,9 +1,9 @@
-"""Gaussian noise equal to torch's CPU generator, without torch.
+"""Gaussian noise equal to that of torch's CPU generator, computed without torch.
 
 `torch.Generator("cpu").manual_seed(seed)` is MT19937 seeded as NumPy's legacy RandomState. `torch.randn`
 of 16 values or more fills the tensor with 24-bit uniforms and turns them, 16 at a time, into normals by
-Box–Muller: the first 8 uniforms of a block give the radii, the last 8 the angles. When the length is not
-a multiple of 16, the last 16 values are drawn anew.
+Box–Muller: the first 8 uniforms of a block give the radii, the last 8 the angles. If the length is not
+a multiple of 16, the last 16 values are generated again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import math
 
 import numpy as np
 
-BLOCK = 16
+BLOCK = 16  # values that torch generates at a time
 
 
 class TorchNoise:
-    """A stream of float32 normals; draws continue where the last one ended, as a torch.Generator's do."""
+    """A stream of float32 normals. Each call continues where the last ended, as a torch.Generator does."""
 
     def __init__(self, seed: int) -> None:
-        # torch hands the low 32 bits of the seed to MT19937.
+        # torch passes the low 32 bits of the seed to MT19937.
         self._generator = np.random.RandomState(seed & 0xFFFFFFFF)
 
     def _uniform(self, count: int) -> np.ndarray:
@@ -28,21 +28,44 @@ class TorchNoise:
 
     @staticmethod
     def _box_muller(uniform: np.ndarray) -> np.ndarray:
-        """uniforms (blocks, 16) → normals (blocks, 16)."""
+        """Returns normals (blocks, 16) for uniforms (blocks, 16)."""
         half = BLOCK // 2
         radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - uniform[:, :half]))
         angle = np.float32(2 * math.pi) * uniform[:, half:]
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
     def __call__(self, shape: tuple[int, ...]) -> np.ndarray:
-        """`torch.randn(shape, generator=…)` in float32, equal to about 4e-7. ValueError under 16 values."""
+        """Returns `torch.randn(shape, generator=…)` in float32, equal to about 4e-7.
+
+        Raises ValueError for fewer than 16 values.
+        """
         count = math.prod(shape)
         if count < BLOCK:
             raise ValueError(f"a draw of {count} values: torch draws fewer than {BLOCK} in another way")
         uniform = self._uniform(count)
-        whole = count // BLOCK * BLOCK
+        in_blocks = count // BLOCK * BLOCK
         values = np.empty(count, np.float32)
-        values[:whole] = self._box_muller(uniform[:whole].reshape(-1, BLOCK)).reshape(-1)
-        if whole < count:
+        values[:in_blocks] = self._box_muller(uniform[:in_blocks].reshape(-1, BLOCK)).reshape(-1)
+        if in_blocks < count:
             values[-BLOCK:] = self._box_muller(self._uniform(BLOCK).reshape(1, BLOCK))[0]
         return values.reshape(shape)
+
+
+class NoiseStream:
+    """The noise of one request, in the order in which diffusers draws it from its generator.
+
+    All draws are from one generator: one of (n, c, h, w) for the first latents of n pictures, and one of that
+    shape after every step but the last. So with n > 1, even picture 0 differs from the picture that the same
+    seed gives alone.
+    """
+
+    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+        self._noise = TorchNoise(seed)
+        self._shape = shape
+        self._draws: list[np.ndarray] = []
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """Returns draw i (n, c, h, w) in float32: draw 0 is the first latents, and step i − 1 adds draw i."""
+        while len(self._draws) <= i:
+            self._draws.append(self._noise(self._shape))
+        return self._draws[i]

@@ -1,4 +1,4 @@
-"""What the stages make of prompts; that of the last ones is kept, as a prompt often comes again."""
+"""Encodes prompts. The results of the last ones are cached, because prompts are often used again."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import numpy as np
 from lcm_compile.pipeline.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 
-PROMPTS_KEPT = 8
+PROMPTS_KEPT = 8  # prompts in the cache
 
 
 @dataclass
 class Text:
-    """A prompt's text states, with the guidance scale where that is an input; `cut` is what did not fit.
+    """The text states of a prompt, and the guidance scale if a stage takes it as an input.
 
-    `conditions` are what the step takes for it at each of `timesteps`, the last that were asked for.
+    `cut` is the end of the prompt that did not fit. `conditions` are the inputs of the step for this text at
+    each of `timesteps`, the timesteps that were last asked for.
     """
 
     arrays: Arrays
@@ -27,7 +28,7 @@ class Text:
 
 
 class Prompts:
-    """Encodes prompts for batches of one prompt each, and keeps the texts of as many as `kept`."""
+    """Encodes prompts, one for each batch of pictures, and caches the texts of the last `kept` prompts."""
 
     def __init__(
         self, runners: Runners, tokenizers: Mapping[str, PromptTokenizer], batch: int, kept: int
@@ -36,10 +37,10 @@ class Prompts:
         self.tokenizers = tokenizers
         self._batch = batch
         self._kept = kept
-        self._texts: dict[tuple[str | None, float], Text] = {}  # the one used last is the last
+        self._texts: dict[tuple[str | None, float], Text] = {}  # the last used one is at the end
 
     def text(self, prompt: str | None, guidance_scale: float = 1.0) -> Text:
-        """The text of a prompt; None stands for text states of zeros. What is known is not computed."""
+        """Returns the text of a prompt, from the cache if it is there; None gives text states of zeros."""
         key = (prompt, guidance_scale)
         text = self._texts.pop(key, None)
         if text is None:
@@ -51,7 +52,7 @@ class Prompts:
         return text
 
     def conditions(self, text: Text, timesteps: Sequence[float]) -> Sequence[Arrays]:
-        """What the step takes for a text at each of the timesteps, besides the latent."""
+        """Returns the step's other inputs for a text: one dict for each of the timesteps."""
         if text.timesteps != tuple(timesteps):
             times = put_timesteps(self._runners, timesteps)
             text.conditions = conditions_of(self._runners, text.arrays, times)[: len(timesteps)]
@@ -59,11 +60,11 @@ class Prompts:
         return text.conditions
 
     def blank(self) -> Arrays:
-        """Arrays such as a text has, in memory of their own."""
+        """Returns new arrays of the shapes that a text has."""
         return {**self._zeros(), **self._guidance(1.0)}
 
     def tokens(self, prompt: str) -> tuple[dict[str, np.ndarray], str]:
-        """Each tokenizer's ids for a batch of a prompt, and the part of the prompt that did not fit."""
+        """Returns a prompt's ids (batch, tokens) for each tokenizer, and the end that did not fit."""
         tokens, cuts = {}, []
         for name, tokenizer in self.tokenizers.items():
             ids, cut = tokenizer(prompt)
@@ -74,17 +75,17 @@ class Prompts:
     def _encode(self, prompt: str) -> tuple[Arrays, str]:
         runner = self._runners["encode"]
         tokens, cut = self.tokens(prompt)
-        # Copies: the runner's output memory may be reused for the negative prompt.
+        # Copies, because the runner may reuse its output memory for the negative prompt.
         arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
         return {name: array + 0 for name, array in arrays.items()}, cut
 
     def _zeros(self) -> Arrays:
-        """What stands for no prompt in SDXL."""
+        """Returns text states of zeros, which SDXL takes if there is no prompt."""
         runner = self._runners["encode"]
         return {s.name: runner.to_device(np.zeros(s.shape, np.float32)) for s in runner.contract.outputs}
 
     def _guidance(self, scale: float) -> Arrays:
-        """The guidance scale where a stage takes it."""
+        """Returns the guidance input, the scale minus 1, or {} if no stage takes it."""
         if not takes(self._runners, "guidance"):
             return {}
         return {"guidance": reads_text(self._runners).to_device(np.asarray([scale - 1], np.float32))}

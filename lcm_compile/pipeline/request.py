@@ -1,4 +1,4 @@
-"""What is asked of a pipeline: a prompt, a seed, and how the picture is to be drawn."""
+"""A request to a pipeline: a prompt, a seed, and the settings of the picture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lcm_compile.errors import UsageError
 
 @dataclass(frozen=True)
 class Request:
-    """One call of the pipeline. `negative_prompt` None is not "": SDXL then conditions on zeros."""
+    """The settings of one call of the pipeline. Raises UsageError if a value is out of range.
+
+    A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros.
+    """
 
     prompt: str
     seed: int
@@ -29,4 +32,5 @@ class Request:
 
 
 def draw_seed() -> int:
+    """Returns a random seed of 32 bits."""
     return secrets.randbelow(2**32)

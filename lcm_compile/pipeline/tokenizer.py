@@ -1,4 +1,4 @@
-"""Prompts to token ids, as CLIP's tokenizer with `padding="max_length", truncation=True` gives them."""
+"""Turns prompts into token ids, as CLIP's tokenizer with `padding="max_length", truncation=True` does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from lcm_compile.errors import BundleError
 
 
 class PromptTokenizer:
+    """A tokenizer read from a file of the tokenizers library. Raises BundleError if it can't be read."""
+
     def __init__(self, path: Path, settings: TokenizerSettings) -> None:
         from tokenizers import Tokenizer
 
@@ -21,8 +23,8 @@ class PromptTokenizer:
         self.settings = settings
 
     def __call__(self, prompt: str) -> tuple[np.ndarray, str]:
-        """Token ids (max_length,) int64, and the end of the prompt that did not fit ("" if all did)."""
-        # A lone surrogate (from undecodable bytes on a command line) is no Unicode text.
+        """Returns token ids (max_length,) in int64, and the end of the prompt that did not fit, or ""."""
+        # A lone surrogate, from undecodable bytes on a command line, is not valid Unicode text.
         prompt = prompt.encode("utf-8", "replace").decode("utf-8")
         encoding = self._tokenizer.encode(prompt)
         ids, length = list(encoding.ids), self.settings.max_length

@@ -1,37 +1,32 @@
-"""The pipeline of a bundle whose one engine draws a whole picture: tokens and noises in, picture out."""
+"""The pipeline of a bundle whose single engine draws a complete picture from tokens and noise."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.pipeline.noise import TorchNoise
-from lcm_compile.pipeline.pipeline import Drawing, LcmPipeline, check_drawn, eight_bits
+from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, batches_of
+from lcm_compile.pipeline.noise import NoiseStream
+from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
 from lcm_compile.scheduler import lcm_steps
 
-NO_CUDA_GRAPH = "not used: one engine draws the whole picture"
-STAGED = "build without --whole-loop: its stages draw that too"
-
-
-def open_pipeline(settings: PipelineSettings, runners: Mapping[str, Runner], *others: Any) -> LcmPipeline:
-    """The pipeline for these runners; arguments as LcmPipeline's."""
-    return (WholeLoop if DRAW in runners else LcmPipeline)(settings, runners, *others)
+NO_CUDA_GRAPH = "not used: one engine draws the complete picture"
+STAGED = "build without --whole-loop; such a bundle can draw it"
 
 
 def inputs_of(contract: StageContract) -> dict[str, TensorSpec]:
+    """Returns the inputs of a stage by name."""
     return {spec.name: spec for spec in contract.inputs}
 
 
 def check_whole_loop(contract: StageContract, request: Request) -> None:
-    """UsageError for a request that takes another number of steps, or a second pass."""
+    """Raises UsageError if a request has another number of steps than the graph, or needs a second pass."""
     takes = inputs_of(contract)
     steps = takes["noise"].shape[0]
     if request.steps != steps:
@@ -48,37 +43,35 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
         )
 
 
-class WholeLoop(LcmPipeline):
-    """As LcmPipeline, of one runner. No prompt is remembered: the text encoders are part of the graph."""
+class WholeLoopPipeline(Pipeline):
+    """The pipeline of a bundle with a single engine, which encodes the prompt in every call."""
 
-    def progress(self, request: Request) -> Generator[tuple[int, int], None, Drawing]:
-        """Draws, yielding (calls done, calls in all) after each; UsageError as check_whole's."""
-        runner, batch = self.runners[DRAW], self.settings.shape.batch
+    def progress(self, request: Request) -> Progress:
+        """Draws a request. Yields (calls done, calls in total) after every call; returns the drawing.
+
+        Raises UsageError as check_whole_loop does, and BackendError if the engine returns NaN.
+        """
+        runner = self.runners[DRAW]
         check_whole_loop(runner.contract, request)
-        start, mark = time.perf_counter(), runner.mark()
-        given, cut = self.conditions_of(request)
-        # The order in which diffusers asks its generator: one draw for all pictures at the start, and one
-        # after every step but the last.
-        count, _, *latent = inputs_of(runner.contract)["noise"].shape
-        draw = TorchNoise(request.seed)
-        noise = np.stack([draw((request.num_images, *latent)) for _ in range(count)])
-        pictures: list[np.ndarray] = []
-        floats: list[np.ndarray] = []
-        chunks = range(0, request.num_images, batch)
-        for i, first in enumerate(chunks):
-            rows = np.minimum(np.arange(first, first + batch), request.num_images - 1)
+        clock = Clock(runner, (DRAW,))
+        given, cut = self.inputs_for(request)
+        draws, _, *latent = inputs_of(runner.contract)["noise"].shape
+        stream = NoiseStream(request.seed, (request.num_images, *latent))
+        noise = np.stack([stream[i] for i in range(draws)])
+        clock.lap("")
+        pictures = Pictures()
+        batches = list(batches_of(request.num_images, self.settings.shape.batch))
+        for i, (rows, count) in enumerate(batches, 1):
             own = runner.to_device(np.ascontiguousarray(noise[:, rows]))
             picture = runner.to_host(runner({**given, "noise": own})["picture"])
-            pictures.append(np.array(eight_bits(picture[: request.num_images - first])))
-            floats += [np.array(picture)] if picture.dtype != np.uint8 else []
-            yield i + 1, len(chunks)
-        joined = np.concatenate(pictures)
-        check_drawn(joined, floats)
-        ms = runner.between(mark, runner.mark()), (time.perf_counter() - start) * 1000
-        return Drawing(joined, {DRAW: ms[0], "total": ms[1], "load": self.load_ms}, cut, NO_CUDA_GRAPH)
+            pictures.add(picture[:count])
+            clock.lap(DRAW)
+            pictures.watch(picture)
+            yield i, len(batches)
+        return Drawing(pictures.checked(), {**clock.ms(), "load": self.load_ms}, cut, NO_CUDA_GRAPH)
 
-    def conditions_of(self, request: Request) -> tuple[dict[str, Any], str]:
-        """All inputs but the noise, and the part of the prompt that did not fit."""
+    def inputs_for(self, request: Request) -> tuple[dict[str, Any], str]:
+        """Returns the inputs without the noise, on the device, and the end of the prompt that did not fit."""
         runner = self.runners[DRAW]
         arrays, cut = self.prompts.tokens(request.prompt)
         steps = lcm_steps(request.steps, self.settings.scheduler)
@@ -87,3 +80,8 @@ class WholeLoop(LcmPipeline):
         if "guidance" in inputs_of(runner.contract):
             arrays["guidance"] = np.asarray([request.guidance_scale - 1], np.float32)
         return {name: runner.to_device(array) for name, array in arrays.items()}, cut
+
+
+def pipeline_class(runners: Mapping[str, Runner]) -> type[Pipeline]:
+    """Returns the class of pipeline that draws with these stages."""
+    return WholeLoopPipeline if DRAW in runners else LcmPipeline

@@ -1,84 +1,101 @@
-"""Recordings of the stages while a picture is drawn: made with torch, kept in a bundle, played to engines."""
+"""Recordings of the stages' calls while torch draws a picture. A bundle keeps them, to check its engines."""
 
 from __future__ import annotations
 
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lcm_compile.bundles.manifest import PipelineSettings, Proof
-from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.runner import Array, ForwardingRunner, Runner
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.load import load_tokenizers
-from lcm_compile.pipeline.pipeline import eight_bits
 from lcm_compile.pipeline.request import Request
-from lcm_compile.pipeline.whole_loop import open_pipeline
+from lcm_compile.pipeline.whole_loop import pipeline_class
 
 if TYPE_CHECKING:
+    import torch
+
     from lcm_compile.stages.stage import Stage
 
 
-PROOF_SEED = 0
+PROOF_SEED = 0  # seed of the picture that is recorded
+PROOF_STEPS = 4  # denoising steps of the picture
 
-
-PROOF_STEPS = 4
-
-
+# One call of a stage: its inputs and its outputs, by name.
 Call = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
-
-
-# Each stage's calls while one picture was drawn, in the order of the stages.
+# The calls of each stage while one picture was drawn, in the order of the stages.
 Trace = dict[str, list[Call]]
 
 
-class TorchRunner(Runner):
-    """A stage's torch module as a runner, which it keeps on `device` until it is closed."""
+@dataclass
+class Recordings:
+    """The recordings of the stages so far.
 
-    def __init__(self, stage: Stage, device: str = "cpu") -> None:
+    `reference` has the calls of torch in fp32 for the proof's picture, and `cast` those in the precision of
+    the engines for the same picture. `calibration` has the calls of torch in fp32 for each picture from which
+    the scales of an 8-bit step are chosen.
+    """
+
+    reference: Trace
+    cast: Trace
+    calibration: Sequence[Trace] = ()
+
+    @classmethod
+    def empty(cls, calibration: int = 0) -> Recordings:
+        """Returns recordings without any stage, for a number of calibration pictures."""
+        return cls({}, {}, [{} for _ in range(calibration)])
+
+    def copy(self) -> Recordings:
+        """Returns a copy to which stages can be added without changing this object."""
+        return Recordings(dict(self.reference), dict(self.cast), [dict(trace) for trace in self.calibration])
+
+
+class TorchRunner(Runner):
+    """Runs a stage's torch module on the processor."""
+
+    def __init__(self, stage: Stage) -> None:
         super().__init__(stage.contract)
         self.module = stage.module
-        self._device = device
-        if device != "cpu":
-            self._move(device)
-
-    def _move(self, device: str) -> None:
-        import torch
-
-        from lcm_compile.stages.stage import move
-
-        torch.backends.cudnn.allow_tf32 = False  # as for convolutions it is by default; fp32 is the reference
-        move(self.module, device)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        given = [torch.from_numpy(np.array(inputs[s.name])).to(self._device) for s in self.contract.inputs]
         with torch.inference_mode():
-            outputs = self.module(*given)
+            outputs = self.module(*(self.tensor(inputs[spec.name]) for spec in self.contract.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {s.name: o.cpu().numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 
+    def tensor(self, array: Array) -> torch.Tensor:
+        """Returns a copy of an array as a tensor on the module's device."""
+        import torch
+
+        return torch.from_numpy(np.array(array))
+
     def close(self) -> None:
-        """The module is the caller's, who gets it back on the processor."""
-        if self._device != "cpu":
-            self._move("cpu")
+        """Does nothing, because the module belongs to the caller."""
 
 
-class Recorder(Runner):
-    """Another runner, whose calls it keeps."""
+class Recorder(ForwardingRunner):
+    """Calls another runner, and keeps the inputs and outputs of every call."""
 
     def __init__(self, runner: Runner) -> None:
         super().__init__(runner.contract)
-        self.runner = runner
+        self._runner = runner
         self.calls: list[Call] = []
 
+    def runner(self) -> Runner:
+        return self._runner
+
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        outputs = self.runner(inputs)
+        outputs = super().__call__(inputs)
         kept = [
             {s.name: np.array(self.to_host(arrays[s.name])) for s in specs}
             for arrays, specs in ((inputs, self.contract.inputs), (outputs, self.contract.outputs))
@@ -86,64 +103,67 @@ class Recorder(Runner):
         self.calls.append((kept[0], kept[1]))
         return outputs
 
-    def to_device(self, array: np.ndarray) -> Array:
-        return self.runner.to_device(array)
-
-    def to_host(self, array: Array) -> np.ndarray:
-        return self.runner.to_host(array)
-
-    def close(self) -> None:
-        self.runner.close()
-
 
 class Replay(Runner):
-    """A stage that gives what it gave before."""
+    """Returns the recorded outputs of a stage, call by call, on the device of another runner."""
 
-    def __init__(self, contract: StageContract, calls: Sequence[Call], like: Runner) -> None:
+    def __init__(self, contract: StageContract, calls: Sequence[Call], device: Runner) -> None:
         super().__init__(contract)
         self._outputs = iter([outputs for _, outputs in calls])
-        self._like = like
+        self._device = device
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        return {name: self._like.to_device(array) for name, array in next(self._outputs).items()}
+        return {name: self._device.to_device(array) for name, array in next(self._outputs).items()}
 
     def close(self) -> None:
-        """It holds nothing."""
+        """Does nothing, because a replay has no resources."""
 
 
-def record_calls(
-    runner: Runner,
-    contracts: Mapping[str, StageContract],
-    settings: PipelineSettings,
-    folder: Path,
-    trace: Trace,
-    calls: int = PROOF_STEPS,
-    request: Request | None = None,
-) -> list[Call]:
-    """The first calls of a stage while a picture is drawn, the stages before replayed from its trace.
+@dataclass(frozen=True)
+class Rehearsal:
+    """Draws a picture with one stage in memory at a time, by replaying the stages before it.
 
-    The picture is the proof's unless another one of as many steps is asked for.
-
-    So a picture can be drawn with one stage in memory at a time.
+    `contracts` are those of all stages for pictures of `settings.shape`. `folder` has the tokenizers' files.
     """
-    name, recorder = runner.contract.name, Recorder(runner)
-    runners = {stage: Replay(contract, trace.get(stage, []), runner) for stage, contract in contracts.items()}
-    request = request or Request(settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
-    pipeline = open_pipeline(settings, {**runners, name: recorder}, load_tokenizers(folder, settings))
-    progress = pipeline.progress(request)
-    while len(recorder.calls) < (calls if name == "step" else 1):
-        next(progress)
-    return recorder.calls
+
+    contracts: Mapping[str, StageContract]
+    settings: PipelineSettings
+    folder: Path
+
+    def runner_of(self, stage: Stage) -> TorchRunner:
+        """Returns the runner that computes a stage while it is recorded."""
+        return TorchRunner(stage)
+
+    def record(
+        self, runner: Runner, trace: Trace, request: Request | None = None, most: int = PROOF_STEPS
+    ) -> list[Call]:
+        """Draws until all calls of the runner's stage are recorded, and returns these calls.
+
+        The stages before it are replayed from `trace`. The picture is the proof's, unless there is a `request`,
+        which must have the same number of steps. At most `most` calls of the step stage are made.
+        """
+        name, recorder = runner.contract.name, Recorder(runner)
+        runners: dict[str, Runner] = {
+            stage: Replay(contract, trace.get(stage, []), runner)
+            for stage, contract in self.contracts.items()
+        }
+        runners[name] = recorder
+        request = request or Request(self.settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
+        tokenizers = load_tokenizers(self.folder, self.settings)
+        progress = pipeline_class(runners)(self.settings, runners, tokenizers).progress(request)
+        while len(recorder.calls) < (most if name == "step" else 1):
+            next(progress)
+        return recorder.calls
 
 
 def picture_of(trace: Trace) -> np.ndarray:
-    """The first picture (h, w, 3) of a trace, of 8 bits."""
+    """Returns the first picture (h, w, 3) of a trace, in 8 bits."""
     *_, last = trace.values()
     return eight_bits(last[-1][1]["picture"][0])
 
 
 def joined_call(contract: StageContract, trace: Trace) -> Call:
-    """The stages' calls in a picture as the one call of a graph of them all."""
+    """Returns the calls of all stages for a picture as the single call of the stage `draw`."""
     steps = [inputs for inputs, _ in trace["step"]]
     noise = [steps[0]["latent"], *(step["noise"] for step in steps[:-1])]
     given = {
@@ -156,7 +176,10 @@ def joined_call(contract: StageContract, trace: Trace) -> Call:
 
 
 def write_proof(trace: Trace, peaks: Mapping[str, Any], settings: PipelineSettings, folder: Path) -> Proof:
-    """Keeps torch's trace in `folder/proof`, for `verify` to replay on any machine; returns its index."""
+    """Writes the trace of torch to `folder/proof`, and returns its manifest entry.
+
+    `peaks` has the largest input and output of each layer, by stage. `verify` replays the trace on any machine.
+    """
     proof = folder / "proof"
     proof.mkdir()
     files = []
@@ -176,7 +199,7 @@ def write_proof(trace: Trace, peaks: Mapping[str, Any], settings: PipelineSettin
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz; BundleError where it is none. Pickled objects are never loaded."""
+    """Returns the arrays of an .npz file. Raises BundleError if it is damaged; pickled objects are not loaded."""
     try:
         with np.load(path, allow_pickle=False) as data:
             return {key: data[key] for key in data.files}
@@ -185,11 +208,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_calls(path: Path, contract: StageContract) -> list[Call]:
-    """The calls that write_proof kept. BundleError unless the file holds some, all as in the contract."""
+    """Returns the calls that write_proof wrote for a stage.
+
+    Raises BundleError if the file has no call, or one whose arrays do not fit the contract.
+    """
     arrays = read_arrays(path)
     calls: list[Call] = []
     while any(key.startswith(f"{len(calls)}.") for key in arrays):
-        sides: list[dict[str, np.ndarray]] = []
+        sides: list[dict[str, np.ndarray]] = []  # the inputs, and the outputs
         for side, specs in (("in", contract.inputs), ("out", contract.outputs)):
             found = {spec.name: arrays.get(f"{len(calls)}.{side}.{spec.name}") for spec in specs}
             wrong = [s.name for s in specs if getattr(found[s.name], "shape", None) != s.shape]

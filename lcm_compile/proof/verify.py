@@ -1,4 +1,4 @@
-"""A bundle's proof, replayed on its engines on this machine."""
+"""Replays a bundle's proof on its engines on this machine."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from lcm_compile.proof.recording import read_arrays, read_calls
 
 
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
-    """Replays a bundle's proof on its engines here: a figure for each stage and for the whole picture.
+    """Returns the parity of each stage, and of the complete picture, for a bundle's engines on this machine.
 
-    Where the proof is a twin's, for one smaller picture, only the stages that do not depend on its size or
-    number can be replayed; the whole picture is drawn nevertheless, and must be one. ParityError where it
-    is not.
+    The proof of a large model is that of a twin: the same model for one smaller picture, which torch can draw
+    in less time. Then only the stages that depend on neither size nor batch are compared. The picture is drawn
+    in any case. Raises ParityError if it is flat, and BundleError if the bundle or its proof is damaged.
     """
     manifest = bundle.manifest
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     proof = manifest.proof
-    whole = proof.shape == manifest.pipeline.shape
-    as_many = proof.shape.batch == manifest.pipeline.shape.batch
+    same_shape = proof.shape == manifest.pipeline.shape
+    same_batch = proof.shape.batch == manifest.pipeline.shape.batch
     figures = {}
     with load(bundle) as pipeline:
         for name, runner in pipeline.runners.items():
-            if whole or (name == "encode" and as_many):
+            if same_shape or (name == "encode" and same_batch):
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
                 figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
         picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
@@ -34,7 +34,7 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
             raise ParityError(
                 f"the engines draw a flat picture (standard deviation {picture.std():.1f} of 255)", REBUILD
             )
-        if whole:
+        if same_shape:
             reference = read_arrays(bundle.path("proof/picture.npz")).get("picture")
             if reference is None or reference.shape != picture.shape:
                 raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)

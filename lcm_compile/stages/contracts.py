@@ -1,63 +1,87 @@
-"""What each stage of a base takes and gives, from its configs alone."""
+"""The contract of each stage: what it takes and gives, worked out from the configs of a base."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import cache
 
-from lcm_compile.checkpoint.find import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
+from lcm_compile.scheduler import COEFFICIENTS
 from lcm_compile.spec import BuildSpec, Shape
 
-# The stages that come out of each model, in the order the pipeline runs them, and the components that it is.
+# Each model, with the stages that are made of it and the components that it consists of. The pipeline runs
+# the stages in this order.
 MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
     "unet": (("context", "step"), ("unet",)),
     "vae": (("decode",), ("vae",)),
 }
-# The timesteps of one call of the context stage; a picture of more steps calls it again.
+# How many timesteps one call of the context stage takes. A picture of more steps calls it again.
 CONTEXT_STEPS = 4
-SIZES: dict[str, Any] = {}  # see unet_sizes
+NUMBERS = f"{', '.join(COEFFICIENTS[:-1])} and {COEFFICIENTS[-1]}"
 
 
 def models_of(spec: BuildSpec) -> tuple[str, ...]:
-    """What is prepared at once, and given back before the next: a model, or for one graph all of them."""
+    """Returns what is in memory at a time: one model after another, or all of them for a single graph."""
     return (DRAW,) if spec.whole_loop else tuple(MODEL_STAGES)
 
 
 def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> dict[str, StageContract]:
-    """The contracts of a spec's graphs: the stages', or the one of a whole picture."""
+    """Returns the contracts of a spec's graphs: one for each stage, or one for a single graph of all."""
     contracts = make_contracts(checkpoint, shape, spec.rewrites)
     return {DRAW: draw_contract(contracts)} if spec.whole_loop else contracts
 
 
 def draw_contract(contracts: Mapping[str, StageContract]) -> StageContract:
-    """What the stages of these contracts take and give as one graph of a picture of CONTEXT_STEPS steps."""
+    """Returns the contract of one graph that runs all stages for a picture of CONTEXT_STEPS steps."""
     inputs = {name: {spec.name: spec for spec in contract.inputs} for name, contract in contracts.items()}
     conditions = [inputs["context"][name] for name in ("timesteps", "guidance") if name in inputs["context"]]
-    latent, numbers = inputs["step"]["latent"], inputs["step"]["coefficients"]
+    latent, coefficients = inputs["step"]["latent"], inputs["step"]["coefficients"]
     noise = TensorSpec(
         "noise",
         (CONTEXT_STEPS, *latent.shape),
         latent.dtype,
-        "the first latent, then what each next one is made noisy with",
+        "the first latent, and then the noise that each step but the last adds",
     )
-    coefficients = replace(
-        numbers, shape=(CONTEXT_STEPS, *numbers.shape), meaning="each step's numbers, in LcmStep's order"
+    each = replace(
+        coefficients, shape=(CONTEXT_STEPS, *coefficients.shape), meaning=f"for each step: {NUMBERS}"
     )
-    given = (*contracts["encode"].inputs, *conditions, noise, coefficients)
+    given = (*contracts["encode"].inputs, *conditions, noise, each)
     return StageContract(DRAW, given, contracts["decode"].outputs)
 
 
 def make_contracts(
     checkpoint: Checkpoint, shape: Shape, rewrites: Collection[str] = ()
 ) -> dict[str, StageContract]:
-    """The stages' contracts for pictures of one shape, in the order the pipeline runs them."""
-    factor = checkpoint.vae_factor
-    latent = (shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor)
-    tokens = tuple(
+    """Returns the contract of every stage for pictures of one shape, in the order the pipeline runs them.
+
+    Raises CheckpointError if the UNet's config makes no model.
+    """
+    tokens = token_specs(checkpoint, shape)
+    text = text_specs(checkpoint, shape, tokens[0].shape[1])
+    contracts = {"encode": StageContract("encode", tokens, text)}
+    conditions = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
+    if checkpoint.has_guidance_embedding:
+        conditions += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
+    if "context" in rewrites:
+        timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
+        keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])
+        contracts["context"] = StageContract("context", (timesteps, *conditions[1:]), (*keys_values, times))
+        time = TensorSpec("time", times.shape[1:], "float32", "one row of the context's times")
+        conditions = (time, *keys_values)
+    latent = latent_shape(checkpoint, shape)
+    contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
+    clean = TensorSpec("latent", latent, "float32", "clean latent, the result of the last step")
+    contracts["decode"] = StageContract("decode", (clean,), (picture_spec(shape, "rgb8" in rewrites),))
+    return contracts
+
+
+def token_specs(checkpoint: Checkpoint, shape: Shape) -> tuple[TensorSpec, ...]:
+    """Returns the inputs of the text encoders."""
+    return tuple(
         TensorSpec(
             "input_ids" if i == 0 else f"input_ids_{i + 1}",
             (shape.batch, checkpoint.text_length(name)),
@@ -66,56 +90,62 @@ def make_contracts(
         )
         for i, name in enumerate(checkpoint.text_encoders)
     )
-    text = text_specs(checkpoint, shape, tokens[0].shape[1])
-    contracts = {"encode": StageContract("encode", tokens, text)}
-    conditioning = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
-    if checkpoint.has_guidance_embedding:
-        guidance = TensorSpec("guidance", (1,), "float32", "guidance scale minus 1")
-        conditioning = (*conditioning, guidance)
-    if "context" in rewrites:
-        timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
-        keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])
-        contracts["context"] = StageContract("context", (timesteps, *conditioning[1:]), (*keys_values, times))
-        time = TensorSpec("time", times.shape[1:], "float32", "one of the context's times")
-        conditioning = (time, *keys_values)
-    noisy = TensorSpec("latent", latent, "float32", "noisy latent")
-    prediction = TensorSpec(
-        "prediction", latent, "float32", f"the UNet's {checkpoint.scheduler.prediction_type}"
-    )
-    inputs: tuple[TensorSpec, ...] = (noisy, *conditioning)
-    outputs: tuple[TensorSpec, ...] = (prediction,)
-    if "lcm-step" in rewrites:
-        inputs += (
-            TensorSpec("noise", latent, "float32", "what the next latent is made noisy with"),
-            TensorSpec("coefficients", (6,), "float32", "the step's numbers, in LcmStep's order"),
-        )
-        outputs += (TensorSpec("next_latent", latent, "float32", "the latent of the next step"),)
-    contracts["step"] = StageContract("step", inputs, outputs)
-    clean = TensorSpec("latent", latent, "float32", "clean latent, as the loop leaves it")
-    size = (shape.batch, shape.height, shape.width, 3)
-    picture = (
-        TensorSpec("picture", size, "uint8", "RGB, 0 to 255")
-        if "rgb8" in rewrites
-        else TensorSpec("picture", size, "float32", "RGB, 0 to 1")
-    )
-    contracts["decode"] = StageContract("decode", (clean,), (picture,))
-    return contracts
 
 
 def text_specs(checkpoint: Checkpoint, shape: Shape, length: int) -> tuple[TensorSpec, ...]:
-    """What the text encoders give."""
+    """Returns the outputs of the text encoders, for prompts of `length` tokens."""
     width = checkpoint.unet["cross_attention_dim"]
-    hidden = TensorSpec("hidden_states", (shape.batch, length, width), "float32", "text states, one a token")
+    hidden = TensorSpec(
+        "hidden_states", (shape.batch, length, width), "float32", "one text state for each token"
+    )
     if "text_encoder_2" not in checkpoint.components:
         return (hidden,)
     pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]
-    return hidden, TensorSpec("pooled", (shape.batch, pooled), "float32", "one text state a prompt")
+    return hidden, TensorSpec(
+        "pooled", (shape.batch, pooled), "float32", "one text state for the complete prompt"
+    )
+
+
+def latent_shape(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int, int, int]:
+    """Returns the shape of a latent: (batch, channels, height, width)."""
+    factor = checkpoint.vae_factor
+    return shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor
+
+
+def step_contract(
+    checkpoint: Checkpoint,
+    latent: tuple[int, int, int, int],
+    conditions: tuple[TensorSpec, ...],
+    with_scheduler: bool,
+) -> StageContract:
+    """Returns the contract of the UNet. With `with_scheduler` it also computes the next latent."""
+    inputs = (TensorSpec("latent", latent, "float32", "noisy latent"), *conditions)
+    predicted = f"the UNet's prediction, of type {checkpoint.scheduler.prediction_type}"
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("prediction", latent, "float32", predicted),)
+    if with_scheduler:
+        inputs += (
+            TensorSpec("noise", latent, "float32", "the noise that the step adds to the denoised latent"),
+            TensorSpec("coefficients", (len(COEFFICIENTS),), "float32", NUMBERS),
+        )
+        outputs += (TensorSpec("next_latent", latent, "float32", "the latent of the next step"),)
+    return StageContract("step", inputs, outputs)
+
+
+def picture_spec(shape: Shape, eight_bits: bool) -> TensorSpec:
+    """Returns the output of the decoder."""
+    size = (shape.batch, shape.height, shape.width, 3)
+    if eight_bits:
+        return TensorSpec("picture", size, "uint8", "RGB, 0 to 255")
+    return TensorSpec("picture", size, "float32", "RGB, 0 to 1")
 
 
 def context_specs(
     checkpoint: Checkpoint, shape: Shape, length: int
 ) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
-    """What the context stage gives: keys and values by the form of their heads, and the steps' times."""
+    """Returns the outputs of the context stage: keys and values, one spec for each form of head; and times.
+
+    `length` is the number of tokens of a prompt.
+    """
     forms, width = unet_sizes(checkpoint.components["unet"])
     keys_values = tuple(
         TensorSpec(
@@ -126,16 +156,19 @@ def context_specs(
         )
         for name, (layers, heads, head_width) in forms.items()
     )
-    meaning = "time embeddings as every ResBlock adds them, side by side"
+    meaning = "time embeddings of all ResBlocks, side by side"
     return keys_values, TensorSpec("times", (CONTEXT_STEPS, shape.batch, width), "float32", meaning)
 
 
-def unet_sizes(unet: Component) -> Any:
-    """context_sizes of a UNet, worked out once for each config. CheckpointError for a senseless one."""
+def unet_sizes(unet: Component) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Returns what `context_sizes` says of a UNet. Raises CheckpointError if its config makes no model."""
+    return sizes_of_config(json.dumps(dict(unet.config), sort_keys=True))
+
+
+@cache
+def sizes_of_config(config: str) -> tuple[dict[str, tuple[int, int, int]], int]:
+    """Returns what `context_sizes` says of a UNet with this config, in JSON. Each config is read once."""
     from lcm_compile.checkpoint.empty_modules import empty_module
     from lcm_compile.stages.rewrites import context_sizes
 
-    config = json.dumps(dict(unet.config), sort_keys=True)
-    if config not in SIZES:
-        SIZES[config] = context_sizes(empty_module(unet))
-    return SIZES[config]
+    return context_sizes(empty_module(Component("unet", json.loads(config))))

@@ -1,7 +1,8 @@
-"""Stages in half precision, with the layers that would overflow fp16 kept in fp32.
+"""Casts stages to half precision, and keeps the layers that would overflow fp16 in fp32.
 
-An fp16 value ends at 65,504 and ONNX Runtime's CPU provider does not show it, so the largest absolute
-activation of every layer is recorded in fp32 on a real picture, and whatever passes FP16_LIMIT stays fp32.
+The largest fp16 value is 65,504, and ONNX Runtime's CPU provider does not show an overflow. So the largest
+absolute activation of every layer is recorded in fp32 on a real picture, and every layer above FP16_LIMIT
+stays in fp32.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-FP16_LIMIT = 32_000.0
+FP16_LIMIT = 32_000.0  # absolute activation above which a layer stays in fp32
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors of a tensor, or of nested tuples and lists."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -26,14 +28,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def peak(value: Any) -> float:
-    """The largest absolute value in a module's inputs or outputs."""
+    """Returns the largest absolute value of the float tensors in a module's inputs or outputs."""
     floats = [t for t in tensors_in(value) if t.is_floating_point() and t.numel()]
     return max((float(t.abs().max()) for t in floats), default=0.0)
 
 
 @contextmanager
 def record_peaks(module: nn.Module) -> Iterator[dict[str, tuple[float, float]]]:
-    """Within it, each call of `module` updates {submodule name: (largest input, largest output)}."""
+    """Yields a dict that each call of `module` in this context updates.
+
+    It maps the name of a submodule to its (largest input, largest output), as absolute values.
+    """
     peaks: dict[str, tuple[float, float]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -52,17 +57,18 @@ def record_peaks(module: nn.Module) -> Iterator[dict[str, tuple[float, float]]]:
 
 
 def leaves_with_weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yields the name and the layer of each submodule that has weights and no children."""
     for name, sub in module.named_modules():
         if not any(True for _ in sub.children()) and any(True for _ in sub.parameters(recurse=False)):
             yield (f"{prefix}.{name}" if prefix and name else prefix or name), sub
 
 
 def layers_over(module: nn.Module, peaks: dict[str, tuple[float, float]]) -> set[str]:
-    """The leaf layers that must stay fp32.
+    """Returns the names of the leaf layers that must stay in fp32.
 
-    A leaf whose input or output passes the limit is one. Where a block's output passes it although no
-    layer inside does (a residual sum), the whole block is: its sums are then fp32 by type promotion,
-    and every later sum on that path too.
+    These are the layers whose input or output is above the limit, and all layers of a block whose output is
+    above it although no output inside is (a residual sum). Type promotion then computes the sums of the block
+    in fp32, and every later sum on that path too.
     """
     over: set[str] = set()
     large = {name for name, (_, out) in peaks.items() if out > FP16_LIMIT}
@@ -77,26 +83,27 @@ def layers_over(module: nn.Module, peaks: dict[str, tuple[float, float]]) -> set
 
 
 def to_precision(module: nn.Module, floats: str, keep_fp32: Iterable[str] = ()) -> nn.Module:
-    """`module` itself, cast in place; the layers named in `keep_fp32` compute in fp32.
+    """Casts a module in place and returns it; the layers named in `keep_fp32` compute in fp32.
 
-    Weight by weight, so that never two copies of a model are in memory. Neighbours of different types meet
-    through a cast of each layer's inputs to its own type.
+    It casts one weight at a time, so that memory never holds two copies of the model. If some layers stay in
+    fp32, each layer casts its inputs to its own type.
     """
     if floats == "fp32":
         return module
     kept = set(keep_fp32)
     layers = dict(leaves_with_weights(module))
-    whole = {name: layers[name].state_dict() for name in kept}
+    originals = {name: layers[name].state_dict() for name in kept}
     module.to(DTYPES[floats])
     if kept:
         for name, layer in layers.items():
             if name in kept:
-                layer.float().load_state_dict(whole[name])
+                layer.float().load_state_dict(originals[name])
             layer.register_forward_pre_hook(cast_to_own_type)
     return module
 
 
 def cast_to_own_type(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the inputs of a layer in the type of its weights, as a forward pre-hook."""
     own = next(layer.parameters()).dtype
     return tuple(
         x.to(own) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != own else x for x in inputs

@@ -1,8 +1,8 @@
-"""The UNet in 8 bits: layers with int8 or fp8 weights and inputs, scaled to the LCM trajectory.
+"""Quantizes the UNet: layers with int8 or fp8 weights and inputs, whose scales fit the LCM trajectory.
 
-x is taken as s · q(x / s), with one scale s for all of an input, as TensorRT has it: q rounds to the nearest
-value of the type, halves to even, and clips. The layers compute that in torch too; exported they are
-QuantizeLinear and DequantizeLinear of ONNX, which every engine that has kernels of the type knows.
+A value x becomes s · q(x / s), where q rounds to the nearest value of the type, halves to even, and clips.
+As in TensorRT, an input has a single scale s. The layers compute this in torch as well. Exported, they are
+QuantizeLinear and DequantizeLinear of ONNX, which every engine with kernels of the type supports.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from lcm_compile.stages.half_precision import DTYPES
 
 @dataclass(frozen=True)
 class EightBits:
-    """An 8-bit type, and what is done with it.
+    """An 8-bit type, and how layers use it.
 
-    `largest` is what the largest weight becomes, `kinds` are the layers that take it, `clippings` the parts
-    of the largest activation where a scale may end: what is larger is clipped. `by_channel`: a weight has a
-    scale for each output channel, else one for all of it.
+    `largest` is the value that the largest weight becomes. `kinds` are the kinds of layers that are quantized.
+    `clippings` are the fractions of the largest activation at which an input may be clipped; larger values
+    become the end of the range. With `by_channel` a weight has a scale for each output channel, otherwise one.
     """
 
     dtype: torch.dtype
@@ -37,25 +37,27 @@ class EightBits:
     by_channel: bool
 
 
-# Of a float type the small values are as exact as the large: clipping gains nothing there, nor do scales by
-# channel, which not every fp8 product of TensorRT has. Its fp8 convolutions ask for channels of some numbers,
-# and TensorRT for RTX documents none, though its builder takes them.
+# In a float type small values are as exact as large ones, so neither clipping nor scales by channel gain
+# anything in fp8. Not every fp8 product of TensorRT has scales by channel. Only Linear layers use fp8, because
+# TensorRT's fp8 convolutions require certain numbers of channels, and TensorRT for RTX documents no fp8
+# convolutions, although its builder accepts them.
 TYPES = {
     "int8": EightBits(torch.int8, 127, (nn.Linear, nn.Conv2d), tuple(i / 20 for i in range(4, 21)), True),
     "fp8": EightBits(torch.float8_e4m3fn, 448, (nn.Linear,), (1.0,), False),
 }
-# Values of an input that are kept from each call, to choose a scale by.
+# Values that are kept of each call's input, about this many, to choose its scale.
 SAMPLED = 4096
-# Layers of these names stay as they are: the first and the last, and products of a single row.
+# Layers with these names are not quantized: the first, the last, and products with a single row.
 LEFT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
-# And those whose own output in 8 bits is further from what it was, in dB.
+# Nor is a layer quantized whose own output in 8 bits has a lower signal-to-noise ratio, in dB.
 LEAST_SNR = 25.0
-SMALLEST_SCALE = 1e-6  # of half precision, and no division by zero where an input is all zeros
+# Half precision can hold this scale, and an input of zeros causes no division by zero.
+SMALLEST_SCALE = 1e-6
 
 
 @torch.library.custom_op("lcm_compile::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x / scale as the nearest value of the type, halves to even; what is beyond its ends becomes an end."""
+    """Returns x / scale as the nearest values of the type, halves to even, clipped to its range."""
     scaled = x.float() / scale.float()
     if dtype.is_floating_point:
         return scaled.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -64,7 +66,7 @@ def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("lcm_compile::dequantize", mutates_args=())
 def dequantize(q: Tensor, scale: Tensor, axis: int) -> Tensor:
-    """q · scale in the scale's type; a vector has a scale for each index of `axis`."""
+    """Returns q · scale in the type of the scale. A vector has a scale for each index of `axis`."""
     shape = [-1 if i == axis and scale.ndim else 1 for i in range(q.ndim)]
     return q.to(scale.dtype) * scale.reshape(shape)
 
@@ -80,9 +82,10 @@ def _(q: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 
 class Quantized(nn.Module):
-    """A Linear or Conv2d layer with an 8-bit weight, which takes its input in 8 bits.
+    """A Linear or Conv2d layer that rounds its weight and its input to 8 bits.
 
-    `dtype` is what it computes in but for that; what it gives is of its input's type.
+    `scale` is that of the input. `dtype` is the type of the scales, the bias and the product. The output has
+    the type of the input.
     """
 
     weight: Tensor
@@ -96,7 +99,7 @@ class Quantized(nn.Module):
         self.bits = bits
         weight = layer.weight.detach()
         largest = weight.abs().flatten(1).amax(1) if bits.by_channel else weight.abs().amax()
-        # Rounded as it will be used before the weights are divided by it.
+        # Rounded to its type first, so that the weights are divided by the scale that is used later.
         scales = (largest / bits.largest).clamp_min(SMALLEST_SCALE).to(dtype)
         small = quantize(weight, scales.reshape(-1, *[1] * (weight.ndim - 1)), bits.dtype)
         self.register_buffer("weight", self.laid_out(small))
@@ -105,6 +108,7 @@ class Quantized(nn.Module):
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().to(dtype))
 
     def laid_out(self, weight: Tensor) -> Tensor:
+        """Returns the weight in the layout that `product` uses."""
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,12 +116,15 @@ class Quantized(nn.Module):
         return self.product(dequantize(small, self.input_scale, 0)).to(x.dtype)
 
     def product(self, x: Tensor) -> Tensor:
+        """Returns the layer's output for an input that is rounded to 8 bits."""
         raise NotImplementedError
 
 
 class QuantizedLinear(Quantized):
+    """A Linear layer with an 8-bit weight (in, out)."""
+
     def laid_out(self, weight: Tensor) -> Tensor:
-        return weight.T.contiguous()  # as ONNX's MatMul takes it
+        return weight.T.contiguous()  # the layout of ONNX's MatMul
 
     def product(self, x: Tensor) -> Tensor:
         # (…, in) → (…, out)
@@ -126,6 +133,8 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedConv2d(Quantized):
+    """A Conv2d layer with an 8-bit weight (out, in, kernel height, kernel width)."""
+
     def __init__(self, layer: nn.Conv2d, scale: float, dtype: torch.dtype, bits: EightBits) -> None:
         super().__init__(layer, scale, dtype, bits)
         self.settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -140,7 +149,7 @@ KINDS: dict[type[nn.Module], type[Quantized]] = {nn.Linear: QuantizedLinear, nn.
 
 
 def layers_of(module: nn.Module, bits: EightBits) -> dict[str, nn.Module]:
-    """The layers that may be quantized."""
+    """Returns the layers of a module that may be quantized, by name."""
     return {
         name: layer
         for name, layer in module.named_modules()
@@ -150,30 +159,32 @@ def layers_of(module: nn.Module, bits: EightBits) -> dict[str, nn.Module]:
 
 @dataclass
 class Seen:
-    """What came into a layer: its largest absolute value, and some of its values."""
+    """The inputs of a layer so far: their largest absolute value, and a sample of the values."""
 
     largest: float = 0.0
     values: list[Tensor] = field(default_factory=list)
 
     def add(self, x: Tensor) -> None:
+        """Adds an input."""
         x = x.detach().flatten()
         self.largest = max(self.largest, float(x.abs().max()))
-        stride = max(1, len(x) // SAMPLED) | 1  # an odd one does not always meet the same channels
+        stride = max(1, len(x) // SAMPLED) | 1  # an odd stride does not always hit the same channels
         self.values.append(x[::stride].clone())
 
     def scale(self, bits: EightBits) -> float:
-        """Of those that clip at some part of the largest value, the one of the least squared error."""
+        """Returns the scale with the least squared error, of one for each fraction in `clippings`."""
         values = torch.cat(self.values)
-        scales = [max(self.largest * part / bits.largest, SMALLEST_SCALE) for part in bits.clippings]
+        scales = [max(self.largest * clip / bits.largest, SMALLEST_SCALE) for clip in bits.clippings]
         return min(scales, key=lambda scale: float(((rounded(values, scale, bits) - values) ** 2).sum()))
 
 
 def choose_scales(
     module: nn.Module, precision: Precision, draw: Callable[[], None], replay: Callable[[], None]
 ) -> dict[str, float]:
-    """Scales of the inputs of those layers of `module` that bear a precision's 8 bits, by name.
+    """Returns the scale of the input of each layer to be quantized, by name.
 
-    `draw` calls the module as it will be called; `replay` again, perhaps less often, to compare each layer.
+    `draw` calls the module as a picture does, to choose the scales. `replay` calls it again, perhaps less
+    often, to compare each layer with its 8-bit form. A layer below LEAST_SNR is left out.
     """
     bits = TYPES[precision.product]
     layers = layers_of(module, bits)
@@ -187,23 +198,25 @@ def choose_scales(
 
 @dataclass
 class Error:
-    """Squared sums of what a layer gives, and of what it gives otherwise in 8 bits."""
+    """The squared sums of a layer's outputs (`signal`), and of their differences in 8 bits (`noise`)."""
 
     signal: float = 0.0
     noise: float = 0.0
 
     def snr_db(self) -> float:
+        """Returns the signal-to-noise ratio in dB."""
         return 10 * math.log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
 
 
 def rounded(x: Tensor, scale: float, bits: EightBits) -> Tensor:
-    of = torch.tensor(scale)
-    return dequantize(quantize(x, of, bits.dtype), of, 0)
+    """Returns x after rounding it to 8 bits with this scale."""
+    scale_tensor = torch.tensor(scale)
+    return dequantize(quantize(x, scale_tensor, bits.dtype), scale_tensor, 0)
 
 
 @contextmanager
 def inputs_seen(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
-    """Within it, each call of a layer adds to what was seen of it."""
+    """Yields the inputs of each layer, by name. In this context every call of a layer adds its input."""
     seen = {name: Seen() for name in layers}
     with hooked(layers, lambda name, layer, x, y: seen[name].add(x)):
         yield seen
@@ -213,7 +226,7 @@ def inputs_seen(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
 def errors_of(
     layers: Mapping[str, nn.Module], scales: Mapping[str, float], bits: EightBits
 ) -> Iterator[dict[str, Error]]:
-    """Within it, each call of a layer is computed in 8 bits too, and compared."""
+    """Yields the error of each layer, by name. In this context every call is computed in 8 bits too."""
     errors = {name: Error() for name in layers}
 
     def compare(name: str, layer: Any, x: Tensor, y: Tensor) -> None:
@@ -228,10 +241,11 @@ def errors_of(
 def quantize_layers(
     module: nn.Module, scales: Mapping[str, float], precision: Precision
 ) -> dict[str, Quantized]:
-    """Makes the 8-bit layers of a module in fp32, and takes their weights out of it.
+    """Returns the 8-bit layers of a module in fp32, and replaces the originals by identities in place.
 
-    They compute in the precision's floats, but for int8+bf16, where it is fp32: OpenVINO computes bf16's
-    QuantizeLinear wrongly (2026.4: −5 dB), and narrows what is around the product anyway.
+    `scales` are those of choose_scales. The layers compute in the floats of the precision. For int8+bf16 they
+    compute in fp32, because OpenVINO computes QuantizeLinear of bf16 wrongly (2026.4: −5 dB), and casts the
+    operations around the product to bf16 anyway.
     """
     bits = TYPES[precision.product]
     dtype = torch.float32 if precision is Precision.INT8_BF16 else DTYPES[precision.floats]
@@ -244,7 +258,7 @@ def quantize_layers(
 
 
 def install_layers(module: nn.Module, layers: Mapping[str, Quantized]) -> None:
-    """Puts what quantize_layers gave where it belongs."""
+    """Puts the layers of quantize_layers into the module, in place."""
     for name, layer in layers.items():
         module.set_submodule(name, layer)
 
@@ -253,12 +267,12 @@ def install_layers(module: nn.Module, layers: Mapping[str, Quantized]) -> None:
 def hooked(
     layers: Mapping[str, nn.Module], hook: Callable[[str, nn.Module, Tensor, Tensor], None]
 ) -> Iterator[None]:
-    """Within it, `hook(name, layer, input, output)` is told of each call of these layers."""
+    """Calls `hook(name, layer, input, output)` for each call of these layers in this context."""
 
-    def told(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda layer, inputs, output: hook(name, layer, inputs[0], output)
 
-    handles = [layer.register_forward_hook(told(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
     try:
         yield
     finally:

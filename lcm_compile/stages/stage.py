@@ -40,15 +40,6 @@ class Stage:
         )
 
 
-def move(module: nn.Module, device: str) -> None:
-    """Puts a stage's module there, with the plain tensors beside its weights, which `Module.to` leaves."""
-    module.to(device)
-    for part in module.modules():
-        for name, value in list(vars(part).items()):
-            if isinstance(value, Tensor):
-                setattr(part, name, value.to(device))
-
-
 def rewrite_modules(
     modules: Mapping[str, nn.Module], rewrites: Collection[str], shapes: Sequence[Shape], factor: int
 ) -> dict[str, nn.Module]:
