@@ -1,7 +1,8 @@
-"""AOTInductor: torch's own compiler, ahead of time, into machine code that torch loads.
+"""AOTInductor: torch's own compiler, which compiles ahead of time to machine code that torch loads.
 
-The .pt2 that comes out holds code and weights; it depends on no path, and running it takes torch's
-library alone. On a CPU the code is for this very instruction set; for a GPU it is compiled on that GPU.
+The .pt2 file that it writes holds code and weights. The file can be moved, because it refers to no path, and
+running it needs only torch's library. Code for a CPU uses the instruction set of the processor that compiled
+it; code for a GPU is compiled on that GPU.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "torch_export"
 PACKAGES = ("torch",)
-# Headers precompiled for the next build would stay behind, hundreds of megabytes of them.
+# Headers that are precompiled for the next build would leave hundreds of megabytes on the disk.
 SETTINGS = {"aot_inductor.precompile_headers": False}
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     if precision.is_quantized:
-        return f"it compiles no 8-bit products; it computes in {precision.floats}"
+        return f"it compiles no 8-bit products; use {precision.floats}"
     if reason := cannot_run(target):
         return reason if target.is_cpu else f"{reason}. It compiles only on the GPU that will run the engine"
     if not target.computes(precision):
@@ -46,55 +48,63 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
 
 
 def missing_for_gpus() -> str | None:
-    """Which of the things is not here that torch's compiler needs for a GPU, besides a C++ compiler."""
+    """Returns what torch's compiler lacks here for a GPU, apart from a C++ compiler, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton, which compiles for GPUs, is not installed; pip install triton"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        return "triton needs Python.h, which is not here; apt install python3-dev"
+        return "triton needs Python.h, which is not installed; apt install python3-dev"
     from torch.utils.cpp_extension import CUDA_HOME
 
-    # What its C++ code includes, and pip's packages for running have not.
+    # The C++ code that torch generates includes these headers, which pip's packages of the CUDA runtime lack.
     headers = [Path(CUDA_HOME or "", "include", name) for name in ("cuda.h", "cuda_runtime.h")]
     if CUDA_HOME is None or not all(path.is_file() for path in headers):
         return (
-            f"it needs {' and '.join(path.name for path in headers)} of CUDA's toolkit, and finds "
-            f"no such in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
+            f"it needs {' and '.join(path.name for path in headers)} of the CUDA toolkit, and does not find "
+            f"them in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
         )
     return None
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed; pip install torch"
     return None if target.is_cpu else cannot_run_on_gpu(target, torch_cuda())
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
-    """Another version of torch may lay out its tensors otherwise; a missing instruction ends the process."""
+    """Returns why an engine can't be loaded here, or None.
+
+    Another version of torch may lay out its tensors differently, and a processor that lacks one of the
+    engine's instructions ends the process.
+    """
     if reason := other_version(built_with, PACKAGES):
         return reason
     compiled_for = options.get("instruction_set")
     wanted = {str(name) for name in compiled_for} if isinstance(compiled_for, list) else set()
     missing = sorted(wanted - set(instruction_set()))
     if missing:
-        return f"it was compiled for a processor with {', '.join(missing)}, which this one has not"
+        return f"it was compiled for a processor with {', '.join(missing)}, which this one lacks"
     return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns the compiler's settings for the target, and this processor's instruction set."""
     return {**settings(target), "instruction_set": instruction_set()}
 
 
 def settings(target: GpuTarget) -> dict[str, Any]:
-    """What torch's compiler is told.
+    """Returns the settings of torch's compiler for the target.
 
-    On a GPU it lays out convolutions channels last: frozen, their weights are laid out so when it compiles,
-    and else at every call (`freezing` in torch/_inductor). Engines for CPUs stay as they are tested.
+    On a GPU the compiler computes convolutions in the channels-last layout. With `freezing` it converts their
+    weights at compile time, without it at every call (`freezing` in torch/_inductor).
+    Engines for CPUs keep the settings that they are tested with.
     """
     return SETTINGS if target.is_cpu else {**SETTINGS, "freezing": True}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """Compiles the graph to `folder/<stage>.pt2`. Raises BackendError if torch can't compile it."""
     import torch
     from torch.export.passes import move_to_device_pass
 
@@ -102,29 +112,33 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     if not target.is_cpu:
         from torch.utils.cpp_extension import CUDA_HOME
 
-        # Found by itself or not, the linker is given libcuda's stub only where this names the toolkit.
+        # Torch passes libcuda's stub to the linker only if this variable names the toolkit, even where torch
+        # finds the toolkit without it.
         os.environ.setdefault("CUDA_HOME", str(CUDA_HOME))
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
-    with compiler_in(folder), torch.no_grad():  # with gradients it freezes nothing
+    with compiler_in(folder), torch.no_grad():  # with gradients enabled, `freezing` has no effect
         try:
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs=dict(settings(target))
             )
         except OSError:
             raise
-        except Exception as error:  # torch's compiler, and what it calls, share no base class but this
+        except Exception as error:  # the compiler and its tools raise errors of unrelated classes
             raise BackendError(
                 f"torch {torch.__version__} can't compile the {graph.contract.name} stage: "
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                "--backend auto chooses another; LCM_COMPILE_DEBUG=1 shows all that the compiler said",
+                "--backend auto chooses another; LCM_COMPILE_DEBUG=1 shows the compiler's full error",
             ) from error
     return path
 
 
 @contextlib.contextmanager
 def compiler_in(folder: Path) -> Iterator[None]:
-    """Gives torch's compiler a cache of its own, gone afterwards: nothing stale, nothing left behind."""
+    """Gives torch's compiler an empty cache in `folder`, and deletes it afterwards.
+
+    That way the compiler uses no stale results, and leaves no files behind.
+    """
     from torch._inductor.utils import fresh_cache
 
     with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder) as scratch, fresh_cache(dir=scratch):
@@ -132,20 +146,22 @@ def compiler_in(folder: Path) -> Iterator[None]:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
+    """Loads an engine. Raises BackendError if torch can't open the file."""
     return AotInductorRunner(path, contract)
 
 
 class AotInductorRunner(TensorRunner):
-    """Each call's outputs are new arrays. Calls from several threads take turns."""
+    """A compiled engine. Each call returns new tensors, and calls from several threads run one at a time."""
 
     def __init__(self, path: Path, contract: StageContract) -> None:
         import torch
 
         self._turn = threading.Lock()
-        # What torch._inductor.aoti_load_package returns wraps this class. That function also compiles a
-        # C++ program to compare the processor: seconds, and a compiler that need not be where engines run.
-        # Single-threaded, as otherwise each call waits on the host until the GPU has done the one before, and
-        # can't be captured (github.com/pytorch/pytorch/pull/148601).
+        # torch._inductor.aoti_load_package returns a wrapper of this class, but first compiles a C++ program
+        # to compare the processor. That takes seconds, and needs a compiler, which a machine that only runs
+        # engines may lack.
+        # The argument True makes the model single-threaded. Otherwise each call waits on the host until the
+        # GPU has finished the previous one, and can't be captured (github.com/pytorch/pytorch/pull/148601).
         try:
             self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
@@ -162,8 +178,9 @@ class AotInductorRunner(TensorRunner):
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 
     def cannot_capture(self) -> str | None:
-        """It enqueues on torch's current stream, and takes its memory from torch."""
+        """Returns None on a GPU: calls use torch's current stream, and memory that torch allocates."""
         return None if self.device == "cuda" else super().cannot_capture()
 
     def close(self) -> None:
+        """Frees the model."""
         self._model = None

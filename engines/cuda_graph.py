@@ -1,4 +1,4 @@
-"""CUDA graphs by torch: what is asked of the GPU once, captured, and from then on launched as a whole."""
+"""CUDA graphs by torch: work for the GPU that is captured once, and then launched as one unit."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ Result = TypeVar("Result")
 
 
 class Capturer:
-    """Captures on one stream into one pool of memory, which its graphs share.
+    """Captures CUDA graphs on one stream, into one memory pool that the graphs share.
 
-    By torch's rules (docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"): nothing captured waits for
-    the GPU or looks at what it computed; it reads and writes the same addresses at every launch; what
-    libraries allocate at their first call on a stream, they allocate before. Graphs may share a pool where no
-    two are launched at a time, and what one leaves for another is held: tensors are not freed meanwhile.
+    The caller must keep torch's rules (docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs"):
+    - Captured code neither waits for the GPU nor reads what it computed.
+    - Every launch reads and writes the same addresses.
+    - Libraries allocate memory at their first call on a stream, so that call comes before the capture.
+    - Graphs may share a pool if no two are launched at the same time, and if the tensors that one graph
+      leaves for another are not freed in between.
     """
 
     def __init__(self) -> None:
@@ -24,7 +26,7 @@ class Capturer:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, function: Callable[[], Result]) -> Result:
-        """Calls the function on the stream that captures, without capturing."""
+        """Calls the function on the capturing stream without capturing it, and returns its result."""
         import torch
 
         current = torch.cuda.current_stream()
@@ -35,16 +37,18 @@ class Capturer:
         return result
 
     def capture(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
-        """What launches the graph, and the function's result, whose arrays each launch fills anew.
+        """Captures one call of the function. Returns a function that launches the graph, and the result.
 
-        RuntimeError where something in it can't be captured.
+        Each launch writes new values to the result's arrays. Raises RuntimeError if something in the function
+        can't be captured.
         """
         import torch
 
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads ask of the GPU meanwhile fails neither there nor here.
+        # With "thread_local", other threads may use the GPU during the capture: neither side fails.
         capturing = torch.cuda.graph(graph, self._pool, self._stream, "thread_local")
-        # Where capturing fails, torch leaves its stream the current one; the outer block undoes that.
+        # If the capture fails, torch leaves the capturing stream as the current one; the outer block undoes
+        # that.
         with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             result = function()
         return graph.replay, result

@@ -7,23 +7,26 @@ from pathlib import Path
 
 from lcm_compile.targets import GpuTarget
 
-DRIVER = Path("/sys/module/nvidia/version")
+DRIVER = Path("/sys/module/nvidia/version")  # the version of the kernel module
 LIBRARY = "libcuda.so.1"
-# The least driver for each CUDA version: the table in NVIDIA's CUDA toolkit release notes.
+# The oldest driver for each major CUDA version, from the table in NVIDIA's CUDA toolkit release notes.
 LEAST_DRIVERS = {12: 525, 13: 580}
 
 
 class OldDriver(str):
-    """A reason that a newer driver takes away; `update` is what to do."""
+    """A reason that a driver update resolves. `update` is the hint that tells the user to do so."""
 
     update: str
 
 
 def cannot_run_on_gpu(target: GpuTarget, cuda: int | None = None) -> str | None:
-    """Why what was built for a GPU, and runs with that major version of CUDA, can't run here, or None."""
+    """Returns why engines for a GPU can't run here, or None.
+
+    `cuda` is the major version of CUDA that the engines' library is linked with, if it is known.
+    """
     here = gpu_here()
     if here is None:
-        # An old driver hides the GPU from torch.
+        # Torch sees no GPU if the driver is too old.
         return old_driver(cuda) or old_driver(torch_cuda()) or f"no NVIDIA GPU here ({why_no_gpu()})"
     name, capability = here
     if capability != target.compute_capability:
@@ -35,7 +38,7 @@ def cannot_run_on_gpu(target: GpuTarget, cuda: int | None = None) -> str | None:
 
 
 def gpu_here() -> tuple[str, str] | None:
-    """Name and compute capability of the first CUDA device, or None."""
+    """Returns the name and the compute capability of the first CUDA device, or None without one."""
     import torch
 
     if not torch.cuda.is_available():
@@ -45,14 +48,14 @@ def gpu_here() -> tuple[str, str] | None:
 
 
 def gpu_memory() -> int:
-    """Bytes of the first CUDA device, 0 without one."""
+    """Returns the memory of the first CUDA device in bytes, or 0 without one."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
 
 
 def why_no_gpu() -> str:
-    """Whether it is the driver, torch or the GPU that is missing."""
+    """Returns what is missing where torch sees no GPU: the driver, torch's CUDA support or the device."""
     import torch
 
     if not DRIVER.is_file():
@@ -64,17 +67,18 @@ def why_no_gpu() -> str:
 
 
 def torch_cuda() -> int | None:
-    """The major version of CUDA that torch was built with."""
+    """Returns the major version of CUDA that torch was built with, or None for a CPU build."""
     import torch
 
     return None if torch.version.cuda is None else int(torch.version.cuda.partition(".")[0])
 
 
 def driver_cuda() -> int | None:
-    """The newest major version of CUDA that the driver here runs, or None where there is no driver.
+    """Returns the newest major version of CUDA that this machine's driver supports, or None without a driver.
 
-    The library tells, not the kernel's module: a cuda-compat package may have put a newer one there, and
-    containers hide the module's version. cuDriverGetVersion gives 1000 × major + 10 × minor.
+    The version is read from the driver's library, not from the kernel module: a cuda-compat package may have
+    installed a newer library, and containers hide the module's version. cuDriverGetVersion returns
+    1000 × major + 10 × minor.
     """
     version = ctypes.c_int()
     try:
@@ -85,12 +89,12 @@ def driver_cuda() -> int | None:
 
 
 def old_driver(cuda: int | None) -> OldDriver | None:
-    """Why the driver here can't run what was linked with that major version of CUDA, or None."""
+    """Returns why the driver here is too old for that major version of CUDA, or None."""
     here = driver_cuda()
     if cuda is None or here is None or here >= cuda:
         return None
     least = f"{LEAST_DRIVERS[cuda]} or newer" if cuda in LEAST_DRIVERS else f"one for CUDA {cuda}"
     driver = DRIVER.read_text().strip() if DRIVER.is_file() else f"one for CUDA {here}"
     reason = OldDriver(f"the NVIDIA driver here is {driver}, and CUDA {cuda} needs {least}")
-    reason.update = f"update the NVIDIA driver to {least} (nvidia.com/drivers), then the same again"
+    reason.update = f"update the NVIDIA driver to {least} (nvidia.com/drivers), then run this command again"
     return reason

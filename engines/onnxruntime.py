@@ -1,4 +1,7 @@
-"""ONNX Runtime: its CPU provider, and on a GPU its CUDA provider; `onnxruntime_tensorrt` shares it."""
+"""ONNX Runtime with its CPU provider, or with its CUDA provider on a GPU.
+
+`onnxruntime_tensorrt` shares the functions and the runner of this module.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +31,23 @@ GRAPH_FORMAT = "onnx"
 PACKAGES = ("onnxruntime-gpu", "onnxruntime")
 # A provider's name, alone or with its options.
 Provider = str | tuple[str, dict[str, Any]]
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-# Ids of CUDA graphs, as run options name them.
-GRAPH, NO_GRAPH = "1", "-1"
-# What the CUDA provider is linked with; {} is the CUDA version that onnxruntime was built for.
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+# Values of the run option gpu_graph_id.
+GRAPH = "1"  # the id of a session's only CUDA graph
+NO_GRAPH = "-1"  # run without a CUDA graph
+# The libraries that the CUDA provider is linked with; {} is the major CUDA version of the onnxruntime build.
 CUDA_LIBRARIES = ("libcudart.so.{}", "libcublasLt.so.{}", "libcurand.so.10", "libcudnn.so.9")
 INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-# What may not be computed on the processor in a session on a GPU. Little things are there, such as ArgMax of
-# token ids; but in 1.24 Attention was as well (github.com/microsoft/onnxruntime/issues/28025).
+# Operators that a session on a GPU may not leave to the processor. ONNX Runtime leaves small ones there, such
+# as ArgMax of token ids, but 1.24 also left Attention (github.com/microsoft/onnxruntime/issues/28025).
 HEAVY = {"Attention", "Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"}
-# Its providers round to fp8, and then multiply in fp16.
-NO_FP8 = "it multiplies in no fp8; in int8 and fp16 it does"
+# The providers round values to fp8, but then multiply them in fp16.
+NO_FP8 = "it does not multiply in fp8; use int8 or fp16"
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     if precision.product == "fp8":
         return NO_FP8
     if reason := cannot_run(target):
@@ -54,6 +60,7 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     if importlib.util.find_spec("onnxruntime") is None:
         return "onnxruntime is not installed; pip install onnxruntime"
     if target.is_cpu:
@@ -62,7 +69,7 @@ def cannot_run(target: GpuTarget) -> str | None:
 
 
 def linked_cuda() -> int | None:
-    """The major version of CUDA that the installed ONNX Runtime is for, if it is for any."""
+    """Returns the major version of CUDA that the installed ONNX Runtime was built for, or None."""
     import onnxruntime as ort
 
     version = ort.cuda_version.partition(".")[0]
@@ -70,9 +77,10 @@ def linked_cuda() -> int | None:
 
 
 def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | None:
-    """Why the installed ONNX Runtime has no such provider, or which of its libraries is missing.
+    """Returns why the installed ONNX Runtime can't use a provider, or None.
 
-    ONNX Runtime itself would only log that, and compute on the CPU.
+    Either the provider is not built in, or one of its `libraries` can't be loaded; `install` is the command
+    that installs them. ONNX Runtime itself would only log this, and compute on the CPU.
     """
     import onnxruntime as ort
 
@@ -84,31 +92,33 @@ def cannot_open(provider: str, libraries: Sequence[str], install: str) -> str | 
         try:
             ctypes.CDLL(library)
         except OSError:
-            return f"onnxruntime's {provider} needs {library}, which is not here; {install}"
+            return f"onnxruntime's {provider} needs {library}, which can't be loaded; {install}"
     return None
 
 
 def preload() -> None:
-    """Loads CUDA's libraries that pip installed, which are on no path; in each process anew."""
+    """Loads the CUDA libraries that pip installed outside the library path. Every process needs this."""
     import onnxruntime as ort
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
         ort.preload_dlls()
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
-    """Its files open in any version that knows their operators; opening them tells."""
+    """Returns None: any version that knows the file's operators opens it, and `load` raises otherwise."""
     return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns the provider, and the level of optimisation that `build` applies."""
     return {"provider": CPU if target.is_cpu else CUDA, "offline_optimisation": "extended"}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
-    """Writes the graph as ONNX Runtime's own optimiser leaves it, so that loading need not do that again.
+    """Writes the graph as ONNX Runtime's own optimiser leaves it, so that loading need not optimise again.
 
-    "Extended" fusions hold for any CPU; the layouts of one instruction set are chosen when it is loaded.
+    The "extended" fusions are valid on any CPU. Layouts for one instruction set are chosen at loading. Raises
+    BackendError if ONNX Runtime can't open the graph on the target's provider.
     """
     import onnxruntime as ort
 
@@ -125,22 +135,28 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine, with a CUDA graph of its own on a GPU if ONNX Runtime supports one for it.
+
+    Raises BackendError if ONNX Runtime can't open the file on the target's provider, or if the file does not
+    match the contract.
+    """
     if target.is_cpu:
         return OnnxRuntimeRunner(open_checked(path, contract, [CPU]), contract)
     import torch
 
-    stream = torch.cuda.Stream()  # not torch's default one, whose address 0 stands for none
+    stream = torch.cuda.Stream()  # address 0, torch's default stream, would mean that no stream is given
     settings = {"user_compute_stream": str(stream.cuda_stream)}
     cannot_graph = ""
     try:
         session = open_checked(path, contract, [(CUDA, {**settings, "enable_cuda_graph": "1"})])
-    except BackendError as error:  # it refuses graphs of which not every node computes on the GPU
+    except BackendError as error:  # CUDA graphs are refused unless every node computes on the GPU
         cannot_graph = error.message
         session = open_checked(path, contract, [(CUDA, settings)])
     return BoundRunner(session, contract, "cuda", stream, cannot_graph)
 
 
 def quiet_options() -> Any:
+    """Returns session options that log errors only."""
     import onnxruntime as ort
 
     session_options = ort.SessionOptions()
@@ -149,7 +165,10 @@ def quiet_options() -> Any:
 
 
 def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
-    """BackendError unless the engine takes and gives arrays of the contract's shapes and types."""
+    """Raises BackendError unless an engine's inputs or outputs have the contract's shapes and types.
+
+    `side` is "inputs" or "outputs", `found` are the session's and `specs` the contract's.
+    """
     types = {"float32": "tensor(float)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
     has = [(list(x.shape), x.type) for x in found]
     needs = [(list(spec.shape), types.get(spec.dtype)) for spec in specs]
@@ -157,11 +176,11 @@ def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[
         raise BackendError(f"{path} has the {side} {has}; its contract says {needs}", REBUILD)
 
 
-def waiting_options() -> Any:
-    """Options of sessions whose threads sleep until there is work, instead of spinning for it.
+def sleeping_options() -> Any:
+    """Returns options of sessions whose threads sleep while they have no work, instead of spinning.
 
-    Each stage has threads of its own: those of one stage would take the cores from the next. The demo's
-    pictures took 1.4 times as long so on two cores, and varied twice as much.
+    Each stage has its own threads, and spinning threads of one stage would take the cores from the next: on
+    two cores the demo's pictures then took 1.4 times as long, and their times varied twice as much.
     """
     session_options = quiet_options()
     session_options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -170,14 +189,22 @@ def waiting_options() -> Any:
 
 
 def open_checked(path: Path, contract: StageContract, providers: Sequence[Provider]) -> Any:
-    session = open_session(path, waiting_options(), providers)
+    """Opens an engine's session on the first of `providers`.
+
+    Raises BackendError as open_session does, and if the engine does not match the contract.
+    """
+    session = open_session(path, sleeping_options(), providers)
     check_contract(path, "inputs", session.get_inputs(), contract.inputs)
     check_contract(path, "outputs", session.get_outputs(), contract.outputs)
     return session
 
 
 def open_session(path: Path, session_options: Any, providers: Sequence[Provider]) -> Any:
-    """A session on the first of `providers`; BackendError where ONNX Runtime takes another instead."""
+    """Opens a session on the first of `providers`.
+
+    Raises BackendError if ONNX Runtime can't open the file, if it uses another provider instead, or if on a
+    GPU it leaves one of the HEAVY operators to the processor.
+    """
     import onnxruntime as ort
 
     asked = providers[0] if isinstance(providers[0], str) else providers[0][0]
@@ -186,7 +213,7 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
         session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
         session = ort.InferenceSession(str(path), session_options, providers=list(providers))
-    except Exception as error:  # onnxruntime's own exceptions share no base class but this
+    except Exception as error:  # onnxruntime's own exceptions share no narrower base class
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",
             REBUILD,
@@ -202,15 +229,17 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
 
 
 def heavy_on_processor(session: Any) -> str:
-    """What a session on a GPU leaves to the processor and should not, in words, or nothing."""
+    """Describes the HEAVY operators that a session on a GPU leaves to the processor; "" if there are none."""
     if not hasattr(session, "get_provider_graph_assignment_info"):
-        return "it is too old to tell, and has no CUDA kernel of Attention"
-    parts = [p for p in session.get_provider_graph_assignment_info() if p.ep_name == CPU]
-    left = {node.op_type for part in parts for node in part.get_nodes()} & HEAVY
+        return "it is too old to report where nodes run, and has no CUDA kernel for Attention"
+    subgraphs = [s for s in session.get_provider_graph_assignment_info() if s.ep_name == CPU]
+    left = {node.op_type for subgraph in subgraphs for node in subgraph.get_nodes()} & HEAVY
     return f"{', '.join(sorted(left))} is left to the processor" if left else ""
 
 
 class OnnxRuntimeRunner(Runner):
+    """A session on the CPU. Each call returns new NumPy arrays."""
+
     def __init__(self, session: Any, contract: StageContract) -> None:
         super().__init__(contract)
         self._session = session
@@ -221,20 +250,21 @@ class OnnxRuntimeRunner(Runner):
         return {spec.name: array for spec, array in zip(self.contract.outputs, arrays, strict=True)}
 
     def close(self) -> None:
+        """Frees the session."""
         self._session = None
 
 
 class BoundRunner(TensorRunner):
-    """A session whose inputs and outputs are bound where they lie: on a GPU, nothing is copied to the host.
+    """A session that reads inputs and writes outputs in place: on a GPU, nothing is copied to the host.
 
-    Its outputs are the same tensors at every call. `stream` is the one that the session was opened to compute
-    on; without, it has its own, and each call waits until the GPU is done.
+    Its outputs are the same tensors at every call. `stream` is the CUDA stream that the session was opened
+    on. If it is None, the session has its own stream, and each call waits until the GPU is done.
 
-    ONNX Runtime can't be captured from outside (github.com/microsoft/onnxruntime/pull/32081), but a session
-    opened with `enable_cuda_graph` captures itself in runs that name a graph. Then its inputs must stay where
-    they are, so they are copied there; in other runs they are read where they lie. Versions before
-    github.com/microsoft/onnxruntime/pull/28686 also wait for the GPU after each launch. `cannot_graph`: why
-    the session was opened without.
+    Torch can't capture ONNX Runtime's calls (github.com/microsoft/onnxruntime/pull/32081), but a session
+    opened with `enable_cuda_graph` captures itself in runs that name a graph. The graph reads its inputs at
+    fixed addresses, so inputs are copied there; runs without a graph read them in place. Versions before
+    github.com/microsoft/onnxruntime/pull/28686 also wait for the GPU after each launch. `cannot_graph` says
+    why the session was opened without `enable_cuda_graph`, and is empty if it was opened with it.
     """
 
     def __init__(
@@ -251,7 +281,7 @@ class BoundRunner(TensorRunner):
         self._cannot_graph = cannot_graph
         self._options = run_options(stream, "" if cannot_graph else NO_GRAPH)
         self._graphed = False
-        self._fixed: list[torch.Tensor] = []  # where its CUDA graph reads its inputs, once there is one
+        self._fixed: list[torch.Tensor] = []  # the inputs that the CUDA graph reads, once it is captured
         self._binding = session.io_binding()
         self._outputs = self.empty(contract.outputs)
         for found, spec in zip(session.get_outputs(), contract.outputs, strict=True):
@@ -267,16 +297,21 @@ class BoundRunner(TensorRunner):
         for spec, tensor in zip(self.contract.inputs, held, strict=True):
             address = tensor.data_ptr()
             self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
-        with self.beside(self._stream):
+        with self.ordered_with_torch(self._stream):
             self._session.run_with_iobinding(self._binding, self._options)
         return dict(self._outputs)
 
     def cannot_capture(self) -> str | None:
+        """Returns why torch can't capture the engine's calls: ONNX Runtime does not support that."""
         if self.device != "cuda":
             return super().cannot_capture()
-        return "ONNX Runtime can't be captured from outside"
+        return "torch can't capture ONNX Runtime's calls"
 
     def graph_itself(self, on: bool) -> str | None:
+        """Switches the session's own CUDA graph on or off, and captures it the first time.
+
+        Returns why there is none, or None.
+        """
         if on and not self._fixed and not self._cannot_graph:
             self._cannot_graph = self._capture()
         if self._cannot_graph:
@@ -289,38 +324,48 @@ class BoundRunner(TensorRunner):
         self._options = run_options(self._stream, GRAPH if on else NO_GRAPH)
 
     def _capture(self) -> str:
-        """Captures. Why its graph can't be used, or nothing: it must compute what is computed without."""
+        """Captures the session's CUDA graph. Returns why it can't be used, or "".
+
+        The graph must compute what the session computes without it.
+        """
         self._fixed = list(self.empty(self.contract.inputs).values())
         zeros, ones = (
             {s.name: self.to_device(np.full(s.shape, value, s.dtype)) for s in self.contract.inputs}
             for value in (0, 1)
         )
         expected = [self.to_host(array + 0) for array in self(zeros).values()]
-        self(ones)  # so that nothing is left where the graph's outputs will be
+        self(ones)  # overwrites the outputs, so that the graph must write them itself
         self._use_graph(True)
         try:
             actual = [self.to_host(array) for array in self(zeros).values()]
-        except Exception as error:  # onnxruntime's own exceptions share no base class but this
+        except Exception as error:  # onnxruntime's own exceptions share no narrower base class
             return f"ONNX Runtime can't capture {self.contract.name}: {str(error).splitlines()[0]}"
         finally:
             self._use_graph(False)
-        if not all(map(alike, expected, actual)):
+        if not all(map(equal_up_to_rounding, expected, actual)):
             return f"ONNX Runtime's CUDA graph of {self.contract.name} computes something else"
         return ""
 
     def close(self) -> None:
+        """Frees the session, its outputs and the inputs of its CUDA graph."""
         self._session = self._binding = None
         self._outputs, self._fixed = {}, []
 
 
-def alike(expected: np.ndarray, actual: np.ndarray) -> bool:
-    """Whether they differ by rounding alone, of kernels that add in any order."""
-    ours, theirs = (np.nan_to_num(array.astype(np.float32)) for array in (expected, actual))
-    return bool(np.abs(ours - theirs).mean() <= 0.01 * np.abs(ours).mean())
+def equal_up_to_rounding(expected: np.ndarray, actual: np.ndarray) -> bool:
+    """Returns whether the mean difference is at most 1 % of the mean magnitude of `expected`.
+
+    Kernels that add in no fixed order round differently at each run, but stay within that limit.
+    """
+    first, second = (np.nan_to_num(array.astype(np.float32)) for array in (expected, actual))
+    return bool(np.abs(first - second).mean() <= 0.01 * np.abs(first).mean())
 
 
 def run_options(stream: Any, graph: str) -> Any:
-    """Without waiting for a stream that is ours. `graph` is an id, or nothing where the session has none."""
+    """Returns options of a run. If `stream` is given, the run does not wait for the GPU.
+
+    `graph` is the id of a CUDA graph, or "" if the session was opened without CUDA graphs.
+    """
     import onnxruntime as ort
 
     options = ort.RunOptions()

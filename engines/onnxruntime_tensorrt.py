@@ -25,6 +25,7 @@ INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     if precision.product == "fp8":
         return shared.NO_FP8
     if reason := cannot_run(target):
@@ -35,6 +36,7 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     if target.is_cpu:
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec("onnxruntime") is None:
@@ -46,27 +48,30 @@ def cannot_run(target: GpuTarget) -> str | None:
 
 
 def preload() -> None:
-    """Loads TensorRT's libraries from where pip put them; in each process anew."""
+    """Loads the TensorRT libraries that pip installed outside the library path. Every process needs this."""
     if importlib.util.find_spec("tensorrt") is not None:
         importlib.import_module("tensorrt")
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Returns why an engine can't be loaded here, or None. Only the version that built it can load it."""
     return other_version(built_with, PACKAGES)
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns the provider, and that `build` embeds the engine in the ONNX file."""
     return {"provider": PROVIDER, "embedded": True}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
-    """Writes the ONNX file with the engine in it that the provider leaves when a session is opened.
+    """Writes an ONNX file that contains the engine. The provider builds both when a session is opened.
 
-    BackendError for a graph whose weights lie beside it: no ONNX file can hold its engine.
+    Raises BackendError in two cases: the graph's weights are in a file of their own, which means that the
+    engine is too large for one ONNX file; or TensorRT can't build the complete stage as one engine.
     """
     if graph.path.with_name(graph.path.name + ".data").exists():
         raise BackendError(
-            f"the {graph.contract.name} stage is too large for one ONNX file, which ends at 2 GB",
+            f"the {graph.contract.name} stage is too large for one ONNX file, which can hold 2 GB",
             "--backend tensorrt",
         )
     path = folder / f"{graph.contract.name}.onnx"
@@ -74,7 +79,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
         "trt_dump_ep_context_model": "1",
         "trt_ep_context_embed_mode": "1",
         "trt_ep_context_file_path": str(path),
-        # TensorRT 10 takes the graph's types as hints: what is less than fp32 must be allowed as well.
+        # TensorRT 10 treats the graph's types as hints, so a type smaller than fp32 must be enabled as well.
         "trt_fp16_enable": str(int(graph.precision.floats == "fp16")),
         "trt_bf16_enable": str(int(graph.precision.floats == "bf16")),
         "trt_int8_enable": str(int(graph.precision.is_quantized)),
@@ -82,11 +87,12 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     preload()
     shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])
     if not path.is_file():
-        raise BackendError(f"TensorRT can't build the whole {graph.contract.name} stage as one engine")
+        raise BackendError(f"TensorRT can't build the complete {graph.contract.name} stage as one engine")
     return path
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine. Raises BackendError as onnxruntime.load does."""
     preload()
     session = shared.open_checked(path, contract, [PROVIDER, shared.CUDA])
     return shared.BoundRunner(session, contract, "cuda")

@@ -1,7 +1,8 @@
 """OpenVINO on x86 CPUs, from ONNX graphs; neither building nor running needs torch.
 
-An engine is OpenVINO's own .xml with a .bin of weights, which is mapped into memory; the kernels are made for
-the processor at hand when it is loaded. The .xml says in which precision it computes.
+An engine is an .xml file in OpenVINO's own format, and a .bin file of weights that is mapped into memory. The
+.xml file records the precision that the engine computes in. Kernels are compiled for this machine's processor
+when the engine is loaded.
 """
 
 from __future__ import annotations
@@ -24,25 +25,28 @@ from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("openvino",)
-# What its kernels compute in, and the extensions of which they need one to do so. It would take bf16 without
-# them too, and compute slowly or in fp32.
+# OpenVINO's names of the types that its kernels compute in.
 HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
+# The instruction set extensions for each type; a processor needs one of them. Without any, OpenVINO would
+# still accept bf16, and compute slowly or in fp32.
 NEEDS = {
     "bf16": ("avx512_bf16", "amx_bf16"),
     "fp16": ("avx512_fp16", "amx_fp16"),
     "int8": ("avx512_vnni", "avx_vnni", "amx_int8"),
 }
-# Bytes of weights that make a model large: the smallest of SD1.5 has 94 MB, the demo's step 12.
+# Bytes of weights above which a model is large: the smallest of SD1.5 has 94 MB, and the demo's step 12 MB.
 LARGE = 1 << 26
-# Where the .xml keeps the precision.
+# The path of the precision in a model's runtime information, which the .xml file keeps.
 LABEL = ["lcm_compile", "precision"]
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     return cannot_run(target) or cannot_compute(precision)
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     if not target.is_cpu:
         return "builds for the CPU only"
     if importlib.util.find_spec("openvino") is None:
@@ -51,32 +55,32 @@ def cannot_run(target: GpuTarget) -> str | None:
 
 
 def cannot_compute(precision: Precision) -> str | None:
-    """Why this processor can't compute in a precision, or None."""
+    """Returns why this processor can't compute in a precision, or None."""
     for name in precision.types:
         needs = NEEDS.get(name, ())
         if needs and not set(needs) & set(instruction_set()):
-            return (
-                f"this processor has neither {' nor '.join(needs)}, which it computes {name} with; use fp32"
-            )
+            return f"this processor has neither {' nor '.join(needs)}, and {name} needs one of them; use fp32"
     return None
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
-    """Its files open in any version that knows their operators; opening them tells."""
+    """Returns None: any version that knows the file's operators opens it, and `load` raises otherwise."""
     return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns what `build` keeps in fp32; see purely_fp32_nodes."""
     return {"sinusoids": "fp32"}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """Writes `folder/<stage>.xml` and its .bin file. Raises BackendError if OpenVINO refuses the graph."""
     ov = import_openvino()
     path = folder / f"{graph.contract.name}.xml"
     try:
         model = ov.Core().read_model(graph.path)
         model.set_rt_info(graph.precision.value, LABEL)
-        kept = [plain_reshape(node) for node in list(fp32_from_the_start(model))]
+        kept = [unsqueeze_to_reshape(node) for node in list(purely_fp32_nodes(model))]
         ov.save_model(model, path, compress_to_fp16=False)
         keep_fp32(path, {node.get_friendly_name() for node in kept})
     except RuntimeError as error:
@@ -87,13 +91,14 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     return path
 
 
-def fp32_from_the_start(model: Any) -> Iterator[Any]:
-    """The fp32 operations that only fp32 ones lead to: of a half-precision graph the sinusoids of timesteps.
+def purely_fp32_nodes(model: Any) -> Iterator[Any]:
+    """Yields the fp32 operations that depend on no half-precision value.
 
-    Told to compute in bf16, OpenVINO rounds their angles, which go up to 999, to 8 bits: 19 dB were left of
-    an SD1.5 step at timestep 499. Constants and what narrows are no part of this.
+    In a half-precision graph these compute the sinusoids of timesteps. OpenVINO would compute them in bf16
+    like the rest, and round their angles, which go up to 999, to 8 bits: the signal-to-noise ratio of an
+    SD1.5 step at timestep 499 then fell to 19 dB. Constants and conversions are left out.
     """
-    wide: dict[str, bool] = {}
+    wide: dict[str, bool] = {}  # by name: whether neither the node nor its inputs are in half precision
     for node in model.get_ordered_ops():
         name, kind = node.get_friendly_name(), node.get_type_name()
         types = {node.get_output_element_type(i).to_string() for i in range(node.get_output_size())}
@@ -104,8 +109,11 @@ def fp32_from_the_start(model: Any) -> Iterator[Any]:
             yield node
 
 
-def plain_reshape(node: Any) -> Any:
-    """The node, or for an Unsqueeze the Reshape that it would become, losing its mark, when it is loaded."""
+def unsqueeze_to_reshape(node: Any) -> Any:
+    """Returns the node, or replaces an Unsqueeze by an equal Reshape and returns that.
+
+    OpenVINO itself would make this replacement at loading, and lose the mark that keep_fp32 sets.
+    """
     if node.get_type_name() != "Unsqueeze":
         return node
     from openvino import opset13
@@ -118,7 +126,7 @@ def plain_reshape(node: Any) -> Any:
 
 
 def keep_fp32(path: Path, names: set[str]) -> None:
-    """Marks layers of an .xml as not to be narrowed; OpenVINO's Python interface has no other way."""
+    """Marks layers of an .xml file to stay in fp32. OpenVINO's Python API offers no other way to do so."""
     tree = ElementTree.parse(path)
     for layer in tree.iterfind("layers/layer"):
         if layer.get("name") in names:
@@ -131,14 +139,15 @@ def keep_fp32(path: Path, names: set[str]) -> None:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine. Raises BackendError as OpenVinoRunner does."""
     return OpenVinoRunner(path, contract)
 
 
 def import_openvino() -> Any:
-    """The package, kept from reporting its import to its makers over the network."""
+    """Imports openvino without its telemetry, which would report the import over the network."""
     name = "openvino_telemetry"
     before = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]  # to Python: not installed
+    sys.modules[name] = None  # type: ignore[assignment]  # makes its import fail, as if not installed
     try:
         import openvino
     finally:
@@ -150,18 +159,23 @@ def import_openvino() -> Any:
 
 
 def first_reason(error: Exception) -> str:
-    """OpenVINO's errors begin with the lines of its source that they passed through."""
+    """Returns the first line of an OpenVINO error that gives a reason; lines about its source come first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.startswith(("Exception from", "Check "))), lines[0])
 
 
 class OpenVinoRunner(Runner):
-    """One compiled graph with one request.
+    """One compiled model with one inference request.
 
-    Inputs are read where they lie; outputs are the same arrays at every call.
+    Inputs are read in place if OpenVINO can share them. Outputs are the same arrays at every call.
     """
 
     def __init__(self, path: Path, contract: StageContract) -> None:
+        """Loads an engine.
+
+        Raises BackendError if OpenVINO can't open the file, if the file does not match the contract, or if
+        this processor can't compute in the engine's precision.
+        """
         super().__init__(contract)
         ov = import_openvino()
         core = ov.Core()
@@ -176,7 +190,7 @@ class OpenVinoRunner(Runner):
                 "INFERENCE_PRECISION_HINT": HINTS[precision.floats],
                 "PERFORMANCE_HINT": "LATENCY",
                 "INFERENCE_NUM_THREADS": threads(),
-                **shared_work(core, path),
+                **work_stealing(core, path),
             }
             self._request = core.compile_model(model, "CPU", settings).create_infer_request()
         except (RuntimeError, KeyError, ValueError) as error:
@@ -197,7 +211,10 @@ class OpenVinoRunner(Runner):
         return dict(self._outputs)
 
     def readable(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-        """The array itself, or a copy where OpenVINO can't share it: of another type, strided, read-only."""
+        """Returns the array, or a copy if OpenVINO can't share it: another type, strided or read-only.
+
+        Raises BackendError if its shape is not the contract's.
+        """
         if array.shape != spec.shape:
             raise BackendError(
                 f"the {self.contract.name} engine takes {spec.name} as {spec.shape}, not {array.shape}"
@@ -205,22 +222,29 @@ class OpenVinoRunner(Runner):
         return np.require(array, spec.dtype, ["C", "W"])
 
     def close(self) -> None:
+        """Frees the compiled model; arrays that it returned stay valid."""
         self._request = None
         self._outputs = {}
 
 
-def shared_work(core: Any, path: Path) -> dict[str, str]:
-    """Lets a large model's threads take work from each other, where this OpenVINO can.
+def work_stealing(core: Any, path: Path) -> dict[str, str]:
+    """Returns the setting that lets a large model's threads take work from each other, if OpenVINO has it.
 
-    By default each is given its share of a layer beforehand, and all wait for the last: SD1.5's step took 9 %
-    longer so on two cores, and 18 % on busy ones. The taking costs a small model some 5 %.
+    By default each thread gets a fixed share of every layer, and all wait for the slowest: SD1.5's step took
+    9 % longer that way on two cores, and 18 % longer on two busy ones. Work stealing costs a small model
+    about 5 %.
     """
-    able = "TBB_PARTITIONER" in core.get_property("CPU", "SUPPORTED_PROPERTIES")
-    return {"TBB_PARTITIONER": "AUTO"} if able and path.with_suffix(".bin").stat().st_size > LARGE else {}
+    supported = "TBB_PARTITIONER" in core.get_property("CPU", "SUPPORTED_PROPERTIES")
+    if supported and path.with_suffix(".bin").stat().st_size > LARGE:
+        return {"TBB_PARTITIONER": "AUTO"}
+    return {}
 
 
 def check_contract(path: Path, side: str, found: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
-    """BackendError unless the engine takes and gives arrays of the contract's shapes and types."""
+    """Raises BackendError unless an engine's inputs or outputs have the contract's shapes and types.
+
+    `side` is "inputs" or "outputs", `found` are the model's and `specs` the contract's.
+    """
     has = [(list(port.partial_shape.get_max_shape()), port.element_type.to_dtype().name) for port in found]
     needs = [(list(spec.shape), spec.dtype) for spec in specs]
     if has != needs:

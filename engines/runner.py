@@ -1,4 +1,4 @@
-"""What every engine looks like once it is loaded."""
+"""The interface of a loaded engine."""
 
 from __future__ import annotations
 
@@ -11,56 +11,59 @@ import numpy as np
 
 from lcm_compile.graphs import StageContract
 
-# Whatever knows `__dlpack__` and arithmetic: NumPy arrays between CPU engines, CUDA tensors between
-# GPU engines. The pipeline only adds and multiplies them.
+# An array that has `__dlpack__` and arithmetic: a NumPy array between CPU engines, a CUDA tensor between
+# GPU engines. The pipeline only adds and multiplies such arrays.
 Array = Any
 
 
 class Runner(ABC):
-    """An engine with its memory. Called with arrays by name, it returns arrays by name.
+    """A loaded engine with its memory. It is called with arrays by name, and returns arrays by name.
 
-    Inputs may be NumPy arrays or any DLPack arrays on the engine's device. An output stays valid until
-    the runner is called again.
+    Inputs may be NumPy arrays, or DLPack arrays on the engine's device. An output is valid until the next
+    call of the runner.
     """
 
     def __init__(self, contract: StageContract) -> None:
         self.contract = contract
 
     @abstractmethod
-    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Runs the engine once. `inputs` has an array for each of the contract's inputs."""
 
     def to_device(self, array: np.ndarray) -> Array:
-        """The array where this engine computes; itself on a CPU."""
+        """Returns the array on the device where this engine computes; on a CPU, the same array."""
         return array
 
     def to_host(self, array: Array) -> np.ndarray:
+        """Returns the array as a NumPy array."""
         return as_numpy(array)
 
     def cannot_capture(self) -> str | None:
-        """Why what a call asks of the device can't be captured as a CUDA graph of torch's, or None.
+        """Returns why torch can't capture the engine's calls in a CUDA graph, or None if it can.
 
-        What can be captured waits for nothing, and enqueues on torch's own stream while that captures.
+        A call that can be captured never waits for the GPU, and enqueues its work on the stream on which
+        torch is capturing.
         """
         return "it computes on the processor"
 
     def graph_itself(self, on: bool) -> str | None:
-        """From now on, or no longer, each call is one launch of a CUDA graph that the engine captures itself.
+        """Switches the engine's own CUDA graph on or off. While it is on, each call is one launch of it.
 
-        Why it can't be, or None.
+        Returns why the engine has no CUDA graph of its own, or None.
         """
-        return self.cannot_capture() or "its calls are captured from outside"
+        return self.cannot_capture() or "torch captures its calls instead"
 
     def mark(self) -> Any:
-        """A moment on this engine's device: when all that was asked of it so far is done."""
+        """Returns a mark: the moment at which the engine's device finishes all work that it has so far."""
         return time.perf_counter()
 
     def between(self, start: Any, end: Any) -> float:
-        """Milliseconds between two marks; waits for the second."""
+        """Returns the milliseconds between two marks, and waits until the second is reached."""
         return (end - start) * 1000
 
     @abstractmethod
     def close(self) -> None:
-        """Frees the engine's memory; calling it twice is fine."""
+        """Frees the engine's memory. It may be called more than once."""
 
     def __enter__(self) -> Self:
         return self
@@ -69,5 +72,38 @@ class Runner(ABC):
         self.close()
 
 
+class ForwardingRunner(Runner):
+    """Hands every call on to another runner, which `runner()` returns."""
+
+    @abstractmethod
+    def runner(self) -> Runner:
+        """Returns the runner that does the work."""
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return self.runner()(inputs)
+
+    def to_device(self, array: np.ndarray) -> Array:
+        return self.runner().to_device(array)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return self.runner().to_host(array)
+
+    def cannot_capture(self) -> str | None:
+        return self.runner().cannot_capture()
+
+    def graph_itself(self, on: bool) -> str | None:
+        return self.runner().graph_itself(on)
+
+    def mark(self) -> Any:
+        return self.runner().mark()
+
+    def between(self, start: Any, end: Any) -> float:
+        return self.runner().between(start, end)
+
+    def close(self) -> None:
+        self.runner().close()
+
+
 def as_numpy(array: Array) -> np.ndarray:
+    """Returns an array in the host's memory as a NumPy array, without a copy."""
     return array if isinstance(array, np.ndarray) else np.from_dlpack(array)

@@ -1,7 +1,7 @@
-"""TensorRT, and what TensorRT for RTX shares with it: strongly typed engines and their runner.
+"""TensorRT, and the code that TensorRT for RTX shares with it: strongly typed engines and their runner.
 
-TensorRT builds an engine on the GPU that will run it. `tensorrt_rtx` calls the functions here with its
-own Python package, whose API is the same but for how a target is named.
+TensorRT builds an engine on the GPU that will run it. `tensorrt_rtx` calls the functions here with its own
+Python package as `trt`; the two packages' APIs differ only in how the target is set.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt", "tensorrt-cu13")
 INSTALL = "pip install 'lcm-compile[tensorrt]'"
-LEAST_VERSION = 11
+LEAST_VERSION = 11  # the oldest major version that this module supports
 OPTIMIZATION_LEVEL = 3
-ALIGNMENT = 256  # of every address that an engine is given: IExecutionContext::setTensorAddress
+ALIGNMENT = 256  # bytes, of every address that is given to an engine: IExecutionContext::setTensorAddress
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     reason = cannot_run(target)
@@ -45,47 +46,57 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     return cannot_run_with("tensorrt", INSTALL, target) or too_old(installed_version(PACKAGES))
 
 
 def too_old(version: str | None) -> str | None:
-    """Why an installed version is none that this module is written for, or None."""
+    """Returns why an installed `name version` is too old for this module, or None."""
     if version is None or int(version.split(" ")[1].partition(".")[0]) >= LEAST_VERSION:
         return None
-    return f"{version} is installed, and it takes {LEAST_VERSION} or newer; {INSTALL}"
+    return f"{version} is installed, but version {LEAST_VERSION} or newer is needed; {INSTALL}"
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Returns why an engine can't be loaded here, or None. Only the version that built it can load it."""
     return other_version(built_with, PACKAGES)
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns the builder options that `build` sets."""
     return {"strongly_typed": True, "optimization_level": OPTIMIZATION_LEVEL, "profiling": "detailed"}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
-    """The engine, and beside it `<stage>.json`: what it consists of."""
+    """Builds `folder/<stage>.engine`, and writes the result of inspect_engine to `<stage>.json` next to it.
+
+    Raises BackendError as build_with does.
+    """
     trt = importlib.import_module("tensorrt")
 
     def configure(config: Any) -> None:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for inspect_engine
 
     here = gpu_here()
-    assert here is not None, "cannot_build was not asked"
+    assert here is not None, "cannot_build was not called"
     path = build_with(trt, graph, folder, configure, timings_path(trt, here[0]))
     logger, _ = make_logger(trt)
     engine = trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
-    if engine is not None:  # where it can't be loaded, checking the stage tells why
+    if engine is not None:  # otherwise the check of the stage reports why it can't be loaded
         path.with_suffix(".json").write_text(json.dumps(inspect_engine(trt, engine), indent=1))
     return path
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine. Raises BackendError as TensorRtRunner does."""
     return TensorRtRunner(importlib.import_module("tensorrt"), path, contract)
 
 
 def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None:
-    """Why engines for `target` can't run here with this package, or None."""
+    """Returns why engines for `target` can't run here with this package, or None.
+
+    `install` is the command that installs the package.
+    """
     if target.is_cpu:
         return "runs on NVIDIA GPUs only"
     if importlib.util.find_spec(package) is None:
@@ -94,13 +105,16 @@ def cannot_run_with(package: str, install: str, target: GpuTarget) -> str | None
 
 
 def linked_cuda(package: str) -> int | None:
-    """The CUDA version that the installed package is for, from the name of the distribution behind it."""
+    """Returns the major CUDA version that the installed package is for, or None.
+
+    The name of the distribution that provides the package says it: `<package>_cu<version>`.
+    """
     versions = (cuda for cuda in LEAST_DRIVERS if installed_version((f"{package}_cu{cuda}",)))
     return next(versions, None)
 
 
 def make_logger(trt: Any) -> tuple[Any, list[str]]:
-    """A TensorRT logger that keeps errors for the exception to tell, and prints nothing."""
+    """Returns a TensorRT logger that prints nothing, and the list in which it collects error messages."""
     messages: list[str] = []
 
     class Logger(trt.ILogger):
@@ -121,11 +135,12 @@ def build_with(
     configure: Callable[[Any], None],
     timings: Path | None = None,
 ) -> Path:
-    """ONNX → `folder/<stage>.engine`; `configure(config)` names the target. BackendError on refusal.
+    """Builds `folder/<stage>.engine` from an ONNX graph, and returns its path.
 
-    `timings` is the file that keeps how long kernels take on this GPU.
-    The network is strongly typed, the only kind there is from TensorRT 11 on: each layer computes in the
-    graph's own types.
+    `configure` sets the target's own options in the builder's config. `timings` is the file of kernel timings
+    on this GPU, if they are kept. The network is strongly typed, which is the only kind from TensorRT 11 on:
+    each layer computes in the graph's own types. Raises BackendError if TensorRT can't read the graph or
+    can't build the engine.
     """
     logger, errors = make_logger(trt)
     builder = trt.Builder(logger)
@@ -151,7 +166,7 @@ def build_with(
 
 
 def inspect_engine(trt: Any, engine: Any) -> dict[str, Any]:
-    """Its layers, how many outputs they have of each type and format, and the memory a run takes."""
+    """Returns an engine's number of layers, its outputs by format, and its device memory in bytes."""
     information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return {
         "layers": engine.num_layers,
@@ -161,16 +176,19 @@ def inspect_engine(trt: Any, engine: Any) -> dict[str, Any]:
 
 
 def count_formats(information: Mapping[str, Any]) -> dict[str, int]:
-    """The inspector's JSON as counts, in the words that it has for types and formats."""
+    """Counts the layers' outputs by type and format, as the inspector's JSON names these.
+
+    A layer that the JSON gives as a bare name is skipped.
+    """
     layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]
     outputs = [output for layer in layers for output in layer.get("Outputs", [])]
     return dict(Counter(output.get("Format/Datatype", "not told") for output in outputs))
 
 
 def allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Lets attention that no fused kernel covers (small heads, fp32) run as plain matrix products.
+    """Lets attention run as plain matrix products if no fused kernel covers it (small heads, fp32).
 
-    Without it such a network does not build; where a fused kernel exists it is still taken.
+    Without this such a network does not build. TensorRT still uses a fused kernel if there is one.
     """
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -180,9 +198,9 @@ def allow_decomposed_attention(trt: Any, network: Any) -> None:
 
 
 class TensorRtRunner(TensorRunner):
-    """An engine with its execution context, its own CUDA stream and static output buffers.
+    """An engine with its execution context, its own CUDA stream and fixed output buffers.
 
-    Inputs and outputs are CUDA tensors of torch, which are DLPack arrays.
+    Outputs are torch tensors on the GPU, which are DLPack arrays.
     """
 
     def __init__(
@@ -192,7 +210,11 @@ class TensorRtRunner(TensorRunner):
         contract: StageContract,
         open_kernels: Callable[[Any], KernelCache] | None = None,
     ) -> None:
-        """`open_kernels` gives the engine's cache of kernels, where the package has such a thing."""
+        """Loads an engine. `open_kernels` opens its kernel cache, if the package `trt` has such caches.
+
+        Raises BackendError if TensorRT can't load the file or can't create a context for it, or if the engine
+        does not match the contract.
+        """
         import torch
 
         super().__init__(contract, "cuda")
@@ -213,10 +235,10 @@ class TensorRtRunner(TensorRunner):
         if self._context is None:
             raise BackendError(
                 f"{trt.__name__} can't run {path}: " + (errors[-1].strip() if errors else "no reason given"),
-                "nvidia-smi tells how much of the GPU's memory is free",
+                "nvidia-smi shows how much of the GPU's memory is free",
             )
         self._stream = torch.cuda.Stream()
-        # The engine's own names: an output named as an input carries a suffix.
+        # The engine's own names: an output with the same contract name as an input has a suffix there.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
         self._outputs = self.empty(contract.outputs)
         self._addresses: dict[str, int] = {}
@@ -235,13 +257,17 @@ class TensorRtRunner(TensorRunner):
         return dict(self._outputs)
 
     def _enqueue(self) -> None:
-        """On torch's stream, which may be capturing; beside its default one, on which TensorRT would wait."""
+        """Launches the engine on torch's current stream, which may be capturing.
+
+        If that is torch's default stream, the launch uses this engine's own stream instead, because
+        TensorRT waits for the GPU at every launch on the default stream.
+        """
         import torch
 
         around: AbstractContextManager[None] = nullcontext()
         stream = torch.cuda.current_stream()
         if stream == torch.cuda.default_stream():
-            stream, around = self._stream, self.beside(self._stream)
+            stream, around = self._stream, self.ordered_with_torch(self._stream)
         with around:
             if not self._context.execute_async_v3(stream.cuda_stream):
                 raise BackendError(f"the {self.contract.name} engine failed while running")
@@ -254,13 +280,18 @@ class TensorRtRunner(TensorRunner):
             self._addresses[name] = address
 
     def cannot_capture(self) -> str | None:
-        """TensorRT for RTX can be asked. TensorRT refuses loops and conditionals when it is captured."""
+        """Returns why torch can't capture the engine's calls, or None if it can.
+
+        Only TensorRT for RTX answers this question. TensorRT raises an error during the capture if the engine
+        has loops or conditionals.
+        """
         asked = getattr(self._context, "is_stream_capturable", None)
         if asked is None or asked(self._stream.cuda_stream):
             return None
-        return f"{self._package} can't have the {self.contract.name} engine captured"
+        return f"{self._package} does not let torch capture the {self.contract.name} engine"
 
     def close(self) -> None:
+        """Writes the kernel cache, and frees the engine."""
         if self._kernels:
             self._kernels.keep()
         self._kernels = self._context = self._engine = self._runtime = None
@@ -268,12 +299,13 @@ class TensorRtRunner(TensorRunner):
 
 
 def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:
+    """Returns the names of an engine's inputs or outputs; `mode` is a trt.TensorIOMode."""
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     return [name for name in names if engine.get_tensor_mode(name) == mode]
 
 
 def check_bindings(trt: Any, engine: Any, path: Path, contract: StageContract) -> None:
-    """BackendError unless the engine takes and gives what the contract says."""
+    """Raises BackendError unless the engine has the contract's inputs and its number of outputs."""
     found_in = engine_names(trt, engine, trt.TensorIOMode.INPUT)
     found_out = engine_names(trt, engine, trt.TensorIOMode.OUTPUT)
     expected = [spec.name for spec in contract.inputs]

@@ -1,6 +1,7 @@
-"""What TensorRT finds out about a GPU once. Losing it costs time alone.
+"""TensorRT's caches of kernel timings and of compiled kernels. Losing them only costs time.
 
-Kernels' timings, which serve any build, are in the user's store; an engine's own kernels beside its bundle.
+Kernel timings serve every build, and are in the user's store. Compiled kernels belong to one engine, and are
+next to its bundle.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from lcm_compile.system.files import write_atomically
 
 
 def plain(text: str) -> str:
-    """A name of a GPU as a part of a file's name."""
+    """Returns a GPU's name in a form that can be part of a file name."""
     return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def timings_path(trt: Any, gpu: str) -> Path:
+    """Returns the file of kernel timings for a GPU and this version of TensorRT."""
     return home() / "timing-cache" / f"{plain(gpu)}-{trt.__version__}.bin"
 
 
 @contextlib.contextmanager
 def keeping_timings(config: Any, path: Path) -> Iterator[None]:
-    """Builds with the kernels' times in `path`, and adds those that are measured meanwhile."""
+    """Gives a build the kernel timings in `path`, and adds to the file the timings that the build measures.
+
+    File errors are ignored when the timings are written.
+    """
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    if cache is None:  # what is kept there can't be read
+    if cache is None:  # the file's content is no timing cache
         cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
     yield
@@ -38,32 +43,35 @@ def keeping_timings(config: Any, path: Path) -> Iterator[None]:
 
 
 def kernels_path(trt: Any, engine: Path, gpu: str) -> Path | None:
-    """The file for an engine's kernels on a GPU, or None where the engine is in no bundle."""
+    """Returns the file of an engine's compiled kernels for a GPU, or None if the engine is in no bundle."""
     bundle = engine.absolute().parent.parent
     if not is_bundle(bundle):
         return None
-    name = f"{engine.stem}-{Digests().sha256(engine)[:16]}-{plain(gpu)}-{trt.__version__}{KERNEL_FILE_SUFFIX}"
+    digest = Digests().sha256(engine)[:16]
+    name = f"{engine.stem}-{digest}-{plain(gpu)}-{trt.__version__}{KERNEL_FILE_SUFFIX}"
     return kernels_folder(bundle) / name
 
 
 class KernelCache:
-    """The kernels that TensorRT for RTX compiles on the GPU when an engine is first used there.
+    """The kernels that TensorRT for RTX compiles when an engine is first used on a GPU.
 
-    They are kept in a file behind their sha256, as what a damaged file does to the library is not told.
-    Without a place to write they are compiled again each time.
+    The engine's execution context is created with `config`, which holds the cache. In the file, the kernels'
+    sha256 precedes the kernels, because NVIDIA does not document what TensorRT does with a damaged cache. If
+    the file can't be written, the kernels are compiled again every time.
     """
 
     def __init__(self, engine: Any, path: Path | None) -> None:
+        """Reads the engine's kernels from `path`, if it is given and the file is intact."""
         self._path = path
         self.config = engine.create_runtime_config()
         self._cache = self.config.create_runtime_cache()
         self._kept = b"" if path is None else read_kernels(path)
         if self._kept:
-            self._cache.deserialize(self._kept)  # refuses what is for another GPU, and stays empty
+            self._cache.deserialize(self._kept)  # refuses kernels for another GPU, and stays empty
         self.config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
-        """Writes the cache, if it holds something else than what was read."""
+        """Writes the kernels to the file, if they are not the ones that were read from it."""
         if self._path is None:
             return
         held = self._cache.serialize()
@@ -74,7 +82,7 @@ class KernelCache:
 
 
 def read_kernels(path: Path) -> bytes:
-    """What keep() wrote, or nothing where that can't be read or is damaged."""
+    """Returns the kernels that keep() wrote, or b"" if the file can't be read or is damaged."""
     try:
         content = path.read_bytes()
     except OSError:

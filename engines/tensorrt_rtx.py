@@ -1,4 +1,4 @@
-"""TensorRT for RTX: engines for a named GPU, built on any machine, with no GPU at all."""
+"""TensorRT for RTX: engines for a named GPU, built on any machine, even one without a GPU."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from lcm_compile.targets import GpuTarget
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt-rtx",)
 INSTALL = "pip install 'lcm-compile[rtx]'"
+# The compute capabilities that it builds for.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     if target.is_cpu:
         return "builds for NVIDIA GPUs only"
     if target.compute_capability not in CAPABILITIES:
@@ -40,14 +42,17 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     return shared.cannot_run_with("tensorrt_rtx", INSTALL, target)
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
+    """Returns why an engine can't be loaded here, or None. Only the version that built it can load it."""
     return other_version(built_with, PACKAGES)
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns the builder options that `build` sets."""
     return {
         "strongly_typed": True,
         "optimization_level": shared.OPTIMIZATION_LEVEL,
@@ -56,13 +61,18 @@ def options(target: GpuTarget) -> Mapping[str, Any]:
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """Builds `folder/<stage>.engine` for the target's compute capability.
+
+    Raises BackendError as tensorrt.build_with does, and if TensorRT for RTX refuses the compute capability.
+    """
     trt = importlib.import_module("tensorrt_rtx")
 
     def configure(config: Any) -> None:
         assert target.compute_capability is not None
         name = "SM" + target.compute_capability.replace(".", "")
         config.num_compute_capabilities = 1
-        # The setter returns False rather than raising; an engine for no capability would be another one.
+        # The setter returns False instead of raising. Without a capability, the build would make a different
+        # engine.
         if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
             raise BackendError(f"tensorrt_rtx {trt.__version__} refuses compute capability {name}")
 
@@ -70,25 +80,29 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine. Raises BackendError as check_header and tensorrt.TensorRtRunner do."""
     trt = importlib.import_module("tensorrt_rtx")
 
     check_header(trt, path)
 
     def open_kernels(engine: Any) -> KernelCache:
         here = gpu_here()
-        assert here is not None, "an engine was loaded"
+        assert here is not None, "an engine is loaded, so there is a GPU"
         return KernelCache(engine, kernels_path(trt, path, here[0]))
 
     return shared.TensorRtRunner(trt, path, contract, open_kernels)
 
 
 def check_header(trt: Any, path: Path) -> None:
-    """BackendError, before the whole engine is read, where its header tells that it can't be loaded here."""
+    """Raises BackendError if the engine's header shows that it can't be loaded here.
+
+    This reads only the header, not the complete file.
+    """
     logger, _ = shared.make_logger(trt)
     runtime = trt.Runtime(logger)
     with path.open("rb") as file:
         _, found = runtime.get_engine_validity(file.read(runtime.engine_header_size))
     kinds = trt.EngineInvalidityDiagnostics.__members__.items()
-    told = ", ".join(name.lower().replace("_", " ") for name, kind in kinds if found & int(kind))
-    if told:
-        raise BackendError(f"tensorrt_rtx {trt.__version__} can't load {path}: {told}", REBUILD)
+    reasons = ", ".join(name.lower().replace("_", " ") for name, kind in kinds if found & int(kind))
+    if reasons:
+        raise BackendError(f"tensorrt_rtx {trt.__version__} can't load {path}: {reasons}", REBUILD)

@@ -1,4 +1,4 @@
-"""What the runners share whose arrays are tensors of torch, on a CPU or a GPU."""
+"""The base class of runners whose arrays are torch tensors, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
 
 class TensorRunner(Runner):
-    """A runner on `device`, "cpu" or "cuda". What it gives are tensors there."""
+    """A runner on `device`, "cpu" or "cuda". Its outputs are torch tensors on that device."""
 
     def __init__(self, contract: StageContract, device: str) -> None:
         super().__init__(contract)
         self.device = device
 
     def tensor(self, spec: TensorSpec, array: Array) -> torch.Tensor:
-        """The input as engines read it: on the device, of the contract's type, contiguous.
+        """Returns an input as engines read it: on the device, contiguous, and of the contract's type.
 
-        BackendError for another shape, which an engine would read past its end.
+        Raises BackendError if its shape is not the contract's, because the engine could read past the end.
         """
         import torch
 
         if isinstance(array, np.ndarray):
             array = self.to_device(array)
-        # A step takes a hundred tensors: those of torch are spared the exchange.
+        # A step has a hundred inputs, so those that are torch tensors skip the conversion by DLPack.
         tensor = array if isinstance(array, torch.Tensor) else torch.from_dlpack(array)
         if (shape := tuple(tensor.shape)) != spec.shape:
             raise BackendError(
@@ -41,7 +41,7 @@ class TensorRunner(Runner):
         return tensor.to(self.device, getattr(torch, spec.dtype)).contiguous()
 
     def empty(self, specs: Sequence[TensorSpec]) -> dict[str, torch.Tensor]:
-        """Memory for each of some inputs or outputs, in their order."""
+        """Returns new uninitialised tensors for inputs or outputs, by name and in their order."""
         import torch
 
         return {
@@ -50,10 +50,12 @@ class TensorRunner(Runner):
         }
 
     @contextlib.contextmanager
-    def beside(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
-        """An engine on a stream of its own takes its turn in torch's; the host waits for neither.
+    def ordered_with_torch(self, stream: torch.cuda.Stream | None) -> Iterator[None]:
+        """Runs a block that launches an engine, in order with the work on torch's current stream.
 
-        Without such a stream, the engine begins once the GPU has done all that torch asked of it.
+        `stream` is the engine's own stream. It first waits for torch's stream, and then torch's waits for
+        it; the host waits for neither. If `stream` is None, the host waits here until torch's stream is
+        idle, and then runs the block.
         """
         import torch
 
@@ -70,6 +72,7 @@ class TensorRunner(Runner):
         current.wait_stream(stream)
 
     def mark(self) -> Any:
+        """Returns a CUDA event recorded on torch's current stream; on a CPU, the time."""
         if self.device != "cuda":
             return super().mark()
         import torch
@@ -79,19 +82,23 @@ class TensorRunner(Runner):
         return event
 
     def between(self, start: Any, end: Any) -> float:
+        """Returns the milliseconds between two marks, and waits until the second is reached."""
         if self.device != "cuda":
             return super().between(start, end)
         end.synchronize()
         return start.elapsed_time(end)
 
     def to_device(self, array: np.ndarray) -> Array:
+        """Returns the array as a tensor on the engine's device."""
         import torch
 
         tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
         if self.device != "cuda":
             return tensor
-        # From pinned memory, in the order of the stream: the host does not wait for what the GPU does before.
+        # The copy is from pinned memory and in stream order, so the host does not wait for the GPU's
+        # earlier work.
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def to_host(self, array: Array) -> np.ndarray:
+        """Returns the array as a NumPy array, and waits for the GPU if it has yet to compute it."""
         return array if isinstance(array, np.ndarray) else array.cpu().numpy()

@@ -1,4 +1,4 @@
-"""TorchScript on the CPU: the engine is the graph itself, and plain `torch.jit.load` opens it."""
+"""TorchScript on the CPU: the engine is the graph's own file, which plain `torch.jit.load` opens."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ PACKAGES = ("torch",)
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
+    """Returns why this machine can't build an engine for the target in that precision, or None."""
     return cannot_run(target) or ("it has no 8-bit products" if precision.is_quantized else None)
 
 
 def cannot_run(target: GpuTarget) -> str | None:
+    """Returns why this machine can't run engines for the target, or None."""
     if not target.is_cpu:
         return "builds for the CPU only"
     if importlib.util.find_spec("torch") is None:
@@ -31,21 +33,24 @@ def cannot_run(target: GpuTarget) -> str | None:
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
-    """Its files open in any version that knows their operators; opening them tells."""
+    """Returns None: any version that knows the file's operators opens it, and `load` raises otherwise."""
     return None
 
 
 def options(target: GpuTarget) -> Mapping[str, Any]:
+    """Returns how the graph was made: frozen, with its weights as constants."""
     return {"frozen": True}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """Copies the graph's file into `folder`, and returns the path of the copy."""
     path = folder / graph.path.name
     shutil.copyfile(graph.path, path)
     return path
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+    """Loads an engine. Raises BackendError if torch can't open the file."""
     import torch
 
     try:
@@ -58,6 +63,8 @@ def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
 
 
 class TorchScriptRunner(Runner):
+    """A TorchScript module on the CPU. Its outputs are NumPy arrays."""
+
     def __init__(self, module: Any, contract: StageContract) -> None:
         super().__init__(contract)
         self._module = module
@@ -72,4 +79,5 @@ class TorchScriptRunner(Runner):
         return {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 
     def close(self) -> None:
+        """Frees the module."""
         self._module = None

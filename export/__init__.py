@@ -1,4 +1,4 @@
-"""Stages as graphs on disk. Each module turns one stage into one format: `<format>_from_stage`."""
+"""Exports stages to graphs on disk. Each module writes one format: `<format>_from_stage`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lcm_compile.precisions import Precision
 if TYPE_CHECKING:
     from lcm_compile.stages.stage import Stage
 
-# What the graph's bytes depend on besides the stage, by format: it goes into the key.
+# The packages whose versions a graph's bytes depend on, for each format. These versions are part of the key.
 EXPORTERS = {
     "onnx": ("torch", "diffusers", "transformers", "onnx", "onnxscript"),
     "torchscript": ("torch", "diffusers", "transformers"),
@@ -20,7 +20,7 @@ EXPORTERS = {
 
 
 def export_stage(stage: Stage, graph_format: str, precision: Precision, folder: Path) -> ExportedGraph:
-    """Writes `folder/<stage>.<suffix>`. ValueError for a format that has no exporter."""
+    """Writes a stage's graph to `folder/<stage>.<suffix>`. Raises ValueError for an unknown format."""
     if graph_format == "onnx":
         from lcm_compile.export.onnx_graph import onnx_from_stage
 
@@ -37,7 +37,11 @@ def export_stage(stage: Stage, graph_format: str, precision: Precision, folder: 
 
 
 def export_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
-    """The graph of the same module for other shapes, in a folder beside `graph` and on its very weights."""
+    """Exports the twin of `graph`: an ONNX graph of the same module and the same weights, for other shapes.
+
+    `stage` is the stage for these shapes. The twin is in a folder next to `graph`, and shares its weights
+    file if it has one.
+    """
     from lcm_compile.export.onnx_graph import onnx_twin
 
     return onnx_twin(stage, graph)

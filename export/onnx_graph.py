@@ -1,4 +1,4 @@
-"""Stage → ONNX, by torch.export."""
+"""Exports a stage to ONNX, by torch.export."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import opset23
 
-import lcm_compile.stages.quantize  # noqa: F401 - its operators
+import lcm_compile.stages.quantize  # noqa: F401 - registers the operators in QUANTIZING
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.export.signature import PlainSignature
 from lcm_compile.graphs import ExportedGraph
 from lcm_compile.precisions import Precision
 from lcm_compile.stages.stage import Stage
 
-# Opset 23 has Attention and GroupNormalization as single nodes: half the graph of opset 20, and what
-# TensorRT fuses best.
+# Opset 23 has Attention and GroupNormalization as single nodes. Its graphs are half as large as opset 20's,
+# and TensorRT fuses such nodes best.
 OPSET = 23
-# A protobuf ends at 2 GB; graphs near that keep their weights in a file beside them.
+# Bytes of weights above which they are kept in a file next to the graph: a protobuf can hold 2 GB.
 INLINE_LIMIT = 1_500_000_000
 
 
 def quantize_linear(x: Any, scale: Any, dtype: int) -> Any:
+    """Translates lcm_compile::quantize to ONNX; `dtype` is ONNX's number of the 8-bit type."""
     return opset23.QuantizeLinear(x, scale, output_dtype=dtype)
 
 
 def dequantize_linear(q: Any, scale: Any, axis: int) -> Any:
+    """Translates lcm_compile::dequantize to ONNX; a vector `scale` has one scale for each index of `axis`."""
     return opset23.DequantizeLinear(q, scale, axis=axis)
 
 
-# What the operators of quantized layers are in ONNX.
+# The translations to ONNX of the operators that quantized layers use.
 QUANTIZING: dict[Any, Any] = {
     torch.ops.lcm_compile.quantize.default: quantize_linear,
     torch.ops.lcm_compile.dequantize.default: dequantize_linear,
@@ -41,7 +43,11 @@ QUANTIZING: dict[Any, Any] = {
 
 
 def onnx_from_stage(stage: Stage, precision: Precision, folder: Path) -> ExportedGraph:
-    """`folder/<stage>.onnx`, with inputs and outputs named as in the contract and static shapes."""
+    """Writes `folder/<stage>.onnx` with static shapes; inputs and outputs have the contract's names.
+
+    An output whose name is also an input's gets the suffix `_out`. Weights of more than INLINE_LIMIT bytes
+    are written to `<stage>.onnx.data`.
+    """
     model = onnx_model(stage)
     path = folder / f"{stage.name}.onnx"
     weights = [*stage.module.parameters(), *stage.module.buffers()]
@@ -51,7 +57,10 @@ def onnx_from_stage(stage: Stage, precision: Precision, folder: Path) -> Exporte
 
 
 def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
-    """`twin/<stage>.onnx` beside `graph`, for other shapes; what both hold is read from that graph's file."""
+    """Writes `twin/<stage>.onnx` next to `graph`, for the shapes of `stage`; see export_twin.
+
+    If `graph` keeps its weights in a file of their own, the twin reads the weights that both have from there.
+    """
     import onnx_ir
 
     folder = graph.path.parent / "twin"
@@ -62,8 +71,8 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
         stored = onnx_ir.load(graph.path).graph.initializers
         for name, value in model.graph.initializers.items():
             tensor = stored[name].const_value if name in stored else None
-            # Not everything is alike: constants that were folded from the shape are not.
-            if isinstance(tensor, onnx_ir.ExternalTensor) and same(tensor, value.const_value):
+            # Constants that were folded from the shape differ between the two graphs.
+            if isinstance(tensor, onnx_ir.ExternalTensor) and equal_tensors(tensor, value.const_value):
                 value.const_value = onnx_ir.ExternalTensor(
                     tensor.location,
                     tensor.offset,
@@ -73,18 +82,20 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
                     name=name,
                     base_dir=folder,
                 )
-        # Not before the weights were compared: onnx_ir reads no file of two names.
+        # The link is made only after the weights are compared, because onnx_ir refuses to read a file that
+        # has several hard links.
         (folder / graph.weights.name).hardlink_to(graph.weights)
     onnx_ir.save(model, path)
     return replace(graph, path=path, contract=stage.contract)
 
 
-def same(one: Any, other: Any) -> bool:
+def equal_tensors(one: Any, other: Any) -> bool:
+    """Returns whether two tensors have the same type, shape and values."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and np.array_equal(one.numpy(), other.numpy())
 
 
 def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
-    """The graph in memory. Traces of the machine it was made on (paths in stack traces) are taken out."""
+    """Exports a stage to a graph in memory, without metadata of this machine (paths in stack traces)."""
     contract = stage.contract
     module = PlainSignature(stage.module, len(contract.inputs))
     with quiet_exporter():
@@ -100,7 +111,7 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
             custom_translation_table=QUANTIZING,
         )
         assert program is not None
-        # Before constants are folded, which would give each use of a weight a transposed copy of its own.
+        # This comes before constants are folded: folding would give each use of a weight a transposed copy.
         CommonSubexpressionEliminationPass()(program.model)
         program.optimize()
     for node in program.model.graph:
@@ -111,6 +122,6 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
 
 
 def output_names(stage: Stage) -> list[str]:
-    """The contract's names; an output named as an input (a latent in, a latent out) gets `_out`."""
+    """Returns the outputs' names: the contract's, with `_out` added if an input (a latent) has the same."""
     inputs = {spec.name for spec in stage.contract.inputs}
     return [f"{s.name}_out" if s.name in inputs else s.name for s in stage.contract.outputs]

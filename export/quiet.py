@@ -1,4 +1,4 @@
-"""Keeps what exporters and their libraries print off the terminal."""
+"""Silences exporters and their libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """The exporter's progress prints and notices are not for stdout, which is data."""
+    """Silences an exporter's prints, log messages and warnings, because stdout is only for data."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "transformers")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Stage → torch.export's program: one .pt2 file of graph and weights."""
+"""Exports a stage to a program of torch.export: one .pt2 file with graph and weights."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from lcm_compile.stages.stage import Stage
 
 
 def torch_export_from_stage(stage: Stage, precision: Precision, folder: Path) -> ExportedGraph:
-    """`folder/<stage>.pt2`: opens with plain `torch.export.load`, arguments in the contract's order.
+    """Writes `folder/<stage>.pt2`, which plain `torch.export.load` opens.
 
-    The program is of the device that the stage is on, a CPU; a builder for another one moves it.
+    The program takes the contract's inputs in order. It is for the CPU, which is the stage's device; a
+    backend that builds for a GPU moves it there.
     """
     module = PlainSignature(stage.module, len(stage.contract.inputs)).eval()
     path = folder / f"{stage.name}.pt2"

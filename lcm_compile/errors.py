@@ -1,15 +1,15 @@
-"""The errors a user can meet.
+"""The errors that a user can get.
 
-LcmCompileError        exit 1   the request is fine, this machine or these files are not
+LcmCompileError        exit 1   the request is fine, but this machine or these files are not
 ├── CheckpointError             a base that can't be found, read or understood
 ├── LoraError                   a LoRA that can't be read, or that does not fit its base
 ├── BackendError                a backend that can't build or run here
 ├── BundleError                 a bundle that is missing, damaged or made for another machine
 ├── UsageError         exit 2   a request that can't be right on any machine
-├── ParityError        exit 3   engines that do not draw what torch draws
-└── PerformanceError   exit 3   measurements that are worse than a baseline's, or missing
+├── ParityError        exit 3   engines whose output differs from torch's
+└── PerformanceError   exit 3   measurements that are worse than a baseline's, or that are missing
 
-Each says what happened and why in `message`, and the next command to type in `hint`.
+`message` says what happened and why. `hint` says what to do next, usually a command to type.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ REBUILD = "build the bundle again with --force"
 
 
 class LcmCompileError(Exception):
+    """The base of all errors of this package. `exit_code` is the command's exit status."""
+
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -30,35 +32,41 @@ class LcmCompileError(Exception):
 
 
 class CheckpointError(LcmCompileError):
-    pass
+    """A base can't be found, read or understood."""
 
 
 class LoraError(LcmCompileError):
-    pass
+    """A LoRA can't be read, or does not fit its base."""
 
 
 class BackendError(LcmCompileError):
-    pass
+    """A backend can't build or run on this machine."""
 
 
 class BundleError(LcmCompileError):
-    pass
+    """A bundle is missing, damaged or made for another machine."""
 
 
 class UsageError(LcmCompileError):
+    """A request can't be right on any machine."""
+
     exit_code = 2
 
 
 class ParityError(LcmCompileError):
+    """The output of engines differs from torch's by more than the limit."""
+
     exit_code = 3
 
 
 class PerformanceError(LcmCompileError):
+    """Measurements are worse than a baseline's by more than the limit, or missing."""
+
     exit_code = 3
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str], hint: str | None = None) -> UsageError:
-    """The error for a name that is not in a table: lists the choices, the closest one first."""
+    """Returns the error for a name that is not in a table. It suggests the closest choice, and lists all."""
     known = list(choices)
     closest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     guess = f" Did you mean {closest[0]!r}?" if closest else ""
@@ -66,4 +74,5 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], hint: str | None 
 
 
 def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or the name of its type if it has no text."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,7 @@
-"""A stage as a static graph: its contract, and the file that it is exported to. No torch, no hardware."""
+"""A stage as a static graph: its contract, and the file that it is exported to.
+
+This file needs neither torch nor any hardware.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ from pathlib import Path
 
 from lcm_compile.precisions import Precision
 
-# The one stage of a bundle that draws a whole picture in one call, and the rewrites that it needs.
+# The single stage of a bundle that draws a complete picture in one call.
 DRAW = "draw"
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One array at a stage's edge. `dtype` is NumPy's name: float32 but for tokens and 8-bit pictures."""
+    """One input or output of a stage.
+
+    `dtype` is NumPy's name for the type: float32, except for tokens and 8-bit pictures. `meaning` is a
+    description in words.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -23,7 +30,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StageContract:
-    """A static graph's inputs and outputs, in order. The pipeline reads nothing else about a stage."""
+    """The inputs and outputs of a static graph, in order. The pipeline knows nothing else about a stage."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -32,7 +39,7 @@ class StageContract:
 
 @dataclass(frozen=True)
 class ExportedGraph:
-    """A stage as a file that a backend builds from; weights over 2 GB lie beside it."""
+    """A stage exported to a file, from which a backend builds an engine."""
 
     path: Path
     precision: Precision
@@ -40,8 +47,9 @@ class ExportedGraph:
 
     @property
     def weights(self) -> Path:
-        """Where an ONNX graph keeps weights that are too large for its own file."""
+        """The file next to an ONNX graph that holds its weights if they are over 2 GB."""
         return self.path.with_name(f"{self.path.name}.data")
 
 
-STAGES = ("encode", "context", "step", "decode")  # the context may be part of the step
+# The stages of a bundle in their order. `context` may be part of `step`.
+STAGES = ("encode", "context", "step", "decode")

@@ -1,17 +1,20 @@
-"""What stages compute in: fp32, fp16 or bf16, or 8-bit products with one of them for everything else."""
+"""The number types that stages compute in.
+
+A stage computes in fp32, fp16 or bf16, or it has 8-bit matrix products and one of these for everything else.
+"""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
-# The 8-bit types. Only products of the step are computed in them.
+# The 8-bit types. Only matrix products and convolutions of the step are computed in them.
 EIGHT_BITS = ("int8", "fp8")
-# What `--precision` takes besides "auto". An 8-bit type alone leaves its floats to the target.
+# The values of `--precision` besides "auto". With an 8-bit type alone, the target decides the other type.
 ASKED_PRECISIONS = ("fp32", "fp16", "bf16", *EIGHT_BITS, "fp8+bf16")
 
 
 class Precision(StrEnum):
-    """The types that a stage computes in. "int8+bf16" has its products in int8, and all else in bf16."""
+    """The types that a stage computes in. "int8+bf16" computes products in int8, everything else in bf16."""
 
     FP32 = "fp32"
     FP16 = "fp16"
@@ -24,7 +27,10 @@ class Precision(StrEnum):
 
     @classmethod
     def of(cls, asked: str, floats: str) -> Precision:
-        """The precision that `--precision` asks for; an 8-bit type alone computes the rest in `floats`."""
+        """Returns the precision that `--precision` asks for.
+
+        With an 8-bit type alone, everything else is computed in `floats`. An unknown name raises ValueError.
+        """
         return cls(f"{asked}+{floats}" if asked in EIGHT_BITS else asked)
 
     @property
@@ -44,10 +50,10 @@ class Precision(StrEnum):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its products are in 8 bits."""
+        """Whether the products are computed in 8 bits."""
         return self.product in EIGHT_BITS
 
     @property
     def without_eight_bits(self) -> Precision:
-        """The precision of the stages beside a quantized step."""
+        """The precision of the stages other than the step, next to a quantized step."""
         return Precision(self.floats)

@@ -1,7 +1,8 @@
-"""The LCM scheduler: which timesteps a picture of N steps visits, and the arithmetic of each.
+"""The LCM scheduler: the timesteps of a picture drawn in N steps, and the arithmetic of each step.
 
-Luo et al. 2023, "Latent Consistency Models", section 4 and appendix; the same schedule, rounding and
-defaults as diffusers' LCMScheduler, in NumPy and plain floats, so that running needs no torch.
+It follows Luo et al. 2023, "Latent Consistency Models", section 4 and appendix. The schedule, the rounding
+and the defaults are those of diffusers' LCMScheduler. It uses NumPy and plain floats, so that running needs
+no torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import numpy as np
 from lcm_compile.errors import UsageError
 from lcm_compile.system.dataclass_json import from_json
 
-SIGMA_DATA = 0.5
+SIGMA_DATA = 0.5  # the standard deviation of the data that the boundary scalings assume
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """The settings of a checkpoint that LCM sampling reads; names and defaults are diffusers' own."""
+    """The scheduler settings of a checkpoint that LCM sampling uses. Names and defaults are diffusers'.
+
+    Raises ValueError if LCM can't sample with the settings.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -39,40 +43,47 @@ class SchedulerSettings:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"prediction type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}"
+                f"prediction_type is {self.prediction_type!r}, and must be one of "
+                f"{', '.join(PREDICTION_TYPES)}"
             )
         if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
             raise ValueError(
-                f"{self.original_inference_steps} LCM steps do not fit {self.num_train_timesteps} timesteps"
+                f"original_inference_steps is {self.original_inference_steps}, and must be from 1 to "
+                f"num_train_timesteps, which is {self.num_train_timesteps}"
             )
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 <= beta <= 1 for beta in betas):
-            raise ValueError(f"its betas, from {betas[0]} to {betas[-1]}, are not all between 0 and 1")
+            raise ValueError(f"the betas, from {betas[0]} to {betas[-1]}, are not all between 0 and 1")
         if len(alphas_cumprod(self)) != self.num_train_timesteps:
-            raise ValueError(f"{len(betas)} betas do not fit {self.num_train_timesteps} timesteps")
+            raise ValueError(f"there are {len(betas)} betas for {self.num_train_timesteps} timesteps")
 
     @property
     def clip(self) -> float | None:
-        """The largest absolute value of x̂0, where it is clipped."""
+        """The absolute value that x̂0 is clipped to, or None if it is not clipped."""
         return self.clip_sample_range if self.clip_sample else None
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as a dictionary for JSON, which from_dict reads."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> SchedulerSettings:
-        """From any diffusers scheduler config. ValueError where LCM can't sample with it.
+        """Returns the settings in a diffusers scheduler config of any class.
 
-        A schedule without `beta_*` keys gets LCMScheduler's defaults, as `LCMScheduler.from_config` gives.
+        Raises ValueError if LCM can't sample with them. A config without `beta_*` keys gets the defaults of
+        LCMScheduler, as in `LCMScheduler.from_config`.
         """
         if config.get("thresholding"):
-            raise ValueError("dynamic thresholding is not for latent diffusion; set thresholding to false")
+            raise ValueError("LCM can't sample latents with dynamic thresholding; set thresholding to false")
         known = {field.name for field in fields(cls)}
         return from_json(cls, {k: v for k, v in config.items() if k in known and v is not None})
 
 
 def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
-    """ᾱ_t for every training timestep: float32 (num_train_timesteps,)."""
+    """Returns ᾱ_t for every training timestep: float32 (num_train_timesteps,).
+
+    Raises ValueError for an unknown beta schedule.
+    """
     n = settings.num_train_timesteps
     if settings.trained_betas is not None:
         betas = np.asarray(settings.trained_betas, np.float64)
@@ -85,7 +96,10 @@ def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
         alpha_bar = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
     else:
-        raise ValueError(f"beta schedule {settings.beta_schedule!r} is not one that LCM knows")
+        raise ValueError(
+            f"beta_schedule is {settings.beta_schedule!r}, and must be one of linear, scaled_linear, "
+            "squaredcos_cap_v2"
+        )
     alpha_bar = np.cumprod(1 - betas)
     if settings.rescale_betas_zero_snr:  # Lin et al. 2023, arXiv 2305.08891, Algorithm 1
         root = np.sqrt(alpha_bar)
@@ -94,20 +108,31 @@ def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
 
 
 def boundary_scalings(timestep: int, timestep_scaling: float = 10.0) -> tuple[float, float]:
-    """c_skip and c_out of the consistency function f(x, t) = c_skip·x + c_out·x̂0."""
+    """Returns c_skip and c_out of the consistency function f(x, t) = c_skip·x + c_out·x̂0 at a timestep."""
     scaled = timestep * timestep_scaling
     c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
     c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
     return c_skip, c_out
 
 
+# The fields of LcmStep that a graph of a step takes as its input `coefficients`, in this order.
+COEFFICIENTS = ("x0_latent", "x0_output", "c_skip", "c_out", "denoised_scale", "noise_scale")
+
+
 @dataclass(frozen=True)
 class LcmStep:
-    """One step as plain numbers; `latent`, `output` and `noise` may be any arrays that know + and *.
+    """One denoising step as plain numbers.
+
+    Calling it returns the next latent:
 
     x̂0 = x0_latent·latent + x0_output·output
-    next = sqrt(ᾱ_prev)·(c_skip·latent + c_out·x̂0) + sqrt(1 − ᾱ_prev)·noise,
-    on the last step without the noise (None will do) and with ᾱ_prev = 1.
+    next = sqrt(ᾱ_prev)·(c_skip·latent + c_out·x̂0) + sqrt(1 − ᾱ_prev)·noise
+
+    `denoised_scale` is sqrt(ᾱ_prev) and `noise_scale` is sqrt(1 − ᾱ_prev). On the last step ᾱ_prev is 1 and
+    there is no noise, so `noise` may be None. `clip` is the absolute value that x̂0 is clipped to, or None.
+
+    `latent`, `output` (the UNet's prediction) and `noise` are arrays of one shape and of any library: only
+    +, * and, for `clip`, the method clip are used.
     """
 
     timestep: int
@@ -121,9 +146,8 @@ class LcmStep:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """The numbers that a graph of this arithmetic takes."""
-        scales = self.denoised_scale, self.noise_scale
-        return (self.x0_latent, self.x0_output, self.c_skip, self.c_out, *scales)
+        """The numbers that a graph of a step takes, in the order of COEFFICIENTS."""
+        return tuple(getattr(self, name) for name in COEFFICIENTS)
 
     def __call__(self, latent: Any, output: Any, noise: Any) -> Any:
         x0 = latent * self.x0_latent + output * self.x0_output
@@ -136,7 +160,10 @@ class LcmStep:
 
 
 def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
-    """The timesteps of a picture of `num_steps`, from noisy to clean; UsageError if it has too many."""
+    """Returns the timesteps of a picture drawn in `num_steps`, from noisy to clean.
+
+    Raises UsageError if `num_steps` is not from 1 to `original_inference_steps`.
+    """
     most = settings.original_inference_steps
     if not 1 <= num_steps <= most:
         raise UsageError(f"steps must be from 1 to {most}, not {num_steps}")
@@ -147,7 +174,10 @@ def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
 
 
 def x0_coefficients(prediction_type: str, root_alpha: float, root_beta: float) -> tuple[float, float]:
-    """(a, b) with x̂0 = a·latent + b·output, where latent = √ᾱ·x0 + √(1 − ᾱ)·ε."""
+    """Returns (a, b) for x̂0 = a·latent + b·output, where latent = √ᾱ·x0 + √(1 − ᾱ)·ε.
+
+    `root_alpha` is √ᾱ and `root_beta` is √(1 − ᾱ).
+    """
     if prediction_type == "epsilon":
         return 1 / root_alpha, -root_beta / root_alpha
     if prediction_type == "v_prediction":
@@ -156,6 +186,10 @@ def x0_coefficients(prediction_type: str, root_alpha: float, root_beta: float) -
 
 
 def lcm_steps(num_steps: int, settings: SchedulerSettings) -> list[LcmStep]:
+    """Returns the steps of a picture drawn in `num_steps`, from noisy to clean.
+
+    Raises UsageError as lcm_timesteps does.
+    """
     alphas = alphas_cumprod(settings)
     timesteps = lcm_timesteps(num_steps, settings)
     steps = []

@@ -13,7 +13,11 @@ GIB = 1024**3
 
 @dataclass(frozen=True)
 class GpuTarget:
-    """A device by name. `compute_capability` is None for a CPU, `memory_bytes` None where it varies."""
+    """A device that engines are built for.
+
+    `compute_capability` is None for a CPU. `memory_bytes` is None if it differs between machines.
+    `precisions` are the types that the device computes in.
+    """
 
     name: str
     description: str
@@ -23,22 +27,24 @@ class GpuTarget:
 
     @property
     def is_cpu(self) -> bool:
+        """Whether the device is a CPU."""
         return self.compute_capability is None
 
     def lacks(self, precision: Precision) -> list[str]:
-        """The types of a precision that the device does not compute in."""
+        """Returns the types of a precision that the device does not compute in."""
         return [name for name in precision.types if name not in self.precisions]
 
     def computes(self, precision: Precision) -> bool:
-        """Whether the device computes in all types of a precision."""
+        """Returns whether the device computes in all types of a precision."""
         return not self.lacks(precision)
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as a dictionary for JSON."""
         return asdict(self)
 
 
-# The precisions are those that the device's matrix units compute; fp8 and int8 are for quantised
-# graphs. Compute capabilities: developer.nvidia.com/cuda-gpus.
+# The precisions are those of the device's matrix units; fp8 and int8 are used by quantized graphs only. The
+# compute capabilities are those of developer.nvidia.com/cuda-gpus.
 TURING = ("fp32", "fp16", "int8")
 AMPERE = ("fp32", "fp16", "bf16", "int8")
 ADA = (*AMPERE, "fp8")
@@ -78,7 +84,10 @@ TARGETS: dict[str, GpuTarget] = {
 
 
 def find_target(name: str) -> GpuTarget:
-    """The target of that name, in any case and with or without spaces or dashes; UsageError otherwise."""
+    """Returns the target with this name. Raises UsageError if there is none.
+
+    Upper and lower case, spaces, dashes and underscores make no difference, nor does a leading "RTX".
+    """
 
     def plain(text: str) -> str:
         return text.lower().replace(" ", "").replace("-", "").replace("_", "").removeprefix("rtx")

@@ -1,3 +1,3 @@
-"""The version of this package, which keys and pictures hold."""
+"""The version of this package. Build keys and the metadata of pictures contain it."""
 
 __version__ = "0.1.0"

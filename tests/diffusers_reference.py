@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 
-from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
+from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 

@@ -19,8 +19,12 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lcm_compile.builder.build import build_plans
+from lcm_compile.builder.plan import make_plan_from
+from lcm_compile.bundles.export_manifest import open_export
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.lora.merge import check_loras, merge_loras
+from lcm_compile.system.stopwatch import silent
 
 
 def load_modules(checkpoint):
@@ -40,6 +44,12 @@ def fuse_loras(modules, loras):
     provenance = check_loras(modules, loras)
     merge_loras(modules, loras)
     return provenance
+
+
+def build_from(graphs, gpu, backend="auto", out=None):
+    """Builds a bundle from an export; returns the plan that was followed, and the bundle."""
+    plan = make_plan_from(open_export(graphs), gpu, backend, out)
+    return build_plans([plan], False, silent)[0]
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -1,4 +1,4 @@
-"""A baseline's own benchmark, run again here in several fresh processes."""
+"""Runs a baseline's own benchmark again on this machine, in several fresh processes."""
 
 from __future__ import annotations
 
@@ -17,74 +17,86 @@ from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import DRAW
 
-# On a busy machine it takes so many to tell 15 % from nothing: tests/test_gate_power.py.
+# So many processes detect a change of 15 % on a busy machine, as tests/benchmarks/test_gate_power.py shows.
 PROCESSES = 10
 
 
 def run_again(benchmark: Benchmark, note: Callable[[str], None], processes: int) -> BenchmarkReport:
-    """The benchmark's samples, its runs and seconds shared out; the bundle is built if need be.
+    """Takes the benchmark's samples again, with its runs and seconds divided among the processes.
 
-    BackendError where its engines can't be had here; else what building or loading them raises.
+    The bundle is built if it is not in the cache. `note` shows a line of progress. Raises BackendError if
+    this machine can't build the benchmark's engines, and whatever building or loading them raises.
     """
     bundle = build_again(benchmark)
     manifest = bundle.manifest
     runs = max(MIN_SAMPLES, math.ceil(benchmark.runs / processes))
     reports = []
-    with contest(bundle, benchmark.against) as rivals:
-        environment = environment_of(manifest.target, rivals.threads, {})
-        asked = replace(
+    with contest(bundle, benchmark.against) as contestants:
+        environment = environment_of(manifest.target, contestants.threads, {})
+        rerun = replace(
             benchmark,
             backend=manifest.backend,
-            precisions=rivals.precisions,
+            precisions=contestants.precisions,
             shape=manifest.pipeline.shape,
             bundle=bundle.digest,
         )
         for i in range(processes):
             note(f"benchmark, process {i + 1} of {processes}")
-            measured = measure(rivals, runs, benchmark.seconds / processes, cold_starts=1)
-            reports.append(BenchmarkReport(environment, asked, cases_of(rivals, measured, {})))
+            measured = measure(contestants, runs, benchmark.seconds / processes, cold_starts=1)
+            reports.append(BenchmarkReport(environment, rerun, cases_of(contestants, measured, {})))
     return joined(reports)
 
 
 def build_again(benchmark: Benchmark) -> EngineBundle:
-    """The baseline's bundle, on the backend and in the precision that `auto` came to where it was measured.
+    """Builds the baseline's bundle, with the backend and the precision that it was measured with.
 
-    Another machine's `auto` may come to others, whose times would be held to these. BackendError where those
-    of the baseline can't be had here.
+    If the baseline's spec left them to `auto`, this machine's `auto` might choose others, and the times of
+    different engines would be compared. Raises BackendError if this machine can't build the baseline's
+    engines.
     """
     spec, measured = benchmark.spec, benchmark.precisions
     if spec.precision == "auto" and measured:
-        spec = replace(spec, precision=next(iter(measured.values())))  # all stages have one then
+        # With `auto`, all stages have the same precision.
+        spec = replace(spec, precision=next(iter(measured.values())))
     spec = replace(spec, backend=benchmark.backend or spec.backend)
-    way_out = "measure a baseline of what this machine can build: lcm-compile bench --save FILE"
+    hint = "measure a new baseline with what this machine can build: lcm-compile bench --save FILE"
     try:
         plan = make_plan(spec)
     except BackendError as error:
-        raise BackendError(f"the baseline's engines can't be had here: {error.message}", way_out) from error
-    assert plan.export is not None
-    was, here = measured.get("step") or measured.get(DRAW), plan.export.precisions["step"]
-    if was not in (None, here):  # what an 8-bit step has beside its products is the processor's to say
         raise BackendError(
-            f"the baseline's step computes in {was}; with --precision {spec.precision}, {spec.backend} "
-            f"builds {here} here",
-            way_out,
+            f"the baseline's engines can't be built on this machine: {error.message}", hint
+        ) from error
+    assert plan.export is not None
+    before, here = measured.get("step") or measured.get(DRAW), plan.export.precisions["step"]
+    # These can differ in an 8-bit step: the processor decides which type is used besides the 8-bit products.
+    if before not in (None, here):
+        raise BackendError(
+            f"the baseline's step computes in {before}; on this machine, --precision {spec.precision} with "
+            f"{spec.backend} builds {here}",
+            hint,
         )
     return build(spec)
 
 
 def joined(reports: Sequence[BenchmarkReport]) -> BenchmarkReport:
-    """Reports of one benchmark from several processes as one; only cases and rivals that all of them have."""
+    """Joins the reports that several processes made of one benchmark into one report.
+
+    It has only the cases and rivals that are in all of them.
+    """
     first = reports[0]
     cases = []
     for case in first.cases:
-        same = [c for report in reports for c in report.cases if c.name == case.name]
-        if len(same) == len(reports):
-            cases.append(join_case(same))
+        parallel = [c for report in reports for c in report.cases if c.name == case.name]
+        if len(parallel) == len(reports):
+            cases.append(join_case(parallel))
     return replace(first, cases=tuple(cases))
 
 
 def join_case(cases: Sequence[Case]) -> Case:
-    """Sizes are the middle process's, parity is the worst one's; what one process lacks, all lack."""
+    """Joins one case's samples from several processes.
+
+    Sizes are the median over processes, parity is the worst. A value that one process lacks is None.
+    """
 
     def middle(name: str) -> int | None:
         values = [getattr(case, name) for case in cases]
@@ -105,4 +117,5 @@ def join_case(cases: Sequence[Case]) -> Case:
 
 
 def join_rival(rivals: Sequence[RivalSamples]) -> RivalSamples:
+    """Joins one rival's samples from several processes; all other values are the first process's."""
     return replace(rivals[0], samples_ms=sum((rival.samples_ms for rival in rivals), ()))

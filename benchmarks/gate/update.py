@@ -1,4 +1,4 @@
-"""A baseline after a comparison: tightened by what became better, or replaced for a reason."""
+"""Updates a baseline after a comparison: tightens it by what became better, or replaces it, with a reason."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lcm_compile.benchmarks.gate.compare import (
     Comparison,
     Pair,
     both_log_times,
+    case_environment,
     pair_of,
     too_few,
-    where,
     yardsticks,
 )
 from lcm_compile.benchmarks.gate.statistics import spread
@@ -23,36 +23,43 @@ from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case, Looseni
 
 
 def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Comparison) -> BenchmarkReport:
-    """`base`, with what NEW is surely better at and the cases that only NEW has. Nothing gets worse.
+    """Returns the baseline with every figure whose verdict is BETTER, and with the cases that only NEW has.
 
-    A case's samples are taken together: where a quantile is surely better, and none is worse.
+    Nothing becomes worse. A case's samples are replaced all together, if the verdict on one of their
+    quantiles is BETTER and no quantile is greater.
     """
     better = {(v.case, v.metric) for v in comparison.verdicts if v.status == BETTER}
-    given = {case.name: case for case in new.cases}
-    if not better and given.keys() == {case.name for case in base.cases}:
+    new_cases = {case.name: case for case in new.cases}
+    if not better and new_cases.keys() == {case.name for case in base.cases}:
         return base
 
     def tighten(case: Case) -> Case:
-        pair = pair_of(case, base, given.pop(case.name), new)
-        case, fresh = alone(case, base), alone(pair.new, new)
+        pair = pair_of(case, base, new_cases.pop(case.name), new)
+        case, newer = with_yardsticks(case, base), with_yardsticks(pair.new, new)
         figures = {
-            field: getattr(fresh, field)
+            field: getattr(newer, field)
             for metric, field in {**SIZES, PARITY: "parity_db"}.items()
             if (case.name, metric) in better
         }
         times = {v.status for v in comparison.verdicts if v.case == case.name and v.metric in QUANTILES}
         if BETTER in times and none_is_slower(pair):
-            taken = {name: getattr(fresh, name) for name in ("samples_ms", "rivals", "groups")}
-            case = replace(case, **taken, environment=where(fresh, new))
+            samples = {name: getattr(newer, name) for name in ("samples_ms", "rivals", "groups")}
+            case = replace(case, **samples, environment=case_environment(newer, new))
         return replace(case, **figures)
 
     cases = [tighten(case) for case in base.cases]
-    cases += [replace(alone(case, new), environment=where(case, new)) for case in given.values()]
+    cases += [
+        replace(with_yardsticks(case, new), environment=case_environment(case, new))
+        for case in new_cases.values()
+    ]
     return replace(base, cases=tuple(cases))
 
 
 def none_is_slower(pair: Pair) -> bool:
-    """Whether no quantile that the baseline tells is greater in NEW by the estimates, judged or not."""
+    """Whether every quantile that the baseline has enough samples for is no greater in NEW's estimate.
+
+    Quantiles without a limit count too. One that NEW has too few samples for counts as slower.
+    """
     for metric, quantile in QUANTILES.items():
         base, new = both_log_times(pair, metric)
         if too_few(base, quantile):
@@ -62,14 +69,17 @@ def none_is_slower(pair: Pair) -> bool:
     return True
 
 
-def alone(case: Case, report: BenchmarkReport) -> Case:
-    """The case with its yardsticks, which the other cases of its report may not keep."""
+def with_yardsticks(case: Case, report: BenchmarkReport) -> Case:
+    """Returns the case with its yardsticks as its rivals.
+
+    They may come from the report's picture, which an update can replace.
+    """
     return replace(
         case, rivals=case.rivals or {k: RivalSamples(v) for k, v in yardsticks(case, report).items()}
     )
 
 
 def replaced(base: BenchmarkReport, new: BenchmarkReport, why: str) -> BenchmarkReport:
-    """NEW as the baseline, with the reasons of this replacement and of those before."""
-    noted = Loosening(datetime.now(UTC).isoformat(timespec="seconds"), why)
-    return replace(new, loosened=(*base.loosened, noted))
+    """Returns `new` as the baseline, with the reasons of this replacement and of all earlier ones."""
+    loosening = Loosening(datetime.now(UTC).isoformat(timespec="seconds"), why)
+    return replace(new, loosened=(*base.loosened, loosening))

@@ -1,12 +1,13 @@
-"""`lcm-compile bench`: a bundle and its rivals measured in turn.
+"""`lcm-compile bench`: measures a bundle and its rivals in turn.
 
-Main path: what is counted (work, peaks) → rivals fused → workers take turns → cold starts → BenchmarkReport.
+Main path: count the work → fuse the rivals' weights → measure the device's peak → take warm samples in turn →
+take cold starts → BenchmarkReport.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from lcm_compile.benchmarks.measure.rivals import (
     draw_with_bundle,
     makers,
 )
+from lcm_compile.benchmarks.measure.timing import ProgressReport, silent
 from lcm_compile.benchmarks.measure.work import Work, count_work
 from lcm_compile.benchmarks.measure.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundles.bundle import EngineBundle
@@ -40,17 +42,18 @@ from lcm_compile.proof.parity import picture_floor
 from lcm_compile.system.processor import physical_cores
 
 PICTURE = "picture"
-COLD = ("cold start", "load", "first picture")  # of new processes; every other case is a stage
-COLD_STARTS = 3
-PASSES = {"step": STEPS}  # of a stage for one picture, where it is not one
-
-# Told what is being done, and how much of it is done.
-Report = Callable[[str, int, int], None]
+# The cases that are measured in new processes. Every case besides these and PICTURE is a stage.
+COLD = ("cold start", "load", "first picture")
+COLD_STARTS = 3  # how often each program is started cold by default
+PASSES = {"step": STEPS}  # how often a stage runs for one picture, for stages that run more than once
 
 
 @dataclass
 class Measured:
-    """What the workers gave, by who drew: us, or a rival's name."""
+    """What the workers measured. Each mapping's keys are SELF and the rivals' names.
+
+    `memory` and `gpu_memory` are peaks in bytes, None where they could not be measured.
+    """
 
     samples: dict[str, list[Sample]]
     memory: dict[str, int | None]
@@ -60,9 +63,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Contest:
-    """A bundle and its rivals, ready to be loaded; `work` of one pass by stage, where it could be counted.
+    """A bundle and its rivals, ready to be loaded.
 
-    `others` are those rivals that are bundles.
+    `others` holds the rivals that are bundles, by name. `drawers` holds how to load each of the programs, by
+    SELF and the rivals' names. `work` is the work of one pass by stage, empty if it could not be counted.
     """
 
     bundle: EngineBundle
@@ -74,10 +78,12 @@ class Contest:
 
     @property
     def prompt(self) -> str:
+        """The bundle's sample prompt, which every request varies."""
         return self.bundle.manifest.pipeline.sample_prompt
 
     @property
     def precisions(self) -> dict[str, Precision]:
+        """The precision of each of the bundle's stages, by stage."""
         return {stage.contract.name: stage.precision for stage in self.bundle.manifest.stages}
 
 
@@ -86,130 +92,147 @@ def bench(
     against: Sequence[str] = (),
     runs: int = 20,
     seconds: float = 120.0,
-    report: Report = lambda doing, done, total: None,
+    report: ProgressReport = silent,
     cold_starts: int = COLD_STARTS,
 ) -> BenchmarkReport:
-    """Measures every stage of a bundle, the whole picture and cold starts, with rivals taking turns.
+    """Measures every stage of a bundle, the complete picture and cold starts, with rivals taking turns.
 
-    UsageError for a rival that can't be had; else what opening the base or loading the bundle raises.
+    Takes `runs` samples of each, or fewer once `seconds` have passed, as timing.take_turns explains. Raises
+    UsageError or BackendError if a rival can't be used here, and whatever fusing the rivals' weights or
+    loading the bundle raises.
     """
     manifest, cores = bundle.manifest, physical_cores()
-    with contest(bundle, against, report) as rivals:
+    with contest(bundle, against, report) as contestants:
         report("measure the device's peak", 0, 1)
-        peaks = peaks_of(manifest.target, rivals.precisions.values(), cores)
-        measured = measure(rivals, runs, seconds, min(cold_starts, runs), report)
-    # Once more: what another program took from the first time is not the device's.
-    peaks = higher(peaks, peaks_of(manifest.target, rivals.precisions.values(), cores))
-    cases = cases_of(rivals, measured, peaks)
-    asked = Benchmark(
+        peaks = peaks_of(manifest.target, contestants.precisions.values(), cores)
+        measured = measure(contestants, runs, seconds, min(cold_starts, runs), report)
+    # Measured a second time, because another program may have slowed the first measurement.
+    peaks = higher(peaks, peaks_of(manifest.target, contestants.precisions.values(), cores))
+    cases = cases_of(contestants, measured, peaks)
+    benchmark = Benchmark(
         spec=manifest.spec,
-        against=tuple(name for name in rivals.drawers if name != SELF),
+        against=tuple(name for name in contestants.drawers if name != SELF),
         runs=runs,
         seconds=seconds,
         backend=manifest.backend,
-        precisions=rivals.precisions,
+        precisions=contestants.precisions,
         shape=manifest.pipeline.shape,
         bundle=bundle.digest,
     )
-    told = warnings(cases, rivals.precisions, manifest.lossy)
-    told += unpublished(manifest.target, rivals.precisions.values(), peaks)
+    notes = [*contestants.notes, *warnings(cases, contestants.precisions, manifest.lossy)]
+    notes += unpublished(manifest.target, contestants.precisions.values(), peaks)
     if not manifest.target.is_cpu and (graphs := measured.samples[SELF][-1].drawn.cuda_graph) != USED:
-        told.append(f"CUDA graphs were {graphs}")
-    notes = (*rivals.notes, *told)
-    return BenchmarkReport(environment_of(manifest.target, cores, peaks), asked, cases, notes)
+        notes.append(f"CUDA graphs were {graphs}")
+    return BenchmarkReport(environment_of(manifest.target, cores, peaks), benchmark, cases, tuple(notes))
 
 
 @contextmanager
 def contest(
-    bundle: EngineBundle, against: Sequence[str], report: Report = lambda doing, done, total: None
+    bundle: EngineBundle, against: Sequence[str], report: ProgressReport = silent
 ) -> Iterator[Contest]:
-    """Fuses what the rivals need, which is gone afterwards. UsageError for one that can't be had."""
+    """Yields a bundle and its rivals, ready to be loaded.
+
+    Fuses the rivals' weights into temporary folders, which are deleted when the context ends. Raises
+    UsageError or BackendError if a rival can't be used here.
+    """
     manifest = bundle.manifest
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}
     work, notes = counted(bundle)
-    precision = manifest.stages[0].precision.floats  # in all stages the same
+    precision = manifest.stages[0].precision.floats  # the same in all stages
     setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
-    # A tiny autoencoder is our user's choice for speed: held to the base's own, it shows what that brings.
+    # A tiny autoencoder is the user's choice for speed. Rivals keep the base's own VAE, so that the
+    # comparison includes what this choice gains.
     spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
-    with makers(rivals, spec, setup, lambda doing: report(doing, 0, 1)) as made:
+    with makers(rivals, spec, setup, lambda activity: report(activity, 0, 1)) as made:
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
         yield Contest(bundle, others, drawers, setup.threads, work, tuple(notes))
 
 
 def measure(
-    rivals: Contest,
+    contestants: Contest,
     runs: int,
     seconds: float,
     cold_starts: int,
-    report: Report = lambda doing, done, total: None,
+    report: ProgressReport = silent,
 ) -> Measured:
-    """Samples of new processes: warm ones in turn, then cold starts."""
-    measured = take_warm(rivals.drawers, rivals.prompt, rivals.threads, runs, seconds, report)
+    """Takes warm samples of all contestants in turn, and then `cold_starts` cold starts of each."""
+    drawers, prompt, threads = contestants.drawers, contestants.prompt, contestants.threads
+    measured = take_warm(drawers, prompt, threads, runs, seconds, report)
     if cold_starts:
-        measured.colds = take_cold(rivals.drawers, rivals.prompt, rivals.threads, cold_starts, report)
+        measured.colds = take_cold(drawers, prompt, threads, cold_starts, report)
     return measured
 
 
-def cases_of(rivals: Contest, measured: Measured, peaks: Mapping[Precision, Peak]) -> tuple[Case, ...]:
-    """The picture, each stage, and cold starts."""
+def cases_of(contestants: Contest, measured: Measured, peaks: Mapping[Precision, Peak]) -> tuple[Case, ...]:
+    """Returns the report's cases: the picture, each stage, and the cold starts."""
+    bundle = contestants.bundle
     stages = [
         stage_case(
             stage,
-            rivals.bundle,
+            bundle,
             measured,
-            rivals.work.get(stage.contract.name),
+            contestants.work.get(stage.contract.name),
             peaks.get(stage.precision),
         )
-        for stage in rivals.bundle.manifest.stages
+        for stage in bundle.manifest.stages
     ]
-    return picture_case(rivals.bundle, rivals.others, stages, measured), *stages, *cold_cases(measured)
+    return picture_case(bundle, contestants.others, stages, measured), *stages, *cold_cases(measured)
 
 
 def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
-    """The work of one pass by stage; none, and a note, where the checkpoint that it is counted on is gone."""
+    """Returns the work of one pass by stage, and notes for the reader.
+
+    If the work can't be counted, for example because the base's checkpoint is gone, there is no work, and a
+    note gives the reason.
+    """
     manifest = bundle.manifest
     try:
         work = count_work(open_base(manifest.spec, half=True), manifest.pipeline.shape)
-        return {DRAW: whole_picture(work)} if manifest.spec.whole_loop else work, []
+        return {DRAW: picture_work(work)} if manifest.spec.whole_loop else work, []
     except LcmCompileError as error:
-        return {}, [f"the work could not be counted, which takes the base's settings: {error.message}"]
+        return {}, [f"the work could not be counted, because that needs the base's config: {error.message}"]
 
 
-def whole_picture(work: Mapping[str, Work]) -> Work:
-    """That of all stages in one graph, which reads a step's weights at every step."""
+def picture_work(work: Mapping[str, Work]) -> Work:
+    """Returns the work of all stages as one graph, which reads the step's weights again at every step."""
     passes = [stage for name, stage in work.items() for _ in range(PASSES.get(name, 1))]
     return sum(passes[1:], passes[0])
 
 
 def take_warm(
-    drawers: Mapping[str, Maker], prompt: str, threads: int, runs: int, seconds: float, report: Report
+    drawers: Mapping[str, Maker],
+    prompt: str,
+    threads: int,
+    runs: int,
+    seconds: float,
+    report: ProgressReport,
 ) -> Measured:
-    """Each loaded and warm in a process of its own, then samples of each in turn."""
+    """Loads and warms up each program in a process of its own, then takes samples of them in turn."""
     gpu_memory: dict[str, int | None] = {}
     with ExitStack() as stack:
         workers = {}
         for i, (name, maker) in enumerate(drawers.items()):
             report(f"load and warm up {name}", i, len(drawers))
-            # In the turns all are loaded, and a look would cost whoever draws: warming up draws the same.
+            # GPU memory is read here and not during the turns: then all programs are loaded at once, and
+            # reading would slow the one that draws. The pictures of the warm-up take as much memory.
             with PeakGpuMemory() as gpu:
                 workers[name] = stack.enter_context(Worker(name, maker, threads))
                 timing.warm_up(workers[name], prompt)
             gpu_memory[name] = gpu.bytes
-        samples = timing.take_turns(
-            workers, prompt, runs, seconds, lambda done, total: report("draw in turn", done, total)
-        )
+        samples = timing.take_turns(workers, prompt, runs, seconds, report)
         return Measured(samples, {name: worker.peak_memory() for name, worker in workers.items()}, gpu_memory)
 
 
 def take_cold(
-    drawers: Mapping[str, Maker], prompt: str, threads: int, rounds: int, report: Report
+    drawers: Mapping[str, Maker], prompt: str, threads: int, rounds: int, report: ProgressReport
 ) -> dict[str, list[ColdStart]]:
-    """Processes that draw one picture each, in turn; of what is compiled anew in each process, none.
+    """Starts new processes in turn, each of which draws one picture, and returns their times by program.
 
-    Files are in the system's cache by then: no disk is measured. A script loads everything and then draws. A
-    bundle's start to end is that of another process, of the command that people type, which draws while
-    engines still load and so can't tell the two apart.
+    Rivals that compile anew in every process are left out. The files are in the system's cache by now, so
+    that the disk is not measured. Loading and the first picture are timed in a script that loads everything
+    and then draws. A bundle's time from start to end comes from another process, which runs the command that
+    people type: that one draws while engines still load, and so can't time loading and drawing separately.
     """
     names = [name for name in drawers if name not in RIVALS or RIVALS[name].starts_cold]
     colds: dict[str, list[ColdStart]] = {name: [] for name in names}
@@ -226,13 +249,18 @@ def take_cold(
 
 
 def milliseconds(values: Sequence[float]) -> tuple[float, ...]:
+    """Returns milliseconds rounded to microseconds, as reports store them."""
     return tuple(round(value, 3) for value in values)
 
 
 def picture_case(
     bundle: EngineBundle, others: Mapping[str, EngineBundle], stages: Sequence[Case], measured: Measured
 ) -> Case:
-    """The whole picture, from prompt to 8-bit RGB; its parity as recorded where REFERENCE is no rival."""
+    """Returns the case of the complete picture, from prompt to 8-bit RGB.
+
+    `others` holds the rivals that are bundles, by name. Parity is measured against REFERENCE's pictures; if
+    that is not among the rivals, parity is what the builds recorded.
+    """
     parity = parities(measured.samples) or recorded_parities({SELF: bundle, **others})
     batches = other_batches(measured.samples)
     limits = [stage.limit_ms for stage in stages if stage.limit_ms is not None]
@@ -263,19 +291,19 @@ def picture_case(
 def stage_case(
     stage: StageFile, bundle: EngineBundle, measured: Measured, work: Work | None, peak: Peak | None
 ) -> Case:
-    """One stage, with those rivals that could time it apart."""
+    """Returns the case of one stage, with the rivals that could time it separately."""
     name = stage.contract.name
     figure = bundle.manifest.parity.get(name)
-    apart = {
-        who: milliseconds([sample.drawn.stages[name] for sample in samples])
-        for who, samples in measured.samples.items()
+    times = {
+        program: milliseconds([sample.drawn.stages[name] for sample in samples])
+        for program, samples in measured.samples.items()
         if name in samples[0].drawn.stages
     }
     passes, batches = PASSES.get(name, 1), other_batches(measured.samples)
     return Case(
         name,
-        apart.pop(SELF, ()),
-        {who: RivalSamples(samples, batch=batches.get(who)) for who, samples in apart.items()},
+        times.pop(SELF, ()),
+        {rival: RivalSamples(samples, batch=batches.get(rival)) for rival, samples in times.items()},
         engine_bytes=engine_bytes(bundle, stage),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
@@ -285,13 +313,16 @@ def stage_case(
 
 
 def cold_cases(measured: Measured) -> list[Case]:
-    """From a process's start to its end; loading alone; the first picture alone."""
+    """Returns a case for a process from start to end, one for loading, and one for the first picture.
+
+    Returns none if no cold starts were taken.
+    """
     if not measured.colds:
         return []
     cases = []
-    for case, of in zip(COLD, ("ms", "load_ms", "first_ms"), strict=True):
+    for case, field_name in zip(COLD, ("ms", "load_ms", "first_ms"), strict=True):
         samples = {
-            name: milliseconds([getattr(cold, of) for cold in colds])
+            name: milliseconds([getattr(cold, field_name) for cold in colds])
             for name, colds in measured.colds.items()
         }
         cases.append(Case(case, samples.pop(SELF), {name: RivalSamples(ms) for name, ms in samples.items()}))
@@ -299,7 +330,10 @@ def cold_cases(measured: Measured) -> list[Case]:
 
 
 def engine_bytes(bundle: EngineBundle, stage: StageFile) -> int:
-    """The engine's file, and those beside it under the same name: a backend may keep weights apart."""
+    """Returns the bytes of the engine's file and of files next to it with the same stem.
+
+    A backend may keep the weights in such a file.
+    """
     stem = stage.file.rpartition(".")[0] or stage.file
     files = [name for name in bundle.manifest.files if name == stage.file or name.startswith(f"{stem}.")]
     return sum((bundle.folder / name).stat().st_size for name in files)
@@ -308,22 +342,22 @@ def engine_bytes(bundle: EngineBundle, stage: StageFile) -> int:
 def warnings(
     cases: Sequence[Case], precisions: Mapping[str, Precision], lossy: Mapping[str, str]
 ) -> list[str]:
-    """What a reader of the figures must know."""
-    picture, told = cases[0], loss_lines(lossy)
+    """Returns what a reader must know before relying on the figures."""
+    picture, found = cases[0], loss_lines(lossy)
     others = {name: rival.samples_ms for name, rival in picture.rivals.items()}
     if noise := timing.too_noisy(picture.samples_ms, others):
-        told.append(noise)
+        found.append(noise)
     floor = picture_floor(precisions.values())
     comparable = REFERENCE in picture.rivals and "decode" not in lossy
     if comparable and picture.parity_db is not None and picture.parity_db < floor:
-        told.append(
-            f"ours is not the picture that diffusers draws: PSNR {picture.parity_db:.1f} dB, and "
-            f"{floor:g} dB is the floor of its precision; has the base changed since the build?"
+        found.append(
+            f"our picture differs from the one that diffusers draws: PSNR {picture.parity_db:.1f} dB, below "
+            f"the floor of {floor:g} dB for its precision; has the base changed since the build?"
         )
     over = [stage.name for stage in cases[1:] if stage.limit_ms and stage.limit_ms > median(stage.samples_ms)]
     if over:
-        told.append(
-            f"{', '.join(over)} took less than the limit: the engine does with less work than the plain "
-            "model, or another program slowed the measuring of the peak"
+        found.append(
+            f"{', '.join(over)} took less time than the limit: the engine does less work than the original "
+            "model, or another program slowed the measurement of the peak"
         )
-    return told
+    return found

@@ -1,4 +1,4 @@
-"""The machine and the versions that samples were taken with."""
+"""Describes the machine and the library versions with which samples were taken."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from lcm_compile.system.processor import read_processor
 from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import GpuTarget
 
-LOOK = 0.05  # seconds between two looks at the GPU's memory
+LOOK = 0.05  # seconds between two readings of the GPU's memory
 
 
 def environment_of(target: GpuTarget, threads: int, peaks: Mapping[Precision, Peak]) -> Environment:
-    """Of this machine as it is now."""
+    """Returns a description of this machine, the installed versions and the current time.
+
+    `threads` is how many threads drew, and `peaks` holds the device's peak for each precision.
+    """
     return Environment(
         device=processor() if target.is_cpu else gpu_name(),
         processor=processor(),
@@ -37,12 +40,12 @@ def environment_of(target: GpuTarget, threads: int, peaks: Mapping[Precision, Pe
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that decide how fast pictures are drawn."""
+    """Returns the versions of Python and of the packages that affect speed, by name."""
     return {"python": platform.python_version(), **versions_of(RECORDED_PACKAGES)}
 
 
 def processor() -> str:
-    """The processor's name, and those of its features that decide how fast a network runs."""
+    """Returns the processor's name and, in brackets, the features that decide how fast a network runs."""
     here = read_processor()
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     features = ", ".join(name for name in wanted if name in here.features)
@@ -50,6 +53,7 @@ def processor() -> str:
 
 
 def gpu_name() -> str:
+    """Returns the first GPU's name, or "no GPU"."""
     from lcm_compile.engines.gpu import gpu_here
 
     here = gpu_here()
@@ -57,7 +61,7 @@ def gpu_name() -> str:
 
 
 def gpu_memory_used() -> int | None:
-    """Bytes in use on the first GPU by all processes, as the driver tells; None without one."""
+    """Returns the bytes that all processes use on the first GPU, from nvidia-smi; None without a GPU."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -67,22 +71,23 @@ def gpu_memory_used() -> int | None:
 
 
 class PeakGpuMemory:
-    """While this context is open, looks again and again at how much of the first GPU's memory is in use.
+    """A context manager that reads, every LOOK seconds, how much of the first GPU's memory is in use.
 
-    `bytes` is the most by which that grew, None without a GPU. It is the same measure for every library, the
-    driver's share included, and of all processes: nothing else may load meanwhile. What is taken and freed
-    again between two looks is missed, but the libraries' allocators keep what they took.
+    `bytes` is the largest growth since the context was entered, None without a GPU. The measure is the same
+    for every library and includes the driver's share. It counts all processes, so that nothing else may load
+    while the context is open. Memory that is allocated and freed between two readings is missed, but the
+    libraries' allocators keep what they allocated.
     """
 
     bytes: int | None = None
 
     def __enter__(self) -> Self:
         self._ended = threading.Event()
-        self._looking = threading.Thread(target=self._look, args=(gpu_memory_used(),), daemon=True)
-        self._looking.start()
+        self._thread = threading.Thread(target=self._sample, args=(gpu_memory_used(),), daemon=True)
+        self._thread.start()
         return self
 
-    def _look(self, before: int | None) -> None:
+    def _sample(self, before: int | None) -> None:
         while before is not None:
             last = self._ended.wait(LOOK)
             if (used := gpu_memory_used()) is not None:
@@ -92,4 +97,4 @@ class PeakGpuMemory:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._looking.join()
+        self._thread.join()

@@ -1,4 +1,4 @@
-"""OpenVINO's own export of a diffusers pipeline: each model as it is; the loop stays diffusers'."""
+"""A rival: a diffusers pipeline whose models OpenVINO has converted unchanged. The loop stays diffusers'."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lcm_compile.spec import Shape
 
-# OpenVINO's names.
-PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # to OpenVINO's names
+# Compiles a module for the shapes of its example inputs, and returns a function on tensors.
 Convert = Callable[[nn.Module, Sequence[Tensor]], Callable[..., list[Tensor]]]
 
 
 def use_openvino(pipe: Any, shape: Shape, precision: str, threads: int) -> None:
-    """Puts compiled models of static shapes behind the pipeline's own."""
+    """Makes the pipeline's text encoders, UNet and VAE decoder call models compiled for this static shape."""
     convert = converter(precision, threads)
     factor = pipe.vae_scale_factor
     latent = torch.zeros(
@@ -32,6 +32,7 @@ def use_openvino(pipe: Any, shape: Shape, precision: str, threads: int) -> None:
 
 
 def converter(precision: str, threads: int) -> Convert:
+    """Returns a function that compiles modules for the processor, in this precision."""
     import openvino as ov
 
     core = ov.Core()
@@ -48,8 +49,8 @@ def converter(precision: str, threads: int) -> Convert:
         model.reshape({port: list(x.shape) for port, x in zip(model.inputs, examples, strict=True)})
         request = core.compile_model(model, "CPU", settings).create_infer_request()
 
-        def call(*given: Tensor) -> list[Tensor]:
-            results = request.infer([x.contiguous().numpy() for x in given], share_inputs=True)
+        def call(*inputs: Tensor) -> list[Tensor]:
+            results = request.infer([x.contiguous().numpy() for x in inputs], share_inputs=True)
             return [torch.from_numpy(np.array(results[i])) for i in range(len(results))]
 
         return call
@@ -58,18 +59,19 @@ def converter(precision: str, threads: int) -> Convert:
 
 
 class TextStates(nn.Module):
-    """What the pipelines read of a text encoder: its first output, and the last but one states."""
+    """A text encoder with the two outputs that pipelines read: its first, and the penultimate states."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
         self.encoder = encoder
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        found = self.encoder(tokens, output_hidden_states=True)
-        return found[0], found.hidden_states[-2]
+        outputs = self.encoder(tokens, output_hidden_states=True)
+        return outputs[0], outputs.hidden_states[-2]
 
 
 def replace_text_encoder(encoder: Any, convert: Convert) -> None:
+    """Makes the text encoder call its compiled model. One prompt at a time: tokens of shape (1, length)."""
     length = encoder.config.max_position_embeddings
     call = convert(TextStates(encoder), [torch.zeros(1, length, dtype=torch.int64)])
 
@@ -81,26 +83,30 @@ def replace_text_encoder(encoder: Any, convert: Convert) -> None:
 
 
 class Prediction(nn.Module):
-    """The UNet with its arguments in a row."""
+    """A UNet that takes all inputs as positional arguments, which the conversion needs.
+
+    `names` are the names of the inputs after the hidden states.
+    """
 
     def __init__(self, unet: nn.Module, names: Sequence[str]) -> None:
         super().__init__()
         self.unet, self.names = unet, names
 
     def forward(self, latent: Tensor, timestep: Tensor, hidden: Tensor, *more: Tensor) -> Tensor:
-        given = dict(zip(self.names, more, strict=True))
-        condition = {"timestep_cond": given.pop("timestep_cond")} if "timestep_cond" in given else {}
+        added = dict(zip(self.names, more, strict=True))
+        condition = {"timestep_cond": added.pop("timestep_cond")} if "timestep_cond" in added else {}
         return self.unet(
             latent,
             timestep,
             encoder_hidden_states=hidden,
-            added_cond_kwargs=given or None,
+            added_cond_kwargs=added or None,
             return_dict=False,
             **condition,
         )[0]
 
 
 def replace_unet(pipe: Any, latent: Tensor, convert: Convert) -> None:
+    """Makes the UNet call its compiled model, for latents of the shape of `latent`."""
     unet, batch = pipe.unet, len(latent)
     hidden = torch.zeros(batch, pipe.tokenizer.model_max_length, unet.config.cross_attention_dim)
     more = {}
@@ -121,6 +127,8 @@ def replace_unet(pipe: Any, latent: Tensor, convert: Convert) -> None:
 
 
 class Picture(nn.Module):
+    """A VAE's decoder as a module whose forward pass takes the latent and returns the picture."""
+
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
@@ -130,5 +138,6 @@ class Picture(nn.Module):
 
 
 def replace_decoder(vae: Any, latent: Tensor, convert: Convert) -> None:
+    """Makes the VAE decode with its compiled model, for latents of the shape of `latent`."""
     call = convert(Picture(vae), [latent])
     vae.decode = lambda latent, *_, **__: call(latent)

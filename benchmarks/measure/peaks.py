@@ -1,4 +1,4 @@
-"""What a device can do at most: measured on a processor, published of a GPU."""
+"""The peak throughput of a device: measured on a processor, taken from NVIDIA's figures for a GPU."""
 
 from __future__ import annotations
 
@@ -12,31 +12,37 @@ from lcm_compile.precisions import Precision
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.targets import GpuTarget
 
-PRODUCT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
-SIDES = (1024, 2048)  # of the matrices; many cores want larger ones, a busy machine shorter tries
-COPIED = 256 << 20  # bytes, more than any cache holds
-MEASURED_FOR = 0.5  # seconds, of each
+PRODUCT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}  # bytes of a weight
+# Sides of the matrices that are multiplied. Many cores reach their peak on large ones; on a busy machine a
+# shorter product has a better chance of running undisturbed.
+SIDES = (1024, 2048)
+COPIED = 256 << 20  # bytes that are copied, more than any cache holds
+MEASURED_FOR = 0.5  # seconds for each product, and for the copy
 
 
 @dataclass(frozen=True)
 class Peak:
-    """FLOP a second at one precision, and bytes a second from memory."""
+    """A device's peak: FLOP per second at one precision, and bytes per second from memory."""
 
     flops: float
     bandwidth: float
 
     def limit_ms(self, work: Work, precision: Precision) -> float:
-        """The least that one pass can take: all products at the peak, or all weights read once."""
+        """Returns the least milliseconds that one pass can take at this peak.
+
+        That is the longer of computing all products and of reading all weights once: the roofline model.
+        """
         read = work.weights * PRODUCT_BYTES[precision.product] / self.bandwidth
         return 1000 * max(work.flop / self.flops, read)
 
 
 @dataclass(frozen=True)
 class Published:
-    """Dense TFLOPS, of `half` (fp16 and bf16) and fp8 with fp32 sums, of int8 TOPS; and GB/s.
+    """Published dense rates of a GPU: TFLOPS, for int8 TOPS, and the memory bandwidth in GB/s.
 
-    `fp32` is without the matrix units: their TF32 is no fp32. None is what NVIDIA does not publish, or what
-    the device does not compute.
+    `half` is the rate of fp16 and bf16; it and `fp8` are with fp32 accumulation. `fp32` is the rate without
+    the matrix units, because their TF32 is not fp32. None means that NVIDIA publishes no figure, or that the
+    device does not compute in this type.
     """
 
     half: float | None
@@ -46,14 +52,16 @@ class Published:
     gigabytes: float
 
     def tflops(self, precision: Precision) -> float | None:
+        """Returns the rate of the precision's products in TFLOPS, or None."""
         product = precision.product
         return self.half if product in ("fp16", "bf16") else getattr(self, product)
 
 
-# NVIDIA's data sheets; of GeForce cards the appendices of its Turing, GA102, Ada (2.1: fp8 was wrong before)
-# and RTX Blackwell whitepapers, of the 3060 and the 4060 their announcements. Those and the RTX PRO 6000's
-# sheet tell no dense rate of the matrix units. Of the A10G the sheet is AWS's, of the B200 HGX B200's, whose
-# rates are sparse: halved. Of GB10 one rate is published, of sparse fp4.
+# Sources: NVIDIA's data sheets. For GeForce cards, the appendices of its Turing, GA102, Ada (version 2.1,
+# because earlier ones had a wrong fp8 rate) and RTX Blackwell whitepapers; for the 3060 and the 4060, their
+# announcements. Those two and the RTX PRO 6000's sheet give no dense rate of the matrix units. The A10G's
+# sheet is from AWS. The B200's figures are the HGX B200's sparse rates, halved. GB10 is missing, because its
+# only published rate is for sparse fp4.
 GPUS = {
     "t4": Published(65, 130, None, 8.1, 320),
     "2080ti": Published(53.8, 215.2, None, 13.4, 616),
@@ -84,9 +92,12 @@ GPUS = {
 
 
 def peak_of(target: GpuTarget, precision: Precision, threads: int) -> Peak | None:
-    """None where it is not known."""
+    """Returns the target's peak at this precision, or None if it is not known.
+
+    On a processor it is measured, with this many threads.
+    """
     if target.is_cpu:
-        # In a process of its own, which gives its threads and its memory back.
+        # Measured in a process of its own, which frees its threads and its memory when it ends.
         return Peak(*call_in_child(measure, precision, threads))
     published = GPUS.get(target.name)
     tflops = None if published is None else published.tflops(precision)
@@ -96,53 +107,58 @@ def peak_of(target: GpuTarget, precision: Precision, threads: int) -> Peak | Non
 
 
 def peaks_of(target: GpuTarget, precisions: Iterable[Precision], threads: int) -> dict[Precision, Peak]:
-    """By precision, those that are known."""
-    found = {precision: peak_of(target, precision, threads) for precision in sorted(set(precisions))}
-    return {precision: peak for precision, peak in found.items() if peak is not None}
+    """Returns the peaks that are known, by precision."""
+    peaks = {precision: peak_of(target, precision, threads) for precision in sorted(set(precisions))}
+    return {precision: peak for precision, peak in peaks.items() if peak is not None}
 
 
 def unpublished(
     target: GpuTarget, precisions: Iterable[Precision], peaks: Mapping[Precision, Peak]
 ) -> list[str]:
-    """A note for each precision whose peak is not known."""
+    """Returns a note for each precision whose peak is not known."""
     return [
-        f"no figure is published of what {target.description} does in {precision}: no share of it is told"
+        f"no peak throughput is published for {target.description} in {precision}, so no limit is shown"
         for precision in sorted(set(precisions) - set(peaks))
     ]
 
 
 def higher(one: Mapping[Precision, Peak], other: Mapping[Precision, Peak]) -> dict[Precision, Peak]:
-    """The better of two measurements."""
+    """Returns the higher figures of two measurements, by precision."""
     return {
-        name: Peak(max(a.flops, other[name].flops), max(a.bandwidth, other[name].bandwidth))
-        for name, a in one.items()
+        precision: Peak(
+            max(peak.flops, other[precision].flops), max(peak.bandwidth, other[precision].bandwidth)
+        )
+        for precision, peak in one.items()
     }
 
 
 def measure(precision: Precision, threads: int) -> tuple[float, float]:
-    """FLOP and bytes a second of torch's matrix product and copy: the best of many."""
+    """Returns the FLOP per second of torch's matrix product and the bytes per second of its copy.
+
+    Each is the best of many runs.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    # Processors compute fp16 in fp32.
+    # Processors compute fp16 products in fp32.
     dtype = torch.bfloat16 if precision.floats == "bf16" else torch.float32
     source = torch.zeros(COPIED // 4)
     copy = torch.empty_like(source)
     with torch.inference_mode():
         products = [product(torch.randn(side, side).to(dtype), torch.mm) for side in SIDES]
         if precision.product == "int8":
-            whole = [torch.randint(-128, 128, (side, side), dtype=torch.int8) for side in SIDES]
-            products += [product(matrix, torch._int_mm) for matrix in whole]
+            matrices = [torch.randint(-128, 128, (side, side), dtype=torch.int8) for side in SIDES]
+            products += [product(matrix, torch._int_mm) for matrix in matrices]
         return max(products), 2 * COPIED / best(lambda: copy.copy_(source))
 
 
 def product(matrix: Any, multiply: Callable[[Any, Any], Any]) -> float:
-    """FLOP a second of a square matrix times itself; of whole numbers too."""
+    """Returns the operations per second of a square matrix times itself, a multiply-add as two."""
     return 2 * len(matrix) ** 3 / best(lambda: multiply(matrix, matrix))
 
 
 def best(call: Callable[[], Any]) -> float:
-    """The least seconds that a call took."""
+    """Calls for MEASURED_FOR seconds, and returns the least seconds that a call took."""
     least, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < MEASURED_FOR:
         before = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the pictures of samples tell: how many there are, and how near they are to those of diffusers."""
+"""Compares the pictures of samples: how many there are, and how near they are to diffusers'."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from lcm_compile.benchmarks.measure.worker import Sample
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.proof.parity import psnr_db
 
-REFERENCE = "eager"  # whose pictures the others are compared with
+REFERENCE = "eager"  # the rival whose pictures all others are compared with
 
 
 def other_batches(samples: Mapping[str, Sequence[Sample]]) -> dict[str, int]:
-    """How many pictures those draw at a time that do not draw as many as we."""
+    """Returns the batch of each program that does not draw as many pictures at a time as ours."""
     batches = {name: len(drawn[0].drawn.pictures) for name, drawn in samples.items()}
     return {name: batch for name, batch in batches.items() if batch != batches[SELF]}
 
 
 def recorded_parities(bundles: Mapping[str, EngineBundle]) -> dict[str, float]:
-    """The PSNR to torch's picture that each was built with; in dB."""
+    """Returns each bundle's PSNR to torch's picture in dB, as its build recorded it."""
     figures = {name: bundle.manifest.parity.get("picture") for name, bundle in bundles.items()}
     return {name: round(figure.db, 2) for name, figure in figures.items() if figure is not None}
 
 
 def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
-    """The worst PSNR to diffusers' own picture over the first rounds, which every run has; in dB.
+    """Returns each program's worst PSNR in dB to diffusers' picture, over the first LEAST_ROUNDS rounds.
 
-    None of those that draw another number at a time: their first picture is another one.
+    Every run has these rounds. Programs with another batch are left out, because they draw other pictures
+    from the same seed. Rivals without the LCM-LoRA are left out too. Returns nothing if REFERENCE was not
+    measured.
     """
     if REFERENCE not in samples:
         return {}

@@ -1,4 +1,4 @@
-"""matplotlib with this project's hand, which the charts of benchmarks and of the proof are drawn with."""
+"""Sets up matplotlib in this project's style, for the charts of benchmarks and of the proof."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INK = "#333333"
 
 
 def plots() -> Any:
-    """matplotlib, drawing to files alone, with this project's hand."""
+    """Returns matplotlib.pyplot in this project's style. It draws to files and needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""A benchmark's saved file: raw samples with the machine and the versions that they were taken with."""
+"""A benchmark's report: its raw samples, with the machine and the versions they were taken with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Environment:
-    """Where samples were taken. `device` is what ran the engines: the GPU's name, or the processor's."""
+    """Where samples were taken. `device` is the name of what ran the engines: the GPU or the processor.
+
+    `cores` is how many this process could run on, and `threads` how many each program drew with.
+    """
 
     device: str
     processor: str
@@ -28,15 +31,15 @@ class Environment:
     taken: str  # ISO 8601, UTC
     gpu_driver: str | None = None
     threads: int | None = None
-    peak_flops: Mapping[str, float] = field(default_factory=dict)  # a second, by precision
-    bandwidth: float | None = None  # bytes a second
+    peak_flops: Mapping[str, float] = field(default_factory=dict)  # FLOP per second, by precision
+    bandwidth: float | None = None  # bytes per second
 
 
 @dataclass(frozen=True)
 class RivalSamples:
-    """What was timed in turn with a case: sample i right before or after the case's sample i.
+    """A rival's samples for one case. Its sample i was taken right before or after the case's sample i.
 
-    `batch` is how many pictures a sample of it draws, where that is not as many as the case's.
+    `batch` is how many pictures one sample draws, None if that is as many as the case's samples draw.
     """
 
     samples_ms: tuple[float, ...]
@@ -48,13 +51,15 @@ class RivalSamples:
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that was timed. None stands for what was not measured.
+    """One thing that was timed: the picture, a stage, or a phase of a cold start. None means not measured.
 
-    `groups` tells how many consecutive samples each process took, where several did. `environment` is where
-    they were taken, if not where the report's were. ValueError for samples that can't be.
+    A sample of a stage covers all of its calls for one picture, or for one batch of pictures. `flop` and
+    `weight_bytes` are what the original model, without rewrites, computes and reads for that; `limit_ms` is
+    the least time that this device could take for it.
 
-    A sample of a stage is all of its calls for one picture, or batch of them. `flop` and `weight_bytes` are
-    the plain model's for as much; `limit_ms` is the least that this device could take for that.
+    `groups` holds how many consecutive samples each process took, if several processes took them.
+    `environment` is where the samples were taken, if that differs from the report's environment. Raises
+    ValueError if there are no samples, if one is not above zero, or if rivals or groups do not match them.
     """
 
     name: str
@@ -74,7 +79,7 @@ class Case:
         sides = {"": self.samples_ms, **{f" of {name}": r.samples_ms for name, r in self.rivals.items()}}
         for side, samples in sides.items():
             if not samples or min(samples) <= 0:
-                raise ValueError(f"case {self.name!r}: the samples{side} are none, or not all above zero")
+                raise ValueError(f"case {self.name!r}: there are no samples{side}, or not all are above zero")
             if len(samples) != len(self.samples_ms):
                 raise ValueError(f"case {self.name!r}: the samples{side} do not pair with the case's")
         if self.groups and (min(self.groups) < 1 or sum(self.groups) != len(self.samples_ms)):
@@ -83,7 +88,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `bench` was asked for, so that `compare` can take the same samples on another machine."""
+    """The settings of a run of `bench`, with which `compare` takes the same samples again, here or elsewhere.
+
+    The fields from `backend` on say what was measured; `bundle` is the bundle's digest.
+    """
 
     spec: BuildSpec
     against: tuple[str, ...]
@@ -92,12 +100,12 @@ class Benchmark:
     backend: str = ""
     precisions: Mapping[str, Precision] = field(default_factory=dict)
     shape: Shape | None = None
-    bundle: str = ""  # its digest
+    bundle: str = ""
 
 
 @dataclass(frozen=True)
 class Loosening:
-    """When and why a baseline was replaced by whatever was measured."""
+    """When and why a baseline was replaced by a new report, even by a worse one."""
 
     when: str  # ISO 8601, UTC
     why: str
@@ -105,10 +113,15 @@ class Loosening:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
+    """A complete benchmark, as it is saved. The first case of `bench`'s own reports is the picture.
+
+    Raises ValueError if two cases share a name.
+    """
+
     environment: Environment
     benchmark: Benchmark
     cases: tuple[Case, ...]
-    notes: tuple[str, ...] = ()  # what a reader of the figures must know
+    notes: tuple[str, ...] = ()  # warnings for whoever reads the figures
     loosened: tuple[Loosening, ...] = ()
 
     def __post_init__(self) -> None:
@@ -117,19 +130,21 @@ class BenchmarkReport:
             raise ValueError("two cases have one name")
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the report as the JSON file holds it."""
         return {"schema": SCHEMA, **asdict(self)}
 
     def save(self, path: Path) -> None:
+        """Writes the report to `path` as JSON, atomically."""
         write_atomically(path, json_text(self.to_dict(), indent=1))
 
 
 def read_report(path: Path) -> BenchmarkReport:
-    """UsageError, naming the place, for what is no report of this schema."""
-    again = "lcm-compile bench --save FILE writes one"
+    """Reads a saved report. Raises UsageError, which names the file and the field, if it is not valid."""
+    hint = "lcm-compile bench --save FILE writes one"
     try:
         data = json.loads(path.read_bytes())
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-            raise UsageError(f"{path} is no benchmark report of schema {SCHEMA}", again)
+            raise UsageError(f"{path} is not a benchmark report of schema {SCHEMA}", hint)
         return from_json(BenchmarkReport, {k: v for k, v in data.items() if k != "schema"})
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is no benchmark report: {error}", again) from error
+        raise UsageError(f"{path} is not a benchmark report: {error}", hint) from error

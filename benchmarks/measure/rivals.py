@@ -1,7 +1,7 @@
-"""What a bundle is timed against: the same fused weights as others would run them.
+"""The rivals that a bundle is timed against: the same weights, with the LoRAs fused, run by other means.
 
-Each `draw_…` function is called in a worker's process, loads there, and returns what draws: from a prompt to
-8-bit RGB.
+Each `draw_…` function with a folder is called in a worker's process. It loads the pipeline there, and returns
+the function that draws from a prompt and a seed to 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -27,15 +27,19 @@ from lcm_compile.spec import BuildSpec, Shape
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STEPS = 4
-EULER_STEPS, EULER_GUIDANCE = 25, 7.5
-SELF = "ours"
+STEPS = 4  # denoising steps of ours and of every rival with the LCM-LoRA
+EULER_STEPS = 25  # denoising steps of the rival without it
+EULER_GUIDANCE = 7.5  # its guidance scale
+SELF = "ours"  # the name of the measured bundle, where rivals have theirs
 INSTALL_OPENVINO = "pip install openvino"
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all rivals share. `precision` is that of the bundle's engines."""
+    """The settings that all rivals share.
+
+    `precision` is the floating-point type of the bundle's engines: "fp32", "fp16" or "bf16".
+    """
 
     shape: Shape
     precision: str
@@ -45,10 +49,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Rival:
-    """`load(folder, setup)` draws with the diffusers pipeline in a folder.
+    """A way to run a diffusers pipeline. `load(folder, setup)` loads it and returns the function that draws.
 
-    `lcm`: with the LCM-LoRA fused, and so the same picture as ours. `starts_cold` is false for what nobody
-    would compile anew each time a process starts; its memory holds the compiler's as well.
+    `lcm` says whether the LCM-LoRA is fused, so that the rival draws the same picture as ours. `starts_cold`
+    is false for a rival that would have to compile in each new process, which nobody does in practice; cold
+    starts leave it out, and so does the memory, because its peak includes the compiler.
     """
 
     description: str
@@ -58,7 +63,7 @@ class Rival:
 
 
 def draw_with_bundle(folder: Path) -> Draw:
-    """Every prompt is encoded, as diffusers does it: none is remembered."""
+    """Draws with a bundle. Its prompt cache is off, because diffusers encodes every prompt too."""
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request
 
@@ -67,15 +72,15 @@ def draw_with_bundle(folder: Path) -> Draw:
 
     def draw(prompt: str, seed: int) -> Drawn:
         drawing = pipeline.draw(Request(prompt, seed, steps=STEPS, num_images=batch))
-        apart = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
-        stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in apart.items()}
+        times = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
+        stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in times.items()}
         return Drawn(drawing.pictures, stages, drawing.cuda_graph)
 
     return draw
 
 
 def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
-    """A diffusers pipeline of fused weights, with LCM's sampler."""
+    """Loads a diffusers pipeline with the LCM sampler. `dtype` is the name of a torch dtype."""
     import torch
     from diffusers import DiffusionPipeline, LCMScheduler
 
@@ -94,9 +99,11 @@ def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
 def draw_with_diffusers(
     pipe: DiffusionPipeline, setup: Setup, steps: int = STEPS, guidance: float = 1.0
 ) -> Draw:
+    """Returns the function that draws with a loaded pipeline. On a processor it times the stages too."""
     import torch
 
-    stages = {} if setup.gpu else time_stages(pipe)  # a GPU computes on while the host goes ahead
+    # On a GPU the host runs ahead of the computation, so that its clock can't time single stages.
+    stages = {} if setup.gpu else time_stages(pipe)
 
     def draw(prompt: str, seed: int) -> Drawn:
         stages.update(dict.fromkeys(stages, 0.0))
@@ -115,7 +122,7 @@ def draw_with_diffusers(
 
 
 def time_stages(pipe: Any) -> dict[str, float]:
-    """Milliseconds of each stage, which the pipeline will add to as it draws."""
+    """Makes a pipeline time its stages. Returns their milliseconds, which it adds to as it draws."""
     ms = {"encode": 0.0, "step": 0.0, "decode": 0.0}
 
     def timed(stage: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -127,22 +134,23 @@ def time_stages(pipe: Any) -> dict[str, float]:
 
     pipe.encode_prompt = partial(timed, "encode", pipe.encode_prompt)
     pipe.vae.decode = partial(timed, "decode", pipe.vae.decode)
-    begun = []
-    pipe.unet.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter()))
+    starts = []
+    pipe.unet.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
 
     def end(*_: Any) -> None:
-        ms["step"] += (time.perf_counter() - begun.pop()) * 1000
+        ms["step"] += (time.perf_counter() - starts.pop()) * 1000
 
     pipe.unet.register_forward_hook(end)
     return ms
 
 
 def draw_eagerly(folder: Path, setup: Setup) -> Draw:
-    """As diffusers' own examples do: fp32 on a processor, fp16 on a GPU."""
+    """Draws as diffusers' own examples do: in fp32 on a processor, in fp16 on a GPU."""
     return draw_with_diffusers(open_diffusers(folder, "float16" if setup.gpu else "float32", setup), setup)
 
 
 def channels_last(pipe: Any) -> Any:
+    """Moves the UNet's and the VAE's weights to the channels-last memory format; returns the pipeline."""
     import torch
 
     for module in (pipe.unet, pipe.vae):
@@ -151,10 +159,12 @@ def channels_last(pipe: Any) -> Any:
 
 
 def draw_eagerly_in_bf16(folder: Path, setup: Setup) -> Draw:
+    """Draws with diffusers in bf16 and channels last."""
     return draw_with_diffusers(channels_last(open_diffusers(folder, "bfloat16", setup)), setup)
 
 
 def draw_compiled(folder: Path, setup: Setup) -> Draw:
+    """Draws with torch.compile of the UNet and of the VAE's decoding, in the bundle's precision."""
     import torch
 
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[setup.precision]
@@ -165,6 +175,7 @@ def draw_compiled(folder: Path, setup: Setup) -> Draw:
 
 
 def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
+    """Draws with OpenVINO's conversion of each model, in the bundle's precision."""
     from lcm_compile.benchmarks.measure.openvino_rival import use_openvino
 
     pipe = open_diffusers(folder, "float32", setup)
@@ -173,6 +184,7 @@ def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
 
 
 def draw_by_euler(folder: Path, setup: Setup) -> Draw:
+    """Draws in EULER_STEPS guided steps of Euler's sampler, eagerly."""
     from diffusers import EulerDiscreteScheduler
 
     pipe = open_diffusers(folder, "float16" if setup.gpu else "float32", setup)
@@ -190,10 +202,11 @@ RIVALS = {
 
 
 def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, EngineBundle | None]:
-    """Each rival once; of those that are bundles, the bundle.
+    """Checks the rivals' names, and returns each once, with its bundle or None if it is one of RIVALS.
 
-    UsageError for one that is neither in RIVALS nor a bundle of the same height and width, or that can't be
-    had here.
+    Raises UsageError if a rival is neither in RIVALS nor a bundle's folder, if that bundle has another height
+    or width, or if the rival can't draw what this bundle draws. Raises BackendError if the bundle is for a
+    GPU and none works here.
     """
     manifest = bundle.manifest
     found: dict[str, EngineBundle | None] = {}
@@ -206,27 +219,32 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
             raise unknown_name("rival", name, (*RIVALS, "or a bundle's folder"))
     shape = manifest.pipeline.shape
     for name, other in found.items():
-        its = shape if other is None else other.manifest.pipeline.shape
-        if (its.height, its.width) != (shape.height, shape.width):
+        other_shape = shape if other is None else other.manifest.pipeline.shape
+        if (other_shape.height, other_shape.width) != (shape.height, shape.width):
             raise UsageError(
-                f"{name} draws {its}, and {bundle.folder} draws {shape}",
-                "compare bundles of one height and width",
+                f"{name} draws {other_shape}, and {bundle.folder} draws {shape}",
+                "compare bundles of the same height and width",
             )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
     if "euler-25" in found and "guidance" in inputs:
         raise UsageError(
-            f"{manifest.spec.base} is a full LCM, which Euler's sampler can't draw with", "drop it"
+            f"{manifest.spec.base} is a full LCM, and Euler's sampler can't draw with it",
+            "leave out --against euler-25",
         )
     if "openvino" in found and importlib.util.find_spec("openvino") is None:
         raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
     if "openvino" in found and not manifest.target.is_cpu:
-        raise UsageError("the rival openvino computes on processors, and this bundle is for a GPU", "drop it")
+        raise UsageError(
+            "the rival openvino runs on processors only, and this bundle is for a GPU",
+            "leave out --against openvino",
+        )
     if found and not manifest.target.is_cpu and (reason := no_gpu()):
         raise BackendError(f"diffusers can't draw on a GPU here: {reason}", "lcm-compile doctor")
     return found
 
 
 def no_gpu() -> str | None:
+    """Returns the reason why no GPU can be used here, or None if one can."""
     from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 
     return None if gpu_here() else why_no_gpu()
@@ -236,7 +254,10 @@ def no_gpu() -> str | None:
 def makers(
     names: Mapping[str, EngineBundle | None], spec: BuildSpec, setup: Setup, report: Callable[[str], None]
 ) -> Iterator[dict[str, Maker]]:
-    """How each rival is loaded. The pipelines they share are fused into folders that are gone afterwards."""
+    """Yields how each rival is loaded, by name.
+
+    Fuses the pipelines that rivals share into temporary folders, which are deleted when the context ends.
+    """
     from lcm_compile.system.cache import home
 
     home().mkdir(parents=True, exist_ok=True)
@@ -256,9 +277,11 @@ def makers(
 
 
 def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
-    """A spec's base with its LoRAs as a diffusers folder; without `lcm`, with its styles alone.
+    """Returns a diffusers folder of the spec's base with its LoRAs fused.
 
-    A folder with nothing to fuse is used as it is.
+    With `lcm` false, the LCM-LoRA is left out and only the styles are fused. If there is nothing to fuse and
+    the base is a diffusers folder, that folder is returned; else the weights are written to `folder`. Raises
+    what `fuse` raises.
     """
     plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
     if plain and (Path(spec.base) / "model_index.json").is_file():
@@ -266,6 +289,6 @@ def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
     from lcm_compile.lora.fuse import fuse
     from lcm_compile.system.child_process import call_in_child
 
-    asked = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)
-    call_in_child(fuse, asked, folder, "fp16" if gpu else "fp32")  # its memory is given back
+    wanted = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)
+    call_in_child(fuse, wanted, folder, "fp16" if gpu else "fp32")  # whose end frees the memory
     return folder

@@ -1,4 +1,4 @@
-"""A benchmark as people read it: tables, and the line that names the next win."""
+"""A benchmark for people: its tables, and the line that names the stage with most to gain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from lcm_compile.output.console import note, print_table, size_text
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds; None for a tail of too few samples. `share` is the limit's part of the median."""
+    """Quantiles of a case's samples in milliseconds, None for a tail that has too few samples.
+
+    `share` is the device's limit divided by the median, None where no limit is known.
+    """
 
     median: float
     p90: float | None
@@ -27,24 +30,28 @@ class Latency:
 
     @classmethod
     def of(cls, case: Case) -> Latency:
+        """Returns the quantiles of this case."""
         middle = median(case.samples_ms)
         share = None if case.limit_ms is None else case.limit_ms / middle
         return cls(middle, tail(case.samples_ms, 0.9), tail(case.samples_ms, 0.99), share)
 
 
-def tail(samples: Sequence[float], part: float) -> float | None:
-    """A quantile above the median; None of fewer samples than one is expected above it in."""
-    return quantile(samples, part) if len(samples) >= fewest_samples(part, 1) else None
+def tail(samples: Sequence[float], fraction: float) -> float | None:
+    """Returns a quantile above the median, or None if so few samples would have none above it on average."""
+    return quantile(samples, fraction) if len(samples) >= fewest_samples(fraction, 1) else None
 
 
 def batches_of(report: BenchmarkReport) -> dict[str, int]:
-    """How many pictures each draws at a time."""
+    """Returns how many pictures ours and each rival draw at a time, by name."""
     ours = report.benchmark.shape.batch if report.benchmark.shape else 1
     return {SELF: ours, **{name: rival.batch or ours for name, rival in report.cases[0].rivals.items()}}
 
 
 def per_picture(report: BenchmarkReport, case: Case, name: str) -> tuple[Sequence[float], Sequence[float]]:
-    """Milliseconds of ours and of a rival's; for one picture each, where their samples are of several."""
+    """Returns our and a rival's milliseconds, sample by sample.
+
+    If the rival draws another number of pictures at a time than ours, both are milliseconds for one picture.
+    """
     ours, rival = case.samples_ms, case.rivals[name]
     if rival.batch is None:
         return ours, rival.samples_ms
@@ -53,7 +60,10 @@ def per_picture(report: BenchmarkReport, case: Case, name: str) -> tuple[Sequenc
 
 
 def summarise(report: BenchmarkReport) -> dict[str, Any]:
-    """What the raw samples come to: by case, and a rival's time for a picture to ours, pair by pair."""
+    """Returns the summary of the samples that `bench --json` prints.
+
+    `ratio` is the median over pairs of a rival's time divided by ours.
+    """
     picture, batches = report.cases[0], batches_of(report)
     return {
         "pictures_a_second": 1000 * batches[SELF] / median(picture.samples_ms),
@@ -85,12 +95,13 @@ def summarise(report: BenchmarkReport) -> dict[str, Any]:
 
 
 def stages_of(report: BenchmarkReport) -> list[Case]:
+    """Returns the cases that are stages: all but the picture and the cold starts."""
     return [case for case in report.cases if case.name not in (PICTURE, *COLD) and case.samples_ms]
 
 
 def budget(report: BenchmarkReport) -> str | None:
-    """The stage that has most to gain: the one whose time is furthest above its limit; None uncounted."""
-    whole = median(report.cases[0].samples_ms)
+    """Returns a line on the stage whose time is furthest above its limit, or None if no limit is known."""
+    picture_ms = median(report.cases[0].samples_ms)
     stages = [(case, median(case.samples_ms)) for case in stages_of(report) if case.limit_ms is not None]
     if not stages:
         return None
@@ -98,20 +109,21 @@ def budget(report: BenchmarkReport) -> str | None:
     limit = case.limit_ms or 0.0
     device = "processor" if report.environment.device == report.environment.processor else "GPU"
     return (
-        f"{case.name} takes {ms / whole:.0%} of the picture and runs at {limit / ms:.0%} of this {device}'s "
-        f"peak: {ms_text(ms - limit)} of {ms_text(whole)} could be won there at most"
+        f"{case.name} takes {ms / picture_ms:.0%} of the picture and runs at {limit / ms:.0%} of this "
+        f"{device}'s peak: at most {ms_text(ms - limit)} of {ms_text(picture_ms)} could be saved there"
     )
 
 
 def ms_text(ms: float) -> str:
+    """Returns milliseconds as text, in seconds from ten seconds on."""
     return f"{ms / 1000:.2f} s" if ms >= 10_000 else f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms"
 
 
 def print_report(report: BenchmarkReport) -> None:
-    """Tables of at most 80 columns on stdout; what one should know of the figures on stderr."""
-    asked, environment = report.benchmark, report.environment
-    precisions = ", ".join(sorted(set(asked.precisions.values())))
-    print(f"{asked.spec.base} {asked.shape}, {asked.backend}, {precisions}")
+    """Prints tables of at most 80 columns to stdout, and the report's notes as warnings to stderr."""
+    benchmark, environment = report.benchmark, report.environment
+    precisions = ", ".join(sorted(set(benchmark.precisions.values())))
+    print(f"{benchmark.spec.base} {benchmark.shape}, {benchmark.backend}, {precisions}")
     print(f"{environment.device}, {environment.threads} threads\n")
     print_table(
         ("", "median", "p90", "p99", "of limit", "engine"),
@@ -119,16 +131,17 @@ def print_report(report: BenchmarkReport) -> None:
     )
     picture, summary = report.cases[0], summarise(report)
     print()
-    print_table(("", "of the whole picture"), whole_rows(picture, summary))
+    print_table(("", "complete picture"), picture_rows(picture, summary))
     print()
     print_rivals(report)
     if line := summary["budget"]:
         print(textwrap.fill(line, 80))
     for text in report.notes:
-        note(f"warning: {text}")
+        note(f"warning: {text}", always=True)
 
 
 def latency_row(case: Case) -> tuple[str, ...]:
+    """Returns a case's row of the first table: its name, quantiles, share of the limit, and engine size."""
     latency = Latency.of(case)
     passes = PASSES.get(case.name, 1)
     return (
@@ -140,7 +153,8 @@ def latency_row(case: Case) -> tuple[str, ...]:
     )
 
 
-def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
+def picture_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the rows of the picture's table, without those that were not measured."""
     batch = summary["batch"]
     by = f", by {batch}" if batch > 1 else ""
     rows = [("pictures a second", f"{summary['pictures_a_second']:.2f}{by}")]
@@ -160,7 +174,7 @@ def whole_rows(picture: Case, summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def print_rivals(report: BenchmarkReport) -> None:
-    """A table for each rival, with a line for each case that it shares with us."""
+    """Prints a table for each rival, with a row for each case that it was timed in."""
     picture = report.cases[0]
     for name in picture.rivals:
         shared = [case for case in report.cases if name in case.rivals]
@@ -176,6 +190,7 @@ def print_rivals(report: BenchmarkReport) -> None:
 
 
 def rival_row(report: BenchmarkReport, case: Case, name: str) -> tuple[str, ...]:
+    """Returns the case's row of a rival's table: both medians, their ratio, and the ratio's quartiles."""
     ours, theirs = per_picture(report, case, name)
     pairs = ratios(ours, theirs)
     return (
@@ -188,15 +203,16 @@ def rival_row(report: BenchmarkReport, case: Case, name: str) -> tuple[str, ...]
 
 
 def batch_rows(report: BenchmarkReport, name: str) -> list[tuple[str, ...]]:
-    """Pictures a second of both, where they draw another number at a time."""
+    """Returns a row with both rates in pictures per second, if the rival has another batch than ours."""
     if report.cases[0].rivals[name].batch is None:
         return []
     ours = summarise(report)
-    told = [f"{of['pictures_a_second']:.2f}, by {of['batch']}" for of in (ours, ours["rivals"][name])]
-    return [("pictures a second", *told, "", "")]
+    rates = [f"{side['pictures_a_second']:.2f}, by {side['batch']}" for side in (ours, ours["rivals"][name])]
+    return [("pictures a second", *rates, "", "")]
 
 
 def memory_rows(picture: Case, name: str) -> list[tuple[str, ...]]:
+    """Returns a row with both peaks of memory, if both were measured."""
     ours, theirs = picture.memory_bytes, picture.rivals[name].memory_bytes
     if not ours or not theirs:
         return []

@@ -1,8 +1,8 @@
-"""The work of one picture, counted on the architecture alone: FLOP, and bytes of weights that are read.
+"""Counts the work of a picture from the architecture alone: FLOP, and the weights that are read.
 
-Modules are run on torch's meta device, where arrays have shapes and no memory; torch's FlopCounterMode counts
-matrix products, convolutions and attention, a multiply-add as 2. It is the plain model that is counted, as
-diffusers runs it: an engine that does with less comes out nearer to its limit.
+The modules run on torch's meta device, where tensors have shapes but no memory. torch's FlopCounterMode
+counts matrix products, convolutions and attention, a multiply-add as 2. What is counted is the original
+model, as diffusers runs it, so that an engine that needs less work comes closer to its limit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lcm_compile.spec import Shape
 
 @dataclass(frozen=True)
 class Work:
-    """One pass through a stage's models: FLOP, and how many weights it reads."""
+    """The work of one pass through a stage's models: FLOP, and the number of weights that it reads."""
 
     flop: float
     weights: int
@@ -27,9 +27,10 @@ class Work:
 
 
 def count_work(checkpoint: Checkpoint, shape: Shape) -> dict[str, Work]:
-    """By stage: a prompt through the text encoders, one pass of the UNet, one of the VAE's decoder.
+    """Returns the work of one pass by stage, for all pictures of a batch.
 
-    CheckpointError for a config that makes no model.
+    "encode" is the prompt through all text encoders, "step" one pass of the UNet, and "decode" one pass of
+    the VAE's decoder. Raises CheckpointError if a config describes no valid model.
     """
     from lcm_compile.checkpoint.empty_modules import empty_module
     from lcm_compile.checkpoint.load import quiet_libraries
@@ -48,6 +49,7 @@ def count_work(checkpoint: Checkpoint, shape: Shape) -> dict[str, Work]:
 
 
 def count(module: Any, call: Callable[[], Any]) -> Work:
+    """Runs `call`, and returns its FLOP and the number of all parameters of `module`."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,12 +59,14 @@ def count(module: Any, call: Callable[[], Any]) -> Work:
 
 
 def empty(*shape: int) -> Any:
+    """Returns a float32 tensor of this shape on the meta device."""
     import torch
 
     return torch.empty(shape, device="meta")
 
 
 def count_text(module: Any, checkpoint: Checkpoint, name: str, shape: Shape) -> Work:
+    """Returns the work of one text encoder on tokens of shape (batch, length)."""
     import torch
 
     tokens = empty(shape.batch, checkpoint.text_length(name)).to(torch.int64)
@@ -70,6 +74,7 @@ def count_text(module: Any, checkpoint: Checkpoint, name: str, shape: Shape) -> 
 
 
 def count_unet(unet: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
+    """Returns the work of one pass of the UNet on latents of shape (batch, channels, height, width)."""
     config, batch = checkpoint.unet, shape.batch
     height, width = (side // checkpoint.vae_factor for side in (shape.height, shape.width))
     length = checkpoint.text_length(checkpoint.text_encoders[0])
@@ -85,6 +90,7 @@ def count_unet(unet: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
 
 
 def count_decoder(vae: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
+    """Returns the work of decoding latents of shape (batch, channels, height, width)."""
     height, width = (side // checkpoint.vae_factor for side in (shape.height, shape.width))
     latent = empty(shape.batch, checkpoint.vae["latent_channels"], height, width)
     return count(vae.decoder, lambda: vae.decode(latent))

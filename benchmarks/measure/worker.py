@@ -1,7 +1,7 @@
-"""A process that draws when it is asked to, and otherwise stands still.
+"""A process that draws on request and is stopped between requests; and processes that draw once, cold.
 
-Rivals are timed in turn, each in a process of its own. Between its turns a process is stopped (SIGSTOP):
-threads that wait for more work by spinning would otherwise take the processor from whoever is measured.
+Rivals are timed in turn, each in a process of its own. Between its turns a process is stopped with SIGSTOP,
+because threads that wait for work by spinning would take the processor from the program that is measured.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ import numpy as np
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.system.child_process import die_with_parent, ended, portable, python_command
 
-ENDING = 5  # seconds that a process may take to end by itself
+ENDING = 5  # seconds that a process has to end by itself before it is killed
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures (n, height, width, 3), uint8, and milliseconds of those stages that could be timed apart.
+    """What one request drew: `pictures`, uint8 of shape (batch, height, width, 3).
 
-    `cuda_graph` is what a bundle's pipeline tells of CUDA graphs.
+    `stages` holds the milliseconds of each stage that could be timed separately. `cuda_graph` says whether a
+    bundle's pipeline used CUDA graphs, or why not.
     """
 
     pictures: np.ndarray
@@ -39,13 +40,16 @@ class Drawn:
     cuda_graph: str = ""
 
 
-# Prompt and seed to pictures.
+# Draws from a prompt and a seed.
 Draw = Callable[[str, int], Drawn]
 
 
 @dataclass(frozen=True)
 class Maker:
-    """`function(*args)` loads what draws, in the process that will draw; all of it is pickled."""
+    """How to load a program that draws: `function(*args)`, called in the process that will draw.
+
+    Both are pickled to get there.
+    """
 
     function: Callable[..., Draw]
     args: tuple[Any, ...] = ()
@@ -56,7 +60,7 @@ class Maker:
 
 @dataclass(frozen=True)
 class Sample:
-    """One request. `start` is on the system's monotonic clock, in seconds: the same in every process."""
+    """One timed request. `start` is in seconds of the system's monotonic clock, the same in every process."""
 
     start: float
     ms: float
@@ -64,17 +68,22 @@ class Sample:
 
     @property
     def end(self) -> float:
+        """When the request ended, in seconds of the same clock."""
         return self.start + self.ms / 1000
 
 
 def take_sample(draw: Draw, prompt: str, seed: int) -> Sample:
+    """Draws once, and returns the time with what was drawn."""
     start = time.perf_counter()
     drawn = draw(prompt, seed)
     return Sample(start, (time.perf_counter() - start) * 1000, drawn)
 
 
 class Worker:
-    """A context manager that owns the process. LcmCompileError where it could not load, or died."""
+    """A process that loads a program and draws with it on request. A context manager, which ends the process.
+
+    Raises the error with which loading or drawing failed, and LcmCompileError if the process died.
+    """
 
     def __init__(self, name: str, maker: Maker, threads: int) -> None:
         self._name = name
@@ -89,6 +98,7 @@ class Worker:
             raise
 
     def draw(self, prompt: str, seed: int) -> Sample:
+        """Resumes the stopped process for one timed request."""
         os.kill(self._process.pid, signal.SIGCONT)
         sample = self._ask((prompt, seed))
         assert isinstance(sample, Sample)
@@ -113,7 +123,7 @@ class Worker:
         return answer
 
     def peak_memory(self) -> int | None:
-        """The most resident memory that the process ever had, loading included; None where /proc is not."""
+        """Returns the peak resident memory in bytes, loading included; None on systems without /proc."""
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
                 if line.startswith("VmHWM:"):
@@ -121,7 +131,7 @@ class Worker:
         return None
 
     def close(self) -> None:
-        """Ends the process: by itself, so that engines remove what they unpacked, or else by force."""
+        """Lets the process end by itself, so that engines remove what they unpacked, or else kills it."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -141,7 +151,10 @@ class Worker:
 
 
 def start_process(entry: str, write: int, threads: int) -> subprocess.Popen[bytes]:
-    """`entry(write)` of this module in a new process that computes with so many threads."""
+    """Starts a process that calls `entry(write)` of this module and computes with this many threads.
+
+    `entry` is the name of a function, and `write` the file descriptor of the pipe for its answers.
+    """
     loud = os.environ.get("LCM_COMPILE_DEBUG") == "1"
     return subprocess.Popen(
         python_command(__name__, entry, write),
@@ -149,17 +162,18 @@ def start_process(entry: str, write: int, threads: int) -> subprocess.Popen[byte
         stdout=sys.stderr.fileno() if loud else subprocess.DEVNULL,  # stdout is for data
         stderr=None if loud else subprocess.DEVNULL,
         pass_fds=[write],
-        start_new_session=True,  # an interrupt is the parent's to handle
+        start_new_session=True,  # Ctrl-C interrupts the parent alone, which ends this process
         env=environment(threads),
     )
 
 
 def environment(threads: int) -> dict[str, str]:
+    """Returns the environment variables of a process that computes with this many threads."""
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 def serve(answers: int) -> None:
-    """The process of a Worker."""
+    """Runs in a Worker's process: loads the Maker, then draws until the parent closes the pipe."""
     die_with_parent()
     with open(answers, "wb") as pipe:
         try:
@@ -174,15 +188,17 @@ def serve(answers: int) -> None:
 
 
 def reply(pipe: Any, answer: Any, error: Exception | None = None) -> None:
+    """Sends an answer, or the error instead of one, to the parent."""
     pickle.dump((answer, error), pipe)
     pipe.flush()
 
 
 @dataclass(frozen=True)
 class ColdStart:
-    """Milliseconds from a process's start to its end, the picture saved; of loading; of the first picture.
+    """The milliseconds of a new process that draws one picture.
 
-    Loading is over when all is loaded, libraries with it, and the first picture is begun after that.
+    `ms` is from the process's start to its end, with the picture saved. `load_ms` is loading, including
+    libraries. `first_ms` is drawing the first picture, which starts when everything is loaded.
     """
 
     ms: float
@@ -191,7 +207,10 @@ class ColdStart:
 
 
 def cold_start(maker: Maker, prompt: str, seed: int, path: Path, threads: int) -> ColdStart:
-    """Loads and draws once in a process of its own, which saves a PNG and ends."""
+    """Times a new process that loads, draws once, saves a PNG to `path` and ends.
+
+    Raises LcmCompileError if the process ended without an answer.
+    """
     start = time.perf_counter()
     read, write = os.pipe()
     with start_process("draw_once", write, threads) as process:
@@ -201,13 +220,16 @@ def cold_start(maker: Maker, prompt: str, seed: int, path: Path, threads: int) -
             answer = pipe.read()
     ms = (time.perf_counter() - start) * 1000
     if not answer:
-        raise LcmCompileError(f"a process that draws one picture ended ({ended(process.returncode)})")
-    told = json.loads(answer)
-    return ColdStart(ms, told["load"], told["first"])
+        raise LcmCompileError(
+            f"a process that draws one picture ended before it was done ({ended(process.returncode)})",
+            "LCM_COMPILE_DEBUG=1 shows what it printed",
+        )
+    times = json.loads(answer)
+    return ColdStart(ms, times["load"], times["first"])
 
 
 def draw_once(answers: int) -> None:
-    """The process of cold_start."""
+    """Runs in the process of cold_start, and writes its times to `answers`."""
     from PIL import Image
 
     die_with_parent()
@@ -221,7 +243,10 @@ def draw_once(answers: int) -> None:
 
 
 def cold_run(folder: Path, prompt: str, seed: int, path: Path, threads: int) -> float:
-    """Milliseconds of `lcm-compile run` as a person starts it; it draws while engines still load."""
+    """Times `lcm-compile run` in a new process, which draws while engines still load. Returns milliseconds.
+
+    Raises LcmCompileError if the command fails.
+    """
     start = time.perf_counter()
     command = ["run", prompt, "--engine", str(folder), "--seed", str(seed), "--out", str(path)]
     done = subprocess.run(

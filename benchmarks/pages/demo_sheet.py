@@ -1,4 +1,4 @@
-"""Builds the demo model for this CPU and draws a sheet of 4-step pictures with their prompts.
+"""Builds the demo model for this CPU, and draws a sheet of 4-step pictures with their prompts.
 
 `python -m lcm_compile.benchmarks.pages.demo_sheet --out demo.png`
 """
@@ -33,13 +33,13 @@ PROMPTS = (
     "a green star and a yellow ring on a striped gray background",
     "a purple triangle and a orange cross on a plain pink background",
 )
-COLUMNS = 4
-SIDE = 128  # pixels of a picture on the sheet
-LABEL = 56  # pixels under it, for four lines
+COLUMNS = 4  # pictures in a row
+SIDE = 128  # side of a picture on the sheet, in pixels
+LABEL = 56  # height of the label under it, in pixels: four lines
 
 
 def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
-    """Pictures in rows, each with its prompt under it."""
+    """Returns a sheet with the pictures in rows, each with its prompt under it."""
     font = ImageFont.load_default(size=11)
     rows = -(-len(pictures) // COLUMNS)
     pitch = SIDE + GAP, SIDE + LABEL + GAP
@@ -58,11 +58,11 @@ def contact_sheet(pictures: Sequence[tuple[Image.Image, str]]) -> Image.Image:
 @click.option("--seed", type=int, default=7, show_default=True)
 @click.option("--steps", type=int, default=4, show_default=True)
 def main(out: Path, seed: int, steps: int) -> None:
-    """Draws PROMPTS with the demo model."""
+    """Draws a sheet of pictures with the demo model."""
     start = time.perf_counter()
-    with BuildProgress() as parts:
-        bundle = build(BuildSpec(base="demo", gpu="cpu"), report=parts)
-    built = time.perf_counter() - start
+    with BuildProgress() as progress:
+        bundle = build(BuildSpec(base="demo", gpu="cpu"), report=progress)
+    build_seconds = time.perf_counter() - start
     totals = dict.fromkeys(STAGES, 0.0)
     drawn = []
     with load(bundle) as pipeline, Bar("drawing") as bar:
@@ -76,9 +76,9 @@ def main(out: Path, seed: int, steps: int) -> None:
     contact_sheet(drawn).save(out)
     n = len(PROMPTS)
     note(f"  bundle {bundle.folder}")
-    note(f"  build  {built:8.1f} s   load {load_ms:.0f} ms")
-    told = (f"{name} {ms / n:.0f} ms" for name, ms in totals.items())
-    note(f"  a picture of {steps} steps: {', '.join(told)}, in all {sum(totals.values()) / n:.0f} ms")
+    note(f"  build  {build_seconds:8.1f} s   load {load_ms:.0f} ms")
+    stages = (f"{name} {ms / n:.0f} ms" for name, ms in totals.items())
+    note(f"  a picture of {steps} steps: {', '.join(stages)}, in total {sum(totals.values()) / n:.0f} ms")
     print(out.resolve())
 
 

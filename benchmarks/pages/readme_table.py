@@ -1,6 +1,6 @@
 """Fills the README's table of speeds from the reports in benchmarks/results/.
 
-`python -m lcm_compile.benchmarks.pages.readme_table`, from a clone; `make bench` measures the demo first.
+Run `python -m lcm_compile.benchmarks.pages.readme_table` in a clone. `make bench` measures the demo first.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from statistics import median
 
 import click
 
+from lcm_compile.benchmarks.markdown import markdown_table
 from lcm_compile.benchmarks.measure.report import BenchmarkReport, read_report
 from lcm_compile.benchmarks.measure.summary import ms_text, per_picture
 from lcm_compile.benchmarks.measure.timing import ratios
@@ -19,55 +20,70 @@ from lcm_compile.system.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- bench: start -->", "<!-- bench: end -->"
+# The lines of a page that enclose its generated table.
+START = "<!-- bench: start -->"
+END = "<!-- bench: end -->"
 
 
 def table(reports: Sequence[BenchmarkReport]) -> str:
-    """Markdown: a line for each report, a column for each rival with the median ratio of pairs."""
+    """Returns the table in Markdown, with a row for each report.
+
+    A rival's column holds its time for a picture divided by ours, the median over pairs of samples.
+    """
     rivals = list(dict.fromkeys(name for report in reports for name in report.cases[0].rivals))
     columns = ["model, engines", "device", "a picture", *(f"{name} takes" for name in rivals)]
-    lines = [columns, ["---", "---", "--:", *("--:" for _ in rivals)]]
+    rows = []
     for report in reports:
-        asked, picture = report.benchmark, report.cases[0]
-        precisions = ", ".join(sorted(set(asked.precisions.values())))
+        benchmark, picture = report.benchmark, report.cases[0]
+        precisions = ", ".join(sorted(set(benchmark.precisions.values())))
         model = ", ".join(
             (
-                f"{asked.spec.base} {asked.shape}",
-                *([f"--vae {Path(asked.spec.vae).name}"] if asked.spec.vae else []),
-                f"{asked.backend} {precisions}",
+                f"{benchmark.spec.base} {benchmark.shape}",
+                *([f"--vae {Path(benchmark.spec.vae).name}"] if benchmark.spec.vae else []),
+                f"{benchmark.backend} {precisions}",
             )
         )
-        shown = [
+        rival_ratios = [
             f"{median(ratios(*per_picture(report, picture, name))):.2f} ×" if name in picture.rivals else ""
             for name in rivals
         ]
         device = f"{report.environment.device}, {report.environment.threads} threads"
-        lines.append([model, device, ms_text(median(picture.samples_ms)), *shown])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([model, device, ms_text(median(picture.samples_ms)), *rival_ratios])
+    return "\n".join(markdown_table(columns, rows, left=(0, 1)))
 
 
 def filled(text: str, inside: str) -> str:
-    """A page with what is between the two markers replaced. UsageError where it has not one of each."""
+    """Returns the page with the text between START and END replaced.
+
+    Raises UsageError if it does not have each of these lines exactly once.
+    """
     if text.count(START) != 1 or text.count(END) != 1:
-        raise UsageError(f"the README needs one line {START} and one {END}", "put them back")
+        raise UsageError(
+            f"the page must have the lines {START} and {END} once each",
+            "put them around the place where the table belongs",
+        )
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{inside}\n{END}{after}"
 
 
 def reports_in(folder: Path) -> list[BenchmarkReport]:
-    """Those that `bench --save` wrote under names of its own, by file name."""
+    """Reads the reports in the folder whose names begin with "bench-", sorted by file name."""
     return [read_report(path) for path in sorted(folder.glob("bench-*.json"))]
 
 
 @click.command()
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, help="Where the reports are.")
-@click.option("--readme", type=click.Path(path_type=Path), default=ROOT / "README.md")
+@click.option(
+    "--readme", type=click.Path(path_type=Path), default=ROOT / "README.md", help="The page to fill."
+)
 def main(results: Path, readme: Path) -> None:
-    """Fills the table between the README's two markers."""
+    """Fills the table between the README's two marker lines."""
     reports = reports_in(results)
     if not reports:
-        raise UsageError(f"there is no report in {results}", "lcm-compile bench --save FILE")
+        raise UsageError(
+            f"there is no report in {results}", "make bench measures the demo and saves reports there"
+        )
     write_atomically(readme, filled(readme.read_text(encoding="utf-8"), table(reports)))
     print(readme)
 

@@ -1,9 +1,10 @@
-"""What each rewrite for LCM gains: a bundle with all of them in turn with bundles that lack one, and all.
+"""Measures what each rewrite for LCM gains, and fills the table of docs/performance.md.
 
-With --one-graph also in turn with the whole picture as one graph.
+A bundle with all rewrites is timed in turn with bundles that lack one of them, and with one that lacks all.
+With --one-graph, a bundle that draws the picture with a single graph takes part too.
 
-`python -m lcm_compile.benchmarks.pages.rewrites_table --base demo --backend onnxruntime` in a clone builds
-the bundles, keeps the raw samples in benchmarks/results/, and fills the table of docs/performance.md.
+Run `python -m lcm_compile.benchmarks.pages.rewrites_table --base demo --backend onnxruntime` in a clone. It
+builds the bundles and keeps the raw samples in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from statistics import median
 import click
 import numpy as np
 
+from lcm_compile.benchmarks.markdown import markdown_table
 from lcm_compile.benchmarks.measure.bench import picture_case, take_warm
 from lcm_compile.benchmarks.measure.environment import environment_of
 from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, read_report
@@ -30,52 +32,62 @@ from lcm_compile.system.files import write_atomically
 from lcm_compile.system.processor import physical_cores
 
 PAGE = ROOT / "docs" / "performance.md"
+# Names of bundles, as the reports and the table have them.
 ALL = "without any"
 WHOLE = "as one graph"
 
 
 def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: float) -> BenchmarkReport:
-    """Pictures of a spec's bundle and, in turn, of those without rewrites, and perhaps of one graph.
+    """Times pictures of the spec's bundle in turn with those of bundles without rewrites.
 
-    Errors as `build`'s.
+    `each` adds a bundle without each single rewrite, and `one_graph` one that draws with a single graph.
+    Raises what `build` raises.
     """
-    lacking = {f"without {name}": (name,) for name in REWRITES} if each else {}
-    specs = {name: replace(spec, without=left) for name, left in {**lacking, ALL: tuple(REWRITES)}.items()}
+    left_out: dict[str, tuple[str, ...]] = {}
+    if each:
+        left_out |= {f"without {name}": (name,) for name in REWRITES}
+    left_out[ALL] = tuple(REWRITES)
+    specs = {name: replace(spec, without=rewrites) for name, rewrites in left_out.items()}
     if one_graph:
         specs[WHOLE] = replace(spec, whole_loop=True)
-    with BuildProgress() as parts:
-        whole = build(spec, report=parts)
-        others = {name: build(other, report=parts) for name, other in specs.items()}
-    manifest, cores = whole.manifest, physical_cores()
-    drawers = {name: Maker(draw_with_bundle, (b.folder,)) for name, b in {SELF: whole, **others}.items()}
+    with BuildProgress() as progress:
+        bundle = build(spec, report=progress)
+        others = {name: build(other, report=progress) for name, other in specs.items()}
+    manifest, cores = bundle.manifest, physical_cores()
+    drawers = {name: Maker(draw_with_bundle, (b.folder,)) for name, b in {SELF: bundle, **others}.items()}
     with Bar("draw in turn") as bar:
         measured = take_warm(
             drawers, manifest.pipeline.sample_prompt, cores, runs, seconds, lambda _, *done: bar.update(*done)
         )
-    picture = picture_case(whole, others, (), measured)
+    picture = picture_case(bundle, others, (), measured)
     precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
     shape = manifest.pipeline.shape
-    asked = Benchmark(spec, tuple(others), runs, seconds, manifest.backend, precisions, shape, whole.digest)
+    benchmark = Benchmark(
+        spec, tuple(others), runs, seconds, manifest.backend, precisions, shape, bundle.digest
+    )
     noise = too_noisy(picture.samples_ms, {name: r.samples_ms for name, r in picture.rivals.items()})
     return BenchmarkReport(
-        environment_of(manifest.target, cores, {}), asked, (picture,), (noise,) if noise else ()
+        environment_of(manifest.target, cores, {}), benchmark, (picture,), (noise,) if noise else ()
     )
 
 
 def table(reports: Sequence[BenchmarkReport]) -> str:
-    """Markdown: how many times as long a picture takes without each rewrite, with the quartiles of pairs."""
+    """Returns the table in Markdown, with a column for each report and a row for each bundle.
+
+    A cell holds how many times as long a picture takes without the rewrite, as `ratio_text` writes it.
+    """
     heads = [
         f"{r.benchmark.spec.base} {r.benchmark.shape}, {r.benchmark.backend} {r.benchmark.precisions['step']}"
         for r in reports
     ]
-    lines = [["", *heads], ["---", *("--:" for _ in heads)]]
-    lines.append(["all rewrites", *(ms_text(median(r.cases[0].samples_ms)) for r in reports)])
+    rows = [["all rewrites", *(ms_text(median(r.cases[0].samples_ms)) for r in reports)]]
     for name in (*(f"without {rewrite}" for rewrite in REWRITES), ALL, WHOLE):
-        lines.append([name, *(ratio_text(report, name) for report in reports)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([name, *(ratio_text(report, name) for report in reports)])
+    return "\n".join(markdown_table(["", *heads], rows))
 
 
 def ratio_text(report: BenchmarkReport, name: str) -> str:
+    """Returns the median ratio of a bundle's time to ours with its quartiles; "" if it was not measured."""
     picture = report.cases[0]
     if name not in picture.rivals:
         return ""
@@ -88,9 +100,11 @@ def ratio_text(report: BenchmarkReport, name: str) -> str:
 @click.option("--base", default="demo", show_default=True)
 @click.option("--backend", default="onnxruntime", show_default=True)
 @click.option("--precision", default="fp32", show_default=True)
-@click.option("--weights", help="random, for a base that is not here.")
-@click.option("--each/--all", default=True, help="Each rewrite alone too, or all of them at once only.")
-@click.option("--one-graph", is_flag=True, help="The whole picture as one graph too.")
+@click.option("--weights", help="random, for a base whose weights are not here.")
+@click.option(
+    "--each/--all", default=True, help="Leave out each rewrite alone too, or only all of them at once."
+)
+@click.option("--one-graph", is_flag=True, help="Also measure the complete picture as one graph.")
 @click.option("--runs", type=int, default=40, show_default=True)
 @click.option("--seconds", type=float, default=600, show_default=True)
 def main(
@@ -103,12 +117,12 @@ def main(
     runs: int,
     seconds: float,
 ) -> None:
-    """Measures, keeps the samples, and fills the table."""
+    """Measures the rewrites, keeps the samples, and fills the table."""
     spec = BuildSpec(base, backend=backend, precision=precision, weights=weights)
     report = measure(spec, each, one_graph, runs, seconds)
     report.save(RESULTS / f"rewrites-{base}-{backend}-{precision}.json")
     for warning in report.notes:
-        note(f"warning: {warning}")
+        note(f"warning: {warning}", always=True)
     reports = [read_report(path) for path in sorted(RESULTS.glob("rewrites-*.json"))]
     write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), table(reports)))
     print(PAGE)

@@ -1,8 +1,9 @@
-"""The loop that LCM is measured against: diffusers' Euler sampler around a bundle's own engines."""
+"""The sampler that LCM is compared with: diffusers' Euler scheduler around a bundle's own engines."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,26 +11,30 @@ from diffusers import EulerDiscreteScheduler
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.loop import put_coefficients
 from lcm_compile.pipeline.noise import TorchNoise
-from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.scheduler import LcmStep
 
 Draw = Callable[[Request], np.ndarray]
 
 
-def euler_sampler(bundle: EngineBundle, pipeline: LcmPipeline) -> Draw:
-    """Draws a picture (height, width, 3) of 8 bits, with the base's own scheduler as diffusers does."""
+def euler_sampler(bundle: EngineBundle, pipeline: Pipeline) -> Draw:
+    """Returns the function that draws a picture, (height, width, 3) in 8 bits, as diffusers does with Euler.
+
+    The scheduler's settings are those of the bundle's base.
+    """
     config = dict(open_checkpoint(bundle.manifest.spec.base).scheduler_config)
     step, decode = pipeline.runners["step"], pipeline.runners["decode"]
     prompts = pipeline.prompts
     latent_shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
 
-    # Of the step's own arithmetic nothing is wanted.
+    # The step's graph also computes LCM's next latent. That result is not used, so its coefficients are 0.
     [numbers] = put_coefficients(pipeline.runners, [LcmStep(0, 0, 0, 0, 0, 0, 0)])
 
-    def predict(latent: torch.Tensor, condition: dict) -> torch.Tensor:
+    def predict(latent: torch.Tensor, condition: dict[str, Any]) -> torch.Tensor:
         noisy = step.to_device(latent.numpy())
         given = step({"latent": noisy, "noise": noisy, **numbers, **condition})
         return torch.from_numpy(step.to_host(given["prediction"]) + 0)

@@ -1,8 +1,9 @@
-"""How far a set of pictures lies from rendered ones, in the features of a small network that no rule made.
+"""Measures how far a set of pictures is from rendered ones, in the features of a small trained network.
 
-The network was trained on rendered pictures to tell all of a scene, what its caption leaves open too, and how
-each picture was degraded. The distance is between sets: whose prompt a picture was made for is the judge's to
-tell. `python -m lcm_compile.benchmarks.quality.features --train` trains it again.
+The features are learnt, so this distance is independent of the rule-based judge. The network was trained on
+rendered pictures to read everything in a scene, including what its caption leaves open, and how each picture
+was degraded. The distance is between sets of pictures; whether a picture fits its own prompt is for the judge
+to say. `python -m lcm_compile.benchmarks.quality.features --train` trains the network again.
 """
 
 from __future__ import annotations
@@ -41,20 +42,29 @@ Pictures = NDArray[np.uint8]
 Array = NDArray[np.float64]
 
 WEIGHTS = Path(__file__).with_name("features.safetensors")
-SIDE, WIDTH = 64, 32
-RENDERS = 4  # of each prompt, in the set that others are measured from
-DRAWS = 50  # of rendered sets, for the noise floor
-STEPS, BATCH, POOL = 3000, 64, 12288
-BLUR, NOISE, CONTRAST = 2.0, 0.15, 0.5  # the most of each degradation: pixels, of full scale, part lost
+SIDE = 64  # pixels
+WIDTH = 32  # features of a picture
+RENDERS = 4  # renderings of each prompt in the reference set
+DRAWS = 50  # rendered sets that the noise floor is measured with
+STEPS = 3000  # of training
+BATCH = 64  # pictures
+POOL = 12288  # rendered pictures for training
+# The largest amount of each degradation.
+BLUR = 2.0  # standard deviation in pixels
+NOISE = 0.15  # standard deviation as a share of the full range of values
+CONTRAST = 0.5  # share of the contrast that is lost
 THINGS = ("none", *SHAPES)
-PLACED = 5  # numbers of a placement: x, y, radius, tilt as cosine and sine
-# What is told apart, and among how many: of the picture, then of each thing from left to right.
+PLACED = 5  # numbers of a placement: x, y, radius, and the tilt as cosine and sine
+# The number of classes in each classification that the network makes: the picture's look, background,
+# pattern, stripe angle and zebra style, then the shape and the colour of each of two things from left to
+# right.
 CLASSES = (2, 4, len(PATTERNS), len(STRIPE_ANGLES), 2, *(2 * (len(THINGS), len(COLOURS))))
-NUMBERS = 2 * PLACED + 4 + 3  # placements, phases on their circles, degradations
+# How many numbers the network estimates: two placements, two phases as cosine and sine, three degradations.
+NUMBERS = 2 * PLACED + 4 + 3
 
 
 class SceneReader(nn.Module):
-    """A convolutional network that reads a scene; `features` are what its last layer reads."""
+    """A convolutional network that reads a scene. `features` are the inputs of its last layer."""
 
     features: nn.Sequential
 
@@ -68,12 +78,15 @@ class SceneReader(nn.Module):
         self.head = nn.Sequential(nn.SiLU(), nn.Linear(WIDTH, sum(CLASSES) + NUMBERS))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Pictures (n, 3, 64, 64) in -1…1 to logits and numbers (n, sum(CLASSES) + NUMBERS)."""
+        """Returns logits and numbers (n, sum(CLASSES) + NUMBERS) for pictures (n, 3, 64, 64) in -1…1."""
         return self.head(self.features(pictures))
 
 
 def classes_and_numbers(scene: Scene, look: Look) -> tuple[list[int], list[float]]:
-    """A scene's classes, -1 for what can't be seen, and its numbers, NaN for those."""
+    """Returns a scene's classes and numbers, in the order of CLASSES and NUMBERS without the degradations.
+
+    What can't be seen in the picture is -1 among the classes and NaN among the numbers.
+    """
     words = scene.description
     names, phases = list(look.backgrounds), [math.nan] * 4
     if words.pattern != "plain":
@@ -92,28 +105,31 @@ def classes_and_numbers(scene: Scene, look: Look) -> tuple[list[int], list[float
 
 
 def degraded(pictures: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Pictures (n, 3, 64, 64), a half each blurred, noisy and faded; how much of it, 0 to 1 (n, 3)."""
+    """Returns pictures (n, 3, 64, 64) with random degradations, and the amount of each, 0 to 1: (n, 3).
+
+    Each picture is blurred, made noisy and faded, independently with a probability of one half each.
+    """
     count = len(pictures)
     amount = torch.rand(count, 3, generator=random) * (torch.rand(count, 3, generator=random) < 0.5)
     blur, noise, faded = (amount * torch.tensor([BLUR, 2 * NOISE, CONTRAST])).T
     apart = (torch.arange(SIDE)[:, None] - torch.arange(SIDE)).square()
-    weights = torch.softmax(-apart / (2 * blur[:, None, None].square() + 1e-3), -1)  # each row a Gaussian
+    weights = torch.softmax(-apart / (2 * blur[:, None, None].square() + 1e-3), -1)  # rows are Gaussians
     pictures = torch.einsum("nij,ncjk,nlk->ncil", weights, pictures, weights)
     pictures = pictures * (1 - faded[:, None, None, None])
     return (pictures + noise[:, None, None, None] * torch.randn(pictures.shape, generator=random)), amount
 
 
 def loss_of(output: Tensor, classes: Tensor, numbers: Tensor) -> Tensor:
-    """Cross-entropies and squared errors of what can be seen."""
+    """Returns the training loss: cross-entropies and squared errors of what can be seen."""
     logits = output[:, : sum(CLASSES)].split(CLASSES, 1)
-    parts = [functional.cross_entropy(x, y, ignore_index=-1) for x, y in zip(logits, classes.T, strict=True)]
+    losses = [functional.cross_entropy(x, y, ignore_index=-1) for x, y in zip(logits, classes.T, strict=True)]
     seen = ~numbers.isnan()
     error = (output[:, sum(CLASSES) :] - numbers.nan_to_num()).square()
-    return torch.stack(parts).sum() + 20 * error[seen].mean() + 20 * error[:, -3:].mean()
+    return torch.stack(losses).sum() + 20 * error[seen].mean() + 20 * error[:, -3:].mean()
 
 
 def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
-    """Trains the network on `pool` rendered pictures and writes it in half precision."""
+    """Trains the network on `pool` rendered pictures and writes its feature layers in half precision."""
     rng, random = np.random.default_rng(0), torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     looks = [DUSK if i % 4 == 3 else DAY for i in range(pool)]
@@ -140,9 +156,10 @@ def train(path: Path, steps: int = STEPS, pool: int = POOL) -> None:
 
 @torch.no_grad()
 def whiten(network: SceneReader, pictures: Tensor) -> None:
-    """Rescales the features in place to mean 0 and covariance 1 over undegraded `pictures`.
+    """Rescales the features in place to mean 0 and identity covariance over undegraded `pictures`.
 
-    What varies least among those, as blur does, then counts as much as what is on them.
+    So directions that vary little among these pictures, such as blur, count as much as those of their
+    content.
     """
     found = torch.cat([network.features(batch) for batch in pictures.split(BATCH)]).double()
     values, vectors = torch.linalg.eigh(found.T.cov())
@@ -154,30 +171,33 @@ def whiten(network: SceneReader, pictures: Tensor) -> None:
 
 
 def as_tensor(pictures: Pictures) -> Tensor:
-    """Pictures (n, 64, 64, 3) as the network takes them, (n, 3, 64, 64) in -1…1."""
+    """Returns pictures (n, 64, 64, 3) as the network takes them: (n, 3, 64, 64) in -1…1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 @lru_cache(maxsize=1)
 def reader() -> nn.Module:
-    """Pictures (n, 3, 64, 64) to whitened features (n, WIDTH), by the network that comes with the package."""
+    """Returns the network that comes with the package.
+
+    It maps pictures (n, 3, 64, 64) in -1…1 to whitened features (n, WIDTH).
+    """
     network = SceneReader().features.eval()
     network.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
     return network
 
 
 def features(pictures: Pictures) -> Array:
-    """The network's features of pictures (n, 64, 64, 3). Shape (n, WIDTH)."""
+    """Returns the network's features (n, WIDTH) of pictures (n, 64, 64, 3)."""
     with torch.no_grad():
         batches = as_tensor(pictures).split(BATCH)
         return torch.cat([reader()(batch) for batch in batches]).double().numpy()
 
 
 def kernel_distance(first: Array, second: Array) -> float:
-    """The unbiased squared MMD between features (n, d) and (m, d) with the kernel (x·y / d + 1)³.
+    """Returns the unbiased squared MMD between features (n, d) and (m, d) with the kernel (x·y / d + 1)³.
 
-    Bińkowski et al. 2018, "Demystifying MMD GANs": KID, over all pairs. It is 0 on average for two sets of
-    one distribution, and may be negative.
+    This is the KID of Bińkowski et al. 2018, "Demystifying MMD GANs", over all pairs. Its mean is 0 for two
+    sets from one distribution, so it may be negative.
     """
 
     def kernel(x: Array, y: Array) -> Array:
@@ -191,29 +211,35 @@ def kernel_distance(first: Array, second: Array) -> float:
 
 
 def frechet_distance(first: Array, second: Array) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) of features (n, d) and (m, d): Heusel et al. 2017, FID."""
+    """Returns the Fréchet distance |μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½) between features (n, d) and (m, d).
+
+    This is the formula of FID, Heusel et al. 2017.
+    """
     one, two = (np.cov(x, rowvar=False) for x in (first, second))
     values, vectors = np.linalg.eigh(one)
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    # (Σ₁Σ₂)^½ has the trace of (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric.
+    # (Σ₁Σ₂)^½ has the same trace as (Σ₁^½ Σ₂ Σ₁^½)^½, which is symmetric.
     shared = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
     apart = np.square(first.mean(0) - second.mean(0)).sum()
     return float(apart + np.trace(one) + np.trace(two) - 2 * shared)
 
 
 def rendered(prompts: Sequence[str], seed: int, look: Look = DAY) -> Pictures:
-    """One rendering of each prompt, everything it leaves open drawn from `seed`. Shape (n, 64, 64, 3)."""
+    """Returns one rendering of each prompt, (n, 64, 64, 3), with what it leaves open drawn from `seed`."""
     rng = np.random.default_rng(seed)
     return np.stack([render(place(parse_caption(text), rng), SIDE, look) for text in prompts])
 
 
 def distances(first: Array, second: Array) -> dict[str, float]:
-    """Both distances between two sets of features."""
+    """Returns the MMD and the Fréchet distance between two sets of features."""
     return {"mmd": kernel_distance(first, second), "frechet": frechet_distance(first, second)}
 
 
 class Reference:
-    """Renderings of some prompts, in the features, and the distances that rendering them anew leaves."""
+    """The features of renderings of some prompts, and the noise floor of distances from them.
+
+    `floor` holds the mean and the 95th percentile of the distances of DRAWS other rendered sets.
+    """
 
     def __init__(self, prompts: Sequence[str], look: Look = DAY) -> None:
         sets = [features(rendered(prompts, seed, look)) for seed in range(RENDERS + DRAWS)]
@@ -228,15 +254,17 @@ class Reference:
         }
 
     def distances(self, pictures: Pictures) -> dict[str, float]:
-        """Of pictures (n, 64, 64, 3), as many as there are prompts, from the renderings."""
+        """Returns the distances of pictures (n, 64, 64, 3), one for each prompt, from the renderings."""
         return distances(features(pictures), self.features)
 
 
 @click.command()
-@click.option("--train", "training", is_flag=True, required=True, help="Trains the network anew.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=WEIGHTS)
+@click.option("--train", "training", is_flag=True, required=True, help="Train the network again.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=WEIGHTS, help="File for the weights."
+)
 def main(training: bool, out: Path) -> None:
-    """Trains the network whose features are compared."""
+    """Trains the network whose features are compared, and writes its weights to OUT."""
     train(out)
 
 

@@ -1,8 +1,9 @@
-"""Measures all that the demo model is shown to prove, on this project's own engines: `make proof`.
+"""Measures the quality and the speed of the demo model, on this project's own engines: `make proof`.
 
-Draws the proof's prompts once for each row of its tables, judges the pictures, then times the rows against
-each other, and writes `proof.json` (every verdict and time), `proof.md` and the figures. What `proof.json`
-already holds is not measured again, unless the bundle, the settings, the judge or the machine is another.
+It draws the proof's prompts once for each row of the tables, judges the pictures, and times the rows against
+each other. It writes `proof.json` (every verdict and time), `proof.md` (the tables) and the figures. A row
+that `proof.json` already holds is not measured again, unless the bundle, the settings, the judge or the
+machine changed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from lcm_compile.demo import judge
 from lcm_compile.demo.world import LOOKS, STYLE, parse_caption, proof_prompts
 from lcm_compile.engines import find_backend
 from lcm_compile.output.console import Bar, BuildProgress, note
-from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.cache import home
 from lcm_compile.system.files import write_atomically
@@ -43,14 +44,14 @@ from lcm_compile.system.processor import read_processor
 from lcm_compile.system.versions import installed_version
 
 SHOWN = 8  # pictures of each row that are kept for the figures
-ROUNDS = 15  # of timing: each draws one picture of every row
+ROUNDS = 15  # rounds of timing, each of which draws one picture of every row
 
 Record = dict[str, Any]
 
 
 @cache
 def machine() -> dict[str, Any]:
-    """What the seconds were measured on."""
+    """Returns the description of this machine and the installed packages that `proof.json` records."""
     packages = {"onnxruntime": find_backend("onnxruntime").PACKAGES}
     packages |= {name: (name,) for name in ("lcm-compile", "numpy", "torch", "diffusers")}
     return {
@@ -63,37 +64,38 @@ def machine() -> dict[str, Any]:
 
 
 @cache
-def judges() -> str:
-    """The digest of all that a picture is judged with."""
+def judge_digest() -> str:
+    """Returns the digest of all code and weights that pictures are judged with."""
     files = (Path(judge.__file__), Path(features.__file__), features.WEIGHTS)
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 @cache
-def planned(spec: BuildSpec) -> Plan:
-    """What will be built, with the digests that tell it from any other."""
+def plan_of(spec: BuildSpec) -> Plan:
+    """Returns the plan of a build, whose key holds the digests of everything that the bundle depends on."""
     return make_plan(spec)
 
 
 def row_key(row: Row) -> str:
-    """What tells this measurement from any other."""
-    settings = {"spec": planned(row.spec).key, "judges": judges(), "machine": machine()}
-    told = json.dumps([asdict(row) | settings, [asdict(request) for request in requests(row)]])
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+    """Returns the key of a row's measurement: a digest of everything that its result depends on."""
+    settings = {"spec": plan_of(row.spec).key, "judges": judge_digest(), "machine": machine()}
+    content = json.dumps([asdict(row) | settings, [asdict(request) for request in requests(row)]])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)
-def reference(count: int, zebra: bool, look: str) -> features.Reference:
+def reference_of(count: int, zebra: bool, look: str) -> features.Reference:
+    """Returns the rendered pictures that rows with these values of their fields are compared with."""
     return features.Reference([text + STYLE * zebra for text, _ in proof_prompts(count)], LOOKS[look])
 
 
 def shown_path(key: str) -> Path:
-    """Where the first pictures of a row lie, side by side."""
+    """Returns the path of the strip with a row's first pictures, side by side."""
     return home() / "proof" / f"{key}.png"
 
 
-def drawn(row: Row, draw: Draw) -> features.Pictures:
-    """Every picture of a row."""
+def draw_row(row: Row, draw: Draw) -> features.Pictures:
+    """Draws all pictures of a row. Shape (n, height, width, 3)."""
     asked = requests(row)
     pictures = []
     with Bar(f"{row.label}, {row.steps}") as bar:
@@ -103,17 +105,18 @@ def drawn(row: Row, draw: Draw) -> features.Pictures:
     return np.stack(pictures)
 
 
-def measured(row: Row, pictures: features.Pictures) -> Record:
-    """All that is told of a row but its times.
+def judge_row(row: Row, pictures: features.Pictures) -> Record:
+    """Returns the row's record for `proof.json`, without its times.
 
-    A verdict is 1 or 0, and - where the prompt says nothing of its column.
+    `verdicts` has a string for each column of the tables, with a character for each picture: 1 for right, 0
+    for wrong, and - if the prompt says nothing about that column.
     """
     asked = [parse_caption(request.prompt) for request in requests(row)]
     found = []
     for picture, words in zip(pictures, asked, strict=True):
         verdict = judge.matches(judge.judge(picture, LOOKS[row.look]), words)
         found.append(verdict | {"all": all(right is not False for right in verdict.values())})
-    rendered, plan = reference(row.count, row.zebra, row.look), planned(row.spec)
+    reference, plan = reference_of(row.count, row.zebra, row.look), plan_of(row.spec)
     mark = {None: "-", True: "1", False: "0"}
     verdicts = {name: "".join(mark[verdict[name]] for verdict in found) for name in found[0]}
     return {
@@ -123,26 +126,30 @@ def measured(row: Row, pictures: features.Pictures) -> Record:
         "bundle": key_digest(plan.key),
         "passes": row.passes,
         "right": {name: share(marks) for name, marks in verdicts.items()},
-        "distances": rendered.distances(pictures),
-        "floor": rendered.floor,
+        "distances": reference.distances(pictures),
+        "floor": reference.floor,
         "verdicts": verdicts,
     }
 
 
 def share(marks: str) -> Record | None:
-    """Which part of a column's verdicts is right, with Wilson's 95 % interval; None where there are none."""
-    count, z = len(marks) - marks.count("-"), 1.96
+    """Returns the share of right verdicts in a column, with Wilson's 95 % interval; None without verdicts."""
+    count = len(marks) - marks.count("-")
+    z = 1.96  # standard deviations: 95 % of a normal distribution lie within them
     if not count:
         return None
     # E. B. Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    part = marks.count("1") / count
-    middle = (part + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * ((part * (1 - part) + z * z / (4 * count)) / count) ** 0.5
-    return {"part": part, "of": count, "low": middle - half, "high": middle + half}
+    right = marks.count("1") / count
+    middle = (right + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * ((right * (1 - right) + z * z / (4 * count)) / count) ** 0.5
+    return {"part": right, "of": count, "low": middle - half, "high": middle + half}
 
 
-def measure(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
-    """Draws the rows that are not known yet, bundle by bundle, and yields each with its key."""
+def measure_rows(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
+    """Draws and judges the rows that are not known yet, one bundle after the other.
+
+    Yields the key and the record of each.
+    """
     missing: dict[BuildSpec, list[Row]] = {}
     for row in rows:
         key = row_key(row)
@@ -151,17 +158,18 @@ def measure(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[tuple[
     for spec, waiting in missing.items():
         with samplers_of(spec) as samplers:
             for row in waiting:
-                pictures = drawn(row, samplers[row.sampler])
+                pictures = draw_row(row, samplers[row.sampler])
                 path = shown_path(row_key(row))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.concatenate(list(pictures[:SHOWN]), 1)).save(path)
-                yield row_key(row), measured(row, pictures)
+                yield row_key(row), judge_row(row, pictures)
 
 
-def timed(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """Seconds of a picture of each row, by its key: in every round one of each row, on warm engines.
+def time_rows(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """Returns the seconds per picture of each row, by the row's key, with one value for each round.
 
-    So what else the machine does meanwhile slows all rows alike.
+    Each round draws one picture of every row on warm engines. So other load on the machine slows all rows
+    alike.
     """
     seconds: dict[str, list[float]] = {row_key(row): [] for row in rows}
     with ExitStack() as opened:
@@ -179,26 +187,34 @@ def timed(rows: Sequence[Row]) -> dict[str, list[float]]:
 
 @contextmanager
 def samplers_of(spec: BuildSpec) -> Iterator[dict[str, Draw]]:
-    """What draws with the engines of a build: this project's LCM loop, and Euler's."""
-    with BuildProgress() as parts:
-        bundle = build(spec, report=parts)
+    """Builds a spec and yields the samplers that draw with its engines: `lcm` and `euler`."""
+    with BuildProgress() as progress:
+        bundle = build(spec, report=progress)
     with load(bundle) as pipeline:
         yield {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}
 
 
-def lcm_sampler(pipeline: LcmPipeline) -> Draw:
+def lcm_sampler(pipeline: Pipeline) -> Draw:
+    """Returns the function that draws a picture with this project's LCM loop."""
     return lambda request: pipeline.draw(request).pictures[0]
 
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results/proof")
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("benchmarks/results/proof"),
+    help="Folder for the tables and figures.",
 )
+@click.option("--count", type=click.IntRange(min=2), default=300, show_default=True, help="Pictures per row.")
+@click.option("--tuned", metavar="DIR", default="", help="A base that is tuned to the dusk palette.")
 @click.option(
-    "--count", type=click.IntRange(min=2), default=300, show_default=True, help="Pictures in a row."
+    "--part",
+    "parts",
+    type=click.Choice(PARTS),
+    multiple=True,
+    help="Measure only this part. Can be given several times.",
 )
-@click.option("--tuned", metavar="DIR", default="", help="A base tuned to the dusk palette.")
-@click.option("--part", "parts", type=click.Choice(PARTS), multiple=True, help="Only this part, or these.")
 def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
     """Measures the demo model and writes tables and figures to OUT."""
     path = out / "proof.json"
@@ -207,18 +223,18 @@ def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
     if "universal" in (parts or PARTS) and not tuned:
         note("  universal is left out: it needs --tuned DIR")
     known = dict(stored)
-    for key, record in measure(rows, stored):
+    for key, record in measure_rows(rows, stored):
         known[key] = record
         write(path, known)
-        told = percent(record["right"]["all"])
-        note(f"  {record['part']}: {name_of(record)}: {told} % right in every column")
+        right = percent(record["right"]["all"])
+        note(f"  {record['part']}: {name_of(record)}: {right} % right in every column")
     for part in parts or PARTS:
         compared = [row for row in rows if row.part == part and row.timed]
         if not all("seconds" in known[row_key(row)] for row in compared):
-            for key, samples in timed(compared).items():
+            for key, samples in time_rows(compared).items():
                 known[key] = {**known[key], "seconds": samples}
             write(path, known)
-    # What is asked for now, in its order, and the parts that are not asked for as they were.
+    # The file holds the rows of the requested parts in their order, then all other parts unchanged.
     kept = {row_key(row): known[row_key(row)] for row in rows}
     kept |= {key: record for key, record in stored.items() if record["part"] not in (parts or PARTS)}
     write(path, kept)
@@ -228,7 +244,7 @@ def main(out: Path, count: int, tuned: str, parts: tuple[str, ...]) -> None:
 
 
 def write(path: Path, rows: Mapping[str, Record]) -> None:
-    """Everything that was measured, with what and on which prompts; a line for each row."""
+    """Writes `proof.json`: the machine, the prompts, and one line for each row."""
     most = max((record["count"] for record in rows.values()), default=0)
     lines = [f"{json.dumps(key)}: {json.dumps(record, ensure_ascii=False)}" for key, record in rows.items()]
     head = {"machine": machine(), "prompts": proof_prompts(most)}
@@ -238,7 +254,7 @@ def write(path: Path, rows: Mapping[str, Record]) -> None:
 
 
 def shown_pictures(key: str) -> list[np.ndarray]:
-    """A row's first pictures, (64, 64, 3) each."""
+    """Returns a row's first pictures, each of shape (64, 64, 3)."""
     with Image.open(shown_path(key)) as strip:
         return np.split(np.asarray(strip), strip.width // strip.height, axis=1)
 

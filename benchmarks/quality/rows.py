@@ -1,4 +1,4 @@
-"""What the proof measures: every row of its tables, as a build and how its pictures are asked for."""
+"""Lists what the proof measures: for every row of its tables, the build and the requests for its pictures."""
 
 from __future__ import annotations
 
@@ -23,22 +23,29 @@ from lcm_compile.pipeline.request import Request
 from lcm_compile.spec import BuildSpec, LoraSpec
 
 PARTS = ("steps", "guidance", "style", "universal")
-TOGETHER = (1.1, 0.7)  # λ1 of the style and λ2 of the LCM-LoRA, chosen on the prompts for tuning
-STYLE_STRENGTHS, LCM_STRENGTHS = (0.0, 0.6, 0.9, 1.2, 1.5), (0.0, 0.3, 0.6, 1.0)  # of the style's grid
-GRID_COUNT = 40  # pictures in a cell of that grid
-GUIDANCE = 3.0  # of the base, which is at its best with it
-FOREIGN = 1.5  # of guidance in the LCM loop on a base that the LCM-LoRA was not distilled from
-SCALES = (1.25, 1.5, 2.0, 3.0)  # of guidance in the LCM loop
+# The weights λ1 of the style LoRA and λ2 of the LCM-LoRA. They were chosen on the prompts for tuning.
+TOGETHER = (1.1, 0.7)
+# The weights of the style part's grid, and the number of pictures in each cell of it.
+STYLE_STRENGTHS = (0.0, 0.6, 0.9, 1.2, 1.5)
+LCM_STRENGTHS = (0.0, 0.3, 0.6, 1.0)
+GRID_COUNT = 40
+GUIDANCE = 3.0  # the guidance scale of the base, with which it draws best
+SCALES = (1.25, 1.5, 2.0, 3.0)  # guidance scales in the LCM loop
+FOREIGN = 1.5  # the guidance scale in the LCM loop on a base that the LCM-LoRA was not distilled from
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
 
-DEMO, BASE = BuildSpec("demo"), BuildSpec("demo", no_lcm=True)
+DEMO = BuildSpec("demo")
+BASE = BuildSpec("demo", no_lcm=True)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One setting that is measured.
+    """One row of a table: the settings of one measurement.
 
-    `negative` gives the contrary of each prompt as its negative one; `strengths` are a grid cell's λ1 and λ2.
+    `part` is one of PARTS, and `sampler` is `lcm` or `euler`. `negative` gives each picture the contrary of
+    its prompt as negative prompt. `zebra` asks for the zebra style. `look` is the palette that pictures are
+    judged by. `strengths` are λ1 and λ2 of a cell in the style part's grid, empty for other rows. `count` is
+    the number of pictures.
     """
 
     part: str
@@ -55,17 +62,17 @@ class Row:
 
     @property
     def passes(self) -> int:
-        """How often a picture goes through the UNet."""
+        """The number of UNet calls per picture."""
         return self.steps * (2 if self.guidance > 1 else 1)
 
     @property
     def timed(self) -> bool:
-        """Whether it is timed against the other rows of its part; a grid's cells all take the same."""
+        """Whether the row is timed. The cells of a grid are not, because all of them take the same time."""
         return not self.strengths
 
 
 def rows_of(part: str, count: int, tuned: str) -> list[Row]:
-    """The rows of one part; none of `universal` without a tuned base."""
+    """Returns the rows of one part. The part `universal` has none without a tuned base."""
     if part == "steps":
         low = (1, 2, 3, 4)
         kinds = [
@@ -111,16 +118,19 @@ def rows_of(part: str, count: int, tuned: str) -> list[Row]:
     return []
 
 
-def styled(one: float, two: float) -> BuildSpec:
-    """The demo with τ' = λ1·style + λ2·LCM fused into it."""
-    loras = (LoraSpec(str(DEMO_STYLE), one),) if one else ()
-    if two:
-        return BuildSpec("demo", lcm_lora=LoraSpec(LCM_LORA, two), loras=loras)
+def styled(style: float, lcm: float) -> BuildSpec:
+    """Returns the build of the demo base with τ' = λ1·style + λ2·LCM fused into it.
+
+    A LoRA with weight 0 is left out.
+    """
+    loras = (LoraSpec(str(DEMO_STYLE), style),) if style else ()
+    if lcm:
+        return BuildSpec("demo", lcm_lora=LoraSpec(LCM_LORA, lcm), loras=loras)
     return BuildSpec("demo", no_lcm=True, loras=loras)
 
 
 def contrary(text: str) -> str:
-    """A caption that says another thing wherever `text` says one: the next of each list of names."""
+    """Returns the contrary of a caption: each name in it is replaced by the next one of its list."""
     words = parse_caption(text)
 
     def after(name: str, names: Iterable[str]) -> str:
@@ -135,6 +145,7 @@ def contrary(text: str) -> str:
 
 
 def requests(row: Row) -> list[Request]:
+    """Returns the requests for a row's pictures, always in the same order and with the same seeds."""
     return [
         Request(
             text + STYLE * row.zebra, seed, contrary(text) if row.negative else None, row.steps, row.guidance

@@ -7,22 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from lcm_compile.benchmarks.markdown import markdown_table
+
 Record = Mapping[str, Any]
 
 WIDTH = 100  # characters
-RIVAL = ("euler", 25)  # whose times the others of its part are told in
+# The sampler and the number of steps that the other rows of a part are compared with in speed.
+RIVAL = ("euler", 25)
 COLUMNS = ("background", "pattern", "colour", "size", "shape", "binding", "clean", "all")
 STYLE_COLUMNS = ("stripes", "colour", "size", "shape", "binding", "clean", "all")
 TITLES = {
     "steps": "How many steps",
-    "guidance": "Guidance at 4 LCM steps; the negative prompt is the contrary of the prompt",
-    "style": "A style with the acceleration vector, not trained further: τ' = λ1·style + λ2·LCM, 4 steps",
+    "guidance": "Guidance at 4 LCM steps; a negative prompt is the contrary of its prompt",
+    "style": "A style LoRA plus the LCM-LoRA, without further training: τ' = λ1·style + λ2·LCM, 4 steps",
     "universal": "The same LCM-LoRA on a base tuned to another palette, judged by that palette",
 }
 
 
 def report(machine: Record, records: Sequence[Record]) -> str:
-    """All tables; `records` are rows of `proof.json`."""
+    """Returns `proof.md`: all tables as Markdown. `machine` and `records` are those of `proof.json`."""
     lines = ["# Proof", "", *preface(machine, records)]
     for part, title in TITLES.items():
         rows = [record for record in records if record["part"] == part]
@@ -32,59 +35,65 @@ def report(machine: Record, records: Sequence[Record]) -> str:
 
 
 def preface(machine: Record, records: Sequence[Record]) -> list[str]:
+    """Returns the paragraphs that explain the columns and how the rows were measured."""
     packages = ", ".join(machine[name] for name in ("onnxruntime", "torch", "diffusers"))
     most = max((record["count"] for record in records), default=0)
     rounds = max((len(record.get("seconds", ())) for record in records), default=0)
     how = f"""
-        Up to {most} pictures a row, each of a caption that neither training nor tuning has seen, half of them
-        of two shapes; fixed seeds. A picture is right where a rule-based judge reads in it what its caption
-        asks. *binding*: both shapes of a pair with their own colour, in their places. *clean*: no grain that
-        one sees. *all*: right in every column; its interval is Wilson's. The number after a row's name is its
-        steps. MMD and Fréchet are distances from rendered pictures of the same prompts, in the
-        features of a network that reads scenes."""
+        Each row has up to {most} pictures with fixed seeds. Their captions were used neither in training nor
+        in tuning, and half of them describe two shapes. A rule-based judge reads each picture, and the
+        picture is right in a column if it shows what its caption asks for. *binding*: both shapes of a pair
+        are in their places and have their own colours. *clean*: no visible grain. *all*: right in every
+        column, with Wilson's interval. The number after a row's name is its number of steps. MMD and Fréchet
+        are distances from rendered pictures of the same prompts, in the features of a network that reads
+        scenes."""
     where = f"""
         Seconds are the median of {rounds} rounds on {machine["cpu"]}, {machine["cores"]} cores
-        ({machine["threads"]} threads), each of which draws one picture of every row on warm engines; how many
-        times faster than {RIVAL[1]} Euler steps is the median of the rounds' ratios. {packages}."""
+        ({machine["threads"]} threads). Each round draws one picture of every row on warm engines. The
+        speed-up over {RIVAL[1]} Euler steps is the median of the rounds' ratios. {packages}."""
     return [*textwrap.wrap(" ".join(how.split()), WIDTH), "", *textwrap.wrap(" ".join(where.split()), WIDTH)]
 
 
 def part_lines(part: str, rows: Sequence[Record]) -> list[str]:
+    """Returns the tables of one part of the proof."""
     if part != "style":
         return tables(rows, COLUMNS)
-    whole = [row for row in rows if not row["strengths"]]
-    return [*tables(whole, STYLE_COLUMNS), "", *style_grid([row for row in rows if row["strengths"]])]
+    timed = [row for row in rows if not row["strengths"]]
+    return [*tables(timed, STYLE_COLUMNS), "", *style_grid([row for row in rows if row["strengths"]])]
 
 
 def tables(rows: Sequence[Record], columns: Iterable[str]) -> list[str]:
-    """What is right, in percent; then what it took, and how far from rendered pictures it is."""
+    """Returns a table of right pictures in percent, and one of costs and distances from rendered pictures."""
     names = [name for name in columns if any(row["right"][name] for row in rows)]
     floor = rows[0]["floor"]
     rival = next((row["seconds"] for row in rows if (row["sampler"], row["steps"]) == RIVAL), None)
-    costs = ["UNet passes", "s a picture", *([f"× {RIVAL[1]} Euler"] if rival else [])]
+    costs = ["UNet passes", "s per picture", *([f"× {RIVAL[1]} Euler"] if rival else [])]
     return [
-        *table(["% right", *names], [[name_of(r), *(percent(r["right"][n]) for n in names)] for r in rows]),
+        *markdown_table(
+            ["% right", *names], [[name_of(r), *(percent(r["right"][n]) for n in names)] for r in rows]
+        ),
         "",
-        *table(
+        *markdown_table(
             ["", *costs, "MMD", "Fréchet", "all, 95 % interval"],
             [[name_of(row), *cost(row, rival), *distance(row)] for row in rows],
         ),
         "",
-        "The floor, which rendering the same prompts anew leaves: "
+        "The noise floor, which is the distance of new renderings of the same prompts: "
         f"MMD {floor['mmd']['mean']:.3f} (95 % under {floor['mmd']['p95']:.3f}),",
         f"Fréchet {floor['frechet']['mean']:.2f} (95 % under {floor['frechet']['p95']:.2f}).",
     ]
 
 
 def cost(row: Record, rival: Sequence[float] | None) -> list[str]:
-    """UNet passes, seconds and, where there is a rival, how many times faster than it this is."""
-    told = [str(row["passes"]), f"{median(row['seconds']):.3f}"]
+    """Returns the cells for UNet passes, seconds and, if there is a rival, the speed-up over it."""
+    cells = [str(row["passes"]), f"{median(row['seconds']):.3f}"]
     if rival:
-        told.append(f"{median(other / own for own, other in zip(row['seconds'], rival, strict=True)):.1f}")
-    return told
+        cells.append(f"{median(other / own for own, other in zip(row['seconds'], rival, strict=True)):.1f}")
+    return cells
 
 
 def distance(row: Record) -> list[str]:
+    """Returns the cells for MMD, Fréchet distance and the interval of *all*."""
     everything = row["right"]["all"]
     return [
         f"{row['distances']['mmd']:.3f}",
@@ -94,7 +103,7 @@ def distance(row: Record) -> list[str]:
 
 
 def style_grid(cells: Sequence[Record]) -> list[str]:
-    """Stripes and shapes of each cell; λ1 downwards, λ2 across."""
+    """Returns the table of right stripes and shapes by both strengths, λ1 downwards and λ2 across."""
     found = {tuple(cell["strengths"]): cell["right"] for cell in cells}
     down, across = (sorted({strengths[i] for strengths in found}) for i in (0, 1))
     lines = [
@@ -107,28 +116,16 @@ def style_grid(cells: Sequence[Record]) -> list[str]:
     return [
         f"% of {cells[0]['count']} pictures with stripes right / shape right:",
         "",
-        *table(["", *(f"λ2 {two:g}" for two in across)], lines),
+        *markdown_table(["", *(f"λ2 {two:g}" for two in across)], lines),
     ]
 
 
 def name_of(row: Record) -> str:
+    """Returns a row's name in the tables: its label, its number of steps and its guidance."""
     guided = f", guidance {row['guidance']:g}" if row["guidance"] > 1 else ""
     return f"{row['label']}, {row['steps']}{guided}{', negative' * row['negative']}"
 
 
 def percent(share: Record | None) -> str:
+    """Returns a share in percent without decimals, or a dash if no prompt says anything about the column."""
     return "–" if share is None else f"{100 * share['part']:.0f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table, aligned for those who read it as text: the first column left, figures right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        return (
-            "| " + " | ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]) + " |"
-        )
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return [line(header), rule, *map(line, rows)]

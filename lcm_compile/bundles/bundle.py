@@ -1,4 +1,4 @@
-"""A bundle on disk: one self-contained folder of engines, tokenizers and proof, told by its manifest."""
+"""A bundle on the disk: one self-contained folder of engines, tokenizers and proof, listed in its manifest."""
 
 from __future__ import annotations
 
@@ -21,29 +21,37 @@ from lcm_compile.engines.kernel_files import drop_kernels, kernels_folder
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.system.cache import home, lock
 
-# How what a killed build leaves beside a bundle is called: a half-built one, and one put aside.
+# The endings of the folders that a killed build leaves next to a bundle: the new bundle, unfinished, and the
+# old one, moved away.
 LEFTOVERS = (".part", ".old")
-# A disk with less than this is called full when something could not be written to it.
+# Bytes: if a write fails and the disk has less free space than this, the error is reported as a full disk.
 LITTLE_ROOM = 1 << 20
 
 
 @dataclass(frozen=True)
 class EngineBundle:
-    """A bundle on disk whose manifest was read and whose files were checked."""
+    """A bundle on the disk whose manifest was read and whose files were checked.
+
+    `digest` is the sha256 of the manifest.
+    """
 
     folder: Path
     manifest: BundleManifest
     digest: str
 
     def path(self, name: str) -> Path:
-        """A file of the bundle; BundleError unless the manifest holds its digest."""
+        """Returns the path of a file of the bundle. Raises BundleError if the manifest does not list it."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.folder} has no {name}", REBUILD)
         return self.folder / name
 
 
 def open_bundle(folder: Path) -> EngineBundle:
-    """Reads the manifest and checks every file's digest (remembered by stat, so a second time is quick)."""
+    """Returns the bundle in a folder, after checking every file's digest.
+
+    Digests are stored with each file's size and times, so that a second check is quick. Raises BundleError if
+    there is no bundle, or if it is broken or damaged.
+    """
     manifest, digest = read_manifest(folder)
     with hold(folder):
         manifest.check_files(folder)
@@ -51,15 +59,15 @@ def open_bundle(folder: Path) -> EngineBundle:
 
 
 def hold(folder: Path) -> IO[bytes]:
-    """The bundle's manifest, open: until it is closed, `bundles` removes nothing of the bundle.
+    """Returns the bundle's manifest as an open file. `lcm-compile bundles` keeps the bundle until it is closed.
 
-    The lock is on the manifest itself, so it needs no place to write and holds for any LCM_COMPILE_HOME.
-    BundleError where the bundle has gone.
+    The lock is on the manifest itself, so it needs no folder to write to, and works with any
+    LCM_COMPILE_HOME. Raises BundleError if the bundle was removed or replaced.
     """
     path = folder / MANIFEST
     try:
         file = path.open("rb")
-        with contextlib.suppress(OSError):  # a disk without locks
+        with contextlib.suppress(OSError):  # some file systems have no locks
             fcntl.flock(file, fcntl.LOCK_SH)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
@@ -70,7 +78,10 @@ def hold(folder: Path) -> IO[bytes]:
 
 
 def list_files(folder: Path, but: Path | str = MANIFEST) -> dict[str, str]:
-    """sha256 of every file of `folder` but for the file or folder `but`, by its path with forward slashes."""
+    """Returns the sha256 of every file in `folder`, by its relative path with forward slashes.
+
+    The file or folder `but` is left out.
+    """
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and not path.is_relative_to(folder / but):
@@ -81,9 +92,10 @@ def list_files(folder: Path, but: Path | str = MANIFEST) -> dict[str, str]:
 
 
 def check_destination(folder: Path, manifest: str = MANIFEST) -> None:
-    """UsageError unless a bundle can be put there: nothing, an empty folder, or an older bundle.
+    """Checks that a bundle can be written to `folder`: it is missing, empty, or holds an older bundle.
 
-    So for an export, which has another manifest.
+    For an export, give the name of its `manifest`. Raises UsageError if the folder holds other files or can't
+    be written.
     """
     other = "give a new folder to --out"
     if folder.exists() and not folder.is_dir():
@@ -111,8 +123,11 @@ def check_destination(folder: Path, manifest: str = MANIFEST) -> None:
 
 
 def foreign_files(folder: Path, manifest: str) -> list[str]:
-    """What lies in `folder` and is no part of a bundle; of an unreadable bundle, its manifest."""
-    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_thing(path)}
+    """Returns the files in `folder` that its manifest does not list, as sorted relative paths.
+
+    If the manifest can't be read, only the manifest is returned.
+    """
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if is_file_or_link(path)}
     if manifest not in found:
         return sorted(found)
     try:
@@ -122,7 +137,8 @@ def foreign_files(folder: Path, manifest: str) -> list[str]:
     return sorted(found - own - {manifest})
 
 
-def is_thing(path: Path) -> bool:
+def is_file_or_link(path: Path) -> bool:
+    """Returns whether a path is anything but a plain folder. A link to a folder counts as a file."""
     return path.is_symlink() or not path.is_dir()
 
 
@@ -130,12 +146,13 @@ def is_thing(path: Path) -> bool:
 def publishing(
     folder: Path, waiting: Callable[[], None] = lambda: None, manifest: str = MANIFEST
 ) -> Iterator[Path]:
-    """A folder to build in, which becomes `folder` when the block ends without an error.
+    """Yields a folder to build in, which is renamed to `folder` when the block ends without an error.
 
-    One process at a time. At every moment `folder` is the old bundle, none, or the whole new one. In the
-    store, its files that other bundles hold too become one with theirs.
+    Only one process at a time can do this; `waiting` is called if another one must end first. At every moment
+    `folder` is the old bundle, missing, or the complete new bundle. In the store, files that other bundles
+    hold too are replaced with hard links to theirs. Raises OSError with ENOSPC if the disk is full.
     """
-    folder = folder.resolve()  # through links: a link would be replaced instead of what it points to
+    folder = folder.resolve()  # without this, a link would be replaced, and not the folder it points to
     folder.parent.mkdir(parents=True, exist_ok=True)
     with reserving(folder, waiting) as (part, old):
         part.mkdir()
@@ -148,22 +165,23 @@ def publishing(
             if folder.exists():
                 folder.rename(old)
             part.rename(folder)
-            drop_kernels(folder)  # the old bundle's
-            if (compiled := kernels_folder(part)).is_dir():  # while its engines were checked here
+            drop_kernels(folder)  # they were compiled for the old bundle
+            if (compiled := kernels_folder(part)).is_dir():  # compiled when the new engines were checked
                 with contextlib.suppress(OSError):
                     compiled.rename(kernels_folder(folder))
 
 
 @contextlib.contextmanager
 def reserving(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[tuple[Path, Path]]:
-    """Two names beside `folder`, for a new bundle and an old one, while no other process changes it.
+    """Locks a bundle's folder, and yields two paths next to it: for the new bundle and for the old one.
 
-    What lies there under these names is removed before and after, such as what a killed build left.
+    Whatever a killed build left at these paths is removed before the block and after it. If the build was
+    killed between the two renames of `publishing`, the old bundle is put back.
     """
     part, old = (folder.parent / f".{folder.name}{ending}" for ending in LEFTOVERS)
 
     def clean_up() -> None:
-        if old.exists() and not folder.exists():  # ended between the two renames of publishing
+        if old.exists() and not folder.exists():  # killed between the two renames of publishing
             old.rename(folder)
         for leftover in (part, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -178,19 +196,22 @@ def reserving(folder: Path, waiting: Callable[[], None] = lambda: None) -> Itera
 
 
 def lock_of(folder: Path) -> Path:
-    """Locked by whoever builds or removes the bundle."""
+    """Returns the path of the lock that a process holds while it builds or removes the bundle."""
     name = hashlib.sha256(str(folder.resolve()).encode(errors="surrogateescape")).hexdigest()[:16]
     return home() / "locks" / name
 
 
 @contextlib.contextmanager
 def reporting_full_disk(folder: Path) -> Iterator[None]:
-    """Tells of a full disk as such, whatever the library that met it made of that."""
+    """Raises OSError with ENOSPC if the block failed because the disk of `folder` is full.
+
+    Libraries report a full disk with errors of their own. Other errors are raised unchanged.
+    """
     try:
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # Of this package's own errors only a backend's may come from a library that could not write.
+        # Among this package's own errors, only a BackendError can come from a library that could not write.
         foreign = isinstance(error, BackendError) or not isinstance(error, LcmCompileError)
         if full or (foreign and shutil.disk_usage(folder).free < LITTLE_ROOM):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
@@ -198,7 +219,7 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
 
 
 def sync(folder: Path) -> None:
-    """Puts every file on the disk before the folder gets its name, so that a power cut leaves no half."""
+    """Flushes every file to the disk. The folder is renamed afterwards, so a power cut leaves no partial bundle."""
     for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

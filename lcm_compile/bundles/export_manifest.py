@@ -17,7 +17,8 @@ EXPORT = "export.json"
 class ExportManifest(Manifest):
     """export.json: the graphs of one base.
 
-    `parity` holds the graphs' own figures; none where the engines are checked themselves.
+    `name` is the base's short name, and `is_large` says whether its models are handled in processes of their
+    own. `parity` holds the figures of the graphs; it is empty if the engines themselves will be checked.
     """
 
     KIND, FILE, AGAIN = "export", EXPORT, "lcm-compile export, again"
@@ -31,14 +32,27 @@ class ExportManifest(Manifest):
         """The precision of the stage that asks the most of a target."""
         return max((stage.precision for stage in self.stages), key=lambda precision: precision.is_quantized)
 
-    def graph(self, folder: Path, stage: StageFile) -> ExportedGraph:
-        return ExportedGraph(folder / stage.file, stage.precision, stage.contract)
+
+@dataclass(frozen=True)
+class Export:
+    """An export on the disk whose manifest was read and whose files were checked."""
+
+    folder: Path
+    manifest: ExportManifest
+
+    def graph(self, stage: StageFile) -> ExportedGraph:
+        """Returns the graph of one of the manifest's stages."""
+        return ExportedGraph(self.folder / stage.file, stage.precision, stage.contract)
 
 
-def read_export(folder: Path) -> ExportManifest:
-    """BundleError where there is no export, or it is broken, damaged, newer or hostile."""
+def open_export(folder: Path) -> Export:
+    """Returns the export in a folder, after checking every file's digest.
+
+    Raises BundleError if there is no export, if it is broken or damaged, if this version can't read it, or if
+    its manifest names files outside the folder.
+    """
     if not (folder / EXPORT).is_file():
-        raise BundleError(f"{folder} is no export: it has no {EXPORT}", "lcm-compile export --out DIR")
+        raise BundleError(f"{folder} is not an export: it has no {EXPORT}", "lcm-compile export --out DIR")
     manifest, _ = ExportManifest.read(folder)
     manifest.check_files(folder)
-    return manifest
+    return Export(folder, manifest)

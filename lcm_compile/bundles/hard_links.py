@@ -1,4 +1,4 @@
-"""Files that several bundles of the store hold are stored once: hard links between equal files."""
+"""Stores a file that several bundles of the store hold only once, by hard links between equal files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lcm_compile.system.cache import Digests
 
 
 def share(folder: Path, store: Path) -> None:
-    """Makes the files of the bundle in `folder` one with equal files of the bundles in `store`.
+    """Replaces the files of the bundle in `folder` with hard links to equal files of the bundles in `store`.
 
-    A file there counts if it holds what its manifest says, and not where it was changed since. A link moves
-    its ctime, so its digest is computed anew once. Where no link can be made, the files stay two.
+    A file in the store is used only if its content still has the digest in its manifest. A new link changes
+    the file's ctime, so its stored digest is computed again once. If no link can be made, both files stay.
     """
     stored: dict[str, list[Path]] = {}
     for other in sorted(store.glob("[!.]*/")):
@@ -30,7 +30,7 @@ def share(folder: Path, store: Path) -> None:
 
 
 def listed_files(folder: Path) -> dict[str, str]:
-    """sha256 by name, as the bundle's manifest has it; nothing where that can't be read."""
+    """Returns the sha256 of each file by its name, as the manifest lists it. Empty if that can't be read."""
     try:
         return {
             str(k): str(v) for k, v in json.loads((folder / "manifest.json").read_bytes())["files"].items()
@@ -40,7 +40,7 @@ def listed_files(folder: Path) -> dict[str, str]:
 
 
 def link(path: Path, name: Path) -> None:
-    """Gives a file another name, in the place of what has it; OSError leaves that as it was."""
+    """Replaces the file `name` with a hard link to `path`. Raises OSError if no link can be made; `name` stays."""
     new = name.with_name(f".{name.name}.link")
     os.link(path, new)
     new.replace(name)

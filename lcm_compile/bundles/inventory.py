@@ -1,6 +1,6 @@
-"""The bundles that are here: how large they are, when they were used, and removing them.
+"""Lists the bundles on this machine with their sizes and last uses, and removes them.
 
-A bundle that a process builds or draws with is never removed.
+A bundle that a process is building or drawing with is never removed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.system.cache import lock
 from lcm_compile.system.files import user_path
 
+# The kinds of a StoredBundle.
 STORE, ELSEWHERE, UNFINISHED, BROKEN = "store", "elsewhere", "unfinished", "broken"
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?) *(?P<unit>[KMGT]i?)?B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle, or what is left of one. `files` are the bytes of each file, by its device and inode; of the
-    kernels beside it too.
+    """A bundle, or what is left of one.
 
-    `kind` is `store`; `elsewhere` for a bundle that was built with --out; `unfinished` for one that is being
-    built or whose build was killed; `broken` where the manifest can't be read. `used` and `built` count
-    seconds since 1970.
+    `kind` is `store`, `elsewhere` for a bundle that was built with --out, `unfinished` for one that is being
+    built or whose build was killed, or `broken` if the manifest can't be read. `used` and `built` are in
+    seconds since 1970. `files` are the bytes of each file, by its device and inode. They include the kernels
+    that a GPU compiled for the bundle, which lie in a folder next to it.
     """
 
     folder: Path
@@ -46,9 +47,11 @@ class StoredBundle:
 
     @property
     def size(self) -> int:
+        """Bytes on the disk, with files counted that other bundles share."""
         return sum(self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns what `bundles --json` lists. Times are ISO 8601 in local time."""
         manifest = self.manifest
         return {
             "bundle": str(self.folder),
@@ -63,18 +66,19 @@ class StoredBundle:
 
 
 def iso_time(seconds: float) -> str:
+    """Returns seconds since 1970 as ISO 8601 in local time."""
     return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def list_bundles() -> list[StoredBundle]:
-    """Every bundle of the store, and those elsewhere that were used; the one used last first."""
+    """Returns every bundle of the store, and those elsewhere that were used. The last used comes first."""
     store = bundles_folder().resolve()
     used = last_uses()
-    inside = sorted(path for path in store.glob("*") if path.is_dir() and bundle_beside(path) is None)
+    inside = sorted(path for path in store.glob("*") if path.is_dir() and bundle_of_kernels(path) is None)
     elsewhere = [path for path in used if path.parent != store]
     found = []
     for folder in (*inside, *elsewhere):
-        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
             found.append(
                 read_stored(folder, STORE if folder.parent == store else ELSEWHERE, used.get(folder))
             )
@@ -82,6 +86,10 @@ def list_bundles() -> list[StoredBundle]:
 
 
 def read_stored(folder: Path, kind: str, used: float | None) -> StoredBundle:
+    """Returns the bundle in a folder. `kind` is overruled if it is unfinished or broken.
+
+    Raises FileNotFoundError if the folder does not exist.
+    """
     manifest = None
     built = folder.stat().st_mtime
     if is_leftover(folder):
@@ -93,24 +101,29 @@ def read_stored(folder: Path, kind: str, used: float | None) -> StoredBundle:
         except BundleError:
             kind = BROKEN
         except (ValueError, OverflowError):
-            pass  # the manifest has no such time: the folder's
+            pass  # the manifest's time is not valid: the folder's time is used
     return StoredBundle(folder, kind, manifest, max(used or 0, built), built, sizes(folder))
 
 
-def bundle_beside(folder: Path) -> Path | None:
-    """The bundle whose kernels a folder is for, which may have gone; None for any other folder."""
+def bundle_of_kernels(folder: Path) -> Path | None:
+    """Returns the bundle whose compiled kernels a folder holds, or None if it is no such folder.
+
+    The bundle itself may be removed already.
+    """
     bundle = folder.with_name(folder.name.removesuffix(KERNEL_FOLDER_SUFFIX) or folder.name)
     return bundle if bundle != folder and not is_bundle(folder) else None
 
 
 def is_leftover(folder: Path) -> bool:
+    """Returns whether a folder's name is that of an unfinished bundle, or of an old one moved away."""
     return folder.name.startswith(".") and folder.name.endswith(LEFTOVERS)
 
 
 def sizes(folder: Path) -> dict[tuple[int, int], int]:
+    """Returns the bytes of each file of a bundle and of its kernels, by the file's device and inode."""
     found = {}
     for path in (*folder.rglob("*"), *kernel_files(folder)):
-        with contextlib.suppress(FileNotFoundError):  # a build is at work
+        with contextlib.suppress(FileNotFoundError):  # a running build may remove files
             status = path.lstat()
             if not path.is_dir():
                 found[status.st_dev, status.st_ino] = status.st_size
@@ -118,7 +131,7 @@ def sizes(folder: Path) -> dict[tuple[int, int], int]:
 
 
 def disk_size(bundles: Iterable[StoredBundle]) -> int:
-    """Bytes of all of them, files that several share counted once."""
+    """Returns the bytes that these bundles take on the disk. A file that several share counts once."""
     files: dict[tuple[int, int], int] = {}
     for one in bundles:
         files.update(one.files)
@@ -126,17 +139,23 @@ def disk_size(bundles: Iterable[StoredBundle]) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `50GB`, `1.5 GiB`, `500M` or `0`. UsageError for anything else."""
+    """Returns the bytes of a size such as `50GB`, `1.5 GiB`, `500M` or `0`.
+
+    Raises UsageError if the text is no size.
+    """
     match = SIZE.fullmatch(text.strip())
     if match is None:
-        raise UsageError(f"{text!r} is no size", "50GB, 500MB or 1.5GiB, for example")
+        raise UsageError(f"{text!r} is no size", "give 50GB, 500MB or 1.5GiB, for example")
     unit = (match["unit"] or "").lower()
     step = 1024 if unit.endswith("i") else 1000
     return int(float(match["number"]) * step ** ("kmgt".index(unit[0]) + 1 if unit else 0))
 
 
 def find_stored(name: str) -> Path:
-    """The folder of a bundle, by its name in the store or by its path. BundleError where there is none."""
+    """Returns the folder of a bundle, given its name in the store or its path.
+
+    Raises BundleError if there is no such bundle.
+    """
     path = user_path(name)
     for folder in (bundles_folder() / name, path) if path.name == name else (path,):
         if (folder / MANIFEST).is_file() and not is_leftover(folder):
@@ -145,14 +164,15 @@ def find_stored(name: str) -> Path:
 
 
 def remove_bundle(folder: Path, pretend: bool = False) -> None:
-    """Removes a bundle at once. BundleError while it is used, and where other things lie in it.
+    """Removes a bundle. With `pretend`, only checks whether it could be removed.
 
-    `pretend`: only whether it could be removed.
+    Raises BundleError if the bundle is being built, removed or used, or if it holds files that are not its
+    own.
     """
     if foreign := foreign_files(folder, MANIFEST):
         raise BundleError(
             f"{folder} is kept: it holds {foreign[0]}, and that is no file of a bundle that can be read",
-            f"look into it, and remove it yourself: rm -r {shlex.quote(str(folder))}",
+            f"check what it holds, and remove it yourself: rm -r {shlex.quote(str(folder))}",
         )
     with not_being_built(folder, pretend) as (part, _), not_in_use(folder):
         if not pretend:
@@ -161,18 +181,24 @@ def remove_bundle(folder: Path, pretend: bool = False) -> None:
 
 
 def remove_leftover(leftover: Path, pretend: bool = False) -> None:
-    """Removes what a killed build left; a bundle that it had put aside is back. BundleError: no, it runs."""
+    """Removes what a killed build left. An old bundle that the build had moved away is put back.
+
+    With `pretend`, only checks whether it could be removed. Raises BundleError if the build still runs.
+    """
     ending = next(ending for ending in LEFTOVERS if leftover.name.endswith(ending))
     with not_being_built(leftover.with_name(leftover.name[1:].removesuffix(ending)), pretend):
-        pass  # entering removes it
+        pass  # `reserving` removes it when it is entered
 
 
 @contextlib.contextmanager
 def not_being_built(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
-    """`reserving`, or BundleError while another process builds or removes the bundle."""
+    """Locks a bundle's folder as `reserving` does, and yields the same paths. With `pretend`, changes nothing.
+
+    Raises BundleError, without waiting, if another process is building or removing the bundle.
+    """
 
     def busy() -> None:
-        raise BundleError(f"{folder} is kept: it is being built or removed", "the same again later")
+        raise BundleError(f"{folder} is kept: it is being built or removed", "run the same again later")
 
     if pretend:
         with lock(lock_of(folder), busy):
@@ -184,24 +210,29 @@ def not_being_built(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
 
 @contextlib.contextmanager
 def not_in_use(folder: Path) -> Iterator[None]:
-    """BundleError while a process `hold`s the bundle; none can before the block ends."""
+    """Keeps other processes from opening the bundle with `hold` until the block ends.
+
+    Raises BundleError if a process holds it already, or if there is no bundle.
+    """
     try:
         file = (folder / MANIFEST).open("r+b")
     except FileNotFoundError:
         raise BundleError(
-            f"{folder} has no {MANIFEST}: it is no bundle, or has just been removed", "lcm-compile bundles"
+            f"{folder} has no {MANIFEST}: it is not a bundle, or has just been removed", "lcm-compile bundles"
         ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BundleError(f"{folder} is kept: a process draws with it", "the same again later") from None
+            raise BundleError(
+                f"{folder} is kept: a process draws with it", "run the same again later"
+            ) from None
         yield
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What was removed, what is left of the store, and why some of that could not be removed."""
+    """What `prune` removed, what is left in the store, and why some bundles could not be removed."""
 
     removed: tuple[StoredBundle, ...]
     left: tuple[StoredBundle, ...]
@@ -209,17 +240,18 @@ class Pruned:
 
 
 def drop_lost_kernels() -> None:
-    """Removes those of the store whose bundle was removed by hand."""
+    """Removes compiled kernels in the store whose bundle was removed by hand."""
     for folder in bundles_folder().glob("*"):
-        bundle = bundle_beside(folder)
+        bundle = bundle_of_kernels(folder)
         if bundle is not None and not bundle.exists():
             drop_kernels(bundle)
 
 
 def prune(limit: int, pretend: bool = False) -> Pruned:
-    """Removes leftovers, then the store's bundles that were not used for longest, until the rest is small.
+    """Removes what killed builds left, then the least recently used bundles of the store.
 
-    `limit`: bytes. Nothing outside the store is removed.
+    This stops when the rest takes at most `limit` bytes. Nothing outside the store is removed. With `pretend`,
+    returns what would be removed. Bundles that can't be removed are reported in the result.
     """
     if not pretend:
         drop_lost_kernels()

@@ -1,4 +1,4 @@
-"""Manifests of bundles and exports: what one holds, how it was made, and what was proved of it."""
+"""Manifests of bundles and exports: what one holds, how it was made, and how closely it matches torch."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from lcm_compile.system.stopwatch import Cost
 from lcm_compile.targets import GpuTarget
 
 MANIFEST = "manifest.json"
-SCHEMA = 2
+SCHEMA = 2  # the version of the manifest's fields
 
 
 @dataclass(frozen=True)
 class StageFile:
     """A stage's contract, its file (an engine, or in an export a graph) and how it computes.
 
-    `largest_activation` is the peak seen in fp32 over a real picture; `fp32_layers` are those that fp16
-    would have overflowed, `quantized_layers` those whose products are in 8 bits: such a stage is lossy.
+    `largest_activation` is the largest absolute activation while a picture was drawn in fp32. `fp32_layers`
+    stay in fp32 because they would overflow fp16. `quantized_layers` multiply in 8 bits; a stage with any is
+    lossy.
     """
 
     contract: StageContract
@@ -42,7 +43,10 @@ class StageFile:
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """Which stage input a tokenizer feeds, and how it pads."""
+    """One tokenizer: its file, the input of the `encode` stage that it fills, and how prompts are padded.
+
+    `max_length` counts tokens.
+    """
 
     input: str
     file: str
@@ -52,7 +56,11 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class PipelineSettings:
-    """All that the LCM loop needs to know besides the stages' contracts."""
+    """Everything that the LCM loop needs besides the stages' contracts.
+
+    With `zero_negative_prompt`, an empty negative prompt is a text state of zeros. `sample_prompt` is drawn
+    if no prompt is given.
+    """
 
     shape: Shape
     scheduler: SchedulerSettings
@@ -63,7 +71,10 @@ class PipelineSettings:
 
 @dataclass(frozen=True)
 class Parity:
-    """One figure. `checked` says what was compared: the engine, or the graph where no engine runs here."""
+    """How close an output is to torch's, in dB, and the `floor` that it must reach.
+
+    `checked` says what was compared with torch: the engine, or the graph or the module if no engine ran.
+    """
 
     db: float
     floor: float
@@ -71,9 +82,11 @@ class Parity:
 
     @property
     def passed(self) -> bool:
+        """Whether the figure reaches its floor."""
         return self.db >= self.floor
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields for JSON, with `db` rounded to 2 decimals."""
         return {**asdict(self), "db": round(self.db, 2)}
 
 
@@ -90,9 +103,11 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What bundles and exports both tell. `lossy`: the stages that draw with loss by choice, each with why.
+    """The fields that the manifests of bundles and exports share.
 
-    A kind of them has a name, the name of the manifest's file, and a way to get a whole one again.
+    `files` holds the sha256 of each file by its relative path. `lossy` holds the stages that lose quality by
+    the user's choice, each with the reason. A subclass gives its KIND in messages, the FILE's name, and AGAIN:
+    the hint in errors about a damaged folder.
     """
 
     KIND: ClassVar[str]
@@ -113,7 +128,7 @@ class Manifest:
     lossy: Mapping[str, str] = field(default_factory=dict)
 
     def named_files(self) -> list[str]:
-        """What something else of the manifest than `files` names."""
+        """Returns every path that the manifest names outside `files`."""
         return [
             *(stage.file for stage in self.stages),
             *(tokenizer.file for tokenizer in self.pipeline.tokenizers),
@@ -121,12 +136,17 @@ class Manifest:
         ]
 
     def write(self, folder: Path) -> None:
+        """Writes the manifest's file in a folder."""
         text = json_text({"schema": SCHEMA, **asdict(self)}, indent=1)
         (folder / self.FILE).write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> tuple[Self, str]:
-        """The manifest in a folder, and its sha256. BundleError where it is broken, newer or hostile."""
+        """Returns the manifest in a folder, and the sha256 of its file.
+
+        Raises BundleError if it is broken, has another schema, or names a file that is outside the folder or
+        has no digest.
+        """
         path = folder / cls.FILE
         try:
             raw = path.read_bytes()
@@ -145,7 +165,10 @@ class Manifest:
         return manifest, hashlib.sha256(raw).hexdigest()
 
     def check_files(self, folder: Path) -> None:
-        """BundleError for a file that is missing or whose sha256 is another (remembered by stat)."""
+        """Raises BundleError if a file is missing, or its sha256 is not the one in the manifest.
+
+        Digests are stored with each file's size and times, so that a second check is quick.
+        """
         digests = Digests()
         for name, expected in self.files.items():
             path = folder / name
@@ -160,7 +183,7 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class BundleManifest(Manifest):
-    """manifest.json: the engines of one target."""
+    """manifest.json: the engines for one target. `created` is the time of the build in ISO 8601."""
 
     KIND, FILE, AGAIN = "bundle", MANIFEST, REBUILD
 
@@ -170,29 +193,32 @@ class BundleManifest(Manifest):
 
 
 def read_manifest(folder: Path) -> tuple[BundleManifest, str]:
-    """A bundle's manifest and its sha256. BundleError where there is none, or it is not as it should be."""
+    """Returns a bundle's manifest and the sha256 of its file.
+
+    Raises BundleError if there is no bundle, or if `Manifest.read` does, or if the backend is unknown.
+    """
     path = folder / MANIFEST
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}", "lcm-compile build --base demo --gpu cpu")
     if not path.is_file():
-        raise BundleError(f"{folder} is no bundle: it has no {MANIFEST}", "lcm-compile build --out DIR")
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}", "lcm-compile build --out DIR")
     manifest, digest = BundleManifest.read(folder)
     if manifest.backend not in BACKENDS:
-        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is none here", REBUILD)
+        raise BundleError(f"{path} names the backend {manifest.backend!r}, which is unknown here", REBUILD)
     return manifest, digest
 
 
 def check_inside(manifest: Path, name: str) -> None:
-    """BundleError for a file of the manifest's that would lie outside its folder, by name or by a link."""
+    """Raises BundleError if a file that a manifest names is outside its folder, by its name or by a link."""
     plain, folder = PurePosixPath(name), manifest.parent
     outside = plain.is_absolute() or ".." in plain.parts or "\\" in name or not name
     try:
         outside = outside or not (folder / plain).resolve().is_relative_to(folder.resolve())
         (folder / plain).is_file()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL, a ring of links
+    except (OSError, ValueError, RuntimeError):  # a name that is too long or has a NUL, or links in a ring
         outside = True
     if outside:
         raise BundleError(
-            f"{manifest} names {name[:100]!r}, which is no place inside {folder}",
+            f"{manifest} names {name[:100]!r}, which is not inside {folder}",
             "do not use this folder; get it again from whoever built it",
         )

@@ -1,7 +1,7 @@
-"""Where bundles live, what was used last, locks, and digests that are computed once.
+"""The store: the folder of the bundles, and when each bundle was last used.
 
-Everything is under one folder: LCM_COMPILE_HOME, or the user's cache folder. Only what a GPU compiles for a
-bundle lies beside that, wherever it is.
+Everything is in one folder: LCM_COMPILE_HOME, or the user's cache folder. Only the kernels that a GPU
+compiles for a bundle lie next to that bundle, wherever it is.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from lcm_compile.system.cache import home, lock
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.files import write_atomically
 
-RECENT_LIMIT = 200
+RECENT_LIMIT = 200  # bundles whose last use is stored
 
 
 def bundles_folder() -> Path:
+    """Returns the folder of the store's bundles. It may not exist yet."""
     return home() / "bundles"
 
 
 def remember(bundle: Path) -> None:
-    """Notes that a bundle is used now."""
+    """Stores that a bundle is used now. Does nothing if that can't be written."""
     with contextlib.suppress(OSError), lock(home() / ".recent.lock"):
         used = {**last_uses(), bundle.resolve(): time.time()}
         newest = sorted(used, key=lambda path: -used[path])[:RECENT_LIMIT]
@@ -34,7 +35,10 @@ def remember(bundle: Path) -> None:
 
 
 def last_uses() -> dict[Path, float]:
-    """When bundles were built, hit or run last, in seconds since 1970; those that are gone are left out."""
+    """Returns when each bundle was last built, hit or run, in seconds since 1970.
+
+    Bundles that do not exist any more are left out.
+    """
     try:
         data = json.loads((home() / "recent.json").read_text(encoding="utf-8"))
         times = from_json(Mapping[str, float], data)
@@ -45,6 +49,6 @@ def last_uses() -> dict[Path, float]:
 
 
 def recent() -> list[Path]:
-    """The bundles of `last_uses`, the one used last first."""
+    """Returns the bundles of `last_uses`. The last used comes first."""
     used = last_uses()
     return sorted(used, key=lambda path: -used[path])

@@ -1,4 +1,4 @@
-"""`bench`: how fast a bundle is, and against what."""
+"""`bench`: measures how fast a bundle is, alone and against rivals."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from lcm_compile.commands.options import json_option, quiet_option
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
-@click.option("--base", metavar="BASE", help="With --gpu: the bundle built for these.")
-@click.option("--gpu", metavar="TARGET", help="With --base.")
+@click.option("--base", metavar="BASE", help="The base of the bundle; needs --gpu.")
+@click.option("--gpu", metavar="TARGET", help="The target of the bundle; needs --base.")
 @click.option(
     "--against",
     multiple=True,
     metavar="RIVAL",
     help="eager, eager-bf16, compile, openvino, euler-25, or another bundle; repeatable.",
 )
-@click.option("--runs", type=click.IntRange(1), default=20, show_default=True, help="Pictures of each.")
+@click.option(
+    "--runs", type=click.IntRange(1), default=20, show_default=True, help="Pictures to draw with each."
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(0),
     default=120.0,
     show_default=True,
-    help="Begin no more pictures after these, but draw at least 3 of each.",
+    help="Start no picture after this many seconds, but draw at least 3 with each.",
 )
-@click.option("--save", type=click.Path(path_type=Path), help="A JSON file, for lcm-compile compare.")
-@click.option("--plot", type=click.Path(path_type=Path), help="A PNG of the stages, and of time and quality.")
+@click.option(
+    "--save", type=click.Path(path_type=Path), help="Write the samples as JSON, for lcm-compile compare."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Write a PNG chart of stages, time and quality."
+)
 @json_option
 @quiet_option
 def bench(
@@ -41,12 +47,12 @@ def bench(
     save: Path | None,
     plot: Path | None,
     as_json: bool,
-    quiet: bool,
 ) -> None:
-    """Measure a bundle's stages, pictures and starts, in turn with its rivals.
+    """Measure how fast a bundle starts, draws and runs each stage.
 
-    Rivals have the same weights with the LoRAs fused, as many threads, and the same prompts and seeds, which
-    change with every picture. Each is in a process of its own, which stands still when it is not its turn.
+    Rivals use the same weights with the LoRAs fused, the same number of threads, and the same prompts and
+    seeds, which change with every picture. The bundle and its rivals take turns; each has a process of its
+    own, which is paused while another draws.
     """
     from lcm_compile.benchmarks.measure.bench import bench as measure
     from lcm_compile.benchmarks.measure.chart import check_plot, plot_report
@@ -60,8 +66,8 @@ def bench(
         check_file(save, "--save")
     if plot is not None:
         check_plot(plot)
-    note(f"measuring {found.folder}", quiet)
-    with Bar("measuring", quiet) as bar:
+    note(f"measuring {found.folder}")
+    with Bar("measuring") as bar:
         report = measure(
             found, against, runs, seconds, lambda doing, done, total: bar.update(done, total, doing)
         )
@@ -74,4 +80,4 @@ def bench(
     else:
         print_report(report)
     for path in filter(None, (save, plot)):
-        note(f"wrote {path}", quiet)
+        note(f"wrote {path}")

@@ -1,4 +1,4 @@
-"""`bundles`: what is stored, and removing it."""
+"""`bundles`: lists, shows and removes bundles."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import click
 
 from lcm_compile.commands.options import json_option, quiet_option
 
-BASE_SHOWN = 24
+BASE_SHOWN = 24  # characters of a base's name in the list
 
 
 class ListsAlone(click.Group):
-    """A group that, without a command, lists."""
+    """A click group that runs its `list` command when no command is given."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args != ["--json"] else ["list", *args])
@@ -20,13 +20,13 @@ class ListsAlone(click.Group):
 
 @click.group(cls=ListsAlone)
 def bundles() -> None:
-    """List the bundles here, show or remove them. Alone: list."""
+    """List, show or remove bundles; without a command, list them."""
 
 
 @bundles.command("list")
 @json_option
 def list_bundles(as_json: bool) -> None:
-    """List them, the one used last first, also those built elsewhere with --out."""
+    """List all bundles, last used first, with those built outside the store."""
     from lcm_compile.bundles.inventory import STORE, disk_size, list_bundles
     from lcm_compile.output.console import print_json, print_table, size_text
 
@@ -61,7 +61,7 @@ def list_bundles(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show(name: str, as_json: bool) -> None:
-    """Tell what one is, by its name in the list or its path."""
+    """Show what a bundle is; NAME is its name in the list, or its path."""
     from lcm_compile.bundles.inventory import ELSEWHERE, STORE, find_stored, read_stored
     from lcm_compile.bundles.manifest import read_manifest
     from lcm_compile.bundles.store import bundles_folder, last_uses
@@ -84,26 +84,31 @@ def show(name: str, as_json: bool) -> None:
 @bundles.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @quiet_option
-def rm(names: tuple[str, ...], quiet: bool) -> None:
-    """Remove some, by their names in the list or their paths."""
+def rm(names: tuple[str, ...]) -> None:
+    """Remove bundles, by their names in the list or their paths."""
     from lcm_compile.bundles.inventory import find_stored, remove_bundle
     from lcm_compile.output.console import note
 
     for folder in [find_stored(name) for name in names]:
         remove_bundle(folder)
-        note(f"removed {folder}", quiet)
+        note(f"removed {folder}")
 
 
 @bundles.command()
-@click.option("--keep-under", required=True, metavar="SIZE", help="50GB, 500MB, 1.5GiB; 0 keeps none.")
-@click.option("--dry-run", is_flag=True, help="Tell what would be removed.")
+@click.option(
+    "--keep-under",
+    required=True,
+    metavar="SIZE",
+    help="Size to keep, such as 50GB, 500MB, 1.5GiB; 0 keeps none.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @json_option
 @quiet_option
-def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
-    """Remove what was not used for longest.
+def prune(keep_under: str, dry_run: bool, as_json: bool) -> None:
+    """Remove the bundles that have been unused for longest.
 
-    Bundles go until the store is under the size, and what killed builds left goes in any case. Bundles that
-    are built or drawn with at this moment are kept, and so are those outside the store.
+    Removes bundles until the store is under SIZE, and always what interrupted builds left. Keeps bundles
+    that are in use or being built, and all bundles outside the store.
     """
     from lcm_compile.bundles.inventory import disk_size, parse_size
     from lcm_compile.bundles.inventory import prune as remove_oldest
@@ -125,16 +130,17 @@ def prune(keep_under: str, dry_run: bool, as_json: bool, quiet: bool) -> None:
     for one in pruned.removed:
         print(one.folder)
     for reason in pruned.reasons:
-        note(reason)
+        note(reason, always=True)
     done = "would be removed" if dry_run else "removed"
     more = f", over {keep_under}" if size > limit else ""
-    note(f"{len(pruned.removed)} {done}; {size_text(size)} left{more}", quiet)
+    note(f"{len(pruned.removed)} {done}; {size_text(size)} left{more}")
 
 
 def short_time(seconds: float) -> str:
+    """Returns a Unix time, in seconds, as local date and minutes."""
     return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
 
 
 def short_base(base: str) -> str:
-    """The end of a path that is long."""
+    """Returns the name of a base, cut at its start to BASE_SHOWN characters."""
     return base if len(base) <= BASE_SHOWN else f"…{base[1 - BASE_SHOWN :]}"

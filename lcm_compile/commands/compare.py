@@ -1,4 +1,4 @@
-"""`compare`: the performance gate."""
+"""`compare`: fails when a benchmark is worse than its baseline."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lcm_compile.errors import PerformanceError
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path))
+@click.argument("baseline", type=click.Path(path_type=Path))
 @click.argument("new", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--fail-on",
     "limits",
     multiple=True,
     metavar="METRIC:PERCENT%",
-    help="A limit: median, p90, p99, memory, gpu-memory, engine-size, or parity:1dB; repeatable.",
+    help="Limit of median, p90, p99, memory, gpu-memory, engine-size, or parity:1dB; repeatable.",
 )
-@click.option("--markdown", type=click.Path(path_type=Path), help="Also write a table for a web page.")
-@click.option("--junit", type=click.Path(path_type=Path), help="Also write JUnit's XML.")
-@click.option("--update", is_flag=True, help="Write into BASE what became better, where nothing fails.")
-@click.option("--loosen", metavar="WHY", help="With --update: replace BASE, worse or not, and note why.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Also write the table as Markdown.")
+@click.option("--junit", type=click.Path(path_type=Path), help="Also write the result as JUnit XML.")
+@click.option("--update", is_flag=True, help="Unless a limit fails, store improvements in BASELINE.")
+@click.option("--loosen", metavar="WHY", help="With --update: replace BASELINE even if worse; store WHY.")
 @json_option
 @quiet_option
 def compare(
-    base: Path,
+    baseline: Path,
     new: Path | None,
     limits: tuple[str, ...],
     markdown: Path | None,
@@ -36,15 +36,14 @@ def compare(
     update: bool,
     loosen: str | None,
     as_json: bool,
-    quiet: bool,
 ) -> None:
-    """Hold a benchmark to a baseline that bench --save wrote; exit 3 on a regression.
+    """Compare a benchmark with a baseline; exit 3 on a regression.
 
-    Without NEW, BASE's own benchmark is run here, in several processes. Limits that are not given:
-    median:5%, memory:10%, engine-size:5%, parity:1dB.
+    BASELINE and NEW are files of bench --save. Without NEW, the benchmark of BASELINE is run again here, in
+    several processes. The default limits are median:5%, memory:10%, engine-size:5% and parity:1dB.
     """
     if loosen is not None and not (update and loosen.strip()):
-        raise click.UsageError("--loosen takes a reason, and goes with --update.")
+        raise click.UsageError("--loosen needs a reason, and --update.")
     from lcm_compile.benchmarks.gate import show
     from lcm_compile.benchmarks.gate.compare import compare_reports, parse_limits
     from lcm_compile.benchmarks.gate.run_again import PROCESSES, run_again
@@ -54,12 +53,9 @@ def compare(
     from lcm_compile.system.files import write_atomically
 
     wanted = parse_limits(limits)
-    baseline = read_report(base)
-    if new:
-        measured = read_report(new)
-    else:
-        measured = run_again(baseline.benchmark, lambda text: note(text, quiet), PROCESSES)
-    comparison = compare_reports(baseline, measured, wanted)
+    base = read_report(baseline)
+    measured = read_report(new) if new else run_again(base.benchmark, note, PROCESSES)
+    comparison = compare_reports(base, measured, wanted)
     if as_json:
         print_json({**comparison.to_dict(), "new": measured.to_dict()})
     else:
@@ -68,19 +64,20 @@ def compare(
         if path:
             write_atomically(path, content(comparison))
     for remark in comparison.notes:
-        note(remark, quiet)
+        note(remark)
     if loosen is not None:
-        replaced(baseline, measured, loosen.strip()).save(base)
-        note(f"{base} is replaced", quiet)
+        replaced(base, measured, loosen.strip()).save(baseline)
+        note(f"{baseline} is replaced")
         return
-    told = show.summary(comparison)
+    summary = show.summary(comparison)
     if comparison.failures:
         raise PerformanceError(
-            told, f"if that is meant: lcm-compile compare {base} --update --loosen 'why it may be worse'"
+            summary,
+            f"if this is intended: lcm-compile compare {baseline} --update --loosen 'why it may be worse'",
         )
-    note(told, quiet)
+    note(summary)
     if update:
-        better = tightened(baseline, measured, comparison)
-        if better != baseline:
-            better.save(base)
-        note(f"{base} is {'as it was' if better == baseline else 'tightened'}", quiet)
+        better = tightened(base, measured, comparison)
+        if better != base:
+            better.save(baseline)
+        note(f"{baseline} is {'unchanged' if better == base else 'tightened'}")

@@ -1,4 +1,4 @@
-"""`distill`: an LCM-LoRA, or a whole LCM, of a base."""
+"""`distill`: makes an LCM-LoRA, or a complete LCM, from a base."""
 
 from __future__ import annotations
 
@@ -12,17 +12,27 @@ from lcm_compile.commands.training_options import follow, print_size, training_o
 
 @click.command()
 @click.option("--base", required=True, metavar="BASE", help="The teacher: demo, a family or a folder.")
-@click.option("--out", type=click.Path(path_type=Path), help="The LoRA's .safetensors; with --full a folder.")
-@click.option("--data", metavar="DIR|demo", help="Captioned pictures; for the demo base: its own world.")
-@click.option("--full", is_flag=True, help="Distil the whole UNet into an LCM instead of a LoRA.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="The .safetensors file to write; with --full a folder."
+)
+@click.option(
+    "--data", metavar="DIR|demo", help="A folder of captioned pictures, or demo (the demo base's default)."
+)
+@click.option("--full", is_flag=True, help="Train the complete UNet, for an LCM instead of a LoRA.")
 @click.option("--skip", type=int, default=20, show_default=True, help="Timesteps that one solver step spans.")
-@click.option("--guidance-min", type=float, default=3.0, show_default=True)
-@click.option("--guidance-max", type=float, default=15.0, show_default=True)
+@click.option(
+    "--guidance-min",
+    type=float,
+    default=3.0,
+    show_default=True,
+    help="Lowest guidance w to train with; the guidance scale is 1 + w.",
+)
+@click.option(
+    "--guidance-max", type=float, default=15.0, show_default=True, help="Highest guidance w to train with."
+)
 @training_options(steps=1000, rank=64, batch=12)
-def distill(
-    out: Path | None, resume: bool, dry_run: bool, as_json: bool, quiet: bool, **options: Any
-) -> None:
-    """Teach a base to draw in a few steps: an LCM-LoRA of your own."""
+def distill(out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Teach a base to draw in a few steps, with a new LCM-LoRA."""
     from lcm_compile.training.adapters import ADAPTED
     from lcm_compile.training.count import count_full, count_lora
     from lcm_compile.training.distill import DistillSpec
@@ -37,4 +47,4 @@ def distill(
     written = "checkpoint" if spec.full else "lcm_lora"
     base = f"{out} --gpu cpu --no-lcm" if spec.full else f"{spec.base} --gpu cpu --lcm-lora {out}"
     next_command = f"lcm-compile build --base {base}"
-    follow(start(spec, out, resume), out, "distilling", written, next_command, as_json, quiet)
+    follow(start(spec, out, resume), out, "distilling", written, next_command, as_json)

@@ -1,4 +1,4 @@
-"""`doctor`: which backends work on this machine."""
+"""`doctor`: shows which backends work on this machine."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lcm_compile.commands.options import json_option
 @click.command()
 @json_option
 def doctor(as_json: bool) -> None:
-    """Find out which backends work here, by computing with each."""
+    """Show which backends work here, by computing with each."""
     from lcm_compile.builder.doctor import diagnose
     from lcm_compile.output.console import BuildProgress, print_json, print_table
 
-    with BuildProgress() as parts:
-        found = diagnose(parts)
+    with BuildProgress() as progress:
+        found = diagnose(progress)
     if as_json:
         print_json([diagnosis.to_dict() for diagnosis in found])
         return

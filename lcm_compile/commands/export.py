@@ -1,4 +1,4 @@
-"""`export`: a model's graphs on disk, for `build --from`."""
+"""`export`: writes a model's graphs, for `build --from`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from lcm_compile.commands.options import base_options, base_settings, graph_opti
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the export.")
 @json_option
 @quiet_option
-def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: Any) -> None:
+def export(graph_format: str, out: Path, as_json: bool, **model: Any) -> None:
     """Write a model's graphs, for build --from on another machine.
 
-    A big machine fuses and exports, in fp16 unless --precision says otherwise; the GPU machine builds the
-    engines, and needs neither the checkpoint nor much memory.
+    A machine with enough memory fuses and exports the model, in fp16 unless --precision is given. The GPU
+    machine then builds the engines; it needs neither the checkpoint nor much memory.
     """
     from lcm_compile.builder.export import export as export_graphs
     from lcm_compile.bundles.export_manifest import EXPORT
@@ -32,12 +32,12 @@ def export(graph_format: str, out: Path, as_json: bool, quiet: bool, **model: An
     from lcm_compile.spec import BuildSpec
 
     spec = BuildSpec(**base_settings(**model))
-    with BuildProgress(quiet) as parts:
-        manifest = export_graphs(spec, out, graph_format, report=parts)
+    with BuildProgress() as progress:
+        manifest = export_graphs(spec, out, graph_format, report=progress)
     if as_json:
         print_json({"export": str(out), "parity": {k: v.to_dict() for k, v in manifest.parity.items()}})
         return
     print(out)
-    note(f"exported in {parts.seconds:.1f} s; {parity_line(manifest.parity)}", quiet)
+    note(f"exported in {progress.seconds:.1f} s; {parity_line(manifest.parity)}")
     for remark in fp32_layer_lines(manifest.stages):
-        note(f"{remark}: {out / EXPORT} names them", quiet)
+        note(f"{remark}: {out / EXPORT} lists them")

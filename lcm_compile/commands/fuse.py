@@ -1,4 +1,4 @@
-"""`fuse`: the heavy modules are imported inside."""
+"""`fuse`: writes a base with its LoRAs merged."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from lcm_compile.commands.options import base_options, base_settings, quiet_opti
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="A new folder, or a .safetensors file."
 )
-@click.option("--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp16", "fp32"]),
+    default="fp16",
+    show_default=True,
+    help="Type of the written weights.",
+)
 @quiet_option
-def fuse(out: Path, precision: str, quiet: bool, **base: Any) -> None:
-    """Write a base with its LoRAs merged: a diffusers folder, or one file for webui and ComfyUI."""
+def fuse(out: Path, precision: str, **base: Any) -> None:
+    """Write a base with its LoRAs merged into the weights.
+
+    The output is a folder in the layout of diffusers, or one file for webui and ComfyUI.
+    """
     from lcm_compile.lora.fuse import fuse as write_fused
     from lcm_compile.output.console import BuildProgress, note
     from lcm_compile.spec import BuildSpec
 
-    with BuildProgress(quiet) as parts:
-        write_fused(BuildSpec(**base_settings(**base)), out, precision, parts)
+    with BuildProgress() as progress:
+        write_fused(BuildSpec(**base_settings(**base)), out, precision, progress)
     print(out)
-    # The whole path: a bare name may be a family's.
-    note(f"lcm-compile build --base {out.resolve()} --no-lcm --gpu … builds it", quiet)
+    # The absolute path, because a bare name may be that of a family.
+    note(f"lcm-compile build --base {out.resolve()} --no-lcm --gpu … builds engines of it")

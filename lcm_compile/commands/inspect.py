@@ -1,4 +1,4 @@
-"""`inspect`: what a bundle, a LoRA or a checkpoint is."""
+"""`inspect`: shows what a bundle, a LoRA or a checkpoint is."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lcm_compile.commands.options import json_option
 
 @click.command()
 @click.argument("name")
-@click.option("--base", metavar="BASE", help="Hold a LoRA to this base: its modules and its weights.")
+@click.option("--base", metavar="BASE", help="Compare a LoRA with the modules and weights of this base.")
 @json_option
 def inspect(name: str, base: str | None, as_json: bool) -> None:
-    """Tell what a bundle, a LoRA or a checkpoint is."""
+    """Show what a bundle, a LoRA or a checkpoint is."""
     from lcm_compile.output.console import print_json
     from lcm_compile.output.describe import describe
     from lcm_compile.output.reports import print_checkpoint, print_description, print_lora

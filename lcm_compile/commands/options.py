@@ -1,4 +1,4 @@
-"""Options that many commands share."""
+"""Options that several commands share, as decorators."""
 
 from __future__ import annotations
 
@@ -10,23 +10,64 @@ import click
 
 
 def quiet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    option = click.option("--quiet", is_flag=True, callback=be_quiet, help="No progress and no hints.")
+    """Adds --quiet. The console handles it, and the command has no parameter for it."""
+    option = click.option(
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=set_quiet,
+        help="Show no progress and no hints.",
+    )
     return option(command)
 
 
-def be_quiet(context: click.Context, parameter: click.Parameter, quiet: bool) -> bool:
-    """Said to the hub's client as well, which reads it when it is first imported."""
+def set_quiet(context: click.Context, parameter: click.Parameter, quiet: bool) -> None:
+    """Silences the console and the Hugging Face hub client.
+
+    The client reads its environment variable when it is first imported, so this runs before that.
+    """
+    from lcm_compile.output.console import be_quiet
+
+    be_quiet(quiet)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    return quiet
 
 
 def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option("--json", "as_json", is_flag=True, help="JSON on stdout.")(command)
+    """Adds --json, as the parameter `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
+
+
+def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that describe what to draw; each sets the field of Request of its name."""
+    for option in reversed(
+        (
+            click.option(
+                "--negative-prompt", help="What the picture should not show; needs guidance above 1."
+            ),
+            click.option(
+                "--steps", type=int, default=4, show_default=True, help="Denoising steps, 1 or more."
+            ),
+            click.option(
+                "--guidance-scale",
+                type=float,
+                default=1.0,
+                show_default=True,
+                help="Strength of guidance; 1 is none, and up to 2 suits LCM.",
+            ),
+            click.option(
+                "--seed", type=int, help="Seed of the noise; by default a random one, which is printed."
+            ),
+            click.option("--num-images", type=int, default=1, show_default=True, help="Pictures to draw."),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What a checkpoint is made of, for `base_settings`."""
+    """Adds the options that name a base and its LoRAs. `base_settings` reads them."""
     for option in reversed(
         (
             click.option(
@@ -35,24 +76,30 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="demo, a family (sdxl, sd15, …), a folder, a file or a hub id.",
             ),
             click.option(
-                "--weights", metavar="random[:SEED]", help="Random weights of a family's architecture."
+                "--weights", metavar="random[:SEED]", help="Use random weights instead of the base's."
             ),
             click.option(
-                "--config", metavar="DIR", help="Settings and tokenizers of a base that is one file."
+                "--config",
+                metavar="DIR",
+                help="Folder with the configs and tokenizers of a base that is one file.",
             ),
             click.option(
                 "--vae",
                 metavar="VAE",
-                help="Instead of the base's: a hub id, a folder, a file, or taesd, the tiny one (lossy).",
+                help="Another VAE: a hub id, a folder, a file, or taesd (small and fast, but lossy).",
             ),
-            click.option("--lcm-lora", metavar="PATH[:W]", help="The LCM-LoRA; default: the family's own."),
-            click.option("--no-lcm", is_flag=True, help="No LCM-LoRA: the base is an LCM already."),
+            click.option(
+                "--lcm-lora",
+                metavar="PATH[:W]",
+                help="An LCM-LoRA and its weight; by default the family's own.",
+            ),
+            click.option("--no-lcm", is_flag=True, help="Fuse no LCM-LoRA, because the base is an LCM."),
             click.option(
                 "--lora",
                 "loras",
                 multiple=True,
                 metavar="FILE|ID[:W][@PART=W,…]",
-                help="A style; repeatable.",
+                help="A LoRA to fuse and its weight, for all or each part; repeatable.",
             ),
         )
     ):
@@ -61,7 +108,10 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any) -> dict[str, Any]:
-    """The fields of a BuildSpec that `base_options` name; UsageError where there is no base."""
+    """Returns the fields of a BuildSpec that the options of `base_options` set.
+
+    Raises click.UsageError if there is no --base.
+    """
     if others["base"] is None:
         raise click.UsageError("Missing option '--base'.")
     from lcm_compile.spec import LoraSpec
@@ -74,27 +124,33 @@ def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any
 
 
 def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """How a model's graphs are shaped."""
+    """Adds the options that change a model's graphs: their shape, precision and rewrites."""
     for option in reversed(
         (
-            click.option("--height", type=int, help="Pixels; default: the checkpoint's size."),
-            click.option("--width", type=int, help="Pixels; default: the checkpoint's size."),
+            click.option("--height", type=int, help="Height in pixels; by default the checkpoint's."),
+            click.option("--width", type=int, help="Width in pixels; by default the checkpoint's."),
             click.option(
-                "--batch", type=int, default=1, show_default=True, help="Pictures in one call of the engines."
+                "--batch",
+                type=int,
+                default=1,
+                show_default=True,
+                help="Pictures that one call of an engine draws.",
             ),
             click.option(
                 "--precision",
                 default="auto",
                 show_default=True,
-                help="auto, fp32, fp16, bf16; lossy: int8, fp8.",
+                help="auto, fp32, fp16 or bf16; int8 and fp8 are lossy.",
             ),
             click.option(
                 "--without",
                 multiple=True,
                 metavar="REWRITE",
-                help="Leave a rewrite for LCM out: context, qkv, upsampling, lcm-step, rgb8. Repeatable.",
+                help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
-            click.option("--whole-loop", is_flag=True, help="One graph that draws the whole 4-step picture."),
+            click.option(
+                "--whole-loop", is_flag=True, help="Build one graph that draws a complete 4-step picture."
+            ),
         )
     ):
         command = option(command)

@@ -1,4 +1,4 @@
-"""`run`: one picture, several, or a sheet of them."""
+"""`run`: draws one picture, several, or a sheet of them."""
 
 from __future__ import annotations
 
@@ -11,32 +11,28 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from lcm_compile.commands.options import json_option, quiet_option
+from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import UsageError
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.output.grid import Axis
-    from lcm_compile.pipeline.pipeline import LcmPipeline
+    from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
 
-GUIDANCE_HINT = 2.0
-CUT_SHOWN = 200
+GUIDANCE_HINT = 2.0  # a scale above it gets a hint
+CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--engine", type=click.Path(path_type=Path), help="A bundle's folder.")
-@click.option("--base", metavar="BASE", help="With --gpu: the bundle built for these.")
-@click.option("--gpu", metavar="TARGET", help="With --base.")
-@click.option("--negative-prompt", help="What the picture should not be; needs guidance above 1.")
-@click.option("--steps", type=int, default=4, show_default=True)
-@click.option("--guidance-scale", type=float, default=1.0, show_default=True)
-@click.option("--seed", type=int, help="Default: drawn at random and printed.")
-@click.option("--num-images", type=int, default=1, show_default=True)
-@click.option("--stdin", is_flag=True, help="A prompt on each line of stdin; the engines are loaded once.")
-@click.option("--grid", metavar="AXES", help="One sheet of every combination: steps=1..8,guidance=1,1.5.")
+@click.option("--bundle", "--engine", "folder", type=click.Path(path_type=Path), help="A bundle's folder.")
+@click.option("--base", metavar="BASE", help="The base of the bundle; needs --gpu.")
+@click.option("--gpu", metavar="TARGET", help="The target of the bundle; needs --base.")
+@request_options
+@click.option("--stdin", is_flag=True, help="Read a prompt from each line of stdin; the engines load once.")
+@click.option("--grid", metavar="AXES", help="Draw a sheet of all combinations: steps=1..8,guidance=1,1.5.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file, or a folder for several pictures.")
 @json_option
 @quiet_option
@@ -44,24 +40,20 @@ CUT_SHOWN = 200
 def run(
     context: click.Context,
     prompt: str | None,
-    engine: Path | None,
+    folder: Path | None,
     base: str | None,
     gpu: str | None,
-    negative_prompt: str | None,
-    steps: int,
-    guidance_scale: float,
     seed: int | None,
-    num_images: int,
     stdin: bool,
     grid: str | None,
     out: Path | None,
     as_json: bool,
-    quiet: bool,
+    **asked: Any,
 ) -> None:
     """Draw a picture, or with --grid a labelled sheet of many.
 
-    The axes of a grid are steps, seed, guidance and prompt=FILE (a prompt on each line): numbers as 1..8
-    or 1,1.5. The first runs across the sheet.
+    The axes of a grid are steps, seed, guidance and prompt=FILE, a file with a prompt on each line. Numbers
+    are written as 1..8 or 1,1.5. The first axis runs across the sheet, the others down it.
     """
     from lcm_compile.commands.find_bundle import find_bundle
     from lcm_compile.output.console import note
@@ -72,38 +64,48 @@ def run(
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
-    bundle = find_bundle(engine, base, gpu)
-    settings = bundle.manifest.pipeline
-    prompt = settings.sample_prompt if prompt is None else prompt
-    request = Request(
-        prompt, draw_seed() if seed is None else seed, negative_prompt, steps, guidance_scale, num_images
-    )
+    bundle = find_bundle(folder, base, gpu)
+    prompt = bundle.manifest.pipeline.sample_prompt if prompt is None else prompt
+    request = Request(prompt, draw_seed() if seed is None else seed, **asked)
     if grid is not None:
-        draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json, quiet)
+        draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json)
         return
     check_request(bundle, request)
-    hint_at(request, quiet)
-    warn_of_random(bundle)
-    tell_loss(bundle, quiet)
+    note_remarks(bundle, request)
     if stdin:
-        if out is not None and not out.is_dir():
-            raise UsageError(f"--out {out} is no folder, and --stdin may give many pictures", f"mkdir {out}")
-        with load(bundle, wait=False) as pipeline:
-            for line in sys.stdin:
-                if line.strip():
-                    own = replace(request, prompt=line.strip(), seed=draw_seed() if seed is None else seed)
-                    paths = picture_paths(folder_of(out, own), own.prompt, own.seed, num_images)
-                    draw_pictures(pipeline, bundle, own, paths, as_json, quiet, one_line=True)
+        draw_lines(bundle, request, seed is None, out, as_json)
         return
-    paths = picture_paths(out, prompt, request.seed, num_images)
+    paths = picture_paths(out, prompt, request.seed, request.num_images)
     if seed is None:
-        note(f"seed {request.seed}", quiet)
+        note(f"seed {request.seed}")
     with load(bundle, wait=False) as pipeline:
-        draw_pictures(pipeline, bundle, request, paths, as_json, quiet)
+        draw_pictures(pipeline, bundle, request, paths, as_json)
+
+
+def draw_lines(
+    bundle: EngineBundle, request: Request, new_seeds: bool, out: Path | None, as_json: bool
+) -> None:
+    """Draws a picture for each line of stdin, which is its prompt; the rest is as in `request`.
+
+    `new_seeds` gives each prompt a random seed of its own. Raises UsageError if `out` is not a folder.
+    """
+    from lcm_compile.output.images import picture_paths
+    from lcm_compile.pipeline.load import load
+    from lcm_compile.pipeline.request import draw_seed
+
+    if out is not None and not out.is_dir():
+        raise UsageError(f"--out {out} is no folder, and --stdin may give many pictures", f"mkdir {out}")
+    with load(bundle, wait=False) as pipeline:
+        for line in sys.stdin:
+            if line.strip():
+                seed = draw_seed() if new_seeds else request.seed
+                own = replace(request, prompt=line.strip(), seed=seed)
+                paths = picture_paths(folder_of(out, own), own.prompt, own.seed, own.num_images)
+                draw_pictures(pipeline, bundle, own, paths, as_json, one_line=True)
 
 
 def folder_of(out: Path | None, request: Request) -> Path | None:
-    """Where the pictures of one of many prompts go: several into a folder of their own in `out`."""
+    """Returns the folder for the pictures of one prompt of many; several get a folder in `out`."""
     from lcm_compile.output.images import slug
 
     if out is None or request.num_images == 1:
@@ -112,19 +114,18 @@ def folder_of(out: Path | None, request: Request) -> Path | None:
 
 
 def draw_pictures(
-    pipeline: LcmPipeline,
+    pipeline: Pipeline,
     bundle: EngineBundle,
     request: Request,
     paths: Sequence[Path],
     as_json: bool,
-    quiet: bool,
     one_line: bool = False,
 ) -> None:
-    """Draws one request into files, and tells them."""
+    """Draws one request into files, and prints their paths."""
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
 
-    with Bar("drawing", quiet) as bar:
+    with Bar("drawing") as bar:
         drawing = pipeline.draw(request, bar.update)
     warn_of_cut(bundle, drawing.cut)
     metadata = {**png_text(request), **made_by(bundle)}
@@ -146,11 +147,12 @@ def draw_pictures(
         return
     for path in paths:
         print(path, flush=True)
-    note(timing_line(drawing.ms), quiet)
+    note(timing_line(drawing.ms))
 
 
 def timing_line(ms: Mapping[str, Any]) -> str:
-    if "step" not in ms:  # one graph draws it all
+    """Returns a line with the milliseconds of a picture and of its stages."""
+    if "step" not in ms:  # one graph draws everything
         return f"{ms['total']:.0f} ms"
     return (
         f"{ms['total']:.0f} ms (encode {ms['encode'] + ms['context']:.0f}, "
@@ -159,7 +161,7 @@ def timing_line(ms: Mapping[str, Any]) -> str:
 
 
 def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
-    """The axes of --grid; UsageError for an option that sets what one of them sets too."""
+    """Returns the axes of --grid. Raises UsageError for an option that one of the axes sets too."""
     from lcm_compile.output.grid import FIELDS, parse_grid
 
     axes = parse_grid(grid)
@@ -171,15 +173,9 @@ def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
 
 
 def draw_sheet(
-    bundle: EngineBundle,
-    fixed: Request,
-    grid: str,
-    axes: Sequence[Axis],
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
+    bundle: EngineBundle, fixed: Request, grid: str, axes: Sequence[Axis], out: Path | None, as_json: bool
 ) -> None:
-    """Draws every combination of a grid's axes into one sheet."""
+    """Draws every combination of a grid's axes into one sheet; `fixed` has the values that no axis sets."""
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.grid import FIELDS, draw_grid, requests
     from lcm_compile.output.images import save_picture, sheet_path
@@ -190,10 +186,8 @@ def draw_sheet(
     for request in asked:
         check_request(bundle, request)
     path = sheet_path(out, fixed.prompt)
-    hint_at(max(asked, key=lambda request: request.guidance_scale), quiet)
-    warn_of_random(bundle)
-    tell_loss(bundle, quiet)
-    with load(bundle) as pipeline, Bar("drawing", quiet) as bar:
+    note_remarks(bundle, max(asked, key=lambda request: request.guidance_scale))
+    with load(bundle) as pipeline, Bar("drawing") as bar:
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
@@ -205,47 +199,37 @@ def draw_sheet(
         return
     print(path)
     seconds = sum(drawing.ms["total"] for drawing in drawings) / 1000
-    note(f"{len(drawings)} pictures in {seconds:.1f} s", quiet)
+    note(f"{len(drawings)} pictures in {seconds:.1f} s")
 
 
-def hint_at(request: Request, quiet: bool) -> None:
-    """What would draw better."""
-    from lcm_compile.output.console import note
-
-    scale = request.guidance_scale
-    if scale > GUIDANCE_HINT:
-        note(f"hint: LCM is at its best with guidance from 1 to 2; {scale:g} may look burnt", quiet)
-    if request.negative_prompt and scale <= 1:
-        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5", quiet)
-
-
-def warn_of_random(bundle: EngineBundle) -> None:
-    from lcm_compile.output.console import note
-
-    if weights := bundle.manifest.spec.weights:
-        note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise")
-
-
-def tell_loss(bundle: EngineBundle, quiet: bool) -> None:
+def note_remarks(bundle: EngineBundle, request: Request) -> None:
+    """Writes hints for a better picture to stderr, and warnings of what limits the bundle's quality."""
     from lcm_compile.output.console import note
     from lcm_compile.output.reports import loss_lines
 
-    for told in loss_lines(bundle.manifest.lossy):
-        note(told, quiet)
+    scale, manifest = request.guidance_scale, bundle.manifest
+    if scale > GUIDANCE_HINT:
+        note(f"hint: LCM works best with guidance from 1 to 2; {scale:g} may oversaturate the picture")
+    if request.negative_prompt and scale <= 1:
+        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5")
+    if weights := manifest.spec.weights:
+        note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise", always=True)
+    for line in loss_lines(manifest.lossy):
+        note(line)
 
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
-    """Tells the end of a prompt that did not fit; that is no hint, --quiet does not silence it."""
+    """Warns of the end of a prompt that did not fit, even with --quiet, because it changes the picture."""
     from lcm_compile.output.console import note
 
     if cut:
         shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"
         longest = bundle.manifest.pipeline.tokenizers[0].max_length
-        note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}")
+        note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
 
 
 def png_text(request: Request) -> dict[str, str]:
-    """A request as text chunks of a PNG."""
+    """Returns a request's settings as the text chunks of a PNG."""
     return {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt or "",
@@ -256,7 +240,7 @@ def png_text(request: Request) -> dict[str, str]:
 
 
 def made_by(bundle: EngineBundle) -> dict[str, str]:
-    """What drew a picture, as text chunks of a PNG."""
+    """Returns the bundle and the software that draw a picture, as the text chunks of a PNG."""
     weights = bundle.manifest.spec.weights
-    told = {"weights": weights} if weights else {}
-    return {"bundle": bundle.digest, "software": f"lcm-compile {__version__}", **told}
+    random = {"weights": weights} if weights else {}
+    return {"bundle": bundle.digest, "software": f"lcm-compile {__version__}", **random}

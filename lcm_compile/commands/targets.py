@@ -1,4 +1,4 @@
-"""`targets`: the GPUs that engines are built for."""
+"""`targets`: lists the devices that engines can be built for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lcm_compile.commands.options import json_option
 @click.command()
 @json_option
 def targets(as_json: bool) -> None:
-    """List the GPUs that engines are built for."""
+    """List the devices that engines can be built for."""
     from lcm_compile.output.console import print_json, print_table
     from lcm_compile.targets import GIB, TARGETS
 

@@ -1,4 +1,4 @@
-"""What `distill` and `train-lora` share: their options, and following a training to its end."""
+"""The options that `distill` and `train-lora` share, and the loop that runs a training to its end."""
 
 from __future__ import annotations
 
@@ -12,37 +12,37 @@ import click
 
 from lcm_compile.commands.options import json_option, quiet_option
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.output.console import Bar, note, print_json
+from lcm_compile.output.console import Bar, be_quiet, note, print_json
 
 if TYPE_CHECKING:
     from lcm_compile.training.count import Size
     from lcm_compile.training.loop import Progress
 
-LOSSES_MEANT = 50
-INTERRUPTED = 130
+LOSSES_AVERAGED = 50  # last losses in the loss that is shown, and steps between lines of progress
+INTERRUPTED = 130  # exit code, the same as a shell's after Ctrl-C
 
 
 def training_options(steps: int, rank: int, batch: int) -> Callable[[Any], Any]:
-    """The options that distill and train-lora share, with the defaults that they do not."""
+    """Returns a decorator that adds the shared options to a command, with the command's own defaults."""
     options = [
-        click.option("--steps", type=int, default=steps, show_default=True, help="Of the optimiser."),
-        click.option("--rank", type=int, default=rank, show_default=True),
-        click.option("--lr", type=float, default=1e-4, show_default=True),
+        click.option("--steps", type=int, default=steps, show_default=True, help="Optimizer steps."),
+        click.option("--rank", type=int, default=rank, show_default=True, help="Rank of the LoRA."),
+        click.option("--lr", type=float, default=1e-4, show_default=True, help="Learning rate."),
         click.option(
             "--batch",
             type=int,
             default=batch,
             show_default=True,
-            help="Pictures at once on each device; a step takes batch × accumulation × devices of them.",
+            help="Pictures per batch on each device; a step takes batch × accumulation × devices pictures.",
         ),
         click.option(
             "--gradient-accumulation",
             type=int,
             default=1,
             show_default=True,
-            help="Batches a step: more pictures in the same memory.",
+            help="Batches per step: more pictures in the same memory.",
         ),
-        click.option("--gradient-checkpointing", is_flag=True, help="Less memory, and slower by a third."),
+        click.option("--gradient-checkpointing", is_flag=True, help="Use less memory; slower by a third."),
         click.option(
             "--mixed-precision",
             default="auto",
@@ -50,19 +50,23 @@ def training_options(steps: int, rank: int, batch: int) -> Callable[[Any], Any]:
             help="auto (bf16 on a GPU), no, bf16 or fp16.",
         ),
         click.option(
-            "--ema", type=float, default=0.0, metavar="DECAY", help="Write a running mean of the weights."
+            "--ema",
+            type=float,
+            default=0.0,
+            metavar="DECAY",
+            help="Write a running mean of the weights with this decay.",
         ),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of everything random."),
         click.option(
             "--save-every",
             type=int,
             default=100,
             show_default=True,
             metavar="STEPS",
-            help="What a killed training loses at most.",
+            help="Save a state every STEPS steps, for --resume.",
         ),
-        click.option("--resume", is_flag=True, help="Go on from the state beside --out."),
-        click.option("--dry-run", is_flag=True, help="Count what would be trained, and stop."),
+        click.option("--resume", is_flag=True, help="Continue from the state next to --out."),
+        click.option("--dry-run", is_flag=True, help="Print what would be trained and written, then stop."),
         json_option,
         quiet_option,
     ]
@@ -76,12 +80,14 @@ def training_options(steps: int, rank: int, batch: int) -> Callable[[Any], Any]:
 
 
 def wanted(out: Path | None) -> Path:
+    """Returns `out`. Raises click.UsageError if it is None, which only --dry-run allows."""
     if out is None:
         raise click.UsageError("Missing option '--out'.")
     return out
 
 
 def print_size(size: Size, as_json: bool) -> None:
+    """Prints the size of a training, for --dry-run."""
     if as_json:
         print_json(asdict(size))
         return
@@ -99,29 +105,33 @@ def follow(
     written: str,
     next_command: str,
     as_json: bool,
-    quiet: bool,
 ) -> None:
-    """Trains to the end, showing the loss, and prints what is written."""
+    """Runs a training to its end while showing the loss, then prints what was written and the next command.
+
+    `doing` labels the bar, and `written` is the JSON key of the output's path.
+    Raises LcmCompileError with exit code INTERRUPTED if Ctrl-C stops a training that has saved a state.
+    """
     from accelerate import PartialState
 
     from lcm_compile.training.state import state_path
 
     main = PartialState().is_main_process
-    quiet = quiet or not main
+    if not main:
+        be_quiet(True)  # of several processes one shows the progress
     losses: list[float] = []
     try:
-        with Bar(doing, quiet) as bar:
+        with Bar(doing) as bar:
             for done in progress:
                 losses = done.losses
-                recent = sum(losses[-LOSSES_MEANT:]) / len(losses[-LOSSES_MEANT:])
+                recent = sum(losses[-LOSSES_AVERAGED:]) / len(losses[-LOSSES_AVERAGED:])
                 bar.update(done.step, done.total, f"loss {recent:.4f}")
-                if done.step % LOSSES_MEANT == 0 and not sys.stderr.isatty():
-                    note(f"step {done.step}/{done.total} loss {recent:.4f}", quiet)
+                if done.step % LOSSES_AVERAGED == 0 and not sys.stderr.isatty():
+                    note(f"step {done.step}/{done.total} loss {recent:.4f}")
     except KeyboardInterrupt as stop:
         if not state_path(out).is_file():
             raise
         error = LcmCompileError(
-            f"interrupted; {state_path(out)} holds the last save", "the same with --resume"
+            f"interrupted; {state_path(out)} holds the last save", "run the same command with --resume"
         )
         error.exit_code = INTERRUPTED
         raise error from stop
@@ -131,4 +141,4 @@ def follow(
         print_json({written: str(out), "steps": len(losses), "loss": losses})
     else:
         print(out)
-        note(next_command, quiet)
+        note(next_command)

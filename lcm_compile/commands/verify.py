@@ -1,4 +1,4 @@
-"""`verify`: a bundle's proof, replayed on its engines here."""
+"""`verify`: replays a bundle's proof on its engines on this machine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from lcm_compile.errors import ParityError
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
 @json_option
 @quiet_option
-def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
-    """Replay a bundle's proof on its engines here; exit 3 on a miss."""
+def verify(bundle: Path | None, as_json: bool) -> None:
+    """Check that a bundle computes what torch does; exit 3 if not.
+
+    The inputs and outputs that torch recorded at the build are replayed on the engines, on this machine.
+    """
     from lcm_compile.commands.find_bundle import find_bundle
     from lcm_compile.output.console import note, print_json
     from lcm_compile.output.reports import print_parity
@@ -23,7 +26,7 @@ def verify(bundle: Path | None, as_json: bool, quiet: bool) -> None:
     from lcm_compile.proof.verify import verify as verify_bundle
 
     found = find_bundle(bundle, None, None)
-    note(f"verifying {found.folder}", quiet)
+    note(f"verifying {found.folder}")
     figures = verify_bundle(found)
     if as_json:
         passed = all(figure.passed for figure in figures.values())

@@ -69,7 +69,7 @@ def write_folder(
 ) -> None:
     write_settings(checkpoint, part, lcm)
     for name in checkpoint.components:
-        with watch.part(f"write {name}"), quiet_libraries():
+        with watch.task(f"write {name}"), quiet_libraries():
             merged(checkpoint, name, loras).to(dtype_of(precision)).save_pretrained(part / name)
 
 
@@ -104,7 +104,7 @@ def write_file(
     with part.open("wb") as file:
         write_header(file, shapes, precision, {"modelspec.prediction_type": told} if told else {})
         for name, config in configs.items():
-            with watch.part(f"write {name}"):
+            with watch.task(f"write {name}"):
                 module = merged(checkpoint, name, loras)
                 for _, weight in original_weights(name, config, xl, module):
                     file.write(weight.to(dtype_of(precision)).contiguous().numpy().data)

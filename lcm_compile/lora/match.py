@@ -1,4 +1,4 @@
-"""Which module of a base each update of a LoRA belongs to, by its key and its shapes."""
+"""Finds the module of a base that each update of a LoRA belongs to, by its key and its shapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lcm_compile.errors import LoraError
 from lcm_compile.lora.kinds import Update
 from lcm_compile.lora.read import Lora, LoraLayer, some
 
-# Of a module's name in a base, or in a file for a base that is not known.
+# The block at the beginning of a UNet module's name: in a base, or in the file of a LoRA for an unknown base.
 BLOCK = re.compile(r"((?:down|up|input|output)_blocks)[._](\d+)|mid_block|middle_block")
 
 
@@ -27,13 +27,18 @@ class Place:
 
     @property
     def part(self) -> str:
-        """Its block, its text encoder, or `unet` for what is in no block: see LoraSpec.strengths."""
+        """The part of the model that LoraSpec.strengths can name: a block, a text encoder or `unet`."""
         return block_of(self.component, self.name) or self.component
 
 
 @dataclass(frozen=True)
 class Match:
-    """The updates that have a place, the keys that have none, and the modules of another shape, told."""
+    """The result of matching a LoRA to a base.
+
+    `pairs` are the layers that fit, each with its place. `unmatched` are the keys of layers without a module
+    in the base. `misshapen` names the modules of layers that have another shape, each with the reason in
+    brackets.
+    """
 
     pairs: list[tuple[LoraLayer, Place]]
     unmatched: list[str]
@@ -41,17 +46,20 @@ class Match:
 
     @property
     def keys(self) -> int:
+        """The number of keys that fit the base."""
         return sum(len(layer.keys) for layer, _ in self.pairs)
 
     @property
-    def whole(self) -> bool:
+    def fits(self) -> bool:
+        """Whether every key of the LoRA fits the base."""
         return not self.unmatched and not self.misshapen
 
 
 def match(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> Match:
-    """Finds each layer's place. The modules may be shapes alone, on torch's meta device.
+    """Returns which layers fit which of a base's modules, given by component.
 
-    LoraError where two layers update one module.
+    The modules need no weights: they may be on torch's meta device. Raises LoraError if two layers update one
+    module.
     """
     index = index_modules(modules)
     owners: dict[tuple[str, str], LoraLayer] = {}
@@ -74,13 +82,16 @@ def match(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> Match:
 
 
 def plain_module_name(name: str, flat: bool) -> str:
-    """One spelling for a text encoder's modules: some transformers versions nest them in `text_model`."""
+    """Returns a module's name without the `text_model` that some transformers versions nest text encoders in.
+
+    `flat` says that the name is to be written with `_` for `.`, as in kohya's keys.
+    """
     name = name.removeprefix("text_model_" if flat else "text_model.")
     return name.replace(".", "_") if flat else name
 
 
 def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], Place]:
-    """(component, name) → module, under each name that a LoRA may call it by, dotted and flat."""
+    """Returns each place by (component, name), for every name that a LoRA may call it by, dotted and flat."""
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
     index: dict[tuple[str, str], Place] = {}
     for component, root in modules.items():
@@ -95,7 +106,7 @@ def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str
 
 
 def mismatch_reason(update: Update, module: torch.nn.Module) -> str | None:
-    """Why an update can't be a module's, by shapes alone; None where it can."""
+    """Returns why the shapes of an update do not fit a module, or None if they do."""
     bias = bias_of(module)
     try:
         update.delta(weight_of(module).to("meta"))
@@ -107,19 +118,21 @@ def mismatch_reason(update: Update, module: torch.nn.Module) -> str | None:
 
 
 def weight_of(module: torch.nn.Module) -> torch.Tensor:
+    """Returns the weight of a module that a LoRA can change."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight
 
 
 def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
+    """Returns the bias of a module that a LoRA can change, or None if it has none."""
     bias = module.bias
     assert bias is None or isinstance(bias, torch.Tensor)
     return bias
 
 
 def block_of(component: str, module: str) -> str | None:
-    """The block of a UNet's module, as `down_blocks.1`; None elsewhere."""
+    """Returns the block that a UNet's module is in, such as `down_blocks.1`; None if it is in no block."""
     found = BLOCK.match(module) if component == "unet" else None
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""LoRAs matched to a base's modules key by key, and fused exactly."""
+"""Matches LoRAs to a base's modules key by key, and merges them into its weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lcm_compile.spec import LORA_PART, LoraProvenance, LoraSpec
 
 
 def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tuple[LoraLayer, Place]]:
-    """Each layer with the place it updates. LoraError where any has none, or another shape."""
+    """Returns each layer with the place it updates. Raises LoraError if any layer does not fit."""
     found = match(lora, modules)
-    if found.whole:
+    if found.fits:
         return found.pairs
     reasons = []
     if found.unmatched:
@@ -31,14 +31,14 @@ def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tup
 
 
 def refusal(lora: Lora, why: str, found: Match) -> LoraError:
-    """Why a LoRA is not fused, and what it is."""
+    """Returns the error that says why a LoRA is not fused, and what kind of LoRA it is."""
     total = sum(len(layer.keys) for layer in lora.layers)
     rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
     alpha = f", alpha {', '.join(f'{alpha:g}' for alpha in lora.alphas)}," if lora.alphas else ""
     metadata = "; ".join(metadata_lines(lora.metadata))
     return LoraError(
         f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
-        f"{rank}{alpha} in {lora.layout} layout, and seems made for {made_for(lora, fits(lora))}"
+        f"{rank}{alpha} in {lora.layout} layout, and seems to be made for {made_for(lora, fits(lora))}"
         + (f"\n  {metadata}" if metadata else ""),
         shlex.join(["lcm-compile", "inspect", str(lora.path)]),
     )
@@ -47,13 +47,17 @@ def refusal(lora: Lora, why: str, found: Match) -> LoraError:
 def check_loras(
     modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]
 ) -> list[LoraProvenance]:
-    """How each LoRA goes into these modules, which need no weights. LoraError where one can't, or is zero."""
+    """Returns how each LoRA will be merged into these modules, given by component; they need no weights.
+
+    Raises LoraError if a LoRA does not fit, if all its updates are zero, or if it has a strength for a part
+    that the base lacks.
+    """
     provenance = []
     for lora, spec in loras:
         pairs = match_layers(lora, modules)
         if not any(is_change(layer.update, place.module) for layer, place in pairs):
             raise refusal(lora, "changes nothing: every update in it is zero", Match(pairs, [], []))
-        check_parts(modules, spec)
+        check_strengths(modules, spec)
         provenance.append(
             LoraProvenance(
                 spec.source, spec.weight, spec.strengths, lora.layout, len(pairs), tuple(lora.ranks)
@@ -65,9 +69,9 @@ def check_loras(
 def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lora, LoraSpec]]) -> None:
     """Adds Σ λ·ΔW to the weights and biases of these components, in fp32 and in place.
 
-    A LoRA's layers for other components are left out. Each ΔW is computed against the base's own weight W,
-    so several LoRAs add up in any order. A DoRA's is W' − W with the W' that it makes of the base alone: the
-    others do not change its norms.
+    A LoRA's layers for other components are ignored. Each ΔW is computed from the base's own weight W, so the
+    order of several LoRAs does not matter. This holds for DoRAs too: their change W' − W comes from the base
+    alone, and the other LoRAs do not change its norms. Raises LoraError if a layer does not fit.
     """
     work: dict[torch.nn.Module, list[tuple[float, Update]]] = {}
     with torch.no_grad():
@@ -82,24 +86,28 @@ def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lo
                 weight += strength * update.delta(base)
                 if update.bias is not None:
                     bias = bias_of(module)
-                    assert bias is not None  # match_layers saw to it
+                    assert bias is not None  # match_layers raises if a bias update has no bias
                     bias += strength * update.bias.float()
 
 
-def check_parts(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
-    """LoraError for a strength on a part that the base lacks."""
+def check_strengths(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> None:
+    """Raises LoraError if the spec has a strength for a part that the base lacks."""
     if not spec.strengths:
         return
     blocks = {".".join(name.split(".")[:2]) for name, _ in modules["unet"].named_modules()}
-    there = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if LORA_PART.fullmatch(b))}
-    if missing := sorted(spec.strengths.keys() - there):
+    parts = {"text", "down_blocks", "up_blocks", *modules, *(b for b in blocks if LORA_PART.fullmatch(b))}
+    if missing := sorted(spec.strengths.keys() - parts):
         raise LoraError(
             f"LoRA {spec} has a strength for {', '.join(missing)}, which this base lacks",
-            f"it has {', '.join(sorted(there - {'vae'}))}",
+            f"give strengths for these only: {', '.join(sorted(parts - {'vae'}))}",
         )
 
 
 def is_change(update: Update, module: torch.nn.Module) -> bool:
+    """Returns whether an update changes its module's weight or bias at all.
+
+    For a module on the meta device it takes a weight of zeros.
+    """
     weight, bias = weight_of(module), update.bias
     if weight.is_meta:
         weight = torch.zeros(weight.shape)

@@ -1,4 +1,4 @@
-"""What trainers write into a LoRA's file besides its weights: its name, its base, its trigger words."""
+"""Reads what trainers write into a LoRA's file besides its weights: its name, its base, its trigger words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 TAGS_SHOWN = 10
-TEXT_SHOWN = 300
-# What trainers write, kohya's and the ModelSpec's, under the names that the report gives it.
+TEXT_SHOWN = 300  # characters
+# The fields of a report, each with its keys in a file: those of kohya's trainers (ss_…) and of ModelSpec.
 METADATA = {
     "title": ("modelspec.title", "ss_output_name"),
     "architecture": ("modelspec.architecture",),
@@ -23,33 +23,40 @@ METADATA = {
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    said = {}
+    """Returns the fields of METADATA that a file's metadata has, as printable text."""
+    fields = {}
     for name, keys in METADATA.items():
         text = next((printable(metadata[key]) for key in keys if metadata.get(key, "None") != "None"), "")
         if text:
-            said[name] = text
-    return said
+            fields[name] = text
+    return fields
 
 
 def printable(text: str) -> str:
-    """A stranger's text, without what would move a terminal's cursor."""
+    """Returns the first TEXT_SHOWN characters without control characters.
+
+    The text comes from a stranger's file, and control characters could move a terminal's cursor.
+    """
     return "".join(c for c in text if c.isprintable())[:TEXT_SHOWN].strip()
 
 
 def frequent_tags(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The tags that most of the training's captions had, which is where trigger words are; kohya's counts."""
+    """Returns the most frequent tags of the training captions, with kohya's counts of captions.
+
+    Trigger words are usually among them. Returns an empty list if the metadata has no counts, or broken ones.
+    """
     totals: Counter[str] = Counter()
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
         for counts in folders.values():
             totals.update({printable(tag): int(count) for tag, count in counts.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):  # a hint at most: a broken one is none
+    except (ValueError, TypeError, AttributeError, RecursionError):  # the counts are only a hint for the user
         return []
     return [{"tag": tag, "captions": count} for tag, count in totals.most_common(TAGS_SHOWN) if tag]
 
 
 def metadata_lines(metadata: Mapping[str, str]) -> list[str]:
-    """For people: what describe_metadata and frequent_tags find."""
-    said = [f"{name.replace('_', ' ')}: {text}" for name, text in describe_metadata(metadata).items()]
+    """Returns what describe_metadata and frequent_tags find, as lines of text."""
+    lines = [f"{name.replace('_', ' ')}: {text}" for name, text in describe_metadata(metadata).items()]
     tags = ", ".join(f"{tag['tag']} ({tag['captions']})" for tag in frequent_tags(metadata))
-    return [*said, f"likely triggers: {tags}"] if tags else said
+    return [*lines, f"likely triggers: {tags}"] if tags else lines

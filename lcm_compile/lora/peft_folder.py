@@ -1,4 +1,4 @@
-"""Folders that PEFT's `save_pretrained` writes: weights without α, and a config that tells it."""
+"""Reads folders that PEFT's `save_pretrained` writes: a file of weights, and a config that holds their α."""
 
 from __future__ import annotations
 
@@ -12,47 +12,56 @@ from lcm_compile.errors import LoraError
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # of every key
+# The component that each class of model is, by the class's name in the config.
 COMPONENTS = {
     "UNet2DConditionModel": "unet",
     "CLIPTextModel": "text_encoder",
     "CLIPTextModelWithProjection": "text_encoder_2",
 }
-# Ways to start a LoRA that take something out of the base's own weights, which a folder does not hold.
+# Initialisations that change the base's own weights before training. A folder does not hold those weights.
 MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 def lora_files_of(path: Path) -> list[Path]:
-    """The files that a LoRA's content is in, the weights last."""
+    """Returns the files that hold a LoRA, given by its file or its PEFT folder. The weights come last."""
     return [path / CONFIG, path / WEIGHTS] if path.is_dir() else [path]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """LoraError where it can't be read, or is of an adapter that α/r·B·A does not describe."""
+    """Returns the adapter config in a PEFT folder.
+
+    Raises LoraError if the config can't be read, or if its adapter's change is not α/r·B·A.
+    """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError("it holds no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise LoraError(f"{path} can't be read: {error}", "save the adapter again") from error
     start = config.get("init_lora_weights")
     if config.get("peft_type") != "LORA":
-        reason = f"its peft_type is {config.get('peft_type')!r}, and only LORA is read from a folder"
+        reason = f"its peft_type is {config.get('peft_type')!r}, and only 'LORA' can be read from a folder"
     elif "lora_alpha" not in config:
         reason = "it has no lora_alpha"
     elif config.get("fan_in_fan_out"):
         reason = "it is for transposed weights (fan_in_fan_out)"
     elif isinstance(start, str) and start.lower().startswith(MOVES_THE_BASE):
-        reason = f"it starts with {start}, which changes the base's own weights too"
+        reason = f"its init_lora_weights is {start}, which changes the base's own weights too"
     else:
         return config
     raise LoraError(f"{path} can't be used: {reason}", "save the adapter as a plain LoRA")
 
 
 def component_of(config: Mapping[str, Any], keys: Iterable[str]) -> str:
-    """What the adapter is for, by the class that PEFT wrapped, or by its keys where that was not kept."""
+    """Returns the component that an adapter is for.
+
+    The config may name the class that PEFT wrapped. If it does not, the keys decide between the UNet and the
+    first text encoder.
+    """
     wrapped = config.get("auto_mapping")
     name = wrapped.get("base_model_class") if isinstance(wrapped, dict) else None
     if name in COMPONENTS:
@@ -63,7 +72,10 @@ def component_of(config: Mapping[str, Any], keys: Iterable[str]) -> str:
 def as_one_file(
     folder: Path, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The tensors and the metadata that the same LoRA has in a file of diffusers. See read_config."""
+    """Returns the tensors and the metadata that diffusers would write into one file for the same LoRA.
+
+    Raises LoraError as read_config does.
+    """
     config = read_config(folder)
     component = component_of(config, tensors)
     settings = {f"{component}.{name}": value for name, value in config.items()}

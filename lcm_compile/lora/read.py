@@ -1,9 +1,14 @@
-"""LoRA files: read without ever running code, and sorted into one update a module.
+"""Reads LoRA files without ever running code from them, and sorts their tensors into one update per module.
 
-Layouts: kohya, webui and LyCORIS (`lora_unet_down_blocks_0_….lora_down.weight`, `lora_up`, `alpha`; text
-encoders as `lora_te_`, `lora_te1_`, `lora_te2_`), diffusers/PEFT (`unet.down_blocks.0.….lora_A.weight`,
-`lora_B`) and diffusers' older one (`….attn1.processor.to_q_lora.down.weight`). A UNet's modules may have
-diffusers' names or the original Stable Diffusion's (`input_blocks_4_1_…`): `lora.match_layers` knows both.
+It reads these layouts:
+
+- kohya, also written by webui and LyCORIS: `lora_unet_down_blocks_0_….lora_down.weight`, `lora_up`, `alpha`,
+  with `lora_te_`, `lora_te1_` and `lora_te2_` for text encoders.
+- diffusers/PEFT: `unet.down_blocks.0.….lora_A.weight`, `lora_B`.
+- older diffusers: `….attn1.processor.to_q_lora.down.weight`.
+
+The names of a UNet's modules may be diffusers' or the original Stable Diffusion's (`input_blocks_4_1_…`):
+`match.py` finds the module for both. `kinds.py` says how the keys of each kind of update end.
 """
 
 from __future__ import annotations
@@ -18,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-from lcm_compile.checkpoint.families import TEXT_WIDTHS
+from lcm_compile.checkpoint.families import lora_bases, names_of_width
 from lcm_compile.errors import LoraError
-from lcm_compile.lora.kinds import KINDS, Update
+from lcm_compile.lora.kinds import EXTRAS, KIND_NAMES, KIND_TABLE, KINDS, MAY_BE_VECTORS, Update
 from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
 
 PICKLES = (".bin", ".pt", ".pth")
+# The beginnings of keys in kohya's layout, whose module names are flat (`_` for `.`), with their components.
 FLAT_PREFIXES = {
     "lora_unet_": "unet",
     "lycoris_": "unet",
@@ -31,22 +37,21 @@ FLAT_PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
+# How a key ends, by what its tensor is to the update: a factor or an extra, under its name in `kinds.py`.
+ENDINGS = EXTRAS | {name: ending for kind in KIND_TABLE for name, ending in kind.endings.items()}
 KEY = re.compile(
     rf"(?:(?P<flat>{'|'.join(FLAT_PREFIXES)})"
     r"|(?:base_model\.model\.)?(?:(?P<component>unet|text_encoder_2|text_encoder|diffusion_model)\.)?)"
     r"(?P<module>.+?)"
-    r"(?:[._]lora(?:_linear_layer)?[._](?P<side>down|up|mid|A|B)(?:\.default)?\.weight"
-    r"|\.(?P<part>alpha|dora_scale|diff|diff_b|w_norm|b_norm|hada_w[12]_[ab]|hada_t[12]"
-    r"|lokr_w[12](?:_[ab])?|lokr_t2)(?:\.default)?"
-    r"|\.lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+    rf"(?:{'|'.join(f'(?P<{name}>{ending})' for name, ending in ENDINGS.items())})"
 )
-PARTS = {"A": "down", "B": "up", "w_norm": "diff", "b_norm": "diff_b"}  # names of the same thing
+# Older diffusers versions call a text encoder's projections by the names that they have in a UNet.
 OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 @dataclass
 class LoraLayer:
-    """The update of one module, and the keys that make it."""
+    """The update of one module, and the keys of the file's tensors that it was made from."""
 
     component: str
     module: str
@@ -56,7 +61,12 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class Lora:
-    """A file's updates. `guess` tells the base that it is for by its text states' width alone."""
+    """A file's updates, one per layer.
+
+    `layout` is `kohya`, `peft` or `kohya+peft`. `guess` says in words which base the LoRA is for, as far as
+    its keys and the width of its text states show that. `metadata` comes from the safetensors file, or from
+    the config in a PEFT folder; it is empty for a pickle.
+    """
 
     path: Path
     layout: str
@@ -66,22 +76,25 @@ class Lora:
 
     @property
     def ranks(self) -> list[int]:
+        """The different ranks of its updates, in ascending order."""
         return sorted({layer.update.rank for layer in self.layers if layer.update.rank is not None})
 
     @property
     def alphas(self) -> list[float]:
+        """The different values of α in the file, in ascending order."""
         return sorted({layer.update.alpha for layer in self.layers if layer.update.alpha is not None})
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many modules are updated in each way."""
+        """The number of updates of each kind, by the kind's name."""
         return dict(Counter(layer.update.name for layer in self.layers))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A file's tensors and metadata. LoraError for anything else.
+    """Returns a file's tensors by key, and its metadata.
 
-    A pickle is opened under a pickle's name alone, and by torch's unpickler for weights, which runs no code.
+    A pickle is opened only if its name has an ending of PICKLES, and then by torch's unpickler for weights,
+    which runs no code. Raises LoraError if the file is neither a safetensors file nor such a pickle.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -94,41 +107,46 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
             return tensors, handle.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
-        # Asked only now: the length that a safetensors file begins with may look like a pickle too.
+        # This is checked only after a failure: a good safetensors file begins with its header's length, whose
+        # bytes may be those of a pickle.
         if looks_like_pickle(path):
             raise LoraError(
-                f"{path} is a pickle, which is never opened under this name",
-                "get the LoRA as .safetensors, or name the file .bin if that is what it is",
+                f"{path} is a pickle, and a pickle is opened only if its name ends in {', '.join(PICKLES)}",
+                "get the LoRA as .safetensors, or name the file .bin if it holds a pickle of weights",
             ) from error
         raise LoraError(f"{path} is no whole safetensors file: {error}", "download it again") from error
 
 
 def looks_like_pickle(path: Path) -> bool:
+    """Returns whether a file begins as a pickle does, or as the zip archive that torch puts one into."""
     with path.open("rb") as file:
         head = file.read(2)
     return head == b"PK" or head[:1] == b"\x80"
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a pickle by key. Raises LoraError if it holds anything but named tensors."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file makes torch's unpickler raise has no common base
+    # The errors that torch's unpickler raises for damaged files share no narrower class.
+    except Exception as error:
         reason = str(error).partition("\n")[0].split(". ")[0]
         raise LoraError(
-            f"{path} is no pickle of weights alone, and nothing else is opened: {reason}",
+            f"{path} is not a pickle of weights only, and no other pickle is opened: {reason}",
             "get the LoRA as .safetensors",
         ) from error
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in loaded.items()
     ):
-        raise LoraError(f"{path} is a pickle, but of no named tensors", "get the LoRA as .safetensors")
+        raise LoraError(f"{path} is a pickle that holds no named tensors", "get the LoRA as .safetensors")
     return loaded
 
 
 def read_lora(path: Path) -> Lora:
-    """Reads a LoRA of any layout and kind: a file, or a folder of PEFT's.
+    """Returns the LoRA in a file of any layout and kind, or in a folder that PEFT wrote.
 
-    LoraError: a file that can't be read, NaN or infinite weights, keys of no known layout, or half a factor.
+    Raises LoraError if the file can't be read, if weights are NaN or infinite, if keys have no known layout,
+    if an update lacks a factor or mixes several kinds, or if the file has two updates of one module.
     """
     tensors, metadata = read_tensors(lora_files_of(path)[-1])
     if path.is_dir():
@@ -146,25 +164,28 @@ def read_lora(path: Path) -> Lora:
             unknown.append(key)
             continue
         layouts.add("kohya" if match["flat"] else "peft")
-        part = match["side"] or match["part"] or "magnitude"
-        part = PARTS.get(part, part)
+        name = next(name for name in ENDINGS if match[name])
         keys = found.setdefault(module_named(match), {})
-        if part in keys:
+        if name in keys:
             raise LoraError(
-                f"{path} updates {match['module']} twice: {some([keys[part], key])}", "save the LoRA again"
+                f"{path} updates {match['module']} twice: {some([keys[name], key])}", "save the LoRA again"
             )
-        if tensor.numel() == 0 or (tensor.numel() > 1 if part == "alpha" else tensor.ndim < axes(part)):
-            raise LoraError(f"{path}: {key} has the shape {list(tensor.shape)}", "download it again")
-        keys[part] = key
+        if not is_possible_shape(name, tensor):
+            raise LoraError(
+                f"{path}: {key} has the shape {list(tensor.shape)}, which can't be right", "download it again"
+            )
+        keys[name] = key
     guess = guess_base(tensors)
     if unknown:
         raise LoraError(
-            f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout known here "
-            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems made for {guess}",
-            "LoRA, LoCon, LoHa, LoKr, DoRA and full differences can be fused; get the LoRA as one of these",
+            f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout that can be read "
+            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems to be made for {guess}",
+            f"get the LoRA as one of the kinds that can be fused: {', '.join(KIND_NAMES)}",
         )
     layers = [
-        LoraLayer(component, module, list(keys.values()), as_update({p: tensors[k] for p, k in keys.items()}))
+        LoraLayer(
+            component, module, list(keys.values()), as_update({name: tensors[k] for name, k in keys.items()})
+        )
         for (component, module), keys in found.items()
     ]
     check_complete(layers, path)
@@ -173,18 +194,27 @@ def read_lora(path: Path) -> Lora:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """By its ends alone, which are NaN where anything is: no copy of a large file's tensors is made."""
-    wide = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no order
+    """Returns whether no value is NaN or infinite.
+
+    The minimum and the maximum show that, because they are NaN if any value is. So no copy of a large file's
+    tensors is made.
+    """
+    wide = tensor if tensor.element_size() > 1 else tensor.float()  # float8 values can't be compared
     return all(math.isfinite(end) for end in wide.aminmax())
 
 
-def axes(part: str) -> int:
-    """The fewest that a part may have: vectors are magnitudes, biases and the weights of norms."""
-    return 1 if part in ("dora_scale", "magnitude", "diff", "diff_b") else 2
+def is_possible_shape(name: str, tensor: torch.Tensor) -> bool:
+    """Returns whether a factor or extra can have this tensor's shape: it is not empty and has enough axes."""
+    if name == "alpha":
+        return tensor.numel() == 1
+    return tensor.numel() > 0 and tensor.ndim >= (1 if name in MAY_BE_VECTORS else 2)
 
 
 def module_named(match: re.Match[str]) -> tuple[str, str]:
-    """The component and the module that a key names, in today's spelling."""
+    """Returns the component and the module that a key names, as diffusers spells them today.
+
+    A flat module name stays flat.
+    """
     module = match["module"]
     if match["flat"]:
         return FLAT_PREFIXES[match["flat"]], module
@@ -197,37 +227,42 @@ def module_named(match: re.Match[str]) -> tuple[str, str]:
     return component, f"{parent}.{last}" if parent else last
 
 
-def as_update(parts: dict[str, torch.Tensor]) -> Update:
-    alpha, magnitude = parts.pop("alpha", None), parts.pop("magnitude", None)
+def as_update(tensors: dict[str, torch.Tensor]) -> Update:
+    """Returns the update that a module's factors and extras make, and removes the extras from `tensors`."""
+    alpha, magnitude = tensors.pop("alpha", None), tensors.pop("magnitude", None)
     if magnitude is not None:
-        # PEFT's runs along the outputs always; it keeps a convolution's as (1, out, 1, 1).
+        # PEFT's magnitude always runs along the outputs; for a convolution it is stored as (1, out, 1, 1).
         magnitude = magnitude.flatten()
-    elif "dora_scale" in parts:
-        magnitude = parts.pop("dora_scale")
-    bias = parts.pop("diff_b", None)
-    return Update(parts, None if alpha is None else float(alpha), magnitude, bias)
+    elif "dora_scale" in tensors:
+        magnitude = tensors.pop("dora_scale")
+    bias = tensors.pop("diff_b", None)
+    return Update(tensors, None if alpha is None else float(alpha), magnitude, bias)
 
 
 def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
-    halves, mixed = [], []
+    """Raises LoraError if a layer lacks a factor of its kind, or mixes the factors of several kinds."""
+    incomplete, mixed = [], []
     for layer in layers:
         update, factors = layer.update, frozenset(layer.update.factors)
         if factors in KINDS and (factors or update.bias is not None):
-            # Magnitudes come with factors; no tool writes them with a full difference.
+            # A magnitude comes with the factors of another kind: no tool writes one with a full difference.
             if update.magnitude is not None and factors <= {"diff"}:
                 mixed += layer.keys
-        elif any(factors < whole for whole in KINDS):
-            halves += layer.keys
+        elif any(factors < complete for complete in KINDS):
+            incomplete += layer.keys
         else:
             mixed += layer.keys
-    if halves:
-        raise LoraError(f"{path} lacks the other half of {some(halves)}", "download it again")
+    if incomplete:
+        raise LoraError(f"{path} lacks factors that go with {some(incomplete)}", "download it again")
     if mixed:
-        raise LoraError(f"{path} mixes the parts of several kinds in {some(mixed)}", "save the LoRA again")
+        raise LoraError(f"{path} mixes the factors of several kinds in {some(mixed)}", "save the LoRA again")
 
 
 def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], path: Path) -> None:
-    """Takes α from the adapter settings that diffusers writes into a PEFT file's metadata."""
+    """Sets α where a layer has none, from the adapter settings that diffusers writes into a file's metadata.
+
+    Raises LoraError if the settings are broken, or if they say DoRA and a layer has no magnitude.
+    """
     try:
         adapter = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
         for layer in layers:
@@ -244,28 +279,30 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
             update.alpha = float(matched[0] if matched else settings["lora_alpha"])
             if not math.isfinite(update.alpha):
                 raise ValueError(f"alpha is {update.alpha}")
-            if settings.get("use_rslora") and update.rank:  # Kalajdzievski 2023: α/√r in place of α/r
+            # Rank-stabilised LoRA (Kalajdzievski 2023) scales by α/√r instead of α/r.
+            if settings.get("use_rslora") and update.rank:
                 update.alpha *= update.rank**0.5
     except (ValueError, TypeError, re.error) as error:
         raise LoraError(f"{path}: its adapter metadata is broken: {error}", "save the LoRA again") from error
 
 
 def guess_base(tensors: Mapping[str, torch.Tensor]) -> str:
-    """What base a LoRA's keys and shapes point to, for people to read."""
+    """Returns in words which base a LoRA's keys and shapes point to."""
     by_width = re.compile(
         r"attn2[._](processor\.)?to_[kv](_lora\.down|\.(lora_down|lora_A|lora\.down|hada_w1_b|diff))"
     )
     widths = {int(t.shape[1]) for key, t in tensors.items() if t.ndim > 1 and by_width.search(key)}
     if len(widths) == 1:
         width = widths.pop()
-        return TEXT_WIDTHS.get(width, f"a base whose text states are {width} wide")
+        return names_of_width(width) or f"a base whose text states are {width} wide"
     if any("te2_" in key or "text_encoder_2" in key for key in tensors):
-        return TEXT_WIDTHS[2048]
+        return " or ".join(family.short for family in lora_bases() if "text_encoder_2" in family.models)
     if any(key.startswith("transformer.") or "double_blocks" in key for key in tensors):
         return "a transformer (SD3, Flux, …), not a UNet"
     return "an unknown base"
 
 
 def some(keys: Sequence[str], most: int = 3) -> str:
+    """Returns the first keys in words, and how many more there are: `a, b, c and 5 more`."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
     return ", ".join(keys[:most]) + more

@@ -1,4 +1,4 @@
-"""What `inspect` tells about a LoRA: what it is, what it is for, its trigger words, how much it changes."""
+"""Reports about a LoRA for `inspect`: its kind, its base, its trigger words, and how much it changes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from lcm_compile.lora.metadata import describe_metadata, frequent_tags
 from lcm_compile.lora.read import Lora, LoraLayer
 
 KEYS_SHOWN = 10
-REST = "unet, rest"  # its embeddings, its first and last layers
+REST = "unet, rest"  # the modules in no block: the embeddings, the first and the last layers
+# The order in which the UNet computes its blocks, under diffusers' names and under the original ones.
 ORDER = ("down_blocks", "input_blocks", "mid_block", "middle_block", "up_blocks", "output_blocks", "unet")
 
 
 def describe_lora(lora: Lora, base: Checkpoint | None) -> dict[str, Any]:
-    """Matched to a base's own modules where one is given, else to the family that fits best.
+    """Returns the report on a LoRA as a dictionary for JSON.
 
-    LoraError where two keys update one module; CheckpointError where the base can't be loaded.
+    The LoRA is matched to the base if one is given, else to the family that fits best. Raises LoraError if
+    two layers update one module, and CheckpointError if the base can't be loaded.
     """
     found = fits(lora)
     if base is None:
@@ -56,24 +58,27 @@ def describe_lora(lora: Lora, base: Checkpoint | None) -> dict[str, Any]:
 
 
 def counted(values: Any) -> dict[str, int]:
-    """How many modules have each value, the smallest first; those that have none are left out."""
+    """Returns the number of modules with each value, in ascending order of values. None is not counted."""
     counts = Counter(value for value in values if value is not None)
     return {f"{value:g}": counts[value] for value in sorted(counts)}
 
 
 def parameters(update: Update) -> int:
+    """Returns the number of values in an update's factors, magnitude and bias."""
     tensors = [*update.factors.values(), update.magnitude, update.bias]
     return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
 
 def counted_names(names: Sequence[str]) -> dict[str, Any]:
+    """Returns how many names there are, and the first KEYS_SHOWN of them."""
     return {"count": len(names), "some": list(names[:KEYS_SHOWN])}
 
 
 def change_rows(layers: Sequence[LoraLayer], matched: Match | None, weighed: bool) -> list[dict[str, Any]]:
-    """‖ΔW‖ of each block at weight 1, Frobenius's, and ‖ΔW‖/‖W‖ over the modules that are changed.
+    """Returns for each block the Frobenius norm ‖ΔW‖ at weight 1, and ‖ΔW‖/‖W‖ over the changed modules.
 
-    The second takes the base's weights. So does the first for a DoRA: None without them.
+    `weighed` says that the matched modules have the base's weights. Without them ‖ΔW‖/‖W‖ is None, and ‖ΔW‖
+    is None for a block with a DoRA in it, whose change depends on W.
     """
     places = {id(layer): place for layer, place in matched.pairs} if matched else {}
     blocks: dict[str, list[tuple[float | None, float]]] = defaultdict(list)
@@ -88,13 +93,13 @@ def change_rows(layers: Sequence[LoraLayer], matched: Match | None, weighed: boo
     rows = []
     for block in sorted(blocks, key=position):
         deltas = [delta for delta, _ in blocks[block] if delta is not None]
-        whole = len(deltas) == len(blocks[block])
+        all_known = len(deltas) == len(blocks[block])
         change, weight = math.hypot(*deltas), math.hypot(*(weight for _, weight in blocks[block]))
         rows.append(
             {
                 "block": block,
                 "modules": len(blocks[block]),
-                "norm": change if whole else None,
+                "norm": change if all_known else None,
                 "relative": change / weight if weight else None,
             }
         )
@@ -102,7 +107,7 @@ def change_rows(layers: Sequence[LoraLayer], matched: Match | None, weighed: boo
 
 
 def weigh(update: Update, place: Place) -> tuple[float, float]:
-    """‖ΔW‖ and ‖W‖ of one module, with those of its bias where that is changed too."""
+    """Returns ‖ΔW‖ and ‖W‖ of one module. Both include the bias if the update changes it."""
     weight = weight_of(place.module)
     sizes = float(update.delta(weight).norm()), float(weight.norm())
     bias = bias_of(place.module)
@@ -112,7 +117,7 @@ def weigh(update: Update, place: Place) -> tuple[float, float]:
 
 
 def position(block: str) -> tuple[int, int, str]:
-    """Blocks as a picture passes them, text encoders last."""
+    """Returns a block's sort key: blocks come in the order of ORDER, and text encoders come last."""
     name, _, number = block.partition(".")
     kind = next((i for i, start in enumerate(ORDER) if name.startswith(start)), len(ORDER))
     return kind, int(number or 0), block

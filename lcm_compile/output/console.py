@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, tables on stdout. Bars are drawn only on a terminal."""
+"""Terminal output: progress on stderr, tables and JSON on stdout. Bars are shown only on a terminal."""
 
 from __future__ import annotations
 
@@ -13,17 +13,28 @@ from lcm_compile.targets import GIB
 
 
 def print_json(data: Any, one_line: bool = False) -> None:
+    """Prints JSON to stdout at once, indented unless it is to be one line."""
     sys.stdout.write(json_text(data, indent=None if one_line else 2) + "\n")
     sys.stdout.flush()
 
 
-def note(text: str, quiet: bool = False) -> None:
-    if not quiet:
+class _State:
+    quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Silences progress and hints from now on, or shows them again."""
+    _State.quiet = quiet
+
+
+def note(text: str, always: bool = False) -> None:
+    """Writes a line of progress or a hint to stderr; `always` is for what --quiet must not silence."""
+    if always or not _State.quiet:
         sys.stderr.write(text + "\n")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Columns as wide as they need to be; the last one wraps on a terminal, and is whole in a pipe."""
+    """Prints a table to stdout. On a terminal the last column wraps; elsewhere lines may be 200 wide."""
     from rich.console import Console
     from rich.table import Table
 
@@ -41,6 +52,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def size_text(size: int) -> str:
+    """Returns a number of bytes as text in GB, MB or kB, which are powers of 1000."""
     for unit, step in (("GB", 1e9), ("MB", 1e6)):
         if size >= step:
             return f"{size / step:.1f} {unit}"
@@ -48,22 +60,22 @@ def size_text(size: int) -> str:
 
 
 class BuildProgress:
-    """Reports a build's parts: a live line on a terminal while one runs, and a line with its cost after it.
+    """Shows tasks: on a terminal a live line while a task runs, and a line with its cost at its end.
 
-    A context manager: an error stops the live line.
+    As a context manager it removes the live line after an error.
     """
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._live = sys.stderr.isatty() and not quiet
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty() and not _State.quiet
         self._start = time.perf_counter()
         self._status: Any = None
 
-    def __call__(self, part: str, cost: Cost | None) -> None:
+    def __call__(self, task: str, cost: Cost | None) -> None:
+        """Shows that a task has started, if `cost` is None, or that it has ended."""
         self._stop()
         if cost is not None:
             memory = f"{cost.memory_bytes / GIB:8.1f} GiB" if cost.memory_bytes else ""
-            note(f"  {part:<32}{cost.seconds:6.1f} s{memory}", self._quiet)
+            note(f"  {task:<32}{cost.seconds:6.1f} s{memory}")
         elif self._live:
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -75,7 +87,7 @@ class BuildProgress:
                 console=Console(stderr=True),
                 transient=True,
             )
-            self._status.add_task(part, total=None)
+            self._status.add_task(task, total=None)
             self._status.start()
 
     def _stop(self) -> None:
@@ -91,15 +103,16 @@ class BuildProgress:
 
     @property
     def seconds(self) -> float:
+        """The seconds since this object was made."""
         return time.perf_counter() - self._start
 
 
 class Bar:
-    """A progress bar with its own text, on a terminal only."""
+    """A progress bar with a description. It is shown on a terminal only, from `with` to its end."""
 
-    def __init__(self, description: str, quiet: bool = False) -> None:
+    def __init__(self, description: str) -> None:
         self._bar: Any = None
-        if sys.stderr.isatty() and not quiet:
+        if sys.stderr.isatty() and not _State.quiet:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -114,6 +127,7 @@ class Bar:
             self._task = self._bar.add_task(description, total=None)
 
     def update(self, done: int, total: int, description: str | None = None) -> None:
+        """Shows `done` of `total`, and a new description if one is given."""
         if self._bar is not None:
             options = {} if description is None else {"description": description}
             self._bar.update(self._task, completed=done, total=total, **options)

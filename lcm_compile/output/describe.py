@@ -1,4 +1,4 @@
-"""What `inspect` is given, found out by what it holds: a bundle, a checkpoint or a LoRA."""
+"""Detects what a path holds (a bundle, a checkpoint or a LoRA), and describes it for `inspect`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,28 @@ from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.spec import LoraSpec
 from lcm_compile.system.files import user_path
 
-# What a folder holds → what it is.
+# The file that a folder must hold → the kind of the folder.
 FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}
+# The start of the UNet's keys in a complete checkpoint in one file.
 SINGLE_FILE = "model.diffusion_model."
 
+# The shape and type of each tensor, by its key.
 Header = dict[str, tuple[list[int], str]]
 
 
 def describe(name: str, base: str | None) -> dict[str, Any]:
-    """All that can be told of a name; the first key says what it is, and `base` is what to hold a LoRA to.
+    """Returns a description of a bundle, a checkpoint or a LoRA; its first key is the kind.
 
-    BundleError, CheckpointError or LoraError where it is broken; UsageError for a base without a LoRA.
+    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if there is one.
+    Raises BundleError, CheckpointError or LoraError if it is damaged or missing, and UsageError if there is a
+    `base` for something that is not a LoRA.
     """
     path = user_path(name)
     kind = kind_of(name, path)
     if base is not None and kind != "lora":
         raise UsageError(f"--base is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
     if kind == "lora":
-        # They import torch, which a bundle is described without.
+        # Imported here because they import torch, which the description of a bundle does not need.
         from lcm_compile.lora.read import read_lora
         from lcm_compile.lora.report import describe_lora
 
@@ -51,6 +55,7 @@ def describe(name: str, base: str | None) -> dict[str, Any]:
 
 
 def kind_of(name: str, path: Path) -> str:
+    """Returns "demo", "bundle", "checkpoint", "lora" or "single file". Raises BundleError if it is none."""
     if name == "demo":
         return "demo"
     if path.is_dir():
@@ -69,18 +74,19 @@ def kind_of(name: str, path: Path) -> str:
 
 
 def read_header(path: Path) -> Header:
-    """Shape and type of each tensor of a safetensors file; loads none. Empty for any other file."""
+    """Returns the header of a safetensors file, without loading tensors; {} for any other file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: (part.get_shape(), part.get_dtype()) for key, part in slices.items()}
+            return {key: (tensor.get_shape(), tensor.get_dtype()) for key, tensor in slices.items()}
     except (SafetensorError, OSError):
         return {}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns the description of a diffusers folder. Raises CheckpointError if a weight file is damaged."""
     height, width = checkpoint.default_size
     return {
         "checkpoint": str(checkpoint.folder),
@@ -95,13 +101,15 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def describe_component(component: Component) -> dict[str, Any]:
-    """CheckpointError where a weight file is damaged."""
+    """Returns a component's parameters and most common type. Raises CheckpointError if it is damaged."""
     parameters: Counter[str] = Counter()
     for path in component.files:
         if path.suffix == ".safetensors":
             header = read_header(path)
             if not header:
-                raise CheckpointError(f"{path} is no whole safetensors file", "download the checkpoint again")
+                raise CheckpointError(
+                    f"{path} is not a complete safetensors file", "download the checkpoint again"
+                )
             for shape, dtype in header.values():
                 parameters[dtype] += math.prod(shape)
     return {
@@ -113,7 +121,10 @@ def describe_component(component: Component) -> dict[str, Any]:
 
 
 def describe_single_file(path: Path) -> dict[str, Any]:
-    """CheckpointError for a file in that layout that is no text-to-image base of these architectures."""
+    """Returns the description of a checkpoint in one file, in the original Stable Diffusion's layout.
+
+    Raises CheckpointError if it is no text-to-image base of a known architecture.
+    """
     shapes, metadata = single_file.read_header(path)
     single_file.refuse_others(path, shapes)
     family = detect_family(single_file.unet_shape(shapes))
@@ -132,8 +143,8 @@ def describe_single_file(path: Path) -> dict[str, Any]:
     extra = single_file.unread(shapes)
     return {
         "single_file": str(path),
-        "layout": "a whole checkpoint in the original Stable Diffusion's layout, not a LoRA",
-        "family": family.name if family else "none that is known: give its settings with --config DIR",
+        "layout": "a complete checkpoint in the original Stable Diffusion's layout, not a LoRA",
+        "family": family.name if family else "unknown; give its settings with --config DIR",
         "prediction_type": single_file.prediction_type(path, family, shapes, metadata) if family else None,
         "keys of no model": f"{len(extra)}, such as {extra[0]}" if extra else None,
         "components": components,
@@ -141,6 +152,7 @@ def describe_single_file(path: Path) -> dict[str, Any]:
 
 
 def describe_demo() -> dict[str, Any]:
+    """Returns the description of the demo model: its checkpoint, its two LoRAs and their size in bytes."""
     checkpoint = open_checkpoint("demo")
     lora = Path(FAMILIES["demo"].lcm_lora or "")
     files = [*checkpoint.content_files().values(), lora, DEMO_STYLE]
@@ -156,6 +168,7 @@ def describe_demo() -> dict[str, Any]:
 
 
 def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict[str, Any]:
+    """Returns the description of a bundle, from its manifest alone."""
     return {
         "bundle": str(folder),
         "digest": digest,

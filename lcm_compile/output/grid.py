@@ -1,6 +1,6 @@
 """A grid of pictures: every combination of a few settings, drawn into one labelled sheet.
 
-`steps=1..8,seed=1..4,guidance=1,1.5` is three axes. The first runs across the sheet, the others down it.
+`steps=1..8,seed=1..4,guidance=1,1.5` has three axes. The first runs across the sheet, the others down it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.output.sheet import grid_sheet
-from lcm_compile.pipeline.pipeline import Drawing, LcmPipeline
+from lcm_compile.pipeline.drawing import Drawing
+from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.system.files import user_path
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 EXAMPLE = "for example --grid steps=1..8,seed=1..4"
+# The name of an axis → the field of Request that it sets.
 FIELDS = {"steps": "steps", "seed": "seed", "guidance": "guidance_scale", "prompt": "prompt"}
 MAX_CELLS = 1000
 
@@ -34,15 +36,16 @@ class Axis:
     values: tuple[Any, ...]
 
     def label(self, value: Any) -> str:
+        """Returns the text that the sheet shows for one of the values."""
         if self.name == "prompt":
             return str(value)
         return f"{self.name} {value:g}" if isinstance(value, float) else f"{self.name} {value}"
 
 
 def parse_grid(text: str) -> tuple[Axis, ...]:
-    """Reads `NAME=VALUES,…`; values are `1..8`, `1,1.5` or, for prompts, a file with one on each line.
+    """Returns the axes of `NAME=VALUES,…`, where VALUES is `1..8`, `1,1.5` or a file of prompts.
 
-    UsageError for anything else, an axis named twice, or more than MAX_CELLS pictures.
+    Raises UsageError if the text has another form, names an axis twice, or asks for over MAX_CELLS pictures.
     """
     parts = re.split(r"(?:^|,)\s*([A-Za-z_-]+)=", text)
     if parts[0].strip() or len(parts) < 3:
@@ -63,6 +66,7 @@ def parse_grid(text: str) -> tuple[Axis, ...]:
 
 
 def parse_values(name: str, text: str) -> tuple[Any, ...]:
+    """Returns the values of the axis `name`. Raises UsageError if one is no value of it."""
     if name not in FIELDS:
         raise unknown_name("axis of --grid", name, FIELDS)
     if name == "prompt":
@@ -85,6 +89,7 @@ def parse_values(name: str, text: str) -> tuple[Any, ...]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
+    """Returns the lines of a text file that are not empty. Raises UsageError if it has none."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
@@ -98,7 +103,10 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def requests(axes: Sequence[Axis], fixed: Request) -> list[Request]:
-    """A grid's pictures row by row; what no axis sets is as in `fixed`. UsageError: a value out of range."""
+    """Returns the requests of a grid's pictures, row by row; `fixed` has the values that no axis sets.
+
+    Raises UsageError if a value is out of range.
+    """
     across, *down = axes
     fields = [FIELDS[axis.name] for axis in axes]
     return [
@@ -109,11 +117,12 @@ def requests(axes: Sequence[Axis], fixed: Request) -> list[Request]:
 
 
 def draw_grid(
-    pipeline: LcmPipeline, axes: Sequence[Axis], fixed: Request, report: Callable[[int, int], None]
+    pipeline: Pipeline, axes: Sequence[Axis], fixed: Request, report: Callable[[int, int], None]
 ) -> tuple[Image, list[Drawing]]:
-    """The sheet, and the drawings of `requests(axes, fixed)` without their pictures, which may be many.
+    """Draws a grid; returns the sheet and a drawing for each of `requests(axes, fixed)`.
 
-    `report` is told (pictures done, pictures in all).
+    The drawings hold no pictures, to save memory. `report` is called after every picture with (pictures
+    done, pictures in total).
     """
     asked = requests(axes, fixed)
     drawings: list[Drawing] = []
@@ -133,7 +142,7 @@ def draw_grid(
 
 
 def title(axes: Sequence[Axis], fixed: Request) -> str:
-    """What all pictures of a grid share."""
+    """Returns the settings that all pictures of a grid share, as the sheet's title."""
     own = {"prompt": fixed.prompt, "steps": fixed.steps, "guidance": fixed.guidance_scale, "seed": fixed.seed}
     varied = [axis.name for axis in axes]
     return " · ".join(Axis(name, ()).label(value) for name, value in own.items() if name not in varied)

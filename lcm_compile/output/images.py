@@ -1,4 +1,4 @@
-"""Pictures to files: PNGs that tell how they were made."""
+"""Saves pictures as files. A PNG holds the settings that it was drawn with."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def slug(prompt: str, longest: int = 48) -> str:
-    """A file name from a prompt."""
+    """Returns a prompt as the stem of a file name: lower case, of at most `longest` characters."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:longest].rstrip("-") or "picture"
 
 
 def picture_paths(out: Path | None, prompt: str, seed: int, count: int) -> list[Path]:
-    """Where the pictures of one request go; folders are made. UsageError where they can't be written.
+    """Returns the paths of `count` pictures of one request, after making their folder.
 
     One picture goes to the file `out`, or into it if it is a folder; several go into the folder `out`.
+    Raises UsageError if the pictures can't be written there.
     """
     name = f"{slug(prompt)}-{seed}"
     if count == 1:
@@ -42,12 +43,15 @@ def picture_paths(out: Path | None, prompt: str, seed: int, count: int) -> list[
 
 
 def sheet_path(out: Path | None, prompt: str) -> Path:
-    """Where a grid's sheet goes, likewise."""
+    """Returns the path of a grid's sheet, after making its folder. Raises UsageError as one_path does."""
     return one_path(out, f"{slug(prompt)}-grid.png")
 
 
 def one_path(out: Path | None, name: str) -> Path:
-    """The file `out`, or `name` in the folder `out` or here."""
+    """Returns the path `out`, or `name` in the folder `out` or in the current folder.
+
+    Raises UsageError if `out` is neither a folder nor a picture's file, or can't be written.
+    """
     if out is None:
         path = Path(name)
     elif out.is_dir():
@@ -64,7 +68,7 @@ def one_path(out: Path | None, name: str) -> Path:
 
 
 def make_room(paths: list[Path]) -> None:
-    """Makes the folder of some files, all in one. UsageError where they can't be written."""
+    """Makes the folder that all these files are in. Raises UsageError if they can't be written there."""
     folder = paths[0].parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,10 @@ def make_room(paths: list[Path]) -> None:
 
 
 def save_picture(image: Image, path: Path, settings: Mapping[str, str]) -> None:
-    """Saves whole or not at all, with `settings` as PNG text chunks."""
+    """Saves a picture as PNG, JPEG or WebP, by its suffix; `settings` become text chunks of a PNG.
+
+    After an error the file is as it was before.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     with replacing_output(path) as partial:

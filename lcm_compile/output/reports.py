@@ -1,4 +1,4 @@
-"""What plans, bundles and parity figures look like, to people and as JSON."""
+"""Prints plans, bundles, LoRAs, checkpoints and parity figures as tables and lines."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lcm_compile.output.console import print_table, size_text
 
 
 def print_plan(plan: Plan, cost: Estimate | None) -> None:
-    """`cost` is what building it would take; None where that is not known."""
+    """Prints a build's plan; `cost` is the estimate of the build, or None if there is none."""
     export = plan.export
-    made = (
+    model = (
         []
         if export is None
         else [
@@ -24,12 +24,12 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
-            *((("graphs", "one of the whole picture"),) if export.spec.whole_loop else ()),
+            *((("graphs", "one for the complete picture"),) if export.spec.whole_loop else ()),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),
         ]
     )
     rows = [
-        *made,
+        *model,
         ("target", f"{plan.target.name} ({plan.target.description})"),
         ("backend", "\n".join((plan.backend_name, *(f"not {reason}" for reason in plan.passed_over)))),
         *(() if cost is None else estimate_rows(cost)),
@@ -40,22 +40,26 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
 
 
 def estimate_rows(cost: Estimate) -> list[tuple[str, str]]:
+    """Returns the rows of a plan's table that show its estimated disk space, memory and time."""
     rows = [("disk", f"{size_text(cost.bundle_bytes)}, and {size_text(cost.disk_bytes)} while it is built")]
     time = f"about {time_text(cost.seconds)} on 2 cores"
     return [*rows, ("memory", size_text(cost.memory_bytes)), ("time", time)]
 
 
 def time_text(seconds: float) -> str:
+    """Returns seconds as text, in minutes from 100 seconds on."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def parity_line(figures: Mapping[str, Parity]) -> str:
-    told = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
+    """Returns a line with the parity of each stage, in dB, and what was compared with torch."""
+    values = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
     checked = sorted({figure.checked for figure in figures.values()})
-    return f"parity with torch ({', '.join(checked)}): {told}"
+    return f"parity with torch ({', '.join(checked)}): {values}"
 
 
 def print_parity(figures: Mapping[str, Parity]) -> None:
+    """Prints the parity of each stage and the floor that it must reach, in dB."""
     rows = [
         (name, f"{f.db:.1f}", f"{f.floor:g}", f.checked, "ok" if f.passed else "MISS")
         for name, f in figures.items()
@@ -64,22 +68,25 @@ def print_parity(figures: Mapping[str, Parity]) -> None:
 
 
 def print_description(name: str, description: Mapping[str, Any]) -> None:
-    print_table(("", name), [(key, told(value)) for key, value in description.items() if value != {}])
+    """Prints a description of `describe` as a table under the heading `name`; leaves out empty values."""
+    print_table(("", name), [(key, value_text(value)) for key, value in description.items() if value != {}])
 
 
-def told(value: Any) -> str:
-    """A value for a person: dictionaries, and lists of them, one item a line."""
+def value_text(value: Any) -> str:
+    """Returns a value of a description as text; a dictionary or a list of them has an item on each line."""
     if isinstance(value, dict):
-        return "\n".join(f"{k}: {told(v)}".replace("\n", "\n  ") for k, v in value.items())
+        return "\n".join(f"{k}: {value_text(v)}".replace("\n", "\n  ") for k, v in value.items())
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-        return "\n".join(", ".join(f"{k} {told(v)}" for k, v in item.items() if v != {}) for item in value)
+        return "\n".join(
+            ", ".join(f"{k} {value_text(v)}" for k, v in item.items() if v != {}) for item in value
+        )
     if isinstance(value, list):
-        return ", ".join(map(told, value))
+        return ", ".join(map(value_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_lora(data: Mapping[str, Any]) -> None:
-    """What a LoRA is, then the blocks that it changes."""
+    """Prints the description of a LoRA: what it is, then how much it changes each block of the UNet."""
 
     def shown(name: str) -> str:
         return ", ".join(
@@ -101,9 +108,9 @@ def print_lora(data: Mapping[str, Any]) -> None:
     ]
     print_table(("", "inspected"), [row for row in rows if row[1]])
     print()
-    weighed = any(row["relative"] is not None for row in data["change"])
+    compared = any(row["relative"] is not None for row in data["change"])
     print_table(
-        ("block", "modules", "change", "of the base" if weighed else ""),
+        ("block", "modules", "change", "of the base" if compared else ""),
         [
             (
                 row["block"],
@@ -117,6 +124,7 @@ def print_lora(data: Mapping[str, Any]) -> None:
 
 
 def print_checkpoint(data: Mapping[str, Any]) -> None:
+    """Prints the description of a checkpoint: what it is, then its components."""
     print_description("inspected", {k: v for k, v in data.items() if k != "components" and v is not None})
     print()
     print_table(
@@ -126,17 +134,18 @@ def print_checkpoint(data: Mapping[str, Any]) -> None:
 
 
 def listed(names: Mapping[str, Any]) -> str:
+    """Returns the names of `some`, one on each line, and how many more `count` includes."""
     more = names["count"] - len(names["some"])
     return "\n".join([*names["some"], *([f"and {more} more"] if more else [])])
 
 
 def loss_lines(lossy: Mapping[str, str]) -> list[str]:
-    """What a manifest or a checkpoint says of its loss, to people."""
+    """Returns a line for each stage that is lossy, with the reason, from a manifest or a checkpoint."""
     return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
 
 
 def fp32_layer_lines(stages: Sequence[StageFile]) -> list[str]:
-    """For people: how many layers of which stage did not become fp16."""
+    """Returns a line for each stage that has layers in fp32, with their number."""
     return [
         f"{stage.contract.name}: {len(stage.fp32_layers)} layers stay fp32, as fp16 would overflow"
         for stage in stages

@@ -1,4 +1,4 @@
-"""The user's cache folder, locks across processes, and digests of files that are computed once."""
+"""The cache folder, locks that hold across processes, and digests that are computed once per file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from pathlib import Path
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.files import user_path, write_atomically
 
-DIGESTS_LIMIT = 20_000
+DIGESTS_LIMIT = 20_000  # digests that are kept
 
 
-# A file changed this recently could change again without its times moving: its digest is not kept.
+# Nanoseconds. The digest of a file that changed this recently is not kept, because the file could change
+# again without a change of its times.
 SETTLED_NS = 1_000_000_000
 
 
 def home() -> Path:
+    """Returns the cache folder: LCM_COMPILE_HOME, or the system's folder for user caches."""
     if folder := os.environ.get("LCM_COMPILE_HOME"):
         return user_path(folder)
     from platformdirs import user_cache_path
@@ -31,9 +33,9 @@ def home() -> Path:
 
 @contextlib.contextmanager
 def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Holds an exclusive lock on `path`, across processes; a killed holder lets go of it.
+    """Holds an exclusive lock on `path` across processes, until the block ends or the process dies.
 
-    `waiting` is called once when another process holds it.
+    `waiting` is called once if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
@@ -46,9 +48,10 @@ def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[Non
 
 
 class Digests:
-    """sha256 of files, remembered by device, inode, size and both times in nanoseconds.
+    """Computes the sha256 of files, and remembers it in the cache folder.
 
-    A same-size edit whose mtime was put back still has a new ctime, and is read again.
+    A file is identified by its device, inode and size, and by its mtime and ctime in nanoseconds. An edit
+    that keeps the size and restores the mtime still changes the ctime, so the file is read again.
     """
 
     def __init__(self) -> None:
@@ -59,6 +62,7 @@ class Digests:
             self._known = from_json(Mapping[str, str], json.loads(self._path.read_text(encoding="utf-8")))
 
     def sha256(self, path: Path) -> str:
+        """Returns a file's sha256, computed only if it is not known. Raises OSError if it can't be read."""
         before = path.stat()
         identity = ":".join(
             str(x)
@@ -76,7 +80,7 @@ class Digests:
         return digest
 
     def save(self) -> None:
-        """Keeps what was learnt; losing it costs time, never correctness."""
+        """Writes new digests to the cache folder. A failure is ignored: it costs time, never correctness."""
         if self._new:
             newest = dict(list(self._known.items())[-DIGESTS_LIMIT:])
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""JSON, to and from frozen dataclasses: what is read is checked against their annotations."""
+"""Converts frozen dataclasses to JSON and back. Values that are read are checked against the annotations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 
 def json_text(data: Any, indent: int | None) -> str:
-    """JSON in plain letters; escaped where a path holds bytes that are no text. ValueError for NaN."""
+    """Returns data as JSON text in which letters outside ASCII are not escaped.
+
+    They are escaped only if a path in the data holds bytes that are not UTF-8. Raises ValueError for NaN and
+    infinity.
+    """
     text = json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
@@ -22,12 +26,13 @@ def json_text(data: Any, indent: int | None) -> str:
 
 
 def from_json(kind: Any, value: Any, where: str = "") -> Any:
-    """Reads `value` as a `kind`.
+    """Returns a parsed JSON value as an instance of `kind`.
 
-    A kind is a dataclass, tuple[X, ...], Mapping[str, X], X | None, an Enum of texts, a plain type, or Any.
+    A kind is a dataclass, tuple[X, ...], Mapping[str, X], X | None, an Enum of strings, a plain type, or Any.
+    `where` is the place of the value in the file (`stages.0.file`), for error texts.
 
-    ValueError names the place (`stages.0.file`) of what is missing, unknown or of another type; whatever a
-    dataclass's own checks raise is passed on.
+    Raises ValueError with the place of a value that is missing, unknown or of another type. Errors that a
+    dataclass's own checks raise are passed on.
     """
     if kind is Any:
         return value
@@ -46,7 +51,7 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         names = [member.value for member in kind]
         if value not in names:
-            raise ValueError(f"{where or 'it'} is {value!r}, which is none of {', '.join(names)}")
+            raise ValueError(f"{where or 'it'} is {value!r}, and must be one of {', '.join(names)}")
         return kind(value)
     if kind is float and type(value) is int:
         value = float(value)
@@ -56,6 +61,7 @@ def from_json(kind: Any, value: Any, where: str = "") -> Any:
 
 
 def dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
+    """Returns a parsed JSON object as an instance of a dataclass. Raises ValueError as from_json does."""
     given = expect(dict, value, where)
     known = {field.name: field for field in fields(kind)}
     for name in given:
@@ -69,10 +75,12 @@ def dataclass_from_json(kind: Any, value: Any, where: str) -> Any:
 
 
 def expect(kind: type, value: Any, where: str) -> Any:
-    if type(value) is not kind:  # True is an int, but no number of pixels
-        raise ValueError(f"{where or 'it'} is a {type(value).__name__}, not a {kind.__name__}")
+    """Returns the value if its type is exactly `kind`; raises ValueError otherwise."""
+    if type(value) is not kind:  # isinstance would let True pass as an int, for example as a number of pixels
+        raise ValueError(f"{where or 'it'} is of type {type(value).__name__}, not {kind.__name__}")
     return value
 
 
 def inside(where: str, name: object) -> str:
+    """Returns the place of the field or item `name` of the value at `where`."""
     return f"{where}.{name}" if where else str(name)

@@ -1,4 +1,4 @@
-"""Paths as people type them, and files that are written whole or not at all."""
+"""Handles the paths that users type, and writes files completely or not at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lcm_compile.errors import LcmCompileError, UsageError
 
 
 def user_path(text: str) -> Path:
-    """The path that a user typed: `~` is the home folder, and an unknown `~name` stays as it is."""
+    """Returns the path that a user typed, with `~` as the home folder. An unknown `~name` stays as it is."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -22,11 +22,11 @@ def user_path(text: str) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path to write a file or a folder to, which takes the place of `path` when the block ends.
+    """Yields a temporary path to write a file or a folder to, which replaces `path` when the block ends.
 
-    At every moment `path` is the old file or the whole new one. After an error it stays as it was, and what
-    was written is removed. Several processes and threads may replace one path at the same time; the last one
-    to end wins. What a killed process left of an earlier try is removed first.
+    At every moment `path` is the old file or the complete new one. After an error it stays as it was, and the
+    temporary file is removed. Several processes and threads may replace one path at the same time; the last
+    one to end wins. Temporary files that killed processes left are removed first.
     """
     remove_partial(path)
     partial = path.with_name(f"{partial_prefix(path)}{os.getpid()}-{threading.get_ident()}{PARTIAL}")
@@ -37,15 +37,16 @@ def replacing(path: Path) -> Iterator[Path]:
         remove(partial)
 
 
-PARTIAL = ".part"
+PARTIAL = ".part"  # the ending of temporary files
 
 
 def partial_prefix(path: Path) -> str:
+    """Returns how the names of all temporary files for `path` begin. The writer's process id follows."""
     return f".{path.name.lstrip('.')}."
 
 
 def remove_partial(path: Path) -> None:
-    """Removes what processes that have ended left of `path` while they were `replacing` it."""
+    """Removes the temporary files for `path` of processes that ended while they were `replacing` it."""
     prefix = partial_prefix(path)
     with contextlib.suppress(OSError):
         for entry in os.scandir(path.parent):
@@ -56,8 +57,9 @@ def remove_partial(path: Path) -> None:
 
 
 def is_running(process: int) -> bool:
+    """Returns whether a process with this id runs, of any user."""
     try:
-        os.kill(process, 0)  # sends nothing, and checks that there is such a process
+        os.kill(process, 0)  # signal 0 is not delivered, but the system checks that the process exists
     except ProcessLookupError:
         return False
     except OSError:
@@ -67,11 +69,14 @@ def is_running(process: int) -> bool:
 
 @contextlib.contextmanager
 def replacing_output(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a file or folder that the user named: LcmCompileError where it can't be written."""
+    """Does what `replacing` does, for a file or folder that the user named.
+
+    Raises LcmCompileError if it can't be written.
+    """
     try:
         with replacing(path) as partial:
             yield partial
-    # torch's writer reports a full disk with a RuntimeError.
+    # torch reports a full disk as a RuntimeError.
     except (OSError, RuntimeError) as error:
         why = getattr(error, "strerror", None) or error
         raise LcmCompileError(
@@ -80,14 +85,17 @@ def replacing_output(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file, and makes its folder; at every moment the file is the old one or the whole new one."""
+    """Writes a file, and creates its folder if it is missing.
+
+    At every moment the file is the old one or the complete new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there."""
+    """Removes a file or a folder if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -95,31 +103,34 @@ def remove(path: Path) -> None:
 
 
 def check_out(out: Path, folder: bool = False) -> None:
-    """UsageError where a .safetensors file, or a new folder, can't be written to `out`."""
+    """Raises UsageError if `out` is not a place for a .safetensors file, or for a new folder if `folder`."""
     if folder and out.exists():
-        raise UsageError(f"--out {out} exists", "give the name of a new folder")
+        raise UsageError(f"--out {out} exists already", "give the name of a new folder")
     if not folder and out.suffix != ".safetensors":
-        raise UsageError(f"--out {out} is no .safetensors file", "for example --out lora.safetensors")
+        raise UsageError(f"--out {out} is not a .safetensors file", "for example --out lora.safetensors")
     check_file(out, "--out")
 
 
 def check_file(path: Path, option: str) -> None:
-    """UsageError where a file can't be written to `path`; one that is there is replaced."""
+    """Raises UsageError if a file can't be written to `path`. An existing file will be replaced."""
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder", "give a file name")
     if not path.parent.is_dir():
-        raise UsageError(f"the folder {path.parent} of {option} does not exist", f"mkdir -p {path.parent}")
+        raise UsageError(f"{option}: the folder {path.parent} does not exist", f"mkdir -p {path.parent}")
     if not os.access(path.parent, os.W_OK):
-        raise UsageError(f"the folder {path.parent} of {option} can't be written", f"give another {option}")
+        raise UsageError(f"{option}: the folder {path.parent} can't be written to", f"give another {option}")
 
 
 def check_space(out: Path, size: int) -> None:
-    """A full disk is better found before the work than after it. `size`: bytes of all that is written."""
+    """Raises LcmCompileError if the disk has no room for `size` bytes and a margin.
+
+    It is called before the work, so that a full disk is not found only after it.
+    """
     existing = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < 1.1 * size + 1_000_000:
         raise LcmCompileError(
-            f"{out.parent} has {free / 1e6:.1f} MB free; {out.name} and what is written beside it take "
+            f"{out.parent} has {free / 1e6:.1f} MB free, but {out.name} and the files next to it take "
             f"{size / 1e6:.1f} MB",
             "make room, or give another --out",
         )

@@ -1,4 +1,4 @@
-"""This machine's processor, as far as machine code compiled for it depends on it."""
+"""Reads what this machine's processor can do, as far as compiled code and its speed depend on it."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# The vector and matrix extensions of x86, by how the kernel names them. All of a name's kind are taken
-# (avx512_bf16, amx_int8, …): a compiler told to use this processor may use any of them.
+# The beginnings of the kernel's names for the vector and matrix extensions of x86. Every name that begins so
+# counts (avx512_bf16, amx_int8, …), because a compiler that targets this processor may use any of them.
 KINDS = ("amx", "avx", "bmi", "f16c", "fma", "gfni", "sse4", "vaes", "vpclmulqdq")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """The processor's name, and the features that every core of it has, as the kernel names both."""
+    """A processor's name and the features that all its cores have, both as the kernel names them."""
 
     name: str
     features: frozenset[str]
 
 
 def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
-    """Reads what the kernel says of the processor; where it says nothing, the name is the architecture's."""
+    """Returns the processor as the kernel describes it. Without a name there, it has the architecture's."""
     fields = [line.partition(":") for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else ())]
     values = [(name.strip(), value.strip()) for name, _, value in fields]
     cores = [set(value.split()) for name, value in values if name in ("flags", "Features")]
@@ -32,10 +32,10 @@ def read_processor(cpuinfo: Path = CPUINFO) -> Processor:
 
 
 def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
-    """The architecture and, sorted, the vector and matrix extensions that every core of this machine has.
+    """Returns the architecture, followed by the sorted vector and matrix extensions that every core has.
 
-    On another architecture than x86 all features are listed; where the kernel lists none, the architecture
-    alone is.
+    On architectures other than x86 it lists all features. If the kernel lists none, it returns the
+    architecture alone.
     """
     machine = platform.machine()
     features = read_processor(cpuinfo).features
@@ -45,22 +45,25 @@ def instruction_set(cpuinfo: Path = CPUINFO) -> list[str]:
 
 
 def model_name(cpuinfo: Path = CPUINFO) -> str:
-    """The processor's name, with the number of threads that engines compute with here."""
+    """Returns the processor's name and the number of threads that engines compute with here."""
     return f"{read_processor(cpuinfo).name}, {threads()} threads"
 
 
 def threads() -> int:
-    """How many threads an engine computes with: OMP_NUM_THREADS, or one for each of physical_cores().
+    """Returns how many threads an engine computes with: OMP_NUM_THREADS, or else physical_cores().
 
-    Torch does so by itself. ONNX Runtime's own pool heeds neither that variable nor what cores a process
-    may run on, and OpenVINO's heeds only the latter.
+    Torch uses this number by itself. The thread pool of ONNX Runtime ignores both the variable and the set of
+    cores that the process may run on; OpenVINO ignores only the variable.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) else physical_cores()
 
 
 def physical_cores() -> int:
-    """Those that this process may run on: two threads on one core have one set of multipliers."""
+    """Returns the number of physical cores that this process may run on.
+
+    Logical cores are not counted, because two threads on one physical core share its multipliers.
+    """
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     if affinity is None:
         return os.cpu_count() or 1

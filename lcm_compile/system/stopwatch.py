@@ -1,4 +1,4 @@
-"""What a part of a build costs: seconds, and the most memory that it and its processes held."""
+"""Measures what each task of a build costs: its seconds, and the peak memory of the process tree."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ SAMPLED_EVERY = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Cost:
-    """`memory_bytes` is anonymous memory over the process tree (0 where the system does not tell it).
+    """What a task cost. `memory_bytes` is the peak of anonymous memory, summed over the process tree.
 
-    Pages of files that are only read do not count: the system takes them back when it needs them.
+    It is 0 if the system does not report it. Pages of files that are only read do not count, because the
+    system takes them back when it needs them.
     """
 
     seconds: float
     memory_bytes: int
 
 
-# Told a part's name when it starts, with None, and again when it ends, with its cost.
+# A callback for progress. It gets a task's name and None when the task starts, and its name and cost at the
+# end.
 Report = Callable[[str, Cost | None], None]
 
 
-def silent(part: str, cost: Cost | None) -> None:
-    """The report that tells nobody."""
+def silent(task: str, cost: Cost | None) -> None:
+    """Reports nothing."""
 
 
 class Stopwatch:
-    """Reports each part of a build, and keeps its cost."""
+    """Reports each task of a build as it starts and ends, and keeps its cost in `costs`, by name."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self.costs: dict[str, Cost] = {}
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def task(self, name: str) -> Iterator[None]:
+        """Measures and reports the block as the task `name`."""
         self._report(name, None)
         start, sampler = time.perf_counter(), Sampler()
         with sampler:
@@ -51,7 +54,10 @@ class Stopwatch:
 
 
 class Sampler:
-    """A thread that keeps the largest anonymous memory of this process and those below it."""
+    """Measures the peak of the anonymous memory of this process and its descendants in a thread.
+
+    It samples every SAMPLED_EVERY seconds; `peak` is in bytes.
+    """
 
     def __init__(self) -> None:
         self.peak = 0
@@ -74,10 +80,10 @@ class Sampler:
 
 
 def tree_memory(process: int) -> int:
-    """Anonymous bytes of a process and all below it, from /proc; 0 where there is none."""
+    """Returns the anonymous memory of a process and its descendants in bytes; 0 without /proc."""
     total = 0
     folder = Path("/proc") / str(process)
-    with contextlib.suppress(OSError):  # it may end meanwhile
+    with contextlib.suppress(OSError):  # the process may end while it is read
         for line in (folder / "status").read_text().splitlines():
             if line.startswith("RssAnon:"):
                 total += int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""Versions of installed packages, read without importing them."""
+"""Reads the versions of installed packages without importing them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECORDED_PACKAGES = (
 
 
 def installed_version(packages: tuple[str, ...]) -> str | None:
-    """`name version` of the first of these distributions that is installed, or None."""
+    """Returns `name version` of the first of these distributions that is installed, or None."""
     for package in packages:
         try:
             return f"{package} {metadata.version(package)}"
@@ -23,6 +23,6 @@ def installed_version(packages: tuple[str, ...]) -> str | None:
 
 
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """The version of each of these distributions that is installed, by its name."""
+    """Returns the version of each of these distributions that is installed, by its name."""
     found = {package: installed_version((package,)) for package in packages}
     return {package: version.partition(" ")[2] for package, version in found.items() if version}

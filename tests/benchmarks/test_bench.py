@@ -31,7 +31,6 @@ from lcm_compile.benchmarks.measure.worker import Drawn, Maker, Sample, Worker
 from lcm_compile.benchmarks.pages import readme_table
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.checkpoint.configs import COMPONENTS
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.engines.onnxruntime import OnnxRuntimeRunner
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
@@ -341,8 +340,7 @@ def test_a_worker_that_dies_is_told(fused_bundle):
 )
 def test_the_counted_work_is_the_published_one(family, side, unet, decoder, text):
     """Against the figures of the architectures, in TFLOP, counted apart from this project."""
-    configs = {name: c for name, c in COMPONENTS[family].items() if name != "scheduler"}
-    components = {name: Component(name, config) for name, config in configs.items()}
+    components = {name: Component(name, config) for name, config in FAMILIES[family].models.items()}
     checkpoint = Checkpoint(family, Path("none"), FAMILIES[family], components, {}, False)
     work = count_work(checkpoint, Shape(1, side, side))
     assert work["step"].flop / 1e12 == pytest.approx(unet, abs=0.005)
@@ -450,5 +448,5 @@ def test_a_bundle_of_another_size_is_no_rival(refused, sdxl_checkpoint, fused_bu
 def test_a_file_that_is_no_report_is_refused(tmp_path):
     path = tmp_path / "report.json"
     path.write_text('{"schema": 1, "cases": []}')
-    with pytest.raises(UsageError, match="no benchmark report"):
+    with pytest.raises(UsageError, match="not a benchmark report"):
         read_report(path)

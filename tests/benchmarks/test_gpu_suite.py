@@ -18,6 +18,7 @@ import torch
 from factories import load_modules
 
 from lcm_compile.benchmarks.gpu import gpu_items, smoke
+from lcm_compile.benchmarks.gpu.cuda_rehearsal import move
 from lcm_compile.benchmarks.gpu.gpu_items import Engines
 from lcm_compile.benchmarks.gpu.items import Item, Missing, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.gpu.suite import ITEMS, MACHINE, print_measured
@@ -27,7 +28,7 @@ from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
-from lcm_compile.stages.stage import make_stages, move, rewrite_modules
+from lcm_compile.stages.stage import make_stages, rewrite_modules
 from lcm_compile.system.child_process import call_in_child
 
 

@@ -17,7 +17,7 @@ from lcm_compile.benchmarks.quality.euler import euler_sampler
 from lcm_compile.benchmarks.quality.rows import Row, contrary, rows_of
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo.world import is_held_out, parse_caption, proof_prompts
-from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 

@@ -99,7 +99,7 @@ def change(bundle, at, value):
         ("backend", None, "backend is missing"),
         ("backend", "os.system", "os.system"),
         ("surprise", 1, "surprise is unknown"),
-        ("stages.1.file", 5, "stages.1.file is a int, not a str"),
+        ("stages.1.file", 5, "stages.1.file is of type int, not str"),
         ("stages.1.precision", "fp13", "fp13"),
         ("stages.1.contract.inputs.0.shape.0", "1", "stages.1.contract.inputs.0.shape.0"),
         ("stages.1.contract.name", "../../step", "../../step"),
@@ -315,7 +315,7 @@ def test_for_this_gpu_built_with_another_version(refused, a10_bundle, tmp_path, 
     folder = shutil.copytree(a10_bundle.folder, tmp_path / "bundle")
     key = {**read_manifest(folder)[0].key, "backend version": "tensorrt-rtx 1.0.0"}
     change(folder, "key", key)
-    told = ["built with tensorrt-rtx 1.0.0", "here is tensorrt-rtx", "lcm-compile build --base"]
+    told = ["built with tensorrt-rtx 1.0.0", "this machine has tensorrt-rtx", "lcm-compile build --base"]
     refused(1, told, "run", "a star", "--engine", folder)
 
 
@@ -337,7 +337,7 @@ def test_built_by_another_version_or_for_another_processor(refused, bundle, key,
 @pytest.mark.parametrize("key", [{}, {"backend version": "1", "builder options": "[1]"}])
 def test_not_telling_what_built_it(refused, bundle, key):
     change(bundle, "key", key)
-    refused(1, "does not tell what built it", "run", "a star", "--engine", bundle)
+    refused(1, "does not say what built it", "run", "a star", "--engine", bundle)
 
 
 def test_bare_run_passes_over_bundles_for_other_gpus(command, a10_bundle, bundle, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from lcm_compile.benchmarks.quality.rows import TOGETHER, styled
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo import judge
 from lcm_compile.demo.world import STYLE, held_out_prompts
-from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 

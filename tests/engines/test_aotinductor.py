@@ -21,7 +21,7 @@ from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
-from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.engines import openvino
 from lcm_compile.errors import BackendError
-from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db

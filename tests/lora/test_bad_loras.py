@@ -130,11 +130,11 @@ def pickled(path, loaded):
 
 PICKLE_DAMAGES = {
     "empty": (lambda p: p.write_bytes(b""), "is empty"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "no pickle of weights alone"),
-    "a web page": (text, "no pickle of weights alone"),
-    "safetensors": (lambda p: save_file({KEY: torch.ones(1)}, p), "no pickle of weights alone"),
-    "script": (lambda p: torch.jit.save(torch.jit.script(torch.nn.Identity()), p), "no pickle of weights"),
-    "a module": (lambda p: pickled(p, torch.nn.Linear(2, 2)), "no pickle of weights alone"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "not a pickle of weights only"),
+    "a web page": (text, "not a pickle of weights only"),
+    "safetensors": (lambda p: save_file({KEY: torch.ones(1)}, p), "not a pickle of weights only"),
+    "script": (lambda p: torch.jit.save(torch.jit.script(torch.nn.Identity()), p), "not a pickle of weights"),
+    "a module": (lambda p: pickled(p, torch.nn.Linear(2, 2)), "not a pickle of weights only"),
     "a list": (lambda p: pickled(p, [torch.ones(1)]), "no named tensors"),
     "nested": (lambda p: pickled(p, {"state_dict": {KEY: torch.ones(1)}}), "no named tensors"),
     "numbered": (lambda p: pickled(p, {0: torch.ones(1)}), "no named tensors"),
@@ -202,8 +202,8 @@ def test_not_finite(refuse, sdxl_loras, tmp_path, value, part):
 @pytest.mark.parametrize(
     ("rename", "told"),
     [
-        (f"{KEY}s.lora_up.weight", f"lacks the other half of {KEY}.alpha, {KEY}.lora_down.weight"),
-        (f"{KEY}.hada_w1_a", ["mixes the parts of several kinds", f"{KEY}.hada_w1_a"]),
+        (f"{KEY}s.lora_up.weight", f"lacks factors that go with {KEY}.alpha, {KEY}.lora_down.weight"),
+        (f"{KEY}.hada_w1_a", ["mixes the factors of several kinds", f"{KEY}.hada_w1_a"]),
         (f"{KEY}.oft_blocks", [f"{KEY}.oft_blocks", "no LoRA layout", "LoHa"]),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer.blocks.0.attn.to_q"),
         ("model.diffusion_model.input_blocks.0.weight", "no LoRA layout"),

@@ -270,12 +270,12 @@ LOKR = {"lokr_w1": (4, 3), "lokr_w2": (10, 8)}
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
-        ({**LOHA, "hada_w2_b": None}, r"other half of lora_te_linear.hada_w1_a"),
-        ({**LOHA, "hada_t1": (4, 4, 3, 3)}, r"other half of .*hada_w1_a"),
-        ({**LOKR, "lokr_w2": None}, r"other half of lora_te_linear.lokr_w1"),
-        ({"lokr_w1": (4, 3), "lokr_w2_a": (10, 2)}, r"other half of .*lokr_w1"),
-        ({"dora_scale": (40, 1)}, r"other half of lora_te_linear.dora_scale"),
-        ({"alpha": ()}, r"other half of lora_te_linear.alpha"),
+        ({**LOHA, "hada_w2_b": None}, r"factors that go with lora_te_linear.hada_w1_a"),
+        ({**LOHA, "hada_t1": (4, 4, 3, 3)}, r"factors that go with .*hada_w1_a"),
+        ({**LOKR, "lokr_w2": None}, r"factors that go with lora_te_linear.lokr_w1"),
+        ({"lokr_w1": (4, 3), "lokr_w2_a": (10, 2)}, r"factors that go with .*lokr_w1"),
+        ({"dora_scale": (40, 1)}, r"factors that go with lora_te_linear.dora_scale"),
+        ({"alpha": ()}, r"factors that go with lora_te_linear.alpha"),
         ({**LOKR, **LOHA}, r"several kinds"),
         ({"diff": (40, 24), "dora_scale": (40, 1)}, r"several kinds"),
         ({**LOHA, "hada_w1_b": (4, 25)}, r"linear \(LoHa factors that don't fit each other\)"),

@@ -22,8 +22,9 @@ from lcm_compile.engines import onnxruntime
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.pipeline import cuda_graphs
 from lcm_compile.pipeline.cuda_graphs import FIRST, KINDS_KEPT, SWITCHED_OFF, USED
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.load import load_tokenizers
-from lcm_compile.pipeline.pipeline import LcmPipeline, eight_bits
+from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 

@@ -9,6 +9,7 @@ import factories
 import numpy as np
 import pytest
 from diffusers_reference import FLOOR, Pair, reference
+from factories import build_from
 from PIL import Image
 from safetensors import safe_open
 
@@ -16,7 +17,6 @@ from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.benchmarks.measure.bench import counted
 from lcm_compile.benchmarks.measure.work import count_work
 from lcm_compile.builder import plan
-from lcm_compile.builder.build import build_from
 from lcm_compile.builder.export import export
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint import open
@@ -195,9 +195,9 @@ def test_the_dry_run_tells(sdxl_checkpoint, command):
         "--dry-run",
     )
     code, out, _ = command(*words, "--whole-loop")
-    assert code == 0 and "one of the whole picture" in out
+    assert code == 0 and "one for the complete picture" in out
     assert json.loads(command(*words, "--whole-loop", "--json")[1])["whole_loop"] is True
-    assert "one of the whole picture" not in command(*words)[1]
+    assert "one for the complete picture" not in command(*words)[1]
 
 
 def test_bench_counts_the_work_of_all_stages_and_steps(sdxl):

@@ -88,7 +88,7 @@ def test_errors_cross_over():
 def test_a_process_that_is_killed_is_told():
     with pytest.raises(LcmCompileError, match=r"_exit ended without a result \(exit code 7\)"):
         call_in_child(os._exit, 7)
-    with pytest.raises(LcmCompileError, match="want of memory"):
+    with pytest.raises(LcmCompileError, match="memory ran out"):
         call_in_child(exec, "import os; os.kill(os.getpid(), 9)")
 
 

@@ -9,11 +9,11 @@ import onnxruntime
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from factories import build_from
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from lcm_compile import BuildSpec, build
-from lcm_compile.builder.build import build_from
 from lcm_compile.builder.export import export
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo import judge

@@ -194,7 +194,7 @@ def test_bad_out(bases, tmp_path, monkeypatch):
         distill.distill(settings_for(bases["sd15"], data=None), tmp_path / "lora.safetensors")
     (tmp_path / "folder.safetensors").mkdir()
     for out, message in (
-        ("lora.bin", "no .safetensors file"),
+        ("lora.bin", "not a .safetensors file"),
         ("folder.safetensors", "is a folder"),
         ("missing/lora.safetensors", "does not exist"),
     ):

@@ -15,7 +15,7 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import UsageError
-from lcm_compile.pipeline.pipeline import eight_bits
+from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 from lcm_compile.training import distill
