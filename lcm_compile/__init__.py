@@ -1,9 +1,12 @@
-"""Fuse an LCM-LoRA into Stable Diffusion, compile it into static engines, draw in four steps.
+"""Fuses an LCM-LoRA into Stable Diffusion, compiles it into static engines, and draws in four steps.
 
 >>> from lcm_compile import BuildSpec, build, load
 >>> bundle = build(BuildSpec(base="demo", gpu="cpu"))
 >>> with load(bundle) as pipeline:
 ...     pipeline("a large red star on a striped pink background", seed=7)[0].save("star.png")
+
+In the repository, the folders `export`, `engines` and `benchmarks` are next to this one. They are imported as
+`lcm_compile.export`, `lcm_compile.engines` and `lcm_compile.benchmarks`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildSpec", "LoraSpec", "Request", "__version__", "build", "load"]
 
+# The module of each name, which is imported when the name is first used.
 _HOMES = {
     "build": "builder.build",
     "load": "pipeline.load",
@@ -30,7 +34,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on use: `import lcm_compile` itself costs nothing."""
+    """Imports a name when it is first used, so that `import lcm_compile` itself is quick."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib

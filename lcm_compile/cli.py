@@ -1,7 +1,8 @@
-"""The command. stdout is data, stderr is progress and hints.
+"""The command `lcm-compile`. Results go to stdout, progress and hints to stderr.
 
-Exit codes: 0 ok · 1 this machine or these files · 2 usage · 3 a parity or performance gate · 130 interrupted.
-The commands are in lcm_compile/commands and import everything heavy inside: `--help` costs click alone.
+Exit codes: 0 success, 1 this machine or these files do not allow it, 2 wrong usage, 3 a parity or performance
+gate failed, 130 interrupted. The commands are in lcm_compile/commands. Each imports heavy modules only when
+it runs, so that `--help` imports little more than click.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from lcm_compile.commands.verify import verify
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.version import __version__
 
-NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where things are written"
+NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where files are written"
 
 
 def main() -> NoReturn:
-    """Runs the command and turns every error into a message and an exit code."""
+    """Runs the command, and exits with its code. Every error becomes a message on stderr and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths go out as the bytes they came in as
+        sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as the bytes that were given
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     try:
@@ -66,9 +67,9 @@ def main() -> NoReturn:
         }.get(error.errno or 0)
         fail(what, hint, 1)
     except Exception as error:
-        # torch and ONNX Runtime have no error of their own for it.
+        # torch and ONNX Runtime have no error class of their own for a lack of memory.
         if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            fail("out of memory", "ask for less: a smaller size, batch or number of pictures", 1)
+            fail("out of memory", "use a smaller size or batch, or fewer pictures", 1)
         fail(
             f"internal error: {type(error).__name__}: {error}",
             "LCM_COMPILE_DEBUG=1 shows where; please report it",
@@ -78,6 +79,10 @@ def main() -> NoReturn:
 
 
 def fail(message: str, hint: str | None, code: int) -> NoReturn:
+    """Prints an error and its hint to stderr, and exits with `code`.
+
+    If LCM_COMPILE_DEBUG is 1, the traceback is printed before them.
+    """
     if os.environ.get("LCM_COMPILE_DEBUG") == "1":
         traceback.print_exc()
     print(f"error: {message}", file=sys.stderr)
@@ -87,16 +92,17 @@ def fail(message: str, hint: str | None, code: int) -> NoReturn:
 
 
 class CommandsInOrder(click.Group):
-    """Lists the commands as people use them, not by the alphabet."""
+    """Lists the commands in the order in which people use them, not alphabetically."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns the names of the commands, in the order in which they were added."""
         return list(self.commands)
 
 
 @click.group(cls=CommandsInOrder, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lcm-compile")
 def cli() -> None:
-    """Fuse an LCM-LoRA into Stable Diffusion, compile it for a named GPU, draw in 4 steps.
+    """Fuse an LCM-LoRA into Stable Diffusion, compile it for a given GPU, and draw pictures in 4 steps.
 
     \b
     lcm-compile build --base demo --gpu cpu

@@ -15,7 +15,7 @@ LcmCompileError        exit 1   the request is fine, but this machine or these f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 REBUILD = "build the bundle again with --force"
 
@@ -76,3 +76,9 @@ def unknown_name(kind: str, name: str, choices: Iterable[str], hint: str | None 
 def first_line(error: BaseException) -> str:
     """Returns the first line of an error's text, or the name of its type if it has no text."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def first_few(names: Sequence[str], most: int = 3) -> str:
+    """Returns the first names and the number of the others in words: `a, b, c and 5 more`."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,4 +1,4 @@
-"""What is asked for, and the types of what passes between stages. No torch, no files, no hardware."""
+"""The request for a build: its base, its LoRAs, its shape. Needs no torch, and reads no files or hardware."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.precisions import ASKED_PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# How graphs are shaped for LCM, exact to rounding. Each can be left out.
+# The rewrites of the graphs for LCM. They change results only by rounding, and each can be left out.
 REWRITES = {
-    "context": "what depends on the prompt and the timesteps alone is computed once a prompt",
-    "qkv": "one product for the queries, keys and values of a self-attention",
-    "upsampling": "doubling a map and convolving it 3×3 as four 2×2 convolutions on the small map",
+    "context": "what depends only on the prompt and the timesteps is computed once per prompt",
+    "qkv": "the queries, keys and values of a self-attention are one matrix product",
+    "upsampling": "doubling a map and convolving it 3×3 becomes four 2×2 convolutions of the small map",
     "lcm-step": "the scheduler's arithmetic is part of the step's graph",
     "rgb8": "the decoder's graph ends in 8-bit RGB",
 }
 
-WHOLE_LOOP_NEEDS = ("context", "lcm-step")
+WHOLE_LOOP_NEEDS = ("context", "lcm-step")  # the rewrites without which the loop can't be one graph
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The pictures that one call of the engines draws; height and width in pixels."""
+    """The pictures that one call of the engines draws. Height and width are in pixels.
+
+    Raises UsageError if the batch is below 1, or if a side is not a positive multiple of 8.
+    """
 
     batch: int
     height: int
@@ -44,17 +47,18 @@ class Shape:
         return f"{self.batch}×{self.height}×{self.width}"
 
 
-# A part of a model that a LoRA may have a strength of its own on, and the larger part that it is of.
+# The names of model parts that a LoRA can have a strength of its own for.
 LORA_PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
 LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
 
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """A LoRA and the weight λ it is fused with. `source` is a path, or `OWNER/NAME[:FILE]` on the hub.
+    """A LoRA and the weight λ that it is fused with. `source` is a path, or `OWNER/NAME[:FILE]` on the hub.
 
-    `strengths` names parts whose weight is another one: `unet`, `text` (every text encoder), `text_encoder`,
-    `text_encoder_2`, `down_blocks`, `down_blocks.1`, `mid_block`, `up_blocks`, …; the smallest part counts.
+    `strengths` gives parts of the model another weight: `unet`, `text` (every text encoder), `text_encoder`,
+    `text_encoder_2`, `down_blocks`, `down_blocks.1`, `mid_block`, `up_blocks`, …. If parts overlap, the
+    smallest one counts. Raises UsageError for an unknown part or a weight that is not finite.
     """
 
     source: str
@@ -68,7 +72,7 @@ class LoraSpec:
             if not LORA_PART.fullmatch(part):
                 raise UsageError(
                     f"LoRA {self.source} has a strength for {part!r}, which is no part of a model",
-                    "unet, text, text_encoder, text_encoder_2, down_blocks.N, mid_block and up_blocks.N are",
+                    "give unet, text, text_encoder, text_encoder_2, down_blocks.N, mid_block or up_blocks.N",
                 )
         for weight in (self.weight, *self.strengths.values()):
             if not math.isfinite(weight):
@@ -76,9 +80,10 @@ class LoraSpec:
 
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """`SOURCE`, `SOURCE:WEIGHT`, either with `@PART=WEIGHT,…`. UsageError where a weight is no number.
+        """Returns the LoRA of `SOURCE` or `SOURCE:WEIGHT`, each optionally followed by `@PART=WEIGHT,…`.
 
-        The text alone decides: a source that itself ends like a weight needs one after it (`odd:5:1`).
+        No file is checked, so a source whose own name ends like a weight needs a weight after it (`odd:5:1`).
+        Raises UsageError if a weight is not a number, or if a part has two.
         """
         head, _, tail = text.rpartition("@")
         strengths = {}
@@ -100,36 +105,40 @@ class LoraSpec:
         return f"{self.source}:{self.weight!r}" + (f"@{parts}" if parts else "")
 
     def strength_of(self, part: str) -> float:
-        """The weight of a part: its own, or that of the smallest named part around it."""
+        """Returns the weight of a part: its own, or that of the smallest listed part that contains it."""
         while part and part not in self.strengths:
-            part = part_around(part)
+            part = containing_part(part)
         return float(self.strengths[part] if part else self.weight)
 
     @property
     def effective(self) -> str:
-        """What the weights come to: the same for each way of writing the same strengths."""
+        """The canonical form of the strengths: equal for all ways of writing the same strengths."""
         unet, text = self.strength_of("unet"), self.strength_of("text")
-        told = [repr(unet)] if unet == text else [f"unet={unet!r}", f"text={text!r}"]
+        weights = [repr(unet)] if unet == text else [f"unet={unet!r}", f"text={text!r}"]
         for part in sorted(self.strengths.keys() - {"unet", "text"}):
-            if self.strength_of(part) != self.strength_of(part_around(part)):
-                told.append(f"{part}={self.strength_of(part)!r}")
-        return ",".join(told)
+            if self.strength_of(part) != self.strength_of(containing_part(part)):
+                weights.append(f"{part}={self.strength_of(part)!r}")
+        return ",".join(weights)
 
 
 def ends_path(text: str) -> bool:
-    """Whether what follows a colon or an @ is a path's: as of `C:\\loras\\x.safetensors`, or of a name."""
+    """Returns whether the text after a colon or an @ belongs to a path, as in `C:\\loras\\x.safetensors`."""
     return "/" in text or "\\" in text or text.endswith(LORA_SUFFIXES)
 
 
-def number(text: str, whole: str) -> float:
+def number(text: str, argument: str) -> float:
+    """Returns the weight in `text`, a piece of `argument`. Raises UsageError if it is not a number."""
     try:
         return float(text)
     except ValueError:
-        raise UsageError(f"LoRA weight {text!r} in {whole!r} is not a number", LORA_FORM) from None
+        raise UsageError(f"LoRA weight {text!r} in {argument!r} is not a number", LORA_FORM) from None
 
 
-def part_around(part: str) -> str:
-    """The next larger part: down_blocks.1 → down_blocks → unet, text_encoder_2 → text; "" is all."""
+def containing_part(part: str) -> str:
+    """Returns the next larger part: down_blocks.1 → down_blocks → unet, text_encoder_2 → text.
+
+    Above `unet` and `text` it is the complete base, which is "".
+    """
     if part in ("unet", "text"):
         return ""
     if part.startswith("text"):
@@ -139,7 +148,12 @@ def part_around(part: str) -> str:
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """One build, as asked for. None stands for the checkpoint's own default."""
+    """One build, as the user asks for it. Each field is the command-line option of its name.
+
+    A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
+    for the checkpoint's own. `without` are names of REWRITES to leave out. Raises UsageError for values that
+    can't be right with any base or on any machine.
+    """
 
     base: str
     gpu: str = "cpu"
@@ -170,23 +184,24 @@ class BuildSpec:
         if self.precision != "auto" and self.precision not in ASKED_PRECISIONS:
             raise unknown_name("precision", self.precision, ("auto", *ASKED_PRECISIONS))
         self.random_seed  # noqa: B018 - checks `weights`
-        # The sides are checked before anything is loaded; 8 stands for a side that is not given.
+        # The sides are checked before anything is loaded. A side that is not given is replaced with 8, which
+        # is valid.
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
 
     @property
     def rewrites(self) -> tuple[str, ...]:
-        """The names of those that are asked for."""
+        """The names of the rewrites that are applied."""
         return tuple(name for name in REWRITES if name not in self.without)
 
     @property
     def random_seed(self) -> int | None:
-        """The seed of `random` (0) or `random:SEED` weights; None: the checkpoint's own."""
+        """The seed of `random` (0) or `random:SEED` weights, or None for the checkpoint's own weights."""
         if self.weights is None:
             return None
         kind, colon, seed = self.weights.partition(":")
         if kind != "random" or (colon and not seed.isdecimal()):
             raise UsageError(
-                f"--weights is {self.weights!r}", "--weights random, or random:7 for those of seed 7"
+                f"--weights is {self.weights!r}", "give --weights random, or random:7 to use seed 7"
             )
         return int(seed or 0)
 
@@ -209,7 +224,10 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class LoraProvenance:
-    """What a bundle keeps of how a LoRA went into it."""
+    """What a bundle records of a LoRA that is fused in: its source, weights, layout, modules and ranks.
+
+    `layout` names the file's key layout, and `modules` counts the modules that the LoRA changes.
+    """
 
     source: str
     weight: float
@@ -219,4 +237,5 @@ class LoraProvenance:
     ranks: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
+        """Returns the fields, for the manifest."""
         return asdict(self)

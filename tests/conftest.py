@@ -16,6 +16,7 @@ for name in [name for name in os.environ if name.startswith(SETTINGS) or name in
     del os.environ[name]
 HUB = tempfile.TemporaryDirectory(prefix="hub-")
 os.environ["HF_HOME"] = HUB.name
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub serve one of their own, in processes of their own
 # Models this small lose more to a second thread than they gain.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Of several workers (`pytest -n auto`) each keeps to a core: engines' threads would wait for another's.

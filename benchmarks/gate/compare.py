@@ -163,7 +163,7 @@ def pair_of(base_case: Case, base: BenchmarkReport, new_case: Case, new: Benchma
         yardsticks(base_case, base),
         yardsticks(new_case, new),
         case_environment(base_case, base),
-        new.environment,
+        case_environment(new_case, new),
     )
 
 

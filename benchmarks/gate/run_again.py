@@ -17,7 +17,7 @@ from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import DRAW
 
-# So many processes detect a change of 15 % on a busy machine, as tests/benchmarks/test_gate_power.py shows.
+# This many processes detect a change of 15 % on a busy machine, as tests/benchmarks/test_gate_power.py shows.
 PROCESSES = 10
 
 

@@ -1,4 +1,4 @@
-"""Recording the stages with torch on this machine's GPU, where a full-size picture takes seconds."""
+"""Records the stages with torch on this machine's GPU, where a full-size picture takes seconds."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from lcm_compile.stages.stage import Stage
 
 
 class CudaRehearsal(Rehearsal):
-    """A rehearsal whose stages compute on the GPU, each while it is recorded."""
+    """A rehearsal on the GPU, which holds only the stage that is being recorded."""
 
     def runner_of(self, stage: Stage) -> TorchRunner:
+        """Returns a runner that moves the stage to the GPU."""
         return CudaRunner(stage)
 
 
 class CudaRunner(TorchRunner):
-    """Runs a stage's module on the GPU, and returns it to the processor when it is closed."""
+    """Runs a stage's module on the GPU, and moves it back to the processor when it is closed."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__(stage)
-        torch.backends.cudnn.allow_tf32 = (
-            False  # cuDNN's convolutions use it by default; fp32 is the reference
-        )
+        # cuDNN's convolutions use TF32 by default, but the reference must be fp32.
+        torch.backends.cudnn.allow_tf32 = False
         move(self.module, "cuda")
 
     def tensor(self, array: Array) -> Tensor:
+        """Returns a copy of an array as a tensor on the GPU."""
         return torch.from_numpy(np.array(array)).cuda()
 
     def close(self) -> None:
+        """Moves the module back to the processor."""
         move(self.module, "cpu")
 
 
 def move(module: nn.Module, device: str) -> None:
-    """Moves a stage's module, with the plain tensors next to its weights, which `Module.to` leaves behind."""
+    """Moves a stage's module in place, with its plain tensors, which `Module.to` does not move."""
     module.to(device)
     for inner in module.modules():
         for name, value in list(vars(inner).items()):

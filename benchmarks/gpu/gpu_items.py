@@ -1,6 +1,7 @@
-"""What gpu_suite and gpu_smoke try: each function is called in a process of its own.
+"""The items of gpu_suite and gpu_smoke. Each of these functions is called in its own process.
 
-Each is given `note`, which keeps what it finds at once, the target's name, and a folder that all share.
+Its arguments are `note`, which saves results at once, the name of the target, and a folder that all items
+share. It raises Missing if this machine can't run it.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ MODELS = {
     "sd15": BuildSpec("sd15", weights="random"),
     "demo": BuildSpec("demo"),
 }
-# Pictures, or batches of them, of each who draws; no more are begun after so many seconds.
-RUNS, SECONDS = 20, 20.0
-# What the pictures of one engine must reach to each other: kernels may add in any order, and nothing else.
+RUNS = 20  # pictures, or batches of them, that the engines and each rival draw
+SECONDS = 20.0  # no more pictures are started after this time
+# The PSNR between pictures of the same engines, in dB: kernels may only differ in the order of their sums.
 SAME_DB = 50.0
 
 
 def examine_machine(note: Note, target: str, work: Path) -> None:
+    """Notes the hardware and the versions of this machine. Raises Missing if it has no GPU of a target."""
     note(
         python=platform.python_version(),
         processor=read_processor().name,
@@ -72,16 +74,16 @@ def examine_machine(note: Note, target: str, work: Path) -> None:
 
 
 def driver_version() -> str:
-    """As nvidia-smi tells it: sandboxes hide the driver's own file."""
-    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    """Returns the driver's version from nvidia-smi, because sandboxes hide the driver's own file."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError) as error:
-        return f"not told: {error}"
+        return f"unknown: {error}"
 
 
 def examine_backends(note: Note, target: str, work: Path) -> None:
-    """What `doctor` does, backend by backend: where one ends the process, the report tells which."""
+    """Checks each backend as `doctor` does. If one ends the process, the results say which."""
     from lcm_compile.builder.doctor import diagnose_backend
 
     found: Found = {}
@@ -93,25 +95,26 @@ def examine_backends(note: Note, target: str, work: Path) -> None:
 
 
 def write_weights(note: Note, target: str, work: Path, model: str) -> None:
-    """A model as a diffusers folder, its LCM-LoRA fused: one set of weights for engines and rivals."""
+    """Writes a model with its LCM-LoRA fused, as the diffusers folder that engines and rivals read."""
     from lcm_compile.lora.fuse import fuse
 
     folder = weights_of(work, model)
     folder.parent.mkdir(exist_ok=True)
     fuse(MODELS[model], folder, "fp32" if TARGETS[target].is_cpu else "fp16", noting(note))
-    # Engines decode in half precision; as its config is, diffusers would do SDXL's decoding in fp32.
+    # Engines decode in half precision. With the original config, diffusers would decode SDXL in fp32.
     config = folder / "vae" / "config.json"
     settings = {**json.loads(config.read_text()), "force_upcast": False}
     config.write_text(json.dumps(settings, indent=2))
 
 
 def weights_of(work: Path, model: str) -> Path:
+    """Returns the folder in which write_weights puts a model."""
     return work / "weights" / model
 
 
 @dataclass(frozen=True)
 class Engines:
-    """Those of one bundle. `precision` is the target's default unless it is told."""
+    """The engines of one bundle. If `precision` is "", it is the target's default."""
 
     model: str
     backend: str
@@ -120,16 +123,19 @@ class Engines:
 
     @property
     def name(self) -> str:
+        """The name of the bundle, and of the item that builds it."""
         parts = (self.model, self.backend, self.precision, f"by-{self.batch}" if self.batch > 1 else "")
         return "-".join(part for part in parts if part)
 
     def bundle(self, work: Path) -> Path:
+        """Returns the folder of the bundle."""
         return work / "bundles" / self.name
 
     def spec(self, work: Path, target: str) -> BuildSpec:
-        """From the checkpoint that write_weights left."""
+        """Returns the spec that builds the bundle from the checkpoint of write_weights."""
         base = str(weights_of(work, self.model))
-        # Its own VAE is named, or one of a hub cache would be built where diffusers takes this one.
+        # The VAE is named because the build could otherwise take another one from the hub's cache, while
+        # diffusers takes this one.
         return BuildSpec(
             base,
             target,
@@ -142,6 +148,7 @@ class Engines:
 
 
 def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """Builds the bundle of some engines. Raises Missing if the target or the backend can't do that."""
     from lcm_compile.builder.plan import default_precision
 
     precision = Precision.of(engines.precision or default_precision(TARGETS[target]), "fp16")
@@ -160,10 +167,10 @@ def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
 
 
 def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
-    """Builds as `build` does, but where a model is large torch draws the proof as a small picture.
+    """Builds a bundle as `build` does, but torch draws a small picture as the proof of a large model.
 
-    A complete one of SDXL takes a processor minutes; `measure` compares whole pictures with those of
-    diffusers.
+    A full-size picture of SDXL takes minutes on a processor. `measure` compares full-size pictures with those
+    of diffusers.
     """
     from lcm_compile.builder.build import build_into
     from lcm_compile.builder.export import exported
@@ -183,9 +190,9 @@ def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
 
 
 def record_proof(note: Note, target: str, work: Path, model: str) -> None:
-    """Records what torch computes in fp32 on this device, stage by stage, at the size that is built.
+    """Records what torch computes in fp32 on this device for each stage, at the size of the engines.
 
-    A large model's build records a smaller one, which a processor draws in seconds.
+    The build of a large model records a smaller picture, which a processor draws in seconds.
     """
     from lcm_compile.benchmarks.gpu.cuda_rehearsal import CudaRehearsal
     from lcm_compile.builder.export import write_tokenizers
@@ -207,8 +214,8 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     rehearsal, recordings = kind(contracts, settings, folder), Recordings.empty()
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    for part in MODEL_STAGES:
-        for cast in cast_stages(plan, part, LoraFiles(plan.loras), rehearsal, recordings):
+    for model_name in MODEL_STAGES:
+        for cast in cast_stages(plan, model_name, LoraFiles(plan.loras), rehearsal, recordings):
             seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
             note(seconds_to=seconds)
     write_proof(recordings.reference, {}, settings, folder)
@@ -216,13 +223,14 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
 
 
 def proof_of(work: Path, model: str) -> Path:
+    """Returns the folder in which record_proof puts its recordings of a model."""
     return work / "proofs" / model
 
 
 def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
-    """`verify` of every stage's own engine and of the picture, by the proof that record_proof left, if any.
+    """Verifies every engine of a bundle and its picture, with the proof of record_proof if there is one.
 
-    ParityError where they miss it. Missing where neither that nor the bundle's own proof is of its size.
+    Raises ParityError if one of them misses its floor, and Missing if there is no proof of the bundle's size.
     """
     from lcm_compile.bundles.bundle import open_bundle
     from lcm_compile.proof.parity import require
@@ -235,14 +243,14 @@ def verify_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     if bundle.manifest.proof.shape != bundle.manifest.pipeline.shape:
         raise Missing("its proof is of a smaller picture")
     figures = verify(bundle)
-    told = {name: {"db": round(figure.db, 2), "floor": figure.floor} for name, figure in figures.items()}
+    verified = {name: {"db": round(figure.db, 2), "floor": figure.floor} for name, figure in figures.items()}
     headline = ", ".join(f"{name} {figure.db:.0f} dB" for name, figure in figures.items())
-    note(verified=told, headline=headline)
+    note(verified=verified, headline=headline)
     require(figures)
 
 
 def take_proof(folder: Path, recorded: Path) -> None:
-    """Puts another proof into a bundle: of its own size, of the same prompt and seed."""
+    """Replaces the proof of a bundle by one of the bundle's own size, with the same prompt and seed."""
     from lcm_compile.bundles.bundle import list_files
     from lcm_compile.bundles.manifest import read_manifest
 
@@ -254,7 +262,7 @@ def take_proof(folder: Path, recorded: Path) -> None:
 
 
 def measure(note: Note, target: str, work: Path, name: str, engines: Engines, *rivals: str) -> None:
-    """Engines alone, and then in turn with rivals: should one of those hang, what was measured is kept."""
+    """Measures engines alone, and then in turn with rivals, so that a rival that hangs loses no results."""
     from lcm_compile.benchmarks.measure.bench import bench
     from lcm_compile.benchmarks.measure.summary import summarise
     from lcm_compile.bundles.bundle import open_bundle
@@ -271,17 +279,17 @@ def measure(note: Note, target: str, work: Path, name: str, engines: Engines, *r
             notes=report.notes,
             headline=f"{median(picture.samples_ms):.1f} ms",
         )
-    ratios = {name: told["ratio"] for name, told in summarise(report)["cases"]["picture"]["rivals"].items()}
-    told = [f"{name} takes {ratio:.2f}×" for name, ratio in ratios.items()]
+    rival_summaries = summarise(report)["cases"]["picture"]["rivals"]
+    ratios = [f"{name} takes {rival['ratio']:.2f}×" for name, rival in rival_summaries.items()]
     note(
         psnr_db=picture.parity_db,
         rivals_db={name: rival.parity_db for name, rival in picture.rivals.items()},
-        headline=", ".join([f"{median(picture.samples_ms):.1f} ms", *told]),
+        headline=", ".join([f"{median(picture.samples_ms):.1f} ms", *ratios]),
     )
 
 
 def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> None:
-    """The same pictures with CUDA graphs and without, in turn. ParityError where they differ."""
+    """Draws the same pictures with and without CUDA graphs, in turn. Raises ParityError if they differ."""
     from lcm_compile.benchmarks.measure.timing import LEAST_ROUNDS, WARM_UP, WARM_UP_SEED, in_turn, requests
     from lcm_compile.errors import ParityError
     from lcm_compile.pipeline.load import load
@@ -303,15 +311,15 @@ def compare_graphs(note: Note, target: str, work: Path, engines: Engines) -> Non
                 drawn[way] = pipeline.draw(Request(prompt, seed, num_images=batch))
                 ms[way].append(drawn[way].ms["total"])
             worst = min(worst, psnr_db(drawn["without"].pictures, drawn["with"].pictures))
-    told = drawn["with"].cuda_graph
+    status = drawn["with"].cuda_graph
     medians = ", ".join(f"{way} {median(values):.1f} ms" for way, values in ms.items())
-    note(cuda_graph=told, ms=ms, psnr_db=round(worst, 2), headline=f"{medians}, {worst:.0f} dB; {told}")
+    note(cuda_graph=status, ms=ms, psnr_db=round(worst, 2), headline=f"{medians}, {worst:.0f} dB; {status}")
     if worst < SAME_DB:
         raise ParityError(f"with CUDA graphs another picture is drawn: {worst:.1f} dB, needs {SAME_DB:g}")
 
 
 def draw_portable(note: Note, target: str, work: Path) -> None:
-    """The demo on engines of TensorRT for RTX that name no compute capability: its portable ones."""
+    """Draws the demo with portable engines of TensorRT for RTX, which name no compute capability."""
     from lcm_compile.builder.export import export
     from lcm_compile.bundles.export_manifest import Export
     from lcm_compile.engines import tensorrt, tensorrt_rtx
@@ -345,11 +353,11 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
 
 
 def noting(note: Note) -> Callable[[str, Any], None]:
-    """A build's report as parts of what is found; the one that has not ended has no cost."""
-    parts: Found = {}
+    """Returns a build's report that notes the cost of each task, as `parts`; None while it runs."""
+    costs: Found = {}
 
-    def report(part: str, cost: Any) -> None:
-        parts[part] = None if cost is None else asdict(cost)
-        note(parts=parts)
+    def report(task: str, cost: Any) -> None:
+        costs[task] = None if cost is None else asdict(cost)
+        note(parts=costs)
 
     return report

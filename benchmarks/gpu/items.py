@@ -1,7 +1,7 @@
-"""Things to try on a machine that nobody has seen, each in a process and a time limit of its own.
+"""Runs items, such as a build or a benchmark, on an unknown machine, and writes a report of their results.
 
-A crash or a hang ends that item and no other. After every item the whole report is written; one that was
-stopped keeps what it had found by then.
+Each item has its own process and its own time limit, so that a crash or a hang ends no other item. The
+complete report is written after every item. An item that was stopped keeps the results that it had by then.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.dataclass_json import json_text
 from lcm_compile.system.files import write_atomically
 
-LOG_END = 20_000  # characters of what a failed item's libraries printed
-WIDTH = 80
-NAME_WIDTH = 31
+LOG_END = 20_000  # last characters of a failed item's output that are kept
+WIDTH = 80  # columns of a printed line
+NAME_WIDTH = 31  # columns of an item's name
 
+# The results of an item, as JSON.
 Found = dict[str, Any]
+# Adds its keyword arguments to the results of an item, and saves them at once.
 Note = Callable[..., None]
 
 
 class Missing(Exception):
-    """What can't be tried here, and why."""
+    """Raised by an item that can't run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """`run(note, target, work, *args)`. It is begun while `least` seconds are left, and ended after `most`.
+    """A call of `run(note, target, work, *args)`, with its limits and its requirements.
 
-    `work` is a folder that all items share, `needs` the items that leave something there; a benchmark's
-    report goes to `report_path`. One `on_gpu` is skipped without, one `without_target` is tried even where
-    the machine's GPU is none that we know.
+    `work` is a folder that all items share; a benchmark writes its report to `report_path`. The item starts
+    only if `least` seconds are left, and is stopped after `most` seconds. `needs` names the items whose files
+    in `work` it reads. An item that is `on_gpu` is skipped on a machine without a GPU. One that is
+    `without_target` runs even if the GPU of the machine is no known target.
     """
 
     name: str
@@ -58,15 +61,19 @@ class Item:
 
 
 def report_path(work: Path, name: str) -> Path:
+    """Returns the path of the benchmark report of the item `name`."""
     return work / f"{name}.report.json"
 
 
 def perform(item: Item, target: str, work: Path) -> None:
-    """An item, in this process: all that it finds goes to `work/<name>.json`, at once."""
+    """Runs an item in this process. It writes every result to `work/<name>.json` at once.
+
+    Errors become results: the outcome is "ok", "missing" or "failed". Output of libraries goes to a log.
+    """
     found: Found = {}
 
-    def note(**told: Any) -> None:
-        found.update(told)
+    def note(**results: Any) -> None:
+        found.update(results)
         write_atomically(work / f"{item.name}.json", json_text(found, indent=1))
 
     with (work / f"{item.name}.log").open("wb") as log:
@@ -85,9 +92,12 @@ def perform(item: Item, target: str, work: Path) -> None:
 
 
 def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
-    """All that an item found, however it ended."""
-    told = work / f"{item.name}.json"
-    told.unlink(missing_ok=True)
+    """Runs an item in a child process, and returns its results, however it ends.
+
+    The process is stopped after `seconds`.
+    """
+    results = work / f"{item.name}.json"
+    results.unlink(missing_ok=True)
     began, start = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
     ended: Found = {}
     with at_home(work / f"{item.name}.home"):
@@ -95,9 +105,9 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
             call_in_child(perform, item, target, work, seconds=seconds)
         except TimeoutError:
             ended = {"outcome": "timed out", "error": f"it took more than {seconds:.0f} s"}
-        except Exception as error:  # the process ended, or item and process could not understand each other
+        except Exception as error:  # the process ended, or its call or result could not be pickled
             ended = {"outcome": "crashed", "error": str(error)}
-    found: Found = json.loads(told.read_text(encoding="utf-8")) if told.is_file() else {}
+    found: Found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
     if ended and (part := next((p for p, cost in found.get("parts", {}).items() if cost is None), None)):
         ended["error"] += f", in: {part}"
     found |= {"began": began, "seconds": round(time.monotonic() - start, 1), **ended}
@@ -105,12 +115,12 @@ def run_item(item: Item, target: str, work: Path, seconds: float) -> Found:
         with suppress(OSError):
             printed = (work / f"{item.name}.log").read_text(encoding="utf-8", errors="replace")
             found["printed"] = printed[-LOG_END:]
-    write_atomically(told, json_text(found, indent=1))
+    write_atomically(results, json_text(found, indent=1))
     return found
 
 
 def found_in(work: Path, item: Item) -> Found | None:
-    """What an earlier run left in the same folder of an item that ended well, or None."""
+    """Returns the results of an item that an earlier run completed in the same folder, or None."""
     try:
         found: Found = json.loads((work / f"{item.name}.json").read_text(encoding="utf-8"))
         return found if found["outcome"] == "ok" else None
@@ -120,7 +130,7 @@ def found_in(work: Path, item: Item) -> Found | None:
 
 @contextmanager
 def at_home(home: Path) -> Iterator[None]:
-    """A store for one item, empty when it begins and gone when it has ended; no network is waited for."""
+    """Uses a temporary store for one item, in this context, and keeps the hub client offline."""
     settings = {"LCM_COMPILE_HOME": str(home), "LCM_COMPILE_DEBUG": "1", "HF_HUB_OFFLINE": "1"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -133,15 +143,15 @@ def at_home(home: Path) -> Iterator[None]:
 
 
 def why_skipped(item: Item, machine: Found, done: Mapping[str, Found], left: float) -> str | None:
-    """Why an item is not even begun, or None."""
+    """Returns why an item can't be started, or None. `left` is the time that is left, in seconds."""
     target = machine.get("target")
     if item.on_gpu and target in (None, "cpu"):
         return "it needs a CUDA GPU, and this run has none"
     if target is None and not item.without_target:
-        return f"no target is known here: {last_line(machine)}"
+        return f"this machine has no known target: {last_line(machine)}"
     for need in item.needs:
         if done.get(need, {}).get("outcome") != "ok":
-            return f"{need} did not end well"
+            return f"{need} did not succeed"
     if left < item.least:
         return f"{max(left, 0):.0f} s are left, and it takes {item.least:.0f} at least"
     return None
@@ -157,9 +167,10 @@ def run_items(
     again: Collection[str] = (),
     name: str = "gpu_suite",
 ) -> tuple[Path, Found]:
-    """Runs items within `budget` seconds. Returns the path of the report `name`, and what is known of each.
+    """Runs items within `budget` seconds. Returns the path of the report, and the results of each item.
 
-    What an earlier run left in `work` is not done again, but for those named in `again`.
+    `machine` is an item that describes the machine; it runs first. `name` is the start of the report's file
+    name. Items that an earlier run completed in `work` are not run again, unless `again` names them.
     """
     deadline = time.monotonic() + budget
     done: dict[str, Found] = {}
@@ -177,7 +188,7 @@ def run_items(
             done[item.name] = run_item(item, here.get("target") or "cpu", work, min(item.most, left))
         if (saved := report_path(work, item.name)).is_file():
             shutil.copy(saved, path.with_name(f"{path.stem}-{item.name}.json"))
-        # What was found before is worth more than that nothing was tried now.
+        # Earlier results of an item are more useful than the information that it was skipped now.
         tried = {name: found for name, found in done.items() if found["outcome"] != "skipped"}
         write_report(path, here, {**done, **others, **tried})
         sys.stderr.write(summary_line(item.name, done[item.name]) + "\n")
@@ -185,7 +196,7 @@ def run_items(
 
 
 def with_needs(names: Collection[str], items: Sequence[Item]) -> set[str]:
-    """The named items, and all that they need."""
+    """Returns the names of these items and of all items that they need."""
     wanted = set(names)
     for item in reversed(items):
         if item.name in wanted:
@@ -194,11 +205,12 @@ def with_needs(names: Collection[str], items: Sequence[Item]) -> set[str]:
 
 
 def write_report(path: Path, machine: Found, items: Mapping[str, Found]) -> None:
+    """Writes the report of a machine and the results of its items, as JSON."""
     write_atomically(path, json_text({"schema": 1, "machine": machine, "items": items}, indent=1) + "\n")
 
 
 def found_before(path: Path, machine: Found) -> dict[str, Found]:
-    """The items of an earlier report, if its machine and all versions were the same."""
+    """Returns the items of an earlier report, if its machine and all versions were the same, otherwise {}."""
 
     def same(found: Found) -> Found:
         return {name: value for name, value in found.items() if name not in ("began", "seconds")}
@@ -211,15 +223,17 @@ def found_before(path: Path, machine: Found) -> dict[str, Found]:
 
 
 def summary_line(name: str, found: Found) -> str:
+    """Returns an item's name, outcome, seconds and headline, in at most four lines of WIDTH columns."""
     line = f"{name:<{NAME_WIDTH}}{found['outcome']:<10}{found.get('seconds', 0):>6.1f} s  {headline(found)}"
     indent = " " * (NAME_WIDTH + 20)
     return textwrap.fill(line, WIDTH, subsequent_indent=indent, max_lines=4, placeholder=" …")
 
 
 def headline(found: Found) -> str:
-    """What an item tells of itself, or the end of its error."""
+    """Returns the headline of an item's results, or the last line of its error."""
     return found.get("headline", "") if found["outcome"] == "ok" else last_line(found)
 
 
 def last_line(found: Found) -> str:
+    """Returns the last line of an item's error that is not empty, or ""."""
     return next((x for x in reversed(found.get("error", "").splitlines()) if x.strip()), "")

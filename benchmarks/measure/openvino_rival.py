@@ -66,6 +66,7 @@ class TextStates(nn.Module):
         self.encoder = encoder
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both outputs for tokens of shape (1, length)."""
         outputs = self.encoder(tokens, output_hidden_states=True)
         return outputs[0], outputs.hidden_states[-2]
 
@@ -93,6 +94,7 @@ class Prediction(nn.Module):
         self.unet, self.names = unet, names
 
     def forward(self, latent: Tensor, timestep: Tensor, hidden: Tensor, *more: Tensor) -> Tensor:
+        """Returns the prediction, of the latent's shape. `more` are the inputs called `names`."""
         added = dict(zip(self.names, more, strict=True))
         condition = {"timestep_cond": added.pop("timestep_cond")} if "timestep_cond" in added else {}
         return self.unet(
@@ -134,6 +136,7 @@ class Picture(nn.Module):
         self.vae = vae
 
     def forward(self, latent: Tensor) -> Tensor:
+        """Returns the decoded picture of shape (batch, 3, height, width)."""
         return self.vae.decode(latent, return_dict=False)[0]
 
 

@@ -121,7 +121,7 @@ class BenchmarkReport:
     environment: Environment
     benchmark: Benchmark
     cases: tuple[Case, ...]
-    notes: tuple[str, ...] = ()  # warnings for whoever reads the figures
+    notes: tuple[str, ...] = ()  # warnings for the reader of the figures
     loosened: tuple[Loosening, ...] = ()
 
     def __post_init__(self) -> None:

@@ -56,7 +56,6 @@ class Rival:
     starts leave it out, and so does the memory, because its peak includes the compiler.
     """
 
-    description: str
     load: Callable[[Path, Setup], Draw]
     lcm: bool = True
     starts_cold: bool = True
@@ -193,11 +192,16 @@ def draw_by_euler(folder: Path, setup: Setup) -> Draw:
 
 
 RIVALS = {
-    "eager": Rival("diffusers as it comes: fp32 on a processor, fp16 on a GPU", draw_eagerly),
-    "eager-bf16": Rival("diffusers in bf16, channels last", draw_eagerly_in_bf16),
-    "compile": Rival("diffusers with torch.compile", draw_compiled, starts_cold=False),
-    "openvino": Rival("OpenVINO's export of the pipeline", draw_with_openvino, starts_cold=False),
-    "euler-25": Rival("diffusers without the LCM-LoRA, 25 steps at guidance 7.5", draw_by_euler, lcm=False),
+    # Diffusers as it comes: fp32 on a processor, fp16 on a GPU.
+    "eager": Rival(draw_eagerly),
+    # Diffusers in bf16, channels last.
+    "eager-bf16": Rival(draw_eagerly_in_bf16),
+    # Diffusers with torch.compile.
+    "compile": Rival(draw_compiled, starts_cold=False),
+    # OpenVINO's export of the pipeline.
+    "openvino": Rival(draw_with_openvino, starts_cold=False),
+    # Diffusers without the LCM-LoRA, 25 steps at guidance 7.5.
+    "euler-25": Rival(draw_by_euler, lcm=False),
 }
 
 

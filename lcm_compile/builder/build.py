@@ -67,7 +67,7 @@ def build_plans(plans: Sequence[Plan], force: bool, report: Report) -> list[tupl
 
 
 def group_by_graphs(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Returns the plans that are no hit, grouped: plans in one group share the export of their graphs.
+    """Returns the plans that are not hits, in groups. Plans in one group share the export of their graphs.
 
     A plan that starts from an existing export is a group of its own.
     """
@@ -118,7 +118,7 @@ def check_room(plans: Sequence[Plan]) -> None:
 
 
 def engines_of(plan: Plan) -> tuple[str | None, ...]:
-    """Returns what engines depend on besides their graphs: two targets may share it, as A10 and A10G do."""
+    """Returns what engines depend on besides their graphs. It can be equal for two targets: A10 and A10G."""
     key = plan.key
     capability = plan.target.compute_capability
     return plan.backend_name, key["backend version"], key["builder options"], capability

@@ -54,7 +54,7 @@ def diagnose(report: Report = silent) -> list[Diagnosis]:
 def diagnose_backend(name: str) -> Diagnosis:
     """Builds an engine for one target of each compute capability, and runs it if this machine can.
 
-    Returns what was found; a backend that fails is a finding, and raises nothing.
+    Returns what was found. If the backend fails, its error is part of the result and is not raised.
     """
     backend = find_backend(name)
     version = installed_version(backend.PACKAGES)
@@ -83,7 +83,7 @@ def diagnose_backend(name: str) -> Diagnosis:
 
 
 def main_reason(reasons: list[str], runs: bool) -> str:
-    """Returns the reason to show: that an engine ran, otherwise the reason that holds for most targets."""
+    """Returns the reason to show: that an engine ran, or otherwise the one that holds for most targets."""
     if runs or not reasons:
         return reasons[0] if reasons else ""
     return max(reasons, key=reasons.count)

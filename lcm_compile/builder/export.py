@@ -1,4 +1,4 @@
-"""Exports a checkpoint: prepares and checks each stage, and writes its graph. Engines are built from these."""
+"""Exports a checkpoint: prepares and checks each stage, and writes the graphs that engines are built from."""
 
 from __future__ import annotations
 
@@ -207,5 +207,5 @@ def check_stage(
 
 
 def checked_text(plan: ExportPlan, twin: bool) -> str:
-    """Returns in the manifest's words what was compared with torch. `twin`: a graph for smaller pictures was."""
+    """Returns what was compared with torch, in the manifest's words. `twin` says whether it was the twin."""
     return f"{plan.checked}, of a twin of {plan.proof_shape}" if twin else plan.checked

@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     import torch
 
 CPU = TARGETS["cpu"]
-# Not timed, and so never chosen: it compiles for half a minute, and as long again for every stage.
+# Not timed, because that alone would take half a minute. Chosen only if no other backend can build.
 SLOW_TO_BUILD = {"aotinductor": "compiles for minutes; --backend aotinductor takes it"}
 ROUNDS = 7
-# Backends within this factor of the fastest one's milliseconds count as equally fast: a small network does not
-# decide between them.
+# Backends within this factor of the fastest one's milliseconds count as equally fast: a small network is no
+# exact measure of a large one.
 NEAR = 1.25
 FAR = 4  # a backend beyond this factor of the fastest one's milliseconds is not timed again
 REMEMBERED = 20  # measurements that the file keeps

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.builder.explain import explain
 from lcm_compile.builder.fastest_backend import choose_on_cpu
-from lcm_compile.builder.key import bundle_name, engine_key, export_key, key_digest
+from lcm_compile.builder.key import bundle_key, bundle_name, explain, export_key, key_digest
 from lcm_compile.bundles.bundle import check_destination
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.store import bundles_folder
@@ -217,9 +216,7 @@ def plan_export(
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
-    key = export_key(checkpoint, loras, shape, spec.rewrites, precisions, graph_format, digests)
-    if spec.whole_loop:
-        key["whole loop"] = "one graph"
+    key = export_key(spec, checkpoint, loras, shape, precisions, graph_format, digests)
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
     proof = proof_shape(checkpoint, shape, checked)
@@ -263,7 +260,7 @@ def finish_plan(
         name, graphs = source.manifest.name, source.manifest.key
     else:
         name, graphs = source.checkpoint.name, source.key
-    key = {**graphs, **engine_key(backend_name, find_backend(backend_name), target)}
+    key = bundle_key(graphs, backend_name, find_backend(backend_name), target)
     folder = out if out is not None else bundles_folder() / bundle_name(name, target, key)
     hit, reasons = explain(spec, key, folder, force)
     return Plan(spec, source, target, backend_name, passed_over, key, out, folder, hit, tuple(reasons))

@@ -33,9 +33,9 @@ CONDITIONS = ("encode", "context")
 class Cast:
     """A stage in the precision of the engines, and what was recorded of it in fp32.
 
-    `stage` is for pictures of the proof's shape. `modules` are its model's, as `rewrite_modules` returns them.
-    `peaks` are the largest absolute input and output of each layer. `fp32_layers` are those that stay in fp32
-    because they would overflow fp16, and `quantized_layers` those that multiply in 8 bits.
+    `stage` is for pictures of the proof's shape. `modules` are those of its model, as `rewrite_modules`
+    returns them. `peaks` are the largest absolute input and output of each layer. `fp32_layers` stay in fp32
+    because they would overflow fp16, and `quantized_layers` multiply in 8 bits.
     """
 
     stage: Stage
@@ -185,9 +185,10 @@ def cast_stages(
 ) -> Iterator[Cast]:
     """Yields a model's stages one after another, each recorded in fp32 and then cast.
 
-    The first call of the model's last stage is compared with the model before the rewrites. Each stage's calls
-    are added to the reference and to the calibration of `recordings`. Raises CheckpointError or LoraError if
-    the weights can't be loaded or fused, and ParityError if a rewritten stage differs from the model.
+    The first call of the model's last stage is compared with the model before the rewrites. Each stage's
+    calls are added to the reference and to the calibration of `recordings`. Raises CheckpointError or
+    LoraError if the weights can't be loaded or fused, and ParityError if a rewritten stage differs from the
+    model.
     """
     names, components = MODEL_STAGES[model]
     checkpoint = plan.checkpoint

@@ -1,4 +1,4 @@
-"""A bundle on the disk: one self-contained folder of engines, tokenizers and proof, listed in its manifest."""
+"""A bundle on the disk: a self-contained folder of engines, tokenizers and proof, with a manifest."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def open_bundle(folder: Path) -> EngineBundle:
 
 
 def hold(folder: Path) -> IO[bytes]:
-    """Returns the bundle's manifest as an open file. `lcm-compile bundles` keeps the bundle until it is closed.
+    """Returns the bundle's manifest as an open file, with a shared lock.
 
-    The lock is on the manifest itself, so it needs no folder to write to, and works with any
-    LCM_COMPILE_HOME. Raises BundleError if the bundle was removed or replaced.
+    Until the file is closed, `lcm-compile bundles` does not remove the bundle. The lock is on the manifest
+    itself, so it needs no folder to write to, and works with any LCM_COMPILE_HOME. Raises BundleError if the
+    bundle was removed or replaced.
     """
     path = folder / MANIFEST
     try:
@@ -74,7 +75,7 @@ def hold(folder: Path) -> IO[bytes]:
         file.close()
     except FileNotFoundError:
         pass
-    raise BundleError(f"{folder} has just been removed or replaced", "the same again, or build it again")
+    raise BundleError(f"{folder} has just been removed or replaced", "run the same again, or build it again")
 
 
 def list_files(folder: Path, but: Path | str = MANIFEST) -> dict[str, str]:
@@ -102,12 +103,12 @@ def check_destination(folder: Path, manifest: str = MANIFEST) -> None:
         raise UsageError(f"--out {folder} is a file", other)
     if folder.is_mount():
         raise UsageError(
-            f"--out {folder} is where a disk is mounted, and can't be replaced", f"{folder}/bundle"
+            f"--out {folder} is where a disk is mounted, and can't be replaced", f"give --out {folder}/bundle"
         )
     if folder.is_dir() and (foreign := foreign_files(folder, manifest)):
         raise UsageError(
-            f"--out {folder} is a folder with other things in it, such as {foreign[0]}, "
-            "and would be replaced with all it holds",
+            f"--out {folder} is a folder with other files in it, such as {foreign[0]}, "
+            "which the new bundle would replace",
             other,
         )
     try:
@@ -219,7 +220,7 @@ def reporting_full_disk(folder: Path) -> Iterator[None]:
 
 
 def sync(folder: Path) -> None:
-    """Flushes every file to the disk. The folder is renamed afterwards, so a power cut leaves no partial bundle."""
+    """Flushes every file to the disk before the folder is renamed. A power cut leaves no partial bundle."""
     for path in (*folder.rglob("*"), folder):
         handle = os.open(path, os.O_RDONLY)
         try:

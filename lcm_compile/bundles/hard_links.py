@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.system.cache import Digests
 
 
@@ -32,15 +33,16 @@ def share(folder: Path, store: Path) -> None:
 def listed_files(folder: Path) -> dict[str, str]:
     """Returns the sha256 of each file by its name, as the manifest lists it. Empty if that can't be read."""
     try:
-        return {
-            str(k): str(v) for k, v in json.loads((folder / "manifest.json").read_bytes())["files"].items()
-        }
+        return {str(k): str(v) for k, v in json.loads((folder / MANIFEST).read_bytes())["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def link(path: Path, name: Path) -> None:
-    """Replaces the file `name` with a hard link to `path`. Raises OSError if no link can be made; `name` stays."""
+    """Replaces the file `name` with a hard link to `path`.
+
+    Raises OSError if no link can be made. Then `name` is unchanged.
+    """
     new = name.with_name(f".{name.name}.link")
     os.link(path, new)
     new.replace(name)

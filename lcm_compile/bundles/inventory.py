@@ -192,7 +192,7 @@ def remove_leftover(leftover: Path, pretend: bool = False) -> None:
 
 @contextlib.contextmanager
 def not_being_built(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
-    """Locks a bundle's folder as `reserving` does, and yields the same paths. With `pretend`, changes nothing.
+    """Locks a bundle's folder and yields two paths, as `reserving` does. With `pretend`, changes nothing.
 
     Raises BundleError, without waiting, if another process is building or removing the bundle.
     """
@@ -250,8 +250,9 @@ def drop_lost_kernels() -> None:
 def prune(limit: int, pretend: bool = False) -> Pruned:
     """Removes what killed builds left, then the least recently used bundles of the store.
 
-    This stops when the rest takes at most `limit` bytes. Nothing outside the store is removed. With `pretend`,
-    returns what would be removed. Bundles that can't be removed are reported in the result.
+    This stops when the rest takes at most `limit` bytes. Nothing outside the store is removed. With
+    `pretend`, nothing is removed at all, and the result lists what would be. The result also says which
+    bundles can't be removed.
     """
     if not pretend:
         drop_lost_kernels()

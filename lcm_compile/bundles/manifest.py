@@ -58,8 +58,8 @@ class TokenizerSettings:
 class PipelineSettings:
     """Everything that the LCM loop needs besides the stages' contracts.
 
-    With `zero_negative_prompt`, an empty negative prompt is a text state of zeros. `sample_prompt` is drawn
-    if no prompt is given.
+    With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place.
+    `sample_prompt` is drawn if no prompt is given.
     """
 
     shape: Shape
@@ -106,8 +106,8 @@ class Manifest:
     """The fields that the manifests of bundles and exports share.
 
     `files` holds the sha256 of each file by its relative path. `lossy` holds the stages that lose quality by
-    the user's choice, each with the reason. A subclass gives its KIND in messages, the FILE's name, and AGAIN:
-    the hint in errors about a damaged folder.
+    the user's choice, each with the reason. A subclass defines KIND, its name in messages; FILE, the name of
+    the manifest's file; and AGAIN, the hint in errors about a damaged folder.
     """
 
     KIND: ClassVar[str]
@@ -173,7 +173,7 @@ class Manifest:
         for name, expected in self.files.items():
             path = folder / name
             if not path.is_file():
-                again = f"copy the whole folder, or {self.AGAIN}"
+                again = f"copy the complete folder, or {self.AGAIN}"
                 raise BundleError(f"{path} is missing from the {self.KIND}", again)
             if digests.sha256(path) != expected:
                 again = f"copy the {self.KIND} again, or {self.AGAIN}"
@@ -220,5 +220,5 @@ def check_inside(manifest: Path, name: str) -> None:
     if outside:
         raise BundleError(
             f"{manifest} names {name[:100]!r}, which is not inside {folder}",
-            "do not use this folder; get it again from whoever built it",
+            "do not use this folder; get it again from the person who built it",
         )

@@ -1,4 +1,4 @@
-"""What a base model is made of: each model's config, and where its weights lie. No torch."""
+"""Describes a base checkpoint: each model's config, and the files of its weights. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ MODELS = (*TEXT_ENCODERS, "unet", "vae")
 
 
 def is_tiny(vae: Mapping[str, Any]) -> bool:
-    """Whether a VAE's config is that of a tiny autoencoder (TAESD), which draws with loss."""
+    """Returns whether a VAE's config is that of a tiny autoencoder (TAESD), which decodes less exactly."""
     return bool(vae.get("_class_name") == "AutoencoderTiny")
 
 
 def factor_of(vae: Mapping[str, Any]) -> int:
-    """Picture pixels to a latent's, a side; a tiny autoencoder's config has names of its own."""
+    """Returns how many pixels of the picture one pixel of the latent is on a side: 8 for Stable Diffusion."""
+    # A tiny autoencoder's config has other names for these settings.
     blocks = vae.get("decoder_block_out_channels") or vae.get("block_out_channels") or [0]
     return int(vae.get("upsampling_scaling_factor", 2) ** (len(blocks) - 1))
 
@@ -32,8 +33,9 @@ def factor_of(vae: Mapping[str, Any]) -> int:
 class Component:
     """One model of a checkpoint: its config and its weights.
 
-    Of a diffusers `folder`: the weight files that are read, with their variant. Without one, `files` is a
-    single file, whose keys for this model begin with `prefix`; or none, for random weights.
+    If it comes from a diffusers `folder`, `files` are the weight files in that folder, and `variant` is
+    `fp16` or None. Otherwise `files` is one file with all models, in which the keys of this model begin with
+    `prefix`. For random weights there are no files.
     """
 
     name: str
@@ -45,9 +47,11 @@ class Component:
 
     @property
     def location(self) -> str:
+        """The folder or file of the weights, in words."""
         return str(self.folder or (self.files[0] if self.files else "random weights"))
 
     def content_files(self) -> list[Path]:
+        """Returns the files of the weights, and of the config if it has a file."""
         return [*([self.folder / "config.json"] if self.folder else []), *self.files]
 
 
@@ -55,9 +59,10 @@ class Component:
 class Checkpoint:
     """A base of SDXL's architecture (two text encoders) or SD1.5's (one).
 
-    `folder` holds its tokenizers and, where it is a diffusers folder, its settings. The weights of a base
-    that is one `file` are in that; with a `random_seed` they are nowhere: see random_base. `scheduler_config`
-    is the scheduler's as it was found, `notes` is what a person should know of how the base was taken.
+    `folder` holds its tokenizers and, if it is a diffusers folder, its settings. If the base is a single
+    file, this is `file`, which holds the weights. With a `random_seed` there are no weight files: see
+    random_weights. `scheduler_config` is the scheduler's config as it was found. `notes` are sentences for
+    the user about how the base was read.
     """
 
     base: str
@@ -72,55 +77,63 @@ class Checkpoint:
 
     @property
     def scheduler(self) -> SchedulerSettings:
+        """The settings of the noise schedule."""
         return SchedulerSettings.from_dict(self.scheduler_config)
 
     @property
     def location(self) -> Path:
+        """The file or folder of the base."""
         return self.file or self.folder
 
     @property
     def name(self) -> str:
-        """What people call it: a family, a hub id, or the file's or folder's own name."""
+        """The base's short name: a family, a hub id, or the name of the file or folder."""
         if self.base in FAMILIES or not user_path(self.base).exists():
             return self.base
         return self.file.stem if self.file else self.folder.resolve().name
 
     @property
     def text_encoders(self) -> list[str]:
+        """The names of its text encoders, one or two."""
         return [name for name in TEXT_ENCODERS if name in self.components]
 
     @property
     def tokenizers(self) -> list[str]:
+        """The names of its tokenizers, in the order of its text encoders."""
         return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
     def text_length(self, text_encoder: str) -> int:
-        """Tokens of a padded prompt."""
+        """Returns the number of tokens of a padded prompt."""
         return int(self.components[text_encoder].config.get("max_position_embeddings", 77))
 
     @property
     def architecture(self) -> str:
+        """`sdxl` or `sd15`."""
         return "sdxl" if "text_encoder_2" in self.components else "sd15"
 
     @property
     def unet(self) -> Mapping[str, Any]:
+        """The UNet's config."""
         return self.components["unet"].config
 
     @property
     def vae(self) -> Mapping[str, Any]:
+        """The VAE's config."""
         return self.components["vae"].config
 
     @property
     def vae_factor(self) -> int:
-        """Picture pixels to a latent's, a side."""
+        """How many pixels of the picture one pixel of the latent is on a side."""
         return factor_of(self.vae)
 
     @property
     def lossy(self) -> dict[str, str]:
-        """The stages that draw with loss, each with why."""
+        """The stages that lose quality, each with the reason."""
         return {"decode": "a tiny autoencoder in the VAE's place"} if is_tiny(self.vae) else {}
 
     @property
     def default_size(self) -> tuple[int, int]:
+        """The height and width in pixels that the UNet was trained for."""
         size = self.unet["sample_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return height * self.vae_factor, width * self.vae_factor
@@ -132,24 +145,27 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        """Of its files; 0 for random weights."""
+        """Bytes of all weight files; 0 for random weights."""
         return sum(p.stat().st_size for p in {path for c in self.components.values() for path in c.files})
 
     @property
     def is_folder(self) -> bool:
-        """Whether the settings are those of a diffusers folder, not of this package's tables."""
+        """Whether the settings come from a diffusers folder, not from this package's tables."""
         return self.file is None and self.random_seed is None
 
     def tokenizer_files(self) -> dict[str, Path]:
-        """`tokenizer/vocab.json` and so on; random weights may have none."""
+        """Returns the tokenizers' files by name, such as `tokenizer/vocab.json`.
+
+        Empty if a base with random weights has no tokenizer.
+        """
         folders = [self.folder / name for name in self.tokenizers if (self.folder / name).is_dir()]
         found = [p for folder in folders for p in sorted(folder.iterdir()) if p.suffix in (".json", ".txt")]
         return {f"{path.parent.name}/{path.name}": path for path in found}
 
     def content_files(self) -> dict[str, Path]:
-        """Every file that decides what the built engines compute and how prompts are read, by its part in it.
+        """Returns every file that decides what the engines compute and how prompts are read, by its role.
 
-        A file's own name counts only in a diffusers folder, where it says what the file is.
+        The file's own name is part of the role only in a diffusers folder, where it says what the file is.
         """
         files = self.tokenizer_files()
         if self.is_folder:
@@ -162,7 +178,10 @@ class Checkpoint:
         return files
 
     def content(self, sha256: Callable[[Path], str]) -> dict[str, str]:
-        """All that decides what is computed, by name, as digests: for keys."""
+        """Returns everything that decides what is computed, as digests by name. Keys of builds contain it.
+
+        `sha256` returns the digest of a file.
+        """
         content = {name: sha256(path) for name, path in self.content_files().items()}
         loose = {c.name: dict(c.config) for c in self.components.values() if c.folder is None}
         if loose:

@@ -1,4 +1,4 @@
-"""Configs of the published models, from which the rows of `families.py` are put together.
+"""Configs of the published models. The rows of `families.py` are made from them.
 
 Each holds the settings in which the published checkpoint differs from the library's defaults.
 """
@@ -42,7 +42,7 @@ UNET_SD21 = {
     "cross_attention_dim": 1024,
     "use_linear_projection": True,
 }
-# What a full LCM's UNet has besides: it reads the guidance scale as an embedding of this width.
+# The additional setting of a full LCM's UNet: it reads the guidance scale as an embedding of this width.
 GUIDED = {"time_cond_proj_dim": 256}
 
 VAE = {
@@ -56,7 +56,7 @@ VAE = {
 }
 VAE_XL = {**VAE, "sample_size": 1024, "scaling_factor": 0.13025}
 
-# The tiny autoencoder of both: TAESD and TAESDXL differ in their weights alone.
+# The tiny autoencoder of both VAEs: TAESD and TAESDXL differ only in their weights.
 TAESD = {
     "_class_name": "AutoencoderTiny",
     "encoder_block_out_channels": [64] * 4,
@@ -68,7 +68,7 @@ TAESD = {
 }
 
 # OpenAI's CLIP ViT-L/14, and OpenCLIP's ViT-bigG/14 and ViT-H/14.
-# eos_token_id 2 is how the hub's files have it: transformers then takes the largest id for the end.
+# The hub's files have eos_token_id 2: with it, transformers takes the largest id for the end of the text.
 CLIP_L = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -91,7 +91,7 @@ CLIP_BIGG = {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
-# SD2 reads the last but one of 24 layers: its checkpoints leave the last one out.
+# SD2 reads the second to last of 24 layers: its checkpoints leave the last one out.
 CLIP_H = {
     **CLIP_L,
     "hidden_size": 1024,
@@ -121,5 +121,5 @@ DDIM_V = {
 
 LCM = {"_class_name": "LCMScheduler", **BETAS}
 
-# What SDXL and SSD-1B have beside their UNet.
+# The models of SDXL and SSD-1B next to their UNet.
 XL = {"vae": VAE_XL, "text_encoder": CLIP_L, "text_encoder_2": CLIP_BIGG}

@@ -1,4 +1,4 @@
-"""A diffusers folder's settings and weight files, found and checked; no weight is read."""
+"""Finds and checks the settings and weight files of a diffusers folder. No weight is read."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lcm_compile.errors import CheckpointError
 from lcm_compile.scheduler import SchedulerSettings
 
 HINT = "give --base a folder written by diffusers' save_pretrained"
+# The variants of weight files, in the order in which they are looked for. None is the one without a suffix.
 Variants = Sequence[str | None]
 FULL_FIRST: Variants = (None, "fp16")
 HALF_FIRST: Variants = ("fp16", None)
@@ -21,7 +22,10 @@ HALF_FIRST: Variants = ("fp16", None)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a diffusers folder says of its pipeline: its models' configs, by name, and the rest."""
+    """The settings of a diffusers folder: each model's config by name, the scheduler's config, and a flag.
+
+    With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place.
+    """
 
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
@@ -29,12 +33,12 @@ class Settings:
 
 
 def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settings:
-    """The settings of a text-to-image pipeline's folder, or those with another `unet` in its place.
+    """Returns the settings of a text-to-image pipeline's folder. `unet` replaces its UNet's config.
 
-    CheckpointError names what is missing or senseless.
+    Raises CheckpointError if a setting is missing or invalid.
     """
     if not (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{folder} is no diffusers checkpoint: it has no model_index.json", HINT)
+        raise CheckpointError(f"{folder} is not a diffusers checkpoint: it has no model_index.json", HINT)
     index = read_json(folder / "model_index.json")
     present = [name for name in MODELS if isinstance(index.get(name), list) and any(index[name])]
     for name in ("text_encoder", "unet", "vae"):
@@ -59,20 +63,21 @@ def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settin
     return Settings(configs, scheduler, two and bool(index.get("force_zeros_for_empty_prompt", True)))
 
 
-# The settings that graphs are shaped by, and how many whole numbers each may list, 0 for a plain number;
-# diffusers checks the others.
+# The settings that the shapes in graphs depend on, each with the lengths that its list of positive integers
+# may have. Length 0 means a plain integer. diffusers checks the other settings.
 NEEDED: dict[str, dict[str, Sequence[int]]] = {
     "unet": {"in_channels": [0], "cross_attention_dim": [0], "sample_size": [0, 2]},
     "vae": {"latent_channels": [0], "block_out_channels": range(1, 9)},
     "text_encoder_2": {"projection_dim": [0]},
 }
 
-# What a UNet is told by besides a prompt, a timestep and SDXL's size ids; in text-to-image bases, by nothing.
+# The settings of a UNet that reads more than a prompt, a timestep and SDXL's size ids. A text-to-image base
+# has none of them, except `addition_embed_type` for SDXL's size ids.
 FOREIGN = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type")
 
 
 def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
-    """CheckpointError for a setting that is missing or senseless, or a UNet that is for another task."""
+    """Raises CheckpointError if a setting is missing or invalid, or if the UNet is for another task."""
     for name in NEEDED.keys() & configs.keys():
         for key, lengths in NEEDED[name].items():
             value = configs[name].get(key)
@@ -85,7 +90,7 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
     if foreign:
         raise CheckpointError(
             f"{folder / 'unet'}/config.json: {foreign[0]} is {configs['unet'][foreign[0]]!r}, which no "
-            "Stable Diffusion has",
+            "Stable Diffusion model has",
             "give a text-to-image base to --base",
         )
     takes, gives = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
@@ -97,6 +102,7 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file. Raises CheckpointError if it is missing or can't be read."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,7 +115,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_component(folder: Path, name: str, variants: Variants = FULL_FIRST) -> Component:
-    """The weight files of the model in `folder`, of the first variant that is there."""
+    """Returns the model in `folder`, with the weight files of the first variant that is there.
+
+    Raises CheckpointError if there are no weights, if shards are missing, or if the weights are pickles.
+    """
     config = read_json(folder / "config.json")
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
     for variant in variants:
@@ -132,7 +141,7 @@ def find_component(folder: Path, name: str, variants: Variants = FULL_FIRST) -> 
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt"))
     if pickles:
         raise CheckpointError(
-            f"{folder} has weights only as a pickle ({pickles[0]}), which is never opened",
+            f"{folder} has weights only as a pickle ({pickles[0]}), which can run code and is never opened",
             "convert it: diffusers' save_pretrained(folder, safe_serialization=True)",
         )
     raise CheckpointError(
@@ -142,9 +151,10 @@ def find_component(folder: Path, name: str, variants: Variants = FULL_FIRST) -> 
 
 
 def needed_files(names: Iterable[str], variants: Variants, models: Iterable[str] = MODELS) -> list[str]:
-    """Those of a hub repository's files that a base is opened from: of each model's weights one variant.
+    """Returns the files of a hub repository that are needed to open a base.
 
-    For a repository that is a UNet alone, give the model "".
+    `names` are all files of the repository. Of each model's weights, only the first variant that exists is
+    returned. The model "" means the repository's root: a UNet alone has its files there.
     """
     names = list(names)
     needed = [n for n in names if n == "model_index.json" or re.fullmatch(SETTINGS, n)]

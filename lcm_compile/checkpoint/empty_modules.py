@@ -1,4 +1,4 @@
-"""Models as their configs describe them, with shapes but without memory."""
+"""Makes models from their configs on torch's meta device: with shapes, but without memory for weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from lcm_compile.errors import CheckpointError, first_line
 
 
 def empty_module(component: Component) -> Any:
-    """A component whose parameters are on torch's meta device. CheckpointError for a senseless config."""
+    """Returns a component's module, with its parameters on torch's meta device.
+
+    Raises CheckpointError if its config can't be used.
+    """
     from accelerate import init_empty_weights
 
     try:
         with init_empty_weights():
             return module_of(component.name, component.config)
-    except Exception as error:  # the libraries raise whatever their constructors meet
+    except Exception as error:  # the libraries' constructors raise errors of many types
         place = f"{component.folder}/config.json" if component.folder else f"config of the {component.name}"
         raise CheckpointError(
             f"{place} can't be used: {first_line(error)}", "download the checkpoint again"
@@ -24,10 +27,12 @@ def empty_module(component: Component) -> Any:
 
 
 def empty_unet(config: Mapping[str, Any]) -> Any:
+    """Returns a UNet on torch's meta device. Raises CheckpointError if its config can't be used."""
     return empty_module(Component("unet", config))
 
 
 def module_of(name: str, config: Mapping[str, Any]) -> Any:
+    """Returns a new module of a component, on torch's current device."""
     kind = class_of(name, config)
     if name in ("unet", "vae"):
         return kind.from_config(dict(config))
@@ -37,7 +42,7 @@ def module_of(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def class_of(name: str, config: Mapping[str, Any]) -> Any:
-    """The class of a component, diffusers' or transformers'."""
+    """Returns the class of a component's module, from diffusers or transformers."""
     if name in ("unet", "vae"):
         import diffusers
 

@@ -1,4 +1,7 @@
-"""The model families. Everything that is said of a family is in its row of `FAMILIES`, and nowhere else."""
+"""The model families. A family is one row of `FAMILIES`; no other file names one.
+
+The configs in a row are put together from `configs.py`.
+"""
 
 from __future__ import annotations
 

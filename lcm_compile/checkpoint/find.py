@@ -1,6 +1,6 @@
-"""A base model, found and opened: a diffusers folder, one file, a UNet alone; here or on the hub.
+"""Finds and opens a base: a diffusers folder, a single file or a UNet alone, on this machine or on the hub.
 
-No torch: `loading` reads the weights.
+This needs no torch: `load` reads the weights.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from lcm_compile.checkpoint.diffusers_folder import (
     read_settings,
 )
 from lcm_compile.checkpoint.families import FAMILIES, detect_family
-from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.hub import REPOSITORY, fetch
 from lcm_compile.checkpoint.single_file import open_file
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
 from lcm_compile.system.files import user_path
 
 __all__ = ["Checkpoint", "Component", "check_size", "open_checkpoint"]
 
-HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_ID = re.compile(rf"(?P<repository>{REPOSITORY})(?:@(?P<revision>[\w./-]+))?")
 FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
 def open_checkpoint(base: str, config: str | None = None, half: bool = False) -> Checkpoint:
-    """Reads and checks a base's settings; loads no weights. `half`: of the hub's, fp16 weights will do.
+    """Returns a base with its settings, read and checked. Loads no weights.
 
-    `config` is a diffusers folder that a base of one file takes its settings and tokenizers from. UsageError
-    for a name that nothing has; CheckpointError where the hub can't be had, or says what is missing.
+    `config` is a diffusers folder with the settings and tokenizers for a base that is a single file. With
+    `half`, fp16 weights are preferred on the hub. Raises UsageError if no base has this name, and
+    CheckpointError if it can't be downloaded, or if its settings or files are missing or invalid.
     """
     path = locate(base, half)
     if path.is_file():
         return open_file(base, path, user_path(config) if config else None)
     if config:
-        raise UsageError(f"--config is for a base that is one file, and {base} is a folder", "drop it")
+        raise UsageError(f"--config is for a base that is one file, and {base} is a folder", "drop --config")
     variants = variants_of(base, half)
     if is_unet_alone(path):
         return open_unet(base, path, variants)
@@ -52,13 +53,16 @@ def open_checkpoint(base: str, config: str | None = None, half: bool = False) ->
 
 
 def open_unet(base: str, folder: Path, variants: Variants) -> Checkpoint:
-    """A UNet alone, with its family's other models."""
+    """Returns the base made of a UNet and its family's other models.
+
+    Raises CheckpointError if the UNet's family is unknown, or if the other models can't be had.
+    """
     unet = find_component(folder, "unet", variants)
     family = detect_family(unet.config)
     if family is None:
         raise CheckpointError(
-            f"{folder} is a UNet alone, and of no family whose other models are known here",
-            "give a whole checkpoint's folder to --base, with this UNet in it",
+            f"{folder} is a UNet alone, and belongs to no family whose other models are known here",
+            "give a complete checkpoint's folder to --base, with this UNet in it",
         )
     half = variants == HALF_FIRST
     others = [name for name in MODELS if name != "unet"]
@@ -73,6 +77,7 @@ def open_unet(base: str, folder: Path, variants: Variants) -> Checkpoint:
 
 
 def is_unet_alone(folder: Path) -> bool:
+    """Returns whether a folder holds a UNet without other models."""
     config = folder / "config.json"
     return (
         not (folder / "model_index.json").exists()
@@ -82,12 +87,16 @@ def is_unet_alone(folder: Path) -> bool:
 
 
 def variants_of(base: str, half: bool) -> Variants:
-    """What is here is taken as it is; of what the hub has, fp16 weights are half the download."""
+    """Returns the variants of weights to look for, in their order.
+
+    With `half`, fp16 weights are preferred for a base on the hub, because they are half the download. A base
+    on this machine is read as it is.
+    """
     return HALF_FIRST if half and hub_id(base) else FULL_FIRST
 
 
 def hub_id(base: str) -> tuple[str, str | None] | None:
-    """The repository and revision that a base names, or None for one that is here."""
+    """Returns the hub repository and revision that a base names, or None if it is on this machine."""
     if base in FAMILIES:
         base = FAMILIES[base].base
     match = HUB_ID.fullmatch(base)
@@ -110,7 +119,11 @@ def same_base(one: str, other: str) -> bool:
 
 
 def locate(base: str, half: bool = False, models: Iterable[str] = (*MODELS, "")) -> Path:
-    """The file or folder of a base: a path, the demo, or a hub snapshot, downloaded where it is missing."""
+    """Returns the file or folder of a base: a path, the demo's, or a hub snapshot, downloaded if needed.
+
+    `models` are the models that are downloaded. Raises UsageError if no base has this name, and
+    CheckpointError if it can't be downloaded.
+    """
     if hub := hub_id(base):
         variants = variants_of(base, half)
         return download(base, *hub, variants, models)
@@ -125,6 +138,7 @@ def locate(base: str, half: bool = False, models: Iterable[str] = (*MODELS, ""))
 def download(
     base: str, repository: str, revision: str | None, variants: Variants, models: Iterable[str]
 ) -> Path:
+    """Returns the folder of a hub snapshot. Raises CheckpointError if neither hub nor cache has it."""
     try:
         return fetch(repository, lambda names: needed_files(names, variants, models), revision)
     except ConnectionError as error:
@@ -137,6 +151,7 @@ def download(
 
 
 def check_size(checkpoint: Checkpoint, height: int, width: int) -> None:
+    """Raises UsageError if a side, in pixels, is not a multiple of the VAE's factor."""
     for name, side in (("height", height), ("width", width)):
         if side % checkpoint.vae_factor:
             raise UsageError(f"{name} {side} is not a multiple of {checkpoint.vae_factor}, this VAE's factor")

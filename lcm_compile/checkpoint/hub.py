@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub, or from its cache where the hub can't be reached."""
+"""Fetches files from the Hugging Face hub, or from its cache if the hub can't be reached."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from pathlib import Path
 
 from lcm_compile.errors import first_line
 
-SECONDS = 10.0
+SECONDS = 10.0  # to wait for the hub's first answer
+REPOSITORY = r"[A-Za-z0-9][\w.-]*/[\w.-]+"  # OWNER/NAME
+# File names or patterns, or a function that chooses among the repository's file names.
 Files = Sequence[str] | Callable[[list[str]], list[str]]
 
 
 def fetch(repository: str, files: Files, revision: str | None = None) -> Path:
-    """The folder of a repository's revision (its newest one), with the files of these names or patterns.
+    """Returns the folder of a repository's revision, with the files of these names or patterns.
 
-    `files` may choose among the repository's file names. ConnectionError, with the reason, where neither the
-    hub nor the cache has it.
+    The default revision is the newest. Raises ConnectionError, with the reason, if neither the hub nor the
+    cache has it.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.utils import disable_progress_bars
@@ -24,9 +26,9 @@ def fetch(repository: str, files: Files, revision: str | None = None) -> Path:
     if not sys.stderr.isatty():
         disable_progress_bars()
     info, reason = None, ""
-    # The client raises what its HTTP library does, which is another one in each of its major versions.
+    # The client raises the errors of its HTTP library, which differs between its major versions.
     try:
-        # snapshot_download asks for the revision too, but waits for ever for the answer.
+        # snapshot_download asks for the revision too, but without a timeout.
         info = HfApi().model_info(repository, revision=revision, timeout=SECONDS)
     except Exception as error:
         reason = first_line(error)
@@ -35,15 +37,18 @@ def fetch(repository: str, files: Files, revision: str | None = None) -> Path:
             return from_cache(repository, revision)
         names = [sibling.rfilename for sibling in info.siblings or ()]
         patterns = files(names) if callable(files) else list(files)
-        # By its name, not by the commit just told: only then is the name in the cache for later.
+        # The revision's name is given, not the commit in `info`: only then does the cache store the name.
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:
         raise ConnectionError(reason or first_line(error)) from error
 
 
 def from_cache(repository: str, revision: str | None = None) -> Path:
-    """A revision's folder in the cache, whatever it holds; raises where there is none. Asks no hub."""
+    """Returns a revision's folder in the cache, without asking the hub. The folder may lack files.
+
+    Raises an error of the hub's client if there is none.
+    """
     from huggingface_hub import snapshot_download
 
-    # No pattern: a snapshot of some of the files, as fetch leaves it, is not incomplete.
+    # Without patterns, because `fetch` leaves snapshots with some of the files, and these must count.
     return Path(snapshot_download(repository, revision=revision, allow_patterns=[], local_files_only=True))

@@ -1,4 +1,4 @@
-"""A checkpoint's weights and tokenizers, loaded."""
+"""Loads a checkpoint's weights and tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
-    """One component in fp32. CheckpointError where its weights are damaged or don't fit the config."""
+    """Returns one component in fp32, in eval mode and without gradients.
+
+    Raises CheckpointError if its weights are damaged or do not fit its config.
+    """
     component = checkpoint.components[name]
     with quiet_libraries():
         if component.folder:
@@ -32,7 +35,10 @@ def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
 
 
 def stored_component(component: Component, folder: Path) -> torch.nn.Module:
-    """From a diffusers folder of one model."""
+    """Returns a component in fp32 from the diffusers folder of one model.
+
+    Raises CheckpointError if it can't be loaded, or if weights are missing.
+    """
     import torch
 
     options: dict[str, Any] = {
@@ -41,7 +47,7 @@ def stored_component(component: Component, folder: Path) -> torch.nn.Module:
         "local_files_only": True,
         "output_loading_info": True,
     }
-    # diffusers and transformers name it differently.
+    # diffusers and transformers have different names for this argument.
     dtype = "torch_dtype" if component.name in ("unet", "vae") else "dtype"
     kind = class_of(component.name, component.config)
     try:
@@ -61,7 +67,7 @@ def stored_component(component: Component, folder: Path) -> torch.nn.Module:
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keeps diffusers' and transformers' own bars and notices off the terminal while loading."""
+    """Hides the progress bars and warnings of diffusers and transformers until the block ends."""
     import diffusers.utils.logging as diffusers_log
     import transformers.utils.logging as transformers_log
 
@@ -81,7 +87,10 @@ def quiet_libraries() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A CLIP tokenizer as one `tokenizers` JSON, and how prompts are padded."""
+    """A CLIP tokenizer as the JSON of the `tokenizers` library, and how prompts are padded.
+
+    `max_length` counts tokens.
+    """
 
     json: str
     max_length: int
@@ -89,7 +98,10 @@ class TokenizerFiles:
 
 
 def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
-    """Converts vocab.json and merges.txt (the hub's files) or takes tokenizer.json."""
+    """Returns a tokenizer, from vocab.json and merges.txt (the hub's files) or from tokenizer.json.
+
+    Raises CheckpointError if it can't be read.
+    """
     config = checkpoint.components[name.replace("tokenizer", "text_encoder")].config
     if checkpoint.random_seed is not None and not (checkpoint.folder / name).is_dir():
         vocabulary = config["vocab_size"]

@@ -1,4 +1,4 @@
-"""The base that a spec names, opened with the VAE that it asks for: the front door of this folder."""
+"""Opens the base that a spec names, with the VAE that it asks for. Other folders open bases through this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from lcm_compile.spec import BuildSpec
 
 
 def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
-    """The base that a spec names, with its VAE if it names one."""
+    """Returns the base that a spec names, with the spec's VAE if it names one. Loads no weights.
+
+    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base or VAE has this name, and
+    CheckpointError if it can't be downloaded or read, or if the VAE does not fit the base.
+    """
     seed = spec.random_seed
     if seed is None:
         checkpoint = open_checkpoint(spec.base, spec.config, half)
@@ -19,9 +23,9 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
 
 
 def with_safe_vae(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the checkpoint with its family's VAE for fp16, or with a note why that can't be had.
+    """Returns the checkpoint with its family's VAE for fp16, or with a note that says why it has its own.
 
     Only for a checkpoint whose VAE `overflows`.
     """
     reason = None if with_fp16_vae(checkpoint) else download_vae(fp16_vae(checkpoint))
-    return with_fp16_vae(checkpoint) or with_own_vae(checkpoint, reason or "it is not whole")
+    return with_fp16_vae(checkpoint) or with_own_vae(checkpoint, reason or "its files are incomplete")

@@ -1,7 +1,8 @@
-"""The original Stable Diffusion's names for a diffusers UNet's modules, told from the UNet's own structure.
+"""Finds the original Stable Diffusion's names for a diffusers UNet's modules, from the UNet's structure.
 
-The original numbers its blocks in one row: `input_blocks.0.0` is conv_in, then each residual block with the
-attention after it is one block, and each downsampler another; an upsampler belongs to the block before it.
+The original numbers its blocks in one sequence. `input_blocks.0.0` is conv_in. After it, each residual block
+with the attention that follows it is one block, and each downsampler is a block of its own. An upsampler
+belongs to the block before it.
 """
 
 from __future__ import annotations
@@ -32,23 +33,26 @@ RESNET = {
 
 
 def original_names(unet: torch.nn.Module) -> dict[str, str]:
-    """diffusers' name → the original's, for the embeddings and each block; see `original_name`."""
+    """Returns the original's names by diffusers' names, for the embeddings and the blocks.
+
+    `original_name` returns the name of any module from them.
+    """
     names = dict(EMBEDDINGS)
     number = 1
     for path, block in numbered(unet, "down_blocks"):
-        for resnet, attention in row(path, block):
+        for resnet, attention in layer_names(path, block):
             names |= {resnet: f"input_blocks.{number}.0", attention: f"input_blocks.{number}.1"}
             number += 1
         if count(block, "downsamplers"):
             names[f"{path}.downsamplers.0.conv"] = f"input_blocks.{number}.0.op"
             number += 1
     number = 0
-    for resnet, attention in row("mid_block", getattr(unet, "mid_block", None)):
+    for resnet, attention in layer_names("mid_block", getattr(unet, "mid_block", None)):
         names |= {resnet: f"middle_block.{number}", attention: f"middle_block.{number + 1}"}
         number += 2
     number = 0
     for path, block in numbered(unet, "up_blocks"):
-        for resnet, attention in row(path, block):
+        for resnet, attention in layer_names(path, block):
             names |= {resnet: f"output_blocks.{number}.0", attention: f"output_blocks.{number}.1"}
             number += 1
         if count(block, "upsamplers"):
@@ -58,21 +62,26 @@ def original_names(unet: torch.nn.Module) -> dict[str, str]:
 
 
 def numbered(unet: torch.nn.Module, name: str) -> list[tuple[str, torch.nn.Module]]:
+    """Returns the blocks of a list of the UNet, each with its full name."""
     return [(f"{name}.{n}", block) for n, block in unet.get_submodule(name).named_children()]
 
 
-def row(path: str, block: torch.nn.Module | None) -> list[tuple[str, str]]:
-    """The names of each residual block, and of the attention after it where there is one."""
+def layer_names(path: str, block: torch.nn.Module | None) -> list[tuple[str, str]]:
+    """Returns the name of each residual block, with the name that the attention after it would have."""
     return [(f"{path}.resnets.{n}", f"{path}.attentions.{n}") for n in range(count(block, "resnets"))]
 
 
 def count(block: torch.nn.Module | None, name: str) -> int:
-    # Blocks without downsamplers have None in their place, and so have UNets without a middle block.
+    """Returns the length of a block's list of modules, 0 if it has no such list."""
+    # A block without downsamplers has None in their place, and a UNet without a middle block has None for it.
     return len(list(getattr(block, name, None) or ()))
 
 
 def original_name(name: str, originals: Mapping[str, str]) -> str:
-    """A module's original name, given `original_names`; diffusers' own where it has no other."""
+    """Returns a module's original name. `originals` is what `original_names` returned.
+
+    A module that the original does not have keeps diffusers' name.
+    """
     if name in originals:
         return originals[name]
     head, middle, tail = name.partition(".resnets.")

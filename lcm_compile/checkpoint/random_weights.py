@@ -1,7 +1,8 @@
-"""A family's architecture with random weights: no download, no picture worth seeing, the real work.
+"""Gives a family's architecture random weights, which need no download.
 
-For benchmarks, CI, and to find out whether a target takes a model before its weights are fetched. The random
-weights stand for the base with its LCM-LoRA fused in, or for a full LCM.
+The pictures show nothing, but computing them is the same work as with real weights. This is for benchmarks,
+for CI, and to find out whether a target can run a model before its weights are downloaded. The random weights
+take the place of the base with its LCM-LoRA fused in, or of a full LCM.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from lcm_compile.errors import unknown_name
 if TYPE_CHECKING:
     import torch
 
-NOISE = 0.02
+NOISE = 0.02  # the standard deviation of biases, and of the scales of norms around 1
 
 
 def open_random(base: str, seed: int) -> Checkpoint:
-    """The checkpoint of a family as its configs say; UsageError for a base that is none of theirs."""
+    """Returns the checkpoint of a family with random weights. Raises UsageError if `base` is no such family.
+
+    The tokenizers are the family's if the hub or its cache has them.
+    """
     known = {name: family for name, family in FAMILIES.items() if family.models}
     if base not in known:
         raise unknown_name("family for random weights", base, known, "give one of them to --base")
@@ -33,7 +37,7 @@ def open_random(base: str, seed: int) -> Checkpoint:
     try:
         folder = fetch(family.others or family.base, TOKENIZER_FILES)
     except ConnectionError:
-        folder = Path(f"{base}-random")  # stand-in tokenizers, see below
+        folder = Path(f"{base}-random")  # does not exist: `stand_in_tokenizer` is used
     components = {name: Component(name, config) for name, config in family.models.items()}
     return Checkpoint(
         base, folder, family, components, family.scheduler, "text_encoder_2" in components, random_seed=seed
@@ -41,9 +45,10 @@ def open_random(base: str, seed: int) -> Checkpoint:
 
 
 def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
-    """The module with weights of variance 1 / fan-in, in fp32; each depends on the seed and its name alone.
+    """Returns a component in fp32 with random weights. Each tensor depends only on the seed and its name.
 
-    Signals then neither vanish nor overflow on their way through a hundred layers, in half precision too.
+    Matrices and kernels have the variance 1 / fan-in, so that activations neither vanish nor overflow through
+    a hundred layers, even in half precision.
     """
     import torch
 
@@ -65,10 +70,10 @@ def random_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
 
 
 def stand_in_tokenizer(vocabulary: int) -> str:
-    """CLIP's tokenizer without its merges, for where those can't be had: every byte is a token.
+    """Returns CLIP's tokenizer without its merges as the JSON of the `tokenizers` library.
 
-    As one `tokenizers` JSON; the last two ids are CLIP's ends. Texts differ by it, which is all that random
-    weights can tell apart.
+    Every byte is a token, and the last two ids are CLIP's start and end. It is used if the real tokenizer
+    can't be downloaded. Different texts get different tokens, and random weights need no more than that.
     """
     from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer

@@ -1,6 +1,6 @@
-"""Models to and from files in the original layout; reading is diffusers' own conversion.
+"""Reads a model from a file in the original layout, with diffusers' own conversion of the names.
 
-Tensors are mapped from the file and turned into fp32 one by one: no file lies in memory whole.
+Tensors are mapped from the file and converted to fp32 one by one, so the file is never in memory at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ Weights = dict[str, "torch.Tensor"]
 
 
 def component_in_file(component: Component) -> torch.nn.Module:
-    """A component in fp32, of the keys that begin with its prefix. CheckpointError where they don't fit."""
+    """Returns a component in fp32, from the tensors whose keys begin with its prefix.
+
+    Raises CheckpointError if the file can't be read, or if the tensors do not fit the config.
+    """
     import torch
 
     if is_tiny(component.config):
@@ -37,11 +40,14 @@ def component_in_file(component: Component) -> torch.nn.Module:
             n for n in sorted(needed.keys() & weights.keys()) if needed[n] != weights[n].shape
         ],
     }
-    told = [f"{what} {len(names)} weights ({', '.join(names[:3])})" for what, names in wrong.items() if names]
-    if told:
+    reasons = [
+        f"{what} {len(names)} weights ({', '.join(names[:3])})" for what, names in wrong.items() if names
+    ]
+    if reasons:
         raise CheckpointError(
-            f"the {component.name} of {component.files[0]} does not fit its config: it {'; it '.join(told)}",
-            "download the file again, or --config DIR, a diffusers folder of its architecture",
+            f"the {component.name} of {component.files[0]} does not fit its config: "
+            f"it {'; it '.join(reasons)}",
+            "download the file again, or give --config DIR, a diffusers folder of its architecture",
         )
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}
     module.load_state_dict(copies, assign=True)
@@ -49,7 +55,10 @@ def component_in_file(component: Component) -> torch.nn.Module:
 
 
 def read_weights(component: Component) -> Weights:
-    """A file's tensors for one component, under their whole keys; nothing is read before it is used."""
+    """Returns a file's tensors for one component, under their full keys. Data is read when it is first used.
+
+    Raises CheckpointError if the file is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = component.files[0]
@@ -62,7 +71,7 @@ def read_weights(component: Component) -> Weights:
 
 
 def as_diffusers(component: Component, module: Any, weights: Weights) -> Weights:
-    """A component's original weights under the names of its diffusers (or transformers) module."""
+    """Returns a component's original weights under the names of its diffusers or transformers module."""
     from diffusers.loaders import single_file_utils as convert
 
     if component.name == "unet":
@@ -77,7 +86,7 @@ def as_diffusers(component: Component, module: Any, weights: Weights) -> Weights
         found = convert.convert_open_clip_checkpoint(module, weights, prefix=component.prefix)
     if not component.name.startswith("text_encoder"):
         return found
-    # Old files and some versions of transformers have no `text_model.` before a text encoder's names.
+    # In old files and in some versions of transformers, a text encoder's names lack `text_model.` in front.
     nested = "text_model." if hasattr(module, "text_model") else ""
     return {
         name if name.startswith("text_projection") else nested + name.removeprefix("text_model."): tensor

@@ -1,8 +1,9 @@
-"""A base that is one file in the original layout: what it is, told by its keys and shapes. No torch.
+"""Opens a base that is one file in the original layout, and recognises it by its keys and shapes. No torch.
 
-The layout is CompVis' and Stability's, which webui and ComfyUI read: the UNet under `model.diffusion_model.`,
-the VAE under `first_stage_model.`, the text encoders under `cond_stage_model.` or, SDXL's, `conditioner.`.
-A file holds no settings: they are the family's, or those of a diffusers folder that is named.
+The layout is CompVis' and Stability's, which webui and ComfyUI read. The UNet's keys begin with
+`model.diffusion_model.`, the VAE's with `first_stage_model.`, and the text encoders' with `cond_stage_model.`
+or, in SDXL, with `conditioner.`. A file holds no settings: they are taken from its family, or from a
+diffusers folder that the user names.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
 from lcm_compile.checkpoint.diffusers_folder import Settings, read_settings
 from lcm_compile.checkpoint.families import Family, detect_family
 from lcm_compile.checkpoint.hub import fetch
-from lcm_compile.errors import CheckpointError
+from lcm_compile.errors import CheckpointError, first_few
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # The first text encoder of SD1.x is OpenAI's CLIP, that of SD2.x is OpenCLIP's; SDXL has one of each.
@@ -28,7 +29,7 @@ TEXT_PREFIXES = {
     CLIP_XL: "text_encoder",
     OPEN_CLIP_XL: "text_encoder_2",
 }
-# What training leaves in a file beside its models: averaged weights, and the noise schedule in many forms.
+# Keys that training leaves in a file next to the models: averaged weights, and forms of the noise schedule.
 LEFT_OVERS = re.compile(
     r"model_ema\..*|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_.*"
     r"|sqrt_(recip|recipm1)_alphas_cumprod|log_one_minus_.*|lvlb_weights|logvar|scale_factor|global_step"
@@ -39,9 +40,10 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
-    """The checkpoint in a file, with its family's settings or those of the diffusers folder `config`.
+    """Returns the checkpoint in a file, with its family's settings or those of the diffusers folder `config`.
 
-    CheckpointError says what a file is that is no Stable Diffusion base, and what to do with it.
+    Raises CheckpointError if the file is no Stable Diffusion base. If it is known what the file is, the error
+    says so, and how the file can be used.
     """
     shapes, metadata = read_header(path)
     refuse_others(path, shapes)
@@ -51,14 +53,14 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
     for name in settings.configs:
         if name not in prefixes:
             raise CheckpointError(
-                f"{path} has no {name}", "give a whole checkpoint's file or folder to --base"
+                f"{path} has no {name}", "give a complete checkpoint's file or folder to --base"
             )
     components = {
         name: Component(name, settings.configs[name], (path,), prefix=prefixes[name])
         for name in settings.configs
     }
     extra = unread(shapes)
-    notes = (f"{path.name}: {len(extra)} keys belong to no model and are not read: {some(extra)}",)
+    notes = (f"{path.name}: {len(extra)} keys belong to no model and are not read: {first_few(extra)}",)
     return Checkpoint(
         base,
         folder,
@@ -72,25 +74,28 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
 
 
 def models_in(shapes: Shapes) -> dict[str, str]:
-    """The models of a file, and what their keys begin with."""
+    """Returns the models in a file by name, each with the prefix of its keys."""
     known = {UNET: "unet", VAE: "vae", **TEXT_PREFIXES}
     return {name: prefix for prefix, name in known.items() if under(prefix, shapes)}
 
 
 def unread(shapes: Shapes) -> list[str]:
-    """The keys that belong to no model, and are none of what training leaves."""
+    """Returns the keys that belong to no model, except those that training leaves."""
     known = tuple(models_in(shapes).values())
     return [key for key in shapes if not key.startswith(known) and not LEFT_OVERS.fullmatch(key)]
 
 
 def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
-    """The shapes of a safetensors file's tensors, by key, and its metadata."""
+    """Returns the shapes of a safetensors file's tensors by key, and its metadata.
+
+    Raises CheckpointError if it is a pickle or can't be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise CheckpointError(
             f"{path} is a pickle, which can run code and is never opened",
-            "get it as .safetensors; or, where you trust it, let diffusers convert it: "
+            "get it as .safetensors; or, if you trust it, let diffusers convert it: "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
         )
     try:
@@ -102,47 +107,45 @@ def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
 
 
 def under(prefix: str, keys: Iterable[str]) -> bool:
+    """Returns whether any key begins with a prefix."""
     return any(key.startswith(prefix) for key in keys)
 
 
-def some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
-
-
 def refuse_others(path: Path, shapes: Shapes) -> None:
-    """CheckpointError for a file that is no text-to-image base of these architectures."""
-    whole = "give a whole checkpoint's file or folder to --base"
+    """Raises CheckpointError if a file is no text-to-image base of these architectures."""
+    hint = "give a complete checkpoint's file or folder to --base"
     if any(re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$", key) for key in shapes):
-        raise CheckpointError(f"{path} is a LoRA, no base", f"--lora {path} fuses it into a --base")
-    told = {
+        raise CheckpointError(f"{path} is a LoRA, not a base", f"--lora {path} fuses it into a --base")
+    kinds = {
         "joint_blocks.": "a Stable Diffusion 3 model",
-        "double_blocks.": "a Flux model or a relative of it",
+        "double_blocks.": "a Flux model or one derived from it",
         "control_model.": "a ControlNet",
         "conditioner.embedders.0.model.": "an SDXL refiner, which draws no picture alone",
         "edm_mean": "a Playground 2.5 model, whose noise LCM's schedule does not fit",
         "down_blocks.": "a diffusers UNet without its other models",
     }
-    for part, kind in told.items():
-        if any(key.removeprefix(UNET).startswith(part) for key in shapes):
-            raise CheckpointError(f"{path} is {kind}; Stable Diffusion 1, 2 and XL bases are known", whole)
+    for start, kind in kinds.items():
+        if any(key.removeprefix(UNET).startswith(start) for key in shapes):
+            raise CheckpointError(f"{path} is {kind}; Stable Diffusion 1, 2 and XL bases are known", hint)
     if not under(UNET, shapes):
         if under(VAE, shapes) or under("decoder.", shapes):
             raise CheckpointError(f"{path} is a VAE alone", f"--vae {path}, with a --base")
         raise CheckpointError(
-            f"{path} is no Stable Diffusion checkpoint: no key begins with {UNET} (it has {some([*shapes])})",
-            whole,
+            f"{path} is no Stable Diffusion checkpoint: no key begins with {UNET} "
+            f"(it has {first_few([*shapes])})",
+            hint,
         )
     takes = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
     if takes != 4:
         tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model", 9: "an inpainting model"}
         raise CheckpointError(
-            f"{path} is {tasks.get(takes, 'of another task')}: its UNet takes {takes} channels, not 4",
+            f"{path} is {tasks.get(takes, 'for another task')}: its UNet takes {takes} channels, not 4",
             "give a text-to-image base to --base",
         )
 
 
 def unet_shape(shapes: Shapes) -> dict[str, Any]:
-    """The settings that a UNet's original keys and shapes tell, of those that are in families' signatures."""
+    """Returns the settings in families' signatures that a UNet's original keys and shapes show."""
     channels: list[int] = []
     depths: list[int] = []
     for block in range(1 + max(int(key.split(".")[3]) for key in shapes if key.startswith(f"{UNET}input_"))):
@@ -164,6 +167,7 @@ def unet_shape(shapes: Shapes) -> dict[str, Any]:
 
 
 def transformers(place: str, shapes: Shapes) -> set[str]:
+    """Returns the numbers of the transformer blocks under a prefix of the keys."""
     start = f"{place}transformer_blocks."
     return {key.removeprefix(start).split(".")[0] for key in shapes if key.startswith(start)}
 
@@ -171,7 +175,10 @@ def transformers(place: str, shapes: Shapes) -> set[str]:
 def settings_of(
     path: Path, family: Family | None, config: Path | None, shapes: Shapes, metadata: Mapping[str, str]
 ) -> tuple[Path, Settings]:
-    """The folder of a file's tokenizers, and its settings."""
+    """Returns the folder of a file's tokenizers, and its settings.
+
+    Raises CheckpointError if the file's family is unknown, or if its tokenizers can't be had.
+    """
     if family and Path(family.base).is_absolute():
         config = config or Path(family.base)
     if config:
@@ -181,7 +188,7 @@ def settings_of(
         raise CheckpointError(
             f"{path} is of no known family: its blocks are {seen['block_out_channels']} wide, "
             f"its text states {seen['cross_attention_dim']}",
-            "--config DIR, a diffusers folder of its architecture",
+            "give --config DIR, a diffusers folder of its architecture",
         )
     try:
         folder = fetch(family.base, TOKENIZER_FILES)
@@ -189,31 +196,33 @@ def settings_of(
         raise CheckpointError(
             f"{path} is of the {family.name} family and holds no tokenizer, and that of {family.base} is not "
             f"in the hub cache and can't be downloaded: {error}",
-            f"check the network (or HF_HOME, HF_TOKEN), or --config DIR, a diffusers folder of {family.name}",
+            "check the network (or HF_HOME, HF_TOKEN), or give "
+            f"--config DIR, a diffusers folder of {family.name}",
         ) from error
     return folder, family_settings(path, family, shapes, metadata)
 
 
 def family_settings(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> Settings:
+    """Returns the family's settings, with what the file itself shows of its noise schedule."""
     prediction = prediction_type(path, family, shapes, metadata)
-    told = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in shapes}
+    found = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in shapes}
     models = {name: dict(config) for name, config in family.models.items()}
     if family.epsilon_sample_size and prediction == "epsilon":
         models["unet"]["sample_size"] = family.epsilon_sample_size
-    return Settings(models, {**family.scheduler, **told}, "text_encoder_2" in models)
+    return Settings(models, {**family.scheduler, **found}, "text_encoder_2" in models)
 
 
 def prediction_type(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> str:
     """Returns what the UNet of a file predicts, `epsilon` or `v_prediction`.
 
-    No shape tells which. So this reads, in this order, the metadata of the SAI model spec; the key `v_pred`,
-    which trainers of v-predicting SDXLs write into their files; and the family. Half of SD2.x predicts v; for
-    these the test is ComfyUI's: the biases of the last norm before a self-attention have a standard deviation
-    above 0.09 if the UNet predicts v.
+    The shapes do not show it. So this reads, in this order, the metadata of the SAI model spec; the key
+    `v_pred`, which trainers of v-predicting SDXLs write into their files; and the family. Some SD2.x models
+    predict v and others noise. For these the test is ComfyUI's: the biases of the last norm before a
+    self-attention have a standard deviation above 0.09 if the UNet predicts v.
     """
-    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    if told in ("epsilon", "v"):
-        return {"epsilon": "epsilon", "v": "v_prediction"}[told]
+    prediction = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
+    if prediction in ("epsilon", "v"):
+        return {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
     if "v_pred" in shapes:
         return "v_prediction"
     if family.prediction_norm is None:

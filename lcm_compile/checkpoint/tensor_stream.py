@@ -1,7 +1,7 @@
-"""safetensors files written tensor by tensor: the library's own writer wants them all in memory at once.
+"""Writes safetensors files tensor by tensor: the library's own writer needs all tensors in memory at once.
 
-The format: the header's length in 8 bytes, little-endian; the header, JSON, which gives each tensor its type,
-shape and place; the tensors' bytes, one after the other.
+A file holds the length of the header in 8 bytes, little-endian; then the header, which is JSON with each
+tensor's type, shape and byte offsets; then the bytes of the tensors, one after another.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import BinaryIO
 
-TYPES = {"fp16": ("F16", 2), "fp32": ("F32", 4)}
+TYPES = {"fp16": ("F16", 2), "fp32": ("F32", 4)}  # safetensors' name of the type, and bytes per weight
 
 
 def write_header(
     file: BinaryIO, shapes: Mapping[str, Sequence[int]], precision: str, metadata: Mapping[str, str]
 ) -> int:
-    """Begins a file of tensors that follow in this order; returns how many bytes they must be."""
+    """Writes the header of a file, and returns how many bytes of tensors must follow.
+
+    The tensors must be written in the order of `shapes`, contiguous and little-endian.
+    """
     dtype, width = TYPES[precision]
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0

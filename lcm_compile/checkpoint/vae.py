@@ -1,4 +1,4 @@
-"""A VAE in place of the base's own: a named one, a tiny one, or the family's own for fp16."""
+"""Replaces the base's VAE: with one that the user names, a tiny autoencoder, or the family's VAE for fp16."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.system.files import user_path
 
 SCALING = 0.18215  # diffusers' default
-# What `--vae taesd` is, by how a base's latents are scaled: each kind of VAE has a number of its own.
+# `--vae taesd` takes one of these by the factor that scales the base's latents: each kind of VAE has its own.
 TINY = "taesd"
 TINY_VAES = {0.18215: "madebyollin/taesd", 0.13025: "madebyollin/taesdxl"}
 
 
 def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
-    """The checkpoint with another VAE: `taesd`, a hub id, a diffusers folder of one or with one, or a file.
+    """Returns the checkpoint with another VAE.
 
-    UsageError for a name that nothing has; CheckpointError where it can't be had or has other latents.
+    `vae` is `taesd`, a hub id, the diffusers folder of a VAE or of a checkpoint, or a file. With `half`, fp16
+    weights are preferred on the hub. Raises UsageError if no VAE has this name, and CheckpointError if it
+    can't be downloaded or read, or if its latents are not the base's.
     """
     if vae == TINY:
         vae = published_tiny(checkpoint)
@@ -36,14 +38,14 @@ def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
     variants = FULL_FIRST
     if hub := hub_id(vae):
         if hub[0] in TINY_VAES.values() and hub[0] != published_tiny(checkpoint):
-            told = f"the VAE {vae} is for other latents than those of {checkpoint.base}"
-            raise CheckpointError(told, f"--vae {TINY} takes the right one")
+            message = f"the VAE {vae} is for other latents than those of {checkpoint.base}"
+            raise CheckpointError(message, f"--vae {TINY} takes the right one")
         variants = HALF_FIRST if half else FULL_FIRST
         try:
             path = fetch(hub[0], lambda names: needed_files(names, variants, ("vae", "")), hub[1])
         except ConnectionError as error:
             raise CheckpointError(
-                f"the VAE {vae} is no path here, is not in the hub cache and can't be downloaded: {error}",
+                f"the VAE {vae} is neither a path nor in the hub cache, and can't be downloaded: {error}",
                 "check the network (or HF_HOME, HF_TOKEN), or give a folder or a file to --vae",
             ) from error
     if path.is_file():
@@ -55,7 +57,7 @@ def with_vae(checkpoint: Checkpoint, vae: str, half: bool) -> Checkpoint:
 
 
 def published_tiny(checkpoint: Checkpoint) -> str:
-    """The hub id of the tiny autoencoder for a base's latents; UsageError where none is known."""
+    """Returns the hub id of the tiny autoencoder for a base's latents. Raises UsageError if none is known."""
     channels, factor, scaling = latents(checkpoint.vae)
     plain = (channels, factor) == (4, 8) and not checkpoint.vae.get("latents_mean")
     if not plain or scaling not in TINY_VAES:
@@ -67,45 +69,50 @@ def published_tiny(checkpoint: Checkpoint) -> str:
 
 
 def vae_in_file(path: Path, config: Mapping[str, Any]) -> Component:
-    """Of a VAE's or a whole checkpoint's file, with the base's own settings: a file has none."""
+    """Returns a VAE from its own file or from a complete checkpoint's.
+
+    `config` is the base's own, because a file has no settings. Raises CheckpointError if the file has no VAE,
+    or if it is a tiny autoencoder's.
+    """
     keys, _ = read_header(path)
     prefix = VAE if under(VAE, keys) else ""
     if not under(f"{prefix}decoder.", keys):
         raise CheckpointError(f"{path} has no VAE: no key begins with decoder.", "give a VAE to --vae")
     if under(f"{prefix}decoder.layers.", keys):
         raise CheckpointError(
-            f"{path} is a tiny autoencoder's file, which does not tell its settings",
+            f"{path} is a tiny autoencoder's file, which does not hold its settings",
             "give its folder, with config.json, to --vae",
         )
     return Component("vae", config, (path,), prefix=prefix)
 
 
 def replaced(checkpoint: Checkpoint, vae: Component, name: str) -> Checkpoint:
-    """CheckpointError where the other VAE's latents are not the base's.
+    """Returns the checkpoint with `vae` in place of its own. `name` is the VAE's name in the error.
 
-    A tiny autoencoder takes them as the UNet leaves them, unscaled: how the base scales them does not matter.
+    A tiny autoencoder decodes latents as the UNet computes them, without scaling, so the base's scaling
+    factor does not matter. Raises CheckpointError if the VAE's latents are not the base's.
     """
     own, other = latents(checkpoint.vae), latents(vae.config)
     tiny = is_tiny(checkpoint.vae) or is_tiny(vae.config)
     if own[:2] != other[:2] or (own != other and not tiny):
-        told = "latents of {} channels, each of {} pixels a side, scaled by {}"
+        text = "latents of {} channels, each of {} pixels a side, scaled by {}"
         raise CheckpointError(
-            f"the VAE {name} is for another base: it has {told.format(*other)}, the base {told.format(*own)}",
+            f"the VAE {name} is for another base: it has {text.format(*other)}, the base {text.format(*own)}",
             "give a VAE made for this base to --vae",
         )
     return replace(checkpoint, components={**checkpoint.components, "vae": vae})
 
 
 def latents(vae: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Their channels, how many pixels a side each is, and their scale."""
+    """Returns the channels of a VAE's latents, how many pixels each is on a side, and the scaling factor."""
     return vae.get("latent_channels"), factor_of(vae), vae.get("scaling_factor", SCALING)
 
 
 def overflows(checkpoint: Checkpoint) -> bool:
-    """Returns whether the VAE is the family's own and overflows fp16.
+    """Returns whether the VAE is taken to overflow fp16. Nothing is measured.
 
-    That is so if the family has a VAE for fp16 and the config does not clear `force_upcast`, by which
-    diffusers decides to compute a VAE in fp32.
+    It is if its family has a VAE for fp16, and `force_upcast` in its config is true or missing: diffusers
+    then computes it in fp32.
     """
     own = checkpoint.components["vae"].files and not is_tiny(checkpoint.vae)
     has_other = checkpoint.family is not None and checkpoint.family.fp16_vae is not None

@@ -1,4 +1,4 @@
-"""All of a diffusers folder but its models: the index, the scheduler and the tokenizers."""
+"""Writes the files of a diffusers folder except the models: the index, the scheduler and the tokenizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from lcm_compile.checkpoint.load import load_tokenizer, quiet_libraries
 
 
 def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
-    """Into a new folder; with `lcm` the scheduler is LCM's, of the base's noise schedule."""
+    """Writes the settings of a checkpoint to a new folder.
+
+    With `lcm`, the scheduler is LCMScheduler with the base's noise schedule. Raises CheckpointError if a
+    tokenizer can't be read.
+    """
     import diffusers
 
     folder.mkdir(exist_ok=True)
@@ -31,7 +35,7 @@ def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
 
 
 def index_of(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:
-    """What model_index.json says: each part's library and class. There is no safety checker."""
+    """Returns the content of model_index.json: each component's library and class, and no safety checker."""
     index: dict[str, Any] = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", scheduler],
@@ -54,7 +58,7 @@ def index_of(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:
 
 
 def write_tokenizer(checkpoint: Checkpoint, name: str, to: Path) -> None:
-    """The base's own files, or the stand-in that random weights have where there are none."""
+    """Writes a tokenizer: the base's own files or, for random weights without any, the stand-in tokenizer."""
     if (checkpoint.folder / name).is_dir():
         shutil.copytree(checkpoint.folder / name, to)
         return

@@ -1,4 +1,4 @@
-"""A model's weights under the names, and in the shapes, of the original layout: see single_file."""
+"""Converts a model's weights to the names and shapes of the original layout, which single_file describes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Named = Iterator[tuple[str, "torch.Tensor"]]
 
+# Patterns in diffusers' names, and the original's text in their place. They are replaced in this order.
 VAE_NAMES = {
     r"\.down_blocks\.(\d+)\.resnets\.": r".down.\1.block.",
     r"\.down_blocks\.(\d+)\.downsamplers\.0\.": r".down.\1.downsample.",
@@ -41,9 +42,10 @@ OPEN_CLIP_NAMES = {
 
 
 def original_weights(name: str, config: Mapping[str, Any], xl: bool, module: torch.nn.Module) -> Named:
-    """The weights of the component `name`, one by one; `xl` for a base with two text encoders.
+    """Yields the weights of the component `name` one by one, each with its original key.
 
-    On torch's meta device as well, for names and shapes alone.
+    `xl` says that the base has two text encoders. The module may be on torch's meta device; the results then
+    have shapes only.
     """
     if name == "unet":
         return unet_weights(module)
@@ -53,12 +55,13 @@ def original_weights(name: str, config: Mapping[str, Any], xl: bool, module: tor
         return open_clip_weights(module, OPEN_CLIP_XL)
     if xl:
         return clip_weights(module, CLIP_XL)
-    # SD1.x took OpenAI's CLIP, whose GELU is the quick one; SD2.x took OpenCLIP's.
+    # SD1.x has OpenAI's CLIP, which uses the quick GELU. SD2.x has OpenCLIP's text encoder, which does not.
     quick = config.get("hidden_act", "quick_gelu") == "quick_gelu"
     return clip_weights(module, CLIP) if quick else open_clip_weights(module, OPEN_CLIP)
 
 
 def unet_weights(unet: torch.nn.Module) -> Named:
+    """Yields a UNet's weights with their original keys."""
     originals = original_names(unet)
     for key, weight in unet.state_dict().items():
         module, _, leaf = key.rpartition(".")
@@ -66,22 +69,28 @@ def unet_weights(unet: torch.nn.Module) -> Named:
 
 
 def vae_weights(vae: torch.nn.Module, levels: int) -> Named:
+    """Yields a VAE's weights with their original keys. `levels` is the number of its resolutions."""
     for key, weight in vae.state_dict().items():
         name = renamed(key, VAE_NAMES)
-        # The original numbers the decoder's levels from the picture's side.
+        # The original numbers the decoder's levels from the largest map down, diffusers from the smallest up.
         name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up.{levels - 1 - int(match[1])}.", name)
-        # Its attention's projections are 1×1 convolutions.
+        # In the original, the attention's projections are 1×1 convolutions.
         convolution = ".attn_1." in name and weight.ndim == 2
         yield f"{VAE}{name}", weight[:, :, None, None] if convolution else weight
 
 
 def clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
+    """Yields the weights of OpenAI's CLIP text encoder with their original keys."""
     for key, weight in text_encoder.state_dict().items():
         yield f"{prefix}text_model.{key.removeprefix('text_model.')}", weight
 
 
 def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
-    """One matrix for queries, keys and values; the projection of the pooled state is transposed."""
+    """Yields the weights of OpenCLIP's text encoder with their original keys.
+
+    In the original, one matrix computes queries, keys and values, and the projection of the pooled state is
+    transposed.
+    """
     import torch
 
     state = {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
@@ -97,6 +106,7 @@ def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:
+    """Returns a name after all replacements of a table, in their order."""
     for pattern, replacement in table.items():
         name = re.sub(pattern, replacement, name)
     return name

@@ -17,7 +17,7 @@ from lcm_compile.commands.options import json_option, quiet_option
     "--against",
     multiple=True,
     metavar="RIVAL",
-    help="eager, eager-bf16, compile, openvino, euler-25, or another bundle; repeatable.",
+    help="A rival: eager, eager-bf16, compile, openvino, euler-25 or a bundle; repeatable.",
 )
 @click.option(
     "--runs", type=click.IntRange(1), default=20, show_default=True, help="Pictures to draw with each."

@@ -126,7 +126,7 @@ def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
 
 def note_reasons(plan: Plan) -> None:
     """Writes to stderr why a plan is a hit or a miss, and why its backend was chosen."""
-    from lcm_compile.builder.explain import briefly
+    from lcm_compile.builder.key import briefly
     from lcm_compile.output.console import note
 
     kind = "hit" if plan.hit else "miss"
@@ -166,7 +166,7 @@ def backend_text(name: str, passed_over: Iterable[str]) -> str:
 
 def refuse_model_options(context: click.Context) -> None:
     """Raises click.UsageError for an option whose value the export has fixed already."""
-    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json"}
+    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
     for parameter in context.command.params:
         name = str(parameter.name)
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE

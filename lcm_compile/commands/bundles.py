@@ -15,6 +15,7 @@ class ListsAlone(click.Group):
     """A click group that runs its `list` command when no command is given."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parses the arguments, after adding `list` if there is no command."""
         return super().parse_args(ctx, args if args and args != ["--json"] else ["list", *args])
 
 

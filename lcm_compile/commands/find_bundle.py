@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lcm_compile.builder.explain import briefly
+from lcm_compile.builder.key import briefly
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import read_manifest
@@ -67,7 +67,7 @@ def find_bundle_of(base: str, gpu: str) -> EngineBundle:
             if not plan.hit:
                 reasons_now = "\n  ".join(briefly(plan.reasons))
                 raise BundleError(
-                    f"the bundle of {base} for {target} is out of date; what is there now {reasons_now}",
+                    f"the bundle of {base} for {target} is out of date: a new build {reasons_now}",
                     manifest.spec.command(),
                 )
             return open_used(folder)

@@ -93,7 +93,7 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="PATH[:W]",
                 help="An LCM-LoRA and its weight; by default the family's own.",
             ),
-            click.option("--no-lcm", is_flag=True, help="Fuse no LCM-LoRA, because the base is an LCM."),
+            click.option("--no-lcm", is_flag=True, help="Fuse no LCM-LoRA; use it if the base is an LCM."),
             click.option(
                 "--lora",
                 "loras",
@@ -108,7 +108,7 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any) -> dict[str, Any]:
-    """Returns the fields of a BuildSpec that the options of `base_options` set.
+    """Returns options as the fields of a BuildSpec. LoRAs are parsed; all others have their fields' values.
 
     Raises click.UsageError if there is no --base.
     """

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lcm_compile.commands.options import json_option, quiet_option
 from lcm_compile.errors import ParityError
 
+if TYPE_CHECKING:
+    from lcm_compile.bundles.bundle import EngineBundle
+
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--bisect", is_flag=True, help="Find the first layer of each engine whose result differs.")
+@click.option(
+    "--graphs",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="With --bisect: the export to compare with. Only bundles for onnxruntime can do without.",
+)
 @json_option
 @quiet_option
-def verify(bundle: Path | None, as_json: bool) -> None:
+def verify(bundle: Path | None, bisect: bool, graphs: Path | None, as_json: bool) -> None:
     """Check that a bundle computes what torch does; exit 3 if not.
 
     The inputs and outputs that torch recorded at the build are replayed on the engines, on this machine.
@@ -25,8 +37,13 @@ def verify(bundle: Path | None, as_json: bool) -> None:
     from lcm_compile.proof.parity import require
     from lcm_compile.proof.verify import verify as verify_bundle
 
+    if graphs is not None and not bisect:
+        raise click.UsageError("--graphs needs --bisect.")
     found = find_bundle(bundle, None, None)
     note(f"verifying {found.folder}")
+    if bisect:
+        bisect_layers(found, graphs, as_json)
+        return
     figures = verify_bundle(found)
     if as_json:
         passed = all(figure.passed for figure in figures.values())
@@ -34,8 +51,33 @@ def verify(bundle: Path | None, as_json: bool) -> None:
         print_json({"bundle": str(found.folder), "passed": passed, "parity": stages})
     else:
         print_parity(figures)
+    if not figures:
+        note("nothing could be compared, because the proof is of another batch: the picture is not flat")
     try:
         require(figures)
     except ParityError as error:
         error.hint = f"{found.manifest.spec.command()} --force"
         raise
+
+
+def bisect_layers(bundle: EngineBundle, graphs: Path | None, as_json: bool) -> None:
+    """Prints each stage's first layer that differs. Raises ParityError if a stage's outputs do."""
+    from lcm_compile.bundles.export_manifest import open_export
+    from lcm_compile.output.console import print_json
+    from lcm_compile.proof.bisect import bisect
+
+    export = None if graphs is None else open_export(graphs)
+    found = {}
+    for name, stage in bisect(bundle, export):
+        found[name] = stage
+        if not as_json:
+            print(f"{name}: {stage}")
+    failed = [name for name, stage in found.items() if not stage.passed]
+    if as_json:
+        stages = {name: {**asdict(stage), "passed": stage.passed} for name, stage in found.items()}
+        print_json({"bundle": str(bundle.folder), "passed": not failed, "bisected": stages})
+    if failed:
+        raise ParityError(
+            f"the engines do not compute what torch does: {', '.join(failed)}",
+            f"{bundle.manifest.spec.command()} --force, or another --backend",
+        )

@@ -1,4 +1,4 @@
-"""LoRAs found: from a name on the command line to files and their digest."""
+"""Finds the LoRAs of a build: turns a name on the command line into files and their digest."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from lcm_compile.checkpoint.families import LCM_LORA_FILE, Family
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.hub import REPOSITORY, fetch
 from lcm_compile.errors import LoraError
 from lcm_compile.lora.peft_folder import CONFIG, WEIGHTS, lora_files_of
 from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import user_path
 
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
 
 @dataclass(frozen=True)
 class PlannedLora:
+    """A LoRA that will be fused: its file or folder, its weights, and the sha256 of its content."""
+
     role: str  # "lcm" or "style"
     spec: LoraSpec
     path: Path
@@ -28,7 +28,11 @@ class PlannedLora:
 
 
 def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
-    """The LCM-LoRA first (given, or the family's own), then the styles in their order."""
+    """Returns the LoRAs of a build: the LCM-LoRA (the given one or the family's), then the styles in order.
+
+    No family's LCM-LoRA is added for a full LCM, for random weights, or with `no_lcm`. Raises LoraError if a
+    LoRA can't be found or downloaded.
+    """
     found: list[tuple[str, LoraSpec, Path]] = []
     if spec.lcm_lora:
         found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
@@ -41,15 +45,16 @@ def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tup
 
 
 def lora_digest(path: Path, digests: Digests) -> str:
-    """Of a LoRA's file; of all of them where it is a folder."""
+    """Returns the sha256 of a LoRA's file. For a folder with several files, one digest covers them all."""
     found = [digests.sha256(file) for file in lora_files_of(path)]
     return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def find_lora(spec: LoraSpec) -> Path:
-    """A path, or a file of the hub: `OWNER/NAME` or `OWNER/NAME:FILE`, where no such path is here.
+    """Returns the LoRA's file, or its folder if it is PEFT's.
 
-    LoraError where it is neither, or the hub and its cache do not have it.
+    The source is a path or, if no such path exists, `OWNER/NAME` or `OWNER/NAME:FILE` on the hub. Raises
+    LoraError if it is neither, or if neither the hub nor its cache has it.
     """
     path = user_path(spec.source)
     if path.is_dir():
@@ -57,9 +62,9 @@ def find_lora(spec: LoraSpec) -> Path:
     if path.is_file():
         return path
     repository, _, file = spec.source.partition(":")
-    # A name that ends as a file's does is a path that is missing.
+    # A name with the ending of a file is a missing path, not a hub id.
     if (
-        not HUB_ID.fullmatch(repository)
+        not re.fullmatch(REPOSITORY, repository)
         or repository.endswith(LORA_SUFFIXES)
         or user_path(repository).exists()
     ):
@@ -68,7 +73,10 @@ def find_lora(spec: LoraSpec) -> Path:
 
 
 def find_in_folder(folder: Path, source: str) -> Path:
-    """The one file of a LoRA, or the folder itself where it is PEFT's."""
+    """Returns the LoRA's file in a folder, or the folder itself if it is PEFT's.
+
+    `source` is the LoRA's name in the error. Raises LoraError if the folder holds neither.
+    """
     if (folder / LCM_LORA_FILE).is_file():
         return folder / LCM_LORA_FILE
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
@@ -80,11 +88,15 @@ def find_in_folder(folder: Path, source: str) -> Path:
 
 
 def find_on_hub(repository: str, file: str) -> Path:
+    """Returns a LoRA of a hub repository, downloaded if the hub cache lacks it.
+
+    An empty `file` means the usual names. Raises LoraError if the repository or the file can't be had.
+    """
     try:
         folder = fetch(repository, [file] if file else [LCM_LORA_FILE, CONFIG, WEIGHTS])
     except ConnectionError as error:
         raise LoraError(
-            f"LoRA {repository} is no path here, nor in the hub cache, and can't be downloaded: {error}",
+            f"LoRA {repository} is neither a path nor in the hub cache, and can't be downloaded: {error}",
             "check the path or the hub id, and the network (or HF_HOME, HF_TOKEN)",
         ) from error
     if not file:
@@ -92,16 +104,19 @@ def find_on_hub(repository: str, file: str) -> Path:
     if not (folder / file).is_file():
         raise LoraError(
             f"{repository} has no {file} on the hub",
-            f"https://huggingface.co/{repository}/tree/main lists what it has",
+            f"https://huggingface.co/{repository}/tree/main lists its files",
         )
     return folder / file
 
 
 def find_lcm_lora(family: Family | None, base: str) -> Path:
-    """The LCM-LoRA that belongs to a family, downloaded when the hub cache lacks it."""
+    """Returns the file of a family's LCM-LoRA, downloaded if the hub cache lacks it.
+
+    `base` is the base's name in the error. Raises LoraError if there is none, or if it can't be downloaded.
+    """
     other = "name one with --lcm-lora FILE, or give --no-lcm if the base is an LCM already"
     if family is None:
-        raise LoraError(f"no LCM-LoRA is known for {base}: its UNet is of no known family", other)
+        raise LoraError(f"no LCM-LoRA is known for {base}: its UNet belongs to no known family", other)
     if family.lcm_lora is None:
         raise LoraError(f"no LCM-LoRA is published for {family.description.split(',')[0]}", other)
     path = Path(family.lcm_lora)

@@ -1,4 +1,4 @@
-"""A base with its LoRAs merged, written as a checkpoint of its own: one model at a time is in memory."""
+"""Writes a base with its LoRAs merged as a new checkpoint. One model at a time is in memory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from lcm_compile.system.files import check_out, check_space, replacing_output
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
 
 FILE_ENDING = ".safetensors"
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # as the SAI model spec calls them
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' name → the SAI model spec's
 
 
 def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) -> None:
-    """Writes a spec's base with its LoRAs and VAE, whole or not at all.
+    """Writes a spec's base with its LoRAs and its VAE. The output appears complete or not at all.
 
-    `out` is a new diffusers folder, with LCMScheduler where the result is an LCM; or, by its ending, one
-    file in the original layout. UsageError, CheckpointError or LoraError where that can't be.
+    If `out` ends in .safetensors, it becomes one file in the original layout. Otherwise it becomes a new
+    diffusers folder, whose scheduler is LCMScheduler if the result is an LCM. `precision` is `fp16` or
+    `fp32`. Raises UsageError, CheckpointError or LoraError if that can't be done.
     """
     as_file = out.suffix == FILE_ENDING
     check_out(out, folder=not as_file)
@@ -54,6 +55,10 @@ def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) ->
 
 
 def merged(checkpoint: Checkpoint, name: str, loras: list[tuple[Lora, LoraSpec]]) -> Any:
+    """Loads a component in fp32, merges the LoRAs into it, and returns it.
+
+    Raises CheckpointError if its weights are damaged.
+    """
     module = load_component(checkpoint, name)
     merge_loras({name: module}, loras)
     return module
@@ -67,6 +72,7 @@ def write_folder(
     lcm: bool,
     watch: Stopwatch,
 ) -> None:
+    """Writes a diffusers folder. With `lcm`, its scheduler is LCMScheduler, else the base's."""
     write_settings(checkpoint, part, lcm)
     for name in checkpoint.components:
         with watch.task(f"write {name}"), quiet_libraries():
@@ -81,11 +87,14 @@ def write_file(
     precision: str,
     watch: Stopwatch,
 ) -> None:
-    """One file: the header from shapes alone, then each model's tensors as they come."""
+    """Writes one file: first the header, from the shapes in `empty`, then the tensors of one model at a time.
+
+    Raises UsageError if the original layout has no names for some of the weights.
+    """
     if checkpoint.has_guidance_embedding:
         raise UsageError(
-            f"{checkpoint.base} is a full LCM, which is told the guidance scale: the original layout has no "
-            "name for that weight",
+            f"{checkpoint.base} is a full LCM, whose UNet reads the guidance scale: the original layout has "
+            "no name for that weight",
             "give a folder to --out",
         )
     if checkpoint.lossy:
@@ -100,9 +109,10 @@ def write_file(
         for name, config in configs.items()
         for key, weight in original_weights(name, config, xl, empty[name])
     }
-    told = PREDICTIONS.get(checkpoint.scheduler.prediction_type)
+    prediction = PREDICTIONS.get(checkpoint.scheduler.prediction_type)
+    metadata = {"modelspec.prediction_type": prediction} if prediction else {}
     with part.open("wb") as file:
-        write_header(file, shapes, precision, {"modelspec.prediction_type": told} if told else {})
+        write_header(file, shapes, precision, metadata)
         for name, config in configs.items():
             with watch.task(f"write {name}"):
                 module = merged(checkpoint, name, loras)
@@ -112,4 +122,5 @@ def write_file(
 
 
 def dtype_of(precision: str) -> torch.dtype:
+    """Returns torch's type of a precision: `fp16` or `fp32`."""
     return {"fp16": torch.float16, "fp32": torch.float32}[precision]

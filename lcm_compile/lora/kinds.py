@@ -14,7 +14,8 @@ W is (out, in) for a linear layer and (out, in, k, k) for a convolution. r is th
   the inputs if the file's `dora_scale` is (1, in, 1, 1), as LyCORIS writes it with `wd_on_out=False`.
 
 To support another kind, add an entry to KIND_TABLE. The key pattern and the error texts of `read.py` are
-built from that table.
+built from that table. `base_by_width` in `read.py` and `refuse_others` in `checkpoint/single_file.py` also
+look for the endings of a LoRA's keys.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
-from lcm_compile.errors import LoraError
+from lcm_compile.errors import LoraError, first_few
 from lcm_compile.lora.kinds import Update
-from lcm_compile.lora.read import Lora, LoraLayer, some
+from lcm_compile.lora.read import Lora, LoraLayer
 
 # The block at the beginning of a UNet module's name: in a base, or in the file of a LoRA for an unknown base.
 BLOCK = re.compile(r"((?:down|up|input|output)_blocks)[._](\d+)|mid_block|middle_block")
@@ -72,7 +72,7 @@ def match(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> Match:
             continue
         owner = owners.setdefault((place.component, place.name), layer)
         if owner is not layer:
-            keys = some([owner.keys[0], layer.keys[0]])
+            keys = first_few([owner.keys[0], layer.keys[0]])
             raise LoraError(f"{lora.path} updates {layer.module} twice: {keys}", "save the LoRA again")
         if reason := mismatch_reason(layer.update, place.module):
             found.misshapen.append(f"{layer.module} ({reason})")
@@ -84,7 +84,7 @@ def match(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> Match:
 def plain_module_name(name: str, flat: bool) -> str:
     """Returns a module's name without the `text_model` that some transformers versions nest text encoders in.
 
-    `flat` says that the name is to be written with `_` for `.`, as in kohya's keys.
+    With `flat`, the result is written with `_` in place of `.`, as in kohya's keys.
     """
     name = name.removeprefix("text_model_" if flat else "text_model.")
     return name.replace(".", "_") if flat else name

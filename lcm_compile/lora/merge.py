@@ -1,4 +1,4 @@
-"""Matches LoRAs to a base's modules key by key, and merges them into its weights."""
+"""Merges LoRAs into the weights of a base, and refuses LoRAs that do not fit it. `match.py` does the matching."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from lcm_compile.errors import LoraError
+from lcm_compile.errors import LoraError, first_few
 from lcm_compile.lora.guess_base import fits, made_for
 from lcm_compile.lora.kinds import Update
 from lcm_compile.lora.match import Match, Place, bias_of, match, weight_of
 from lcm_compile.lora.metadata import metadata_lines
-from lcm_compile.lora.read import Lora, LoraLayer, some
+from lcm_compile.lora.read import Lora, LoraLayer
 from lcm_compile.spec import LORA_PART, LoraProvenance, LoraSpec
 
 
@@ -24,9 +24,9 @@ def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tup
         return found.pairs
     reasons = []
     if found.unmatched:
-        reasons.append(f"{len(found.unmatched)} keys match no module: {some(found.unmatched)}")
+        reasons.append(f"{len(found.unmatched)} keys match no module: {first_few(found.unmatched)}")
     if found.misshapen:
-        reasons.append(f"{len(found.misshapen)} modules have another shape: {some(found.misshapen)}")
+        reasons.append(f"{len(found.misshapen)} modules have another shape: {first_few(found.misshapen)}")
     raise refusal(lora, f"does not fit this base: {'; '.join(reasons)}", found)
 
 

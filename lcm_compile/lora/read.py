@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from lcm_compile.checkpoint.families import lora_bases, names_of_width
-from lcm_compile.errors import LoraError
+from lcm_compile.errors import LoraError, first_few
 from lcm_compile.lora.kinds import EXTRAS, KIND_NAMES, KIND_TABLE, KINDS, MAY_BE_VECTORS, Update
 from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
 
@@ -155,7 +155,7 @@ def read_lora(path: Path) -> Lora:
         raise LoraError(f"{path} holds no tensors", "download it again")
     broken = [key for key, tensor in tensors.items() if tensor.numel() and not is_finite(tensor)]
     if broken:
-        raise LoraError(f"{path} has NaN or infinite weights in {some(broken)}", "download it again")
+        raise LoraError(f"{path} has NaN or infinite weights in {first_few(broken)}", "download it again")
     found: dict[tuple[str, str], dict[str, str]] = {}
     layouts, unknown = set(), []
     for key, tensor in tensors.items():
@@ -168,18 +168,19 @@ def read_lora(path: Path) -> Lora:
         keys = found.setdefault(module_named(match), {})
         if name in keys:
             raise LoraError(
-                f"{path} updates {match['module']} twice: {some([keys[name], key])}", "save the LoRA again"
+                f"{path} updates {match['module']} twice: {first_few([keys[name], key])}",
+                "save the LoRA again",
             )
         if not is_possible_shape(name, tensor):
             raise LoraError(
                 f"{path}: {key} has the shape {list(tensor.shape)}, which can't be right", "download it again"
             )
         keys[name] = key
-    guess = guess_base(tensors)
+    guess = base_by_width(tensors)
     if unknown:
         raise LoraError(
             f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout that can be read "
-            f"(kohya or diffusers/PEFT): {some(unknown)}. The file seems to be made for {guess}",
+            f"(kohya or diffusers/PEFT): {first_few(unknown)}. The file seems to be made for {guess}",
             f"get the LoRA as one of the kinds that can be fused: {', '.join(KIND_NAMES)}",
         )
     layers = [
@@ -253,9 +254,11 @@ def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
         else:
             mixed += layer.keys
     if incomplete:
-        raise LoraError(f"{path} lacks factors that go with {some(incomplete)}", "download it again")
+        raise LoraError(f"{path} lacks factors that go with {first_few(incomplete)}", "download it again")
     if mixed:
-        raise LoraError(f"{path} mixes the factors of several kinds in {some(mixed)}", "save the LoRA again")
+        raise LoraError(
+            f"{path} mixes the factors of several kinds in {first_few(mixed)}", "save the LoRA again"
+        )
 
 
 def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], path: Path) -> None:
@@ -270,7 +273,8 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
             settings = {k.removeprefix(prefix): v for k, v in adapter.items() if k.startswith(prefix)}
             if settings.get("use_dora") and update.magnitude is None:
                 raise LoraError(
-                    f"{path} is a DoRA that lacks the magnitude of {some(layer.keys)}", "download it again"
+                    f"{path} is a DoRA that lacks the magnitude of {first_few(layer.keys)}",
+                    "download it again",
                 )
             if update.alpha is not None or "lora_alpha" not in settings:
                 continue
@@ -286,7 +290,7 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
         raise LoraError(f"{path}: its adapter metadata is broken: {error}", "save the LoRA again") from error
 
 
-def guess_base(tensors: Mapping[str, torch.Tensor]) -> str:
+def base_by_width(tensors: Mapping[str, torch.Tensor]) -> str:
     """Returns in words which base a LoRA's keys and shapes point to."""
     by_width = re.compile(
         r"attn2[._](processor\.)?to_[kv](_lora\.down|\.(lora_down|lora_A|lora\.down|hada_w1_b|diff))"
@@ -300,9 +304,3 @@ def guess_base(tensors: Mapping[str, torch.Tensor]) -> str:
     if any(key.startswith("transformer.") or "double_blocks" in key for key in tensors):
         return "a transformer (SD3, Flux, …), not a UNet"
     return "an unknown base"
-
-
-def some(keys: Sequence[str], most: int = 3) -> str:
-    """Returns the first keys in words, and how many more there are: `a, b, c and 5 more`."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more

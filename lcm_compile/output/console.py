@@ -71,7 +71,7 @@ class BuildProgress:
         self._status: Any = None
 
     def __call__(self, task: str, cost: Cost | None) -> None:
-        """Shows that a task has started, if `cost` is None, or that it has ended."""
+        """Shows that a task has ended, with its cost, or if `cost` is None that it has started."""
         self._stop()
         if cost is not None:
             memory = f"{cost.memory_bytes / GIB:8.1f} GiB" if cost.memory_bytes else ""

@@ -30,7 +30,7 @@ Header = dict[str, tuple[list[int], str]]
 def describe(name: str, base: str | None) -> dict[str, Any]:
     """Returns a description of a bundle, a checkpoint or a LoRA; its first key is the kind.
 
-    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if there is one.
+    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if given.
     Raises BundleError, CheckpointError or LoraError if it is damaged or missing, and UsageError if there is a
     `base` for something that is not a LoRA.
     """

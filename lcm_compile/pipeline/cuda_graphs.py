@@ -12,7 +12,7 @@ from functools import partial
 
 import numpy as np
 
-from lcm_compile.engines.cuda_graph import Capturer
+from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import BackendError
 from lcm_compile.pipeline.loop import Arrays, Loop, Runners, conditions_of
@@ -26,7 +26,7 @@ FIRST = "not used: the first picture of its kind is drawn without"
 SWITCHED_OFF = "not used: it is switched off"
 CHECK_SCALE = 1.5  # guidance scale of the picture that checks the graphs
 # The largest mean difference between the check's picture with graphs and without, as a fraction of the range
-# of a pixel. Kernels that add in any order stay far below it, and a wrong address is far above it.
+# of a pixel. Another order of sums changes a picture far less, and a read from a wrong address far more.
 MOST_DIFFERENCE = 0.01
 
 
@@ -55,7 +55,8 @@ class CapturedLoop:
         self._scale = step.to_device(np.asarray([CHECK_SCALE], np.float32))
         # Copies, because to_device returns the same array on a processor.
         self._latent, self._fresh = (step.to_device(array.copy()) for array in noise)
-        # If the context is called only once, nothing overwrites its output while the steps read it.
+        # Each call of the context overwrites the output of the one before. So it is copied if there are
+        # several.
         keep = len(texts) * len(times) > 1
         last = len(steps) - 1
 
@@ -138,7 +139,10 @@ class CudaGraphs:
         self._own = False
 
     def find(self, kind: Kind, make: Callable[[Capturer], CapturedLoop]) -> CapturedLoop | None:
-        """Returns the graphs of a kind of picture, captured by `make`, or None if it is drawn without."""
+        """Returns the captured loop for a kind of picture, or None if it is drawn without.
+
+        For the first picture of a kind it returns None. At the second one it captures the loop with `make`.
+        """
         first, loop = kind not in self._kinds, self._kinds.pop(kind, None)
         if not first and loop is None:
             if self._cannot_capture():
@@ -171,7 +175,7 @@ class CudaGraphs:
                 runner.graph_itself(on)
 
     def status(self, loop: CapturedLoop | None) -> str:
-        """Says whether the last picture was drawn with CUDA graphs, or why it was not."""
+        """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""
         if loop is not None:
             return USED
         if self._failed:

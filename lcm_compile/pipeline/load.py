@@ -35,7 +35,7 @@ def load(
 ) -> Pipeline:
     """Returns the pipeline of a bundle, with its engines loaded.
 
-    With `wait` False it returns at once, and later engines load while the pipeline draws. `prompt_cache` is
+    With `wait` False the engines load in a thread, and each stage waits for its own engine. `prompt_cache` is
     the number of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs
     on a GPU if they can be captured; `Drawing.cuda_graph` says whether they were. Raises BundleError if there
     is no bundle, or it is damaged or for another GPU, and BackendError if its backend is not installed.
@@ -84,9 +84,11 @@ class LoadingRunner(ForwardingRunner):
         self._loading = loading
 
     def runner(self) -> Runner:
+        """Returns the loaded engine, and waits for it. Raises the error of the loading, if there was one."""
         return self._loading.result()
 
     def close(self) -> None:
+        """Cancels the loading, or frees the engine if it is loaded."""
         if not self._loading.cancel() and self._loading.exception() is None:
             super().close()
 

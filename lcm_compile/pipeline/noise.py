@@ -65,7 +65,10 @@ class NoiseStream:
         self._draws: list[np.ndarray] = []
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """Returns draw i (n, c, h, w) in float32: draw 0 is the first latents, and step i − 1 adds draw i."""
+        """Returns draw i (n, c, h, w) in float32.
+
+        Draw 0 is the first latents. Step i, counted from 0, adds draw i + 1; the last step adds none.
+        """
         while len(self._draws) <= i:
             self._draws.append(self._noise(self._shape))
         return self._draws[i]

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Self
 import numpy as np
 
 from lcm_compile.bundles.manifest import PipelineSettings
-from lcm_compile.engines.cuda_graph import Capturer
+from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.graphs import STAGES
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
@@ -37,7 +37,7 @@ Progress = Generator[tuple[int, int], None, Drawing]
 
 
 class Pipeline(ABC):
-    """A loaded bundle. Until it is closed, it owns engines and protects the bundle from removal.
+    """A loaded bundle. Until it is closed, it owns engines, and the bundle can't be removed.
 
     >>> with load("bundle/") as pipeline:
     ...     images = pipeline("a large red star on a striped pink background", seed=7)
@@ -55,8 +55,8 @@ class Pipeline(ABC):
     ) -> None:
         """Takes what `load` has read from a bundle.
 
-        `prompt_cache` is the number of prompts whose conditioning is kept. `held` is the file whose lock keeps
-        the bundle from being removed. `cuda_graph` may be changed between two pictures.
+        `prompt_cache` is the number of prompts whose conditioning is kept. `held` is the file whose lock
+        keeps the bundle from being removed. `cuda_graph` may be changed between two pictures.
         """
         self.settings = settings
         self.runners = runners
@@ -216,10 +216,11 @@ class LcmPipeline(Pipeline):
         return self._graphs.find((len(steps), guided), make)
 
     def graph_status(self, graphs: CapturedLoop | None) -> str:
-        """Says whether the last picture was drawn with CUDA graphs, or why it was not."""
+        """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""
         return self._graphs.status(graphs) if self.cuda_graph else SWITCHED_OFF
 
     def close(self) -> None:
+        """Frees the CUDA graphs and the engines' memory, and releases the lock on the bundle."""
         self._graphs.close()
         super().close()
 

@@ -15,6 +15,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.manifest import StageFile
 from lcm_compile.engines import find_backend
 from lcm_compile.engines.onnxruntime import CPU, open_session, quiet_options
+from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, BundleError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.pipeline.load import check_backend
-from lcm_compile.proof.parity import snr_db, stage_floor
-from lcm_compile.proof.recording import Call, read_calls
+from lcm_compile.proof.parity import compare_calls, output_db, snr_db, stage_floor
+from lcm_compile.proof.recording import read_calls
 
 # Bytes of layers' results that one run may return. The engine's and the reference's are held at a time.
 RUN_BYTES = 1 << 30
@@ -59,27 +61,33 @@ class Layer:
 class Bisection:
     """What was found in a stage: how many layers were compared, the first one below the floor, the worst one.
 
-    `graph_db` is the signal-to-noise ratio of the reference's own outputs, compared with torch's.
+    `engine_db` and `graph_db` are the ratios of the outputs of the bundle's own engine and of the reference,
+    compared with torch's.
     """
 
     layers: int
     floor: float
     first: Layer | None
     worst: Layer
+    engine_db: float
     graph_db: float
 
+    @property
+    def passed(self) -> bool:
+        """Whether the stage's outputs are as `verify` wants them, whatever its layers do."""
+        return self.engine_db >= self.floor
+
     def __str__(self) -> str:
-        limit = f"{self.floor:g} dB"
-        if self.first is not None:
-            return (
-                f"the first of {self.layers} layers below {limit} is {self.first}; the worst is {self.worst}"
-            )
-        same = f"none of {self.layers} layers is below {limit}; the worst is {self.worst}"
-        if self.graph_db >= self.floor:
-            return same
-        return (
-            f"{same}; but the graph itself is {self.graph_db:.1f} dB from torch: compare it with an export's"
-        )
+        limit, own = f"{self.floor:g} dB", f"the stage's own outputs have {self.engine_db:.1f} dB"
+        if self.first is None:
+            text = f"none of {self.layers} layers is below {limit}; the worst is {self.worst}"
+            if self.passed:
+                return text
+            if self.graph_db < self.floor:
+                return f"{text}; but the graph itself is {self.graph_db:.1f} dB from torch, as the engine is"
+            return f"{text}; but {own}, so the fault is in layers that are fused if none is returned"
+        text = f"the first of {self.layers} layers below {limit} is {self.first}; the worst is {self.worst}"
+        return f"{text}; but {own}, which pass" if self.passed else text
 
 
 def bisect(bundle: EngineBundle, export: Export | None = None) -> Iterator[tuple[str, Bisection]]:
@@ -111,8 +119,8 @@ def bisect(bundle: EngineBundle, export: Export | None = None) -> Iterator[tuple
         )
     compared = 0
     for stage in manifest.stages:
-        if graphs := find_graphs(bundle, export, stage):
-            yield stage.contract.name, bisect_stage(bundle, stage, *graphs)
+        if found := find_graph(bundle, export, stage):
+            yield stage.contract.name, bisect_stage(bundle, stage, *found)
             compared += 1
     if not compared:
         raise BundleError(
@@ -133,70 +141,78 @@ def check_same_model(bundle: EngineBundle, export: Export) -> None:
             )
 
 
-def find_graphs(
-    bundle: EngineBundle, export: Export | None, stage: StageFile
-) -> tuple[Path, Path | None] | None:
-    """Returns a stage's reference graph, and the engine's ONNX file or None if an engine must be built.
-
-    Returns None if there is no graph for pictures of the proof's shape.
-    """
+def find_graph(bundle: EngineBundle, export: Export | None, stage: StageFile) -> tuple[Path, bool] | None:
+    """Returns a stage's graph for pictures of the proof's shape, and whether it is a twin; None if none."""
     manifest, name = bundle.manifest, stage.contract.name
     shape, proof = manifest.pipeline.shape, manifest.proof.shape
-    exported = {s.contract.name: s.file for s in export.manifest.stages} if export else {}
-    if proof == shape or (name == "encode" and proof.batch == shape.batch):
-        engine = bundle.path(stage.file) if manifest.backend == "onnxruntime" else None
-        return (export.folder / exported[name] if export else bundle.path(stage.file)), engine
+    same = proof == shape or (name == "encode" and proof.batch == shape.batch)
     if export is None:
-        return None
-    path = Path(exported[name])
+        return (bundle.path(stage.file), False) if same else None
+    path = next(export.folder / s.file for s in export.manifest.stages if s.contract.name == name)
     twin = path.parent / "twin" / path.name
-    return (export.folder / twin, None) if twin.as_posix() in export.manifest.files else None
+    if same:
+        return path, False
+    return (twin, True) if twin.relative_to(export.folder).as_posix() in export.manifest.files else None
 
 
-def bisect_stage(bundle: EngineBundle, stage: StageFile, reference: Path, engine: Path | None) -> Bisection:
+def bisect_stage(bundle: EngineBundle, stage: StageFile, reference: Path, is_twin: bool) -> Bisection:
     """Compares an engine's layers with those of its reference graph, on the recorded calls.
 
     The layers are the nodes of the reference graph whose results are floats that the engine's graph has too.
     """
     import onnx
 
-    manifest = bundle.manifest
     graph = onnx.load(reference, load_external_data=False).graph
     contract = contract_of(stage.contract, graph)
     calls = read_calls(bundle.path(f"proof/{stage.contract.name}.npz"), contract)
     shapes = {value.name: shape_of(value) for value in graph.value_info if is_float(value)}
-    if engine is not None:
-        known = {
-            name for node in onnx.load(engine, load_external_data=False).graph.node for name in node.output
-        }
+    own = None if is_twin else bundle.path(stage.file)
+    examined = reference
+    if own is not None and bundle.manifest.backend == "onnxruntime":
+        examined = own
+        nodes_of_own = onnx.load(own, load_external_data=False).graph.node
+        known = {name for node in nodes_of_own for name in node.output}
         shapes = {name: shape for name, shape in shapes.items() if name in known}
     nodes = {name: node for node in graph.node for name in node.output if name in shapes}  # in their order
     outputs = [value.name for value in graph.output]
     found: dict[str, float] = {}
     graph_db = math.inf
+    with open_engine(bundle, stage, reference, own, contract) as runner:
+        engine_db = compare_calls(runner, calls)
     for names in parts({name: shapes[name] for name in nodes}):
-        with tempfile.TemporaryDirectory(prefix="bisect-") as folder:
+        results = tuple(TensorSpec(n + RESULT, shapes[n], "float32", "a layer's result") for n in names)
+        extended = replace(contract, outputs=(*contract.outputs, *results))
+        with tempfile.TemporaryDirectory(prefix="bisect-") as folder, ExitStack() as stack:
             plain = write_marked(reference, Path(folder) / "reference", outputs, names, in_fp32=True)
-            marked = write_marked(engine or reference, Path(folder) / "marked", outputs, names)
-            results = tuple(TensorSpec(n + RESULT, shapes[n], "float32", "a layer's result") for n in names)
-            extended = replace(contract, outputs=(*contract.outputs, *results))
-            backend = find_backend(manifest.backend)
-            if engine is None:
-                to_build = ExportedGraph(marked, stage.precision, extended)
-                marked = backend.build(to_build, manifest.target, Path(folder))
-            with backend.load(marked, extended, manifest.target) as runner, open_plain(plain) as session:
-                for inputs, expected in calls:
-                    right = session.infer(inputs)
-                    actual = runner({name: runner.to_device(array) for name, array in inputs.items()})
-                    for name in names:
-                        db = finite_snr_db(right[name], runner.to_host(actual[name + RESULT]))
-                        found[name] = min(db, found.get(name, db))
-                    for output, array in zip(outputs, expected.values(), strict=True):
-                        graph_db = min(graph_db, snr_db(array, right[output]))
+            marked = write_marked(examined, Path(folder) / "marked", outputs, names)
+            ready = marked if examined == own else None
+            runner = stack.enter_context(open_engine(bundle, stage, marked, ready, extended))
+            session = stack.enter_context(open_plain(plain))
+            for inputs, expected in calls:
+                right = session.infer(inputs)
+                actual = runner({name: runner.to_device(array) for name, array in inputs.items()})
+                for name in names:
+                    db = finite_snr_db(right[name], runner.to_host(actual[name + RESULT]))
+                    found[name] = min(db, found.get(name, db))
+                for name, array in zip(outputs, expected.values(), strict=True):
+                    graph_db = min(graph_db, output_db(contract, array, right[name]))
     floor = stage_floor(contract, stage.precision)
     layers = [Layer(nodes[n].name or n, nodes[n].op_type, n, db) for n, db in found.items()]
     first = next((layer for layer in layers if layer.db < floor), None)
-    return Bisection(len(layers), floor, first, min(layers, key=lambda layer: layer.db), graph_db)
+    return Bisection(len(layers), floor, first, min(layers, key=lambda layer: layer.db), engine_db, graph_db)
+
+
+@contextmanager
+def open_engine(
+    bundle: EngineBundle, stage: StageFile, graph: Path, engine: Path | None, contract: StageContract
+) -> Iterator[Runner]:
+    """Opens an engine by the bundle's backend; if `engine` is None, one that is built from the graph."""
+    target, backend = bundle.manifest.target, find_backend(bundle.manifest.backend)
+    with tempfile.TemporaryDirectory(prefix="bisect-") as folder:
+        if engine is None:
+            engine = backend.build(ExportedGraph(graph, stage.precision, contract), target, Path(folder))
+        with backend.load(engine, contract, target) as runner:
+            yield runner
 
 
 def write_marked(

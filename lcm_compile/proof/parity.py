@@ -21,14 +21,14 @@ from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.recording import Call, Trace, picture_of
 
-# The signal-to-noise ratio that an engine of each precision must reach, in dB. Measured with random weights on
-# the SDXL and SD1.5 architectures, fp32 engines reach 117 to 140, fp16 54 to 74, and bf16 34.7 to 50. The
+# The signal-to-noise ratio that an engine of each precision must reach, in dB. Measured on the SDXL and SD1.5
+# architectures with random weights, fp32 engines reach 117 to 140, fp16 54 to 74, and bf16 34.7 to 50. The
 # mantissa of bf16 has 8 bits, which is 18 dB coarser than fp16's 11 bits, so its floor is lower by about as
-# much. A step in 8 bits is lossy: its floor only separates it from a broken step, and the picture decides. The
-# demo's step reaches 28.7 in int8, and 41.7 in fp8, where only the Linear layers have 8 bits; its picture then
-# reaches 45.6.
+# much. A step in 8 bits is lossy: its floor only separates it from a broken step, and the picture decides.
+# The demo's step reaches 28.7 in int8. In fp8, where only the Linear layers have 8 bits, it reaches 41.7, and
+# its picture 45.6.
 STAGE_FLOORS = {"fp32": 80.0, "fp16": 45.0, "bf16": 30.0, "int8": 15.0, "fp8": 15.0}
-# The PSNR that the complete picture must reach, in dB. Each of the four steps passes its error to the next.
+# The PSNR that the complete picture must reach, in dB. Each of the four steps passes its error on.
 PICTURE_FLOORS = {"fp32": 65.0, "fp16": 35.0, "bf16": 25.0, "int8": 25.0, "fp8": 25.0}
 # What an 8-bit output must reach, in dB: this is its figure if one value in 60 is rounded the other way.
 EIGHT_BIT_FLOOR = 60.0
@@ -91,13 +91,15 @@ def compare_calls(runner: Runner, calls: Sequence[Call]) -> float:
     for inputs, expected in calls:
         actual = runner({name: runner.to_device(array) for name, array in inputs.items()})
         for name, reference in expected.items():
-            output = runner.to_host(actual[name])
-            if runner.contract.name == DRAW:
-                db = psnr_db(reference, output, 255.0 if output.dtype == np.uint8 else 1.0)
-            else:
-                db = snr_db(reference, output)
-            worst = min(worst, db)
+            worst = min(worst, output_db(runner.contract, reference, runner.to_host(actual[name])))
     return worst
+
+
+def output_db(contract: StageContract, reference: np.ndarray, output: np.ndarray) -> float:
+    """Returns the signal-to-noise ratio of a stage's output in dB; for the stage `draw` the PSNR."""
+    if contract.name == DRAW:
+        return psnr_db(reference, output, 255.0 if output.dtype == np.uint8 else 1.0)
+    return snr_db(reference, output)
 
 
 def require(figures: Mapping[str, Parity]) -> None:

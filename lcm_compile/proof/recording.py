@@ -92,6 +92,7 @@ class Recorder(ForwardingRunner):
         self.calls: list[Call] = []
 
     def runner(self) -> Runner:
+        """Returns the runner that is recorded."""
         return self._runner
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -139,8 +140,8 @@ class Rehearsal:
     ) -> list[Call]:
         """Draws until all calls of the runner's stage are recorded, and returns these calls.
 
-        The stages before it are replayed from `trace`. The picture is the proof's, unless there is a `request`,
-        which must have the same number of steps. At most `most` calls of the step stage are made.
+        The stages before it are replayed from `trace`. The picture is the proof's, or that of a `request`
+        with the same number of steps. At most `most` calls of the step stage are made.
         """
         name, recorder = runner.contract.name, Recorder(runner)
         runners: dict[str, Runner] = {
@@ -176,9 +177,9 @@ def joined_call(contract: StageContract, trace: Trace) -> Call:
 
 
 def write_proof(trace: Trace, peaks: Mapping[str, Any], settings: PipelineSettings, folder: Path) -> Proof:
-    """Writes the trace of torch to `folder/proof`, and returns its manifest entry.
+    """Writes a trace of torch to `folder/proof`, for `verify` on any machine; returns its manifest entry.
 
-    `peaks` has the largest input and output of each layer, by stage. `verify` replays the trace on any machine.
+    `peaks` has for each stage the largest input and output of each layer.
     """
     proof = folder / "proof"
     proof.mkdir()
@@ -199,7 +200,7 @@ def write_proof(trace: Trace, peaks: Mapping[str, Any], settings: PipelineSettin
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file. Raises BundleError if it is damaged; pickled objects are not loaded."""
+    """Returns the arrays of an .npz file, never pickled objects. Raises BundleError if it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as data:
             return {key: data[key] for key in data.files}

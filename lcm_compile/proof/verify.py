@@ -12,10 +12,10 @@ from lcm_compile.proof.recording import read_arrays, read_calls
 
 
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
-    """Returns the parity of each stage, and of the complete picture, for a bundle's engines on this machine.
+    """Returns the parity of each stage and of the complete picture, on this machine, by name.
 
-    The proof of a large model is that of a twin: the same model for one smaller picture, which torch can draw
-    in less time. Then only the stages that depend on neither size nor batch are compared. The picture is drawn
+    The proof of a large model is that of a twin: the same model for one smaller picture, which torch draws
+    faster. Only the stages that depend on neither size nor batch can then be compared. The picture is drawn
     in any case. Raises ParityError if it is flat, and BundleError if the bundle or its proof is damaged.
     """
     manifest = bundle.manifest

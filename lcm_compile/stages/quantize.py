@@ -1,6 +1,6 @@
 """Quantizes the UNet: layers with int8 or fp8 weights and inputs, whose scales fit the LCM trajectory.
 
-A value x becomes s · q(x / s), where q rounds to the nearest value of the type, halves to even, and clips.
+A value x becomes s · q(x / s), where q rounds to the nearest value of the type, ties to even, and clips.
 As in TensorRT, an input has a single scale s. The layers compute this in torch as well. Exported, they are
 QuantizeLinear and DequantizeLinear of ONNX, which every engine with kernels of the type supports.
 """
@@ -25,9 +25,9 @@ from lcm_compile.stages.half_precision import DTYPES
 class EightBits:
     """An 8-bit type, and how layers use it.
 
-    `largest` is the value that the largest weight becomes. `kinds` are the kinds of layers that are quantized.
-    `clippings` are the fractions of the largest activation at which an input may be clipped; larger values
-    become the end of the range. With `by_channel` a weight has a scale for each output channel, otherwise one.
+    `largest` is the value that the largest weight becomes. `kinds` are the types of layers that are
+    quantized. `clippings` are the fractions of the largest activation at which an input may be clipped. With
+    `by_channel` a weight has a scale for each output channel, otherwise a single one.
     """
 
     dtype: torch.dtype
@@ -37,19 +37,19 @@ class EightBits:
     by_channel: bool
 
 
-# In a float type small values are as exact as large ones, so neither clipping nor scales by channel gain
-# anything in fp8. Not every fp8 product of TensorRT has scales by channel. Only Linear layers use fp8, because
+# In a float type small values are as exact as large ones. So in fp8 neither clipping nor scales by channel
+# gain anything, and not every fp8 product of TensorRT takes scales by channel. Only Linear layers use fp8:
 # TensorRT's fp8 convolutions require certain numbers of channels, and TensorRT for RTX documents no fp8
 # convolutions, although its builder accepts them.
 TYPES = {
     "int8": EightBits(torch.int8, 127, (nn.Linear, nn.Conv2d), tuple(i / 20 for i in range(4, 21)), True),
     "fp8": EightBits(torch.float8_e4m3fn, 448, (nn.Linear,), (1.0,), False),
 }
-# Values that are kept of each call's input, about this many, to choose its scale.
+# About how many values of each call's input are kept, to choose its scale.
 SAMPLED = 4096
 # Layers with these names are not quantized: the first, the last, and products with a single row.
 LEFT = ("conv_in", "conv_out", "time_embedding", "add_embedding", "time_emb_proj")
-# Nor is a layer quantized whose own output in 8 bits has a lower signal-to-noise ratio, in dB.
+# A layer is not quantized if its own output in 8 bits has a lower signal-to-noise ratio than this, in dB.
 LEAST_SNR = 25.0
 # Half precision can hold this scale, and an input of zeros causes no division by zero.
 SMALLEST_SCALE = 1e-6
@@ -57,7 +57,7 @@ SMALLEST_SCALE = 1e-6
 
 @torch.library.custom_op("lcm_compile::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns x / scale as the nearest values of the type, halves to even, clipped to its range."""
+    """Returns x / scale as the nearest values of the type, ties to even, clipped to its range."""
     scaled = x.float() / scale.float()
     if dtype.is_floating_point:
         return scaled.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)

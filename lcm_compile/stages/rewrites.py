@@ -1,7 +1,8 @@
-"""Rewrites of a model for LCM, exact to rounding, made on its torch modules before they are exported.
+"""Rewrites a model's torch modules for LCM before they are exported. The results are equal up to rounding.
 
-What a prompt and a few fixed timesteps settle is computed once instead of at every step; layers are put so
-that they take less arithmetic. REWRITES in spec names them; each can be switched off.
+Values that depend only on the prompt and a few fixed timesteps are computed once instead of at every step,
+and some layers are replaced by equivalent ones with less arithmetic. REWRITES in spec lists the rewrites;
+each can be switched off.
 """
 
 from __future__ import annotations
@@ -16,28 +17,29 @@ from torch import Tensor, nn
 
 from lcm_compile.errors import CheckpointError
 
-# Keys and values of all layers whose heads have one form, (2·layers, b, heads, tokens, head width), by name.
+# Keys and values (2·layers, b, heads, tokens, head width) for each group of cross_attentions, by its name.
 KeysValues = Mapping[str, Tensor]
 
 
 def rewrite_unet(
     unet: nn.Module, rewrites: Collection[str], latents: Sequence[tuple[int, int]]
 ) -> nn.Module | None:
-    """Rewrites a UNet in place for latents of these sizes; returns the context that it then depends on.
+    """Rewrites a UNet in place for latents of these (height, width).
 
-    CheckpointError for a UNet of another kind than Stable Diffusion's.
+    With the rewrite `context` it returns the Context whose outputs the UNet then takes, otherwise None.
+    Raises CheckpointError if the context can't be taken out of this UNet.
     """
     context = split_context(unet) if "context" in rewrites else None
     if "qkv" in rewrites:
         fuse_projections(unet)
     if "upsampling" in rewrites:
-        levels = len([block for block in parts(unet, "up_blocks") if block.upsamplers])
+        levels = len([block for block in attribute(unet, "up_blocks") if block.upsamplers])
         rewrite_upsampling(unet, [doublings(latent, levels) for latent in latents])
     return context
 
 
 def rewrite_vae(vae: nn.Module, rewrites: Collection[str]) -> None:
-    """Rewrites the drawing half of a VAE in place."""
+    """Rewrites the decoder of a VAE in place."""
     decoder: Any = vae.decoder
     if "upsampling" not in rewrites:
         return
@@ -47,18 +49,20 @@ def rewrite_vae(vae: nn.Module, rewrites: Collection[str]) -> None:
         rewrite_tiny_decoder(decoder.layers)
 
 
-def parts(module: Any, name: str) -> Any:
+def attribute(module: Any, name: str) -> Any:
+    """Returns an attribute of a module, typed as Any."""
     return getattr(module, name)
 
 
-# ---- what depends on the prompt and the timesteps alone ----
+# ---- the context: values that depend only on the prompt and the timesteps ----
 
 
 class Context(nn.Module):
-    """Cross-attention's keys and values, and the ResBlocks' share of the time embeddings, taken from a UNet.
+    """The layers of a UNet that compute cross-attention's keys and values and the ResBlocks' time embeddings.
 
-    hidden_states (b, n, c), timesteps (s,), the embedding of pooled text and size ids (b, e) or None, that of
-    the guidance scale (1, g) or None → keys and values by the form of their heads, times (s, b, t).
+    Its inputs are hidden_states (b, n, c), timesteps (s,), the embedding of pooled text and size ids (b, e)
+    or None, and the embedding of the guidance scale (1, g) or None. It returns keys and values, one tensor
+    for each group of cross_attentions, and times (s, b, t): the time embeddings of all ResBlocks joined.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -93,11 +97,16 @@ class Context(nn.Module):
 
 
 def split_context(unet: Any) -> Context:
-    """Takes its context out of a UNet, whose forward then takes `times` of one step (b, t) as its timestep,
-    and KeysValues as its hidden states."""
-    odd = odd_parts(unet)
-    if odd:
-        raise CheckpointError(f"the UNet has {odd}, which no context can be taken from", "--without context")
+    """Moves the context layers out of a UNet, in place, and returns them.
+
+    The forward of the UNet then takes the `times` (b, t) of one step as its timestep, and KeysValues as its
+    hidden states. Raises CheckpointError if the UNet has layers that the context would compute wrongly.
+    """
+    unsupported = unsupported_layers(unet)
+    if unsupported:
+        raise CheckpointError(
+            f"the UNet has {unsupported}, which no context can be taken from", "--without context"
+        )
     context = Context(unet)
     for name, layers in cross_attentions(unet).items():
         for i, layer in enumerate(layers):
@@ -115,8 +124,8 @@ def split_context(unet: Any) -> Context:
     return context
 
 
-def odd_parts(unet: Any) -> str:
-    """What a UNet has that Stable Diffusion's have not, and that the context would leave out."""
+def unsupported_layers(unet: Any) -> str:
+    """Returns what a UNet has that Context does not compute, in words, or "". Stable Diffusion's has none."""
     if unet.time_embed_act is not None or any(
         not isinstance(resnet.nonlinearity, nn.SiLU) or resnet.skip_time_act for resnet in resnets(unet)
     ):
@@ -128,7 +137,7 @@ def odd_parts(unet: Any) -> str:
 
 
 def context_sizes(unet: Any) -> tuple[dict[str, tuple[int, int, int]], int]:
-    """(2·layers, heads, head width) by name, and the width of a step's times."""
+    """Returns (2·layers, heads, head width) of each group of cross_attentions, and the width of `times`."""
     heads = {
         name: (2 * len(layers), layers[0].heads, layers[0].to_k.out_features // layers[0].heads)
         for name, layers in cross_attentions(unet).items()
@@ -137,12 +146,15 @@ def context_sizes(unet: Any) -> tuple[dict[str, tuple[int, int, int]], int]:
 
 
 def resnets(unet: nn.Module) -> list[Any]:
-    """Blocks that the time embedding goes into, in the order of the UNet's names."""
+    """Returns the blocks that take the time embedding, in the order of the UNet's modules."""
     return [m for m in unet.modules() if getattr(m, "time_emb_proj", None) is not None]
 
 
 def cross_attentions(unet: nn.Module) -> dict[str, list[Any]]:
-    """Layers that attend to the text, by the form of their heads: `keys_values_8x40` for 8 of width 40."""
+    """Returns the layers that attend to the text, grouped by number and width of their heads.
+
+    The name of a group is `keys_values_8x40` for 8 heads of width 40.
+    """
     groups: dict[str, list[Any]] = {}
     for layer in attentions(unet):
         if layer.is_cross_attention:
@@ -152,6 +164,7 @@ def cross_attentions(unet: nn.Module) -> dict[str, list[Any]]:
 
 
 def attentions(unet: nn.Module) -> Iterator[Any]:
+    """Yields all attention layers, self-attention and cross-attention."""
     for module in unet.modules():
         for name in ("attn1", "attn2"):
             if getattr(module, name, None) is not None:
@@ -159,7 +172,7 @@ def attentions(unet: nn.Module) -> Iterator[Any]:
 
 
 def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
-    """One layer that gives the outputs of all of them side by side."""
+    """Returns a layer whose output is that of all these layers side by side; they share their input."""
     has_bias = layers[0].bias is not None
     one = nn.Linear(1, 1, bias=has_bias, device="meta")
     one.in_features, one.out_features = layers[0].in_features, sum(layer.out_features for layer in layers)
@@ -170,7 +183,7 @@ def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
 
 
 class Slice(nn.Module):
-    """Some columns of what it is given."""
+    """Returns the columns from `start` to `stop` of its input."""
 
     def __init__(self, start: int, stop: int) -> None:
         super().__init__()
@@ -181,7 +194,7 @@ class Slice(nn.Module):
 
 
 class PassFirst(nn.Module):
-    """The first thing that it is given."""
+    """Returns its first argument."""
 
     def forward(self, first: Tensor, *_: Any) -> Tensor:
         return first
@@ -191,7 +204,10 @@ class PassFirst(nn.Module):
 
 
 def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """query (b, n, h·d), key and value (b, h, m, d) → (b, n, c), as diffusers' AttnProcessor2_0."""
+    """Returns attention (b, n, c) for query (b, n, h·d), key and value (b, h, m, d).
+
+    The arithmetic is that of diffusers' AttnProcessor2_0.
+    """
     batch, tokens, width = query.shape
     query = query.view(batch, tokens, layer.heads, -1).transpose(1, 2)
     attended = F.scaled_dot_product_attention(query, key, value)
@@ -199,7 +215,7 @@ def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class GivenKeysValues:
-    """An attention processor that takes its keys and values from KeysValues, in place of hidden states."""
+    """An attention processor that takes its keys and values from KeysValues instead of computing them."""
 
     def __init__(self, name: str, index: int) -> None:
         self.name, self.index = name, index
@@ -216,7 +232,7 @@ class GivenKeysValues:
 
 
 class FusedSelfAttention:
-    """An attention processor whose queries, keys and values come out of one product, `attn.to_qkv`."""
+    """An attention processor that computes queries, keys and values in one product, `attn.to_qkv`."""
 
     def __call__(
         self,
@@ -231,7 +247,7 @@ class FusedSelfAttention:
 
 
 def fuse_projections(unet: nn.Module) -> None:
-    """Makes one product of the three of every self-attention, in place."""
+    """Joins the query, key and value projections of every self-attention into one product, in place."""
     for layer in attentions(unet):
         if not layer.is_cross_attention and not layer.norm_q:
             layer.to_qkv = joined([layer.to_q, layer.to_k, layer.to_v])
@@ -243,9 +259,9 @@ def fuse_projections(unet: nn.Module) -> None:
 
 
 def doublings(latent: tuple[int, int], levels: int) -> list[bool]:
-    """For each upsampler, from the smallest map up, whether its output is exactly twice its input.
+    """Returns for each upsampler, from the smallest map up, whether its output is exactly twice its input.
 
-    A map of an odd side is halved to the next whole number, and goes back to the odd one.
+    Halving a map of odd side rounds up, and upsampling restores the odd side.
     """
     sides = [latent]
     for _ in range(levels):
@@ -255,9 +271,10 @@ def doublings(latent: tuple[int, int], levels: int) -> list[bool]:
 
 
 def rewrite_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> None:
-    """Replaces, in place, every nearest-2× upsampling that a 3×3 convolution follows.
+    """Replaces, in place, every nearest-2× upsampling that a 3×3 convolution follows by an Upsampling.
 
-    `exact` tells for each size of picture which of them really double their map; all do where it is empty.
+    `exact` has for each size of latent the result of doublings: an upsampler is replaced only if it exactly
+    doubles its map at every size. If `exact` is empty, all are replaced.
     """
     found = [
         (block, i, upsampler)
@@ -271,7 +288,7 @@ def rewrite_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> No
 
 
 def rewrite_tiny_decoder(layers: nn.Sequential) -> None:
-    """The same in a tiny autoencoder's decoder, whose layers are one sequence."""
+    """Does what rewrite_upsampling does for the decoder of a tiny autoencoder, a sequence of layers."""
     pairs: Any = pairwise(layers)
     for i, (layer, conv) in enumerate(pairs):
         doubles = isinstance(layer, nn.Upsample) and (layer.scale_factor, layer.mode) == (2, "nearest")
@@ -280,14 +297,16 @@ def rewrite_tiny_decoder(layers: nn.Sequential) -> None:
 
 
 def is_plain(conv: Any) -> bool:
+    """Returns whether a layer is a 3×3 convolution with a padding of 1."""
     return isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3) and conv.padding == (1, 1)
 
 
 class Upsampling(nn.Module):
     """Nearest-2× upsampling and the 3×3 convolution after it, as four 2×2 convolutions on the small map.
 
-    An output pixel sees only 2×2 input pixels, some through several of the 3×3 weights: their sums are its
-    weights. So it takes 4/9 of the arithmetic, and is exact to rounding, at the borders too.
+    An output pixel depends on only 2×2 input pixels, on some of them through several of the 3×3 weights. The
+    sums of these weights are the 2×2 weights. This takes 4/9 of the arithmetic, and equals the original up to
+    rounding, at the borders too.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -297,7 +316,7 @@ class Upsampling(nn.Module):
     def forward(self, hidden_states: Tensor, output_size: Any = None) -> Tensor:
         # (b, c, h, w) → (b, c', 2h, 2w)
         batch, _, height, width = hidden_states.shape
-        # The upper left quarter of an input pixel sees its upper and left neighbours.
+        # The upper left output pixel of an input pixel depends on its upper and left neighbours.
         corners = [
             conv(F.pad(hidden_states, (1 - i % 2, i % 2, 1 - i // 2, i // 2)))
             for i, conv in enumerate(self.corners)
@@ -306,7 +325,7 @@ class Upsampling(nn.Module):
 
 
 def corner(conv: nn.Conv2d, row: int, column: int) -> nn.Conv2d:
-    """The 2×2 convolution that gives the output pixels of even (0) or odd (1) rows and columns."""
+    """Returns the 2×2 convolution for the output pixels of even (0) or odd (1) rows and columns."""
     one = nn.Conv2d(conv.in_channels, conv.out_channels, 2, bias=conv.bias is not None, device="meta")
     one.weight = nn.Parameter(corner_kernel(conv.weight, row, column), requires_grad=False)
     one.bias = conv.bias
@@ -314,7 +333,7 @@ def corner(conv: nn.Conv2d, row: int, column: int) -> nn.Conv2d:
 
 
 def corner_kernel(weight: Tensor, row: int, column: int) -> Tensor:
-    """(o, c, 3, 3) → (o, c, 2, 2), for the output pixels of odd or even rows and columns."""
+    """Returns the 2×2 weights (o, c, 2, 2) of `corner`, from the 3×3 weights (o, c, 3, 3)."""
 
     def halves(weight: Tensor, dimension: int, odd: int) -> Tensor:
         one, two, three = weight.unbind(dimension)

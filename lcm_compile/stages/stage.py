@@ -1,7 +1,7 @@
-"""A checkpoint's modules as static graphs: encode, context, step, decode.
+"""Turns the modules of a checkpoint into the stages encode, context, step and decode, as static graphs.
 
-Every float at a stage's edge is float32; whatever precision a stage computes in stays inside it.
-What depends on the shape alone (SDXL's size ids) is part of the graph.
+All float inputs and outputs of a stage are float32; inside, a stage computes in its own precision. Values
+that depend only on the shape of the picture (SDXL's size ids) are constants of the graph.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
 
 @dataclass
 class Stage:
-    """A module whose forward takes and returns exactly what its contract names, in that order."""
+    """A module whose forward has exactly the inputs and outputs of its contract, in that order."""
 
     contract: StageContract
     module: nn.Module
 
     @property
     def name(self) -> str:
+        """The name of the stage in its contract."""
         return self.contract.name
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """Arguments of the contract's shapes, each its own tensor (an exporter would merge shared ones)."""
+        """Returns zeros for each input. Each is its own tensor, because an exporter merges shared ones."""
         return tuple(
             torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype)) for spec in self.contract.inputs
         )
@@ -43,21 +44,25 @@ class Stage:
 def rewrite_modules(
     modules: Mapping[str, nn.Module], rewrites: Collection[str], shapes: Sequence[Shape], factor: int
 ) -> dict[str, nn.Module]:
-    """Rewrites modules in place for pictures of these shapes; with them, the `context` that was taken out."""
-    shaped = dict(modules)
+    """Rewrites modules in place for pictures of these shapes, and returns them.
+
+    With the rewrite `context` the result also has the `context` that was moved out of the UNet. `factor` is
+    the VAE's: the side of a picture divided by that of its latent. Raises CheckpointError as rewrite_unet.
+    """
+    rewritten = dict(modules)
     if unet := modules.get("unet"):
         latents = [(shape.height // factor, shape.width // factor) for shape in shapes]
         if context := rewrite_unet(unet, rewrites, latents):
-            shaped["context"] = context.eval()
+            rewritten["context"] = context.eval()
     if vae := modules.get("vae"):
         rewrite_vae(vae, rewrites)
-    return shaped
+    return rewritten
 
 
 def make_stages(
     checkpoint: Checkpoint, modules: Mapping[str, nn.Module], shape: Shape, rewrites: Collection[str] = ()
 ) -> list[Stage]:
-    """The stages of a base whose modules have these rewrites, in the order the pipeline runs them."""
+    """Returns the stages of a base, in the order the pipeline runs them. `modules` have these rewrites."""
     contracts = make_contracts(checkpoint, shape, rewrites)
     return [make_stage(checkpoint, contract, modules, shape) for contract in contracts.values()]
 
@@ -65,7 +70,7 @@ def make_stages(
 def make_stage(
     checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module], shape: Shape
 ) -> Stage:
-    """One stage, of modules as rewrite_modules leaves them."""
+    """Returns the stage of a contract, made of modules that rewrite_modules returned."""
     names = [spec.name for spec in contract.inputs]
     module: nn.Module
     if contract.name == "context":
@@ -82,13 +87,16 @@ def make_stage(
 
 
 def join_stages(stages: Sequence[Stage]) -> Stage:
-    """Stages with the rewrites `context` and `lcm-step` as one that draws a whole picture."""
+    """Returns one stage that draws a complete picture.
+
+    The given stages must have the rewrites `context` and `lcm-step`.
+    """
     contract = draw_contract({stage.name: stage.contract for stage in stages})
     return Stage(contract, Draw(stages, [spec.name for spec in contract.inputs]).eval())
 
 
 class Draw(nn.Module):
-    """Prompt → encode → context → every step → decode. The steps share one module, and so its weights."""
+    """Runs encode, context, every step and decode. The steps share one module, and so its weights."""
 
     def __init__(self, stages: Sequence[Stage], inputs: list[str]) -> None:
         super().__init__()
@@ -103,13 +111,14 @@ class Draw(nn.Module):
         noises = given["noise"]
         latent = noises[0]
         for i, numbers in enumerate(given["coefficients"]):
-            # The last step adds none: its coefficient is 0, for any finite noise.
+            # The last step adds no noise: the coefficient of its noise is 0, so any finite noise will do.
             noise = noises[(i + 1) % len(noises)]
             own = {"latent": latent, "noise": noise, "time": given["times"][i], "coefficients": numbers}
             latent = self.call("step", {**given, **own})["next_latent"]
         return self.call("decode", {"latent": latent})["picture"]
 
     def call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the outputs of a stage by name; `given` has at least its inputs."""
         contract = self.contracts[name]
         outputs = self.stages[name](*(given[spec.name] for spec in contract.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -117,7 +126,7 @@ class Draw(nn.Module):
 
 
 class EncodeOne(nn.Module):
-    """SD1.x and SD2.x: the text encoder's last, normalised states."""
+    """Returns the last, normalised hidden states of the text encoder, for SD1.x and SD2.x."""
 
     def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -129,7 +138,10 @@ class EncodeOne(nn.Module):
 
 
 class EncodeTwo(nn.Module):
-    """SDXL: the last but one states of both encoders side by side, and the second's pooled text."""
+    """Returns the next-to-last hidden states of both encoders side by side, and the second's pooled text.
+
+    SDXL conditions on these.
+    """
 
     def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
         super().__init__()
@@ -145,9 +157,10 @@ class EncodeTwo(nn.Module):
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
-    """The sinusoidal embedding of w = scale − 1 that full LCM UNets take: (b,) → (b, width).
+    """Returns the sinusoidal embedding (b, width) of w = scale − 1, given as (b,), which full LCM UNets take.
 
-    Luo et al. 2023, section 4.1; the form of VDM (github.com/google-research/vdm) that diffusers uses.
+    The source is Luo et al. 2023, section 4.1, in the form of VDM (github.com/google-research/vdm) that
+    diffusers uses.
     """
     half = width // 2
     frequencies = torch.exp(
@@ -158,18 +171,18 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
 
 
 def size_ids(shape: Shape) -> Tensor:
-    """SDXL's: original size, crop corner, target size, (b, 6)."""
+    """Returns SDXL's size ids (b, 6): original size, crop corner and target size, in pixels."""
     return torch.tensor([[shape.height, shape.width, 0, 0, shape.height, shape.width]] * shape.batch).float()
 
 
 class ContextStage(nn.Module):
-    """What a prompt and timesteps settle, in the contract's order: keys and values, then times."""
+    """Computes the context of a prompt and timesteps: keys and values, then times, as in its contract."""
 
     def __init__(self, context: nn.Module, shape: Shape, inputs: list[str]) -> None:
         super().__init__()
         self.context = context
         self.inputs = inputs
-        # A plain tensor, not a buffer: casting the module to half precision leaves it as it is.
+        # A plain tensor, not a buffer, so that casting the module to half precision does not change it.
         self.size_ids = size_ids(shape)
 
     def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
@@ -187,7 +200,7 @@ class ContextStage(nn.Module):
 
 
 class Step(nn.Module):
-    """One UNet pass and the LCM step after it. Floats arrive in fp32 and are cast where the UNet needs it."""
+    """Runs the UNet, and then the LCM step if it has `coefficients`. It casts fp32 inputs for the UNet."""
 
     def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str], clip: float | None) -> None:
         super().__init__()
@@ -199,24 +212,25 @@ class Step(nn.Module):
     def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         given = dict(zip(self.inputs, arrays, strict=True))
         latent = given["latent"]
-        conditions = self.hoisted(given) if "time" in given else self.conditions(given)
-        prediction = self.unet(latent.to(self.dtype), **conditions, return_dict=False)[0].float()
+        arguments = self.context_arguments(given) if "time" in given else self.arguments(given)
+        prediction = self.unet(latent.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
             return prediction
         numbers: list[Any] = [0, *given["coefficients"].unbind(), self.clip]
         step = LcmStep(*numbers)
         return prediction, step(latent, prediction, given["noise"])
 
-    def hoisted(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What a UNet takes whose context was taken out of it."""
+    def context_arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns the UNet's arguments besides the latent, if its context was moved to the context stage."""
         keys_values = {k: v.to(self.dtype) for k, v in given.items() if k.startswith("keys_values")}
         return {"timestep": given["time"].to(self.dtype), "encoder_hidden_states": keys_values}
 
-    def conditions(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
+    def arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Returns the UNet's arguments besides the latent, if the UNet computes its context itself."""
         config: Any = self.unet.config
         options: dict[str, Any] = {}
-        # Pooled text meets fp32 time embeddings in one Concat, which ONNX Runtime and TensorRT refuse
-        # when the types differ: it stays fp32 up to there.
+        # Pooled text is joined with fp32 time embeddings in one Concat. ONNX Runtime and TensorRT refuse a
+        # Concat of different types, so the text stays in fp32 up to there.
         if "pooled" in given:
             options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": self.size_ids}
         if "guidance" in given:
@@ -227,30 +241,32 @@ class Step(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the UNet's weights."""
         return weight_type(self.unet)
 
 
 def weight_type(module: nn.Module) -> torch.dtype:
+    """Returns the type of a module's first weight."""
     return next(module.parameters()).dtype
 
 
 class Decode(nn.Module):
-    """Latents as the loop leaves them → pictures, undoing the scaling that the VAE's config names."""
+    """Decodes the last latents of the loop to pictures; first it undoes the scaling of the VAE's config."""
 
     def __init__(self, vae: nn.Module, rgb8: bool = False) -> None:
         super().__init__()
         self.rgb8 = rgb8
-        # The encoder half is no part of the graph.
-        parts: Any = vae
-        self.post_quant_conv: nn.Module | None = getattr(parts, "post_quant_conv", None)
-        self.decoder: nn.Module = parts.decoder
-        config = parts.config
+        # Only the decoder is used: the VAE's encoder is not part of the graph.
+        autoencoder: Any = vae
+        self.post_quant_conv: nn.Module | None = getattr(autoencoder, "post_quant_conv", None)
+        self.decoder: nn.Module = autoencoder.decoder
+        config = autoencoder.config
         scale = torch.full((1, config.latent_channels, 1, 1), 1.0 / config.scaling_factor)
         shift = torch.zeros_like(scale)
         if getattr(config, "latents_mean", None) is not None:
             scale = scale * torch.tensor(config.latents_std, dtype=torch.float32).view(scale.shape)
             shift = shift + torch.tensor(config.latents_mean, dtype=torch.float32).view(scale.shape)
-        # Plain tensors, not buffers: casting the module to half precision leaves them as they are.
+        # Plain tensors, not buffers, so that casting the module to half precision does not change them.
         self.scale, self.shift = scale, shift
 
     def forward(self, latent: Tensor) -> Tensor:

@@ -171,8 +171,10 @@ def test_a_stage_that_beats_its_limit_is_told(measured):
     _, report, _ = measured
     picture, stage = report.cases[:2]
     slow, fast = (replace(stage, samples_ms=(ms, ms), limit_ms=10.0) for ms in (11.0, 9.0))
-    assert not any("limit" in note for note in warnings([picture, slow], {"step": "fp32"}, {}))
-    assert any(f"{stage.name} took less" in note for note in warnings([picture, fast], {"step": "fp32"}, {}))
+    assert not any("limit" in note for note in warnings([picture, slow], {"step": Precision.FP32}, {}))
+    assert any(
+        f"{stage.name} took less" in note for note in warnings([picture, fast], {"step": Precision.FP32}, {})
+    )
 
 
 def test_the_plot_shows_ours_by_its_parity_and_diffusers_by_its_time(measured):
@@ -404,7 +406,7 @@ def test_the_limit_is_the_longer_of_computing_and_reading():
 
 @pytest.mark.skipif("avx512_vnni" not in instruction_set(), reason="this processor has no 8-bit products")
 def test_the_peak_in_8_bits_is_that_of_8_bit_products():
-    assert measure("int8+fp32", 1)[0] > 1.5 * measure("fp32", 1)[0]
+    assert measure(Precision("int8+fp32"), 1)[0] > 1.5 * measure(Precision.FP32, 1)[0]
 
 
 def test_without_its_checkpoint_the_work_is_not_counted_and_that_is_told(fused_bundle):

@@ -1,6 +1,6 @@
 """The gate on real samples: 20 fresh processes of the demo model, each in turn with diffusers.
 
-tests/data/processes.json is what benchmarks/record_processes.py wrote on a busy machine.
+processes.json beside this file is what benchmarks/pages/record_processes.py wrote on a busy machine.
 Their ratios to diffusers have a standard deviation of 7 %, their own times one of 26 %. Each draw takes ten
 processes as a baseline and the ten others as the new report: as many as `compare` runs by itself.
 """

@@ -140,7 +140,7 @@ def test_the_budget_ends_what_runs_and_skips_the_rest(tmp_path):
     assert found["hangs"]["outcome"] == "timed out"
     assert (found["ends"]["outcome"], found["after"]["outcome"]) == ("skipped", "skipped")
     assert "s are left, and it takes 20 at least" in found["ends"]["error"]
-    assert found["after"]["error"] == "ends did not end well"
+    assert found["after"]["error"] == "ends did not succeed"
 
 
 def test_a_report_keeps_what_other_runs_found_on_the_same_machine(tmp_path):

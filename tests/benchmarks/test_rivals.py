@@ -16,6 +16,7 @@ from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.benchmarks.measure import rivals
 from lcm_compile.benchmarks.measure.rivals import RIVALS, Setup, makers
 from lcm_compile.engines import openvino
+from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import Shape
 
@@ -149,7 +150,7 @@ def test_openvino_draws_sd15_whose_models_take_less(sd15_checkpoint, loaded):
 
 def can_openvino(precision):
     pytest.importorskip("openvino")
-    if reason := openvino.cannot_compute(precision):
+    if reason := openvino.cannot_compute(Precision(precision)):
         pytest.skip(reason)
 
 

@@ -234,7 +234,7 @@ def test_a_miss_is_compared_with_the_nearest_of_its_base_and_kind(command, copy,
         f"differs from {plan.make_plan(copy).folder.name}:",
     )
     assert far.folder == store.recent()[0]
-    none = "there is no bundle of {} to compare with: none has {}"
+    none = "there is no bundle yet to compare with, of {} with {}"
     demo = reasons(BuildSpec(base="demo", backend="torchscript"))
     assert demo == none.format("demo", "its own weights and one graph for each stage")
     whole = replace(copy, backend="onnxruntime", whole_loop=True)

@@ -154,14 +154,14 @@ def test_a_path_that_leaves_the_bundle(refuse, bundle, tmp_path, name, place):
     change(bundle, "files", files | {name: files["engines/step.onnx"]})
     if place != "files":
         change(bundle, place, name)
-    refuse("no place inside")
+    refuse("not inside")
     assert outside.is_file()
 
 
 def test_a_link_to_an_engine_outside(refuse, bundle, tmp_path):
     (bundle / FILES[0]).rename(tmp_path / "step.onnx")
     (bundle / FILES[0]).symlink_to(tmp_path / "step.onnx")
-    refuse(FILES[0], "no place inside")
+    refuse(FILES[0], "not inside")
 
 
 def test_a_file_without_a_digest(refuse, bundle):

@@ -291,7 +291,7 @@ def test_a_run_that_is_loading_wins_or_is_told(sdxl_bundle, shelf):
             kept += len(pruned.reasons)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err  # nothing but a BundleError ended it
-        assert "no bundle at" in out or "just been removed" in out or "is no bundle" in out, out
+        assert "no bundle at" in out or "just been removed" in out or "is not a bundle" in out, out
         assert list(shelf.iterdir()) == []
     assert kept
 

@@ -10,7 +10,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from lcm_compile.checkpoint.families import FAMILIES, Family
-from lcm_compile.lora.read import guess_base
+from lcm_compile.lora.read import base_by_width
 
 WIDTH = 32
 
@@ -57,7 +57,7 @@ def test_its_loras_are_recognised(command, checkpoint, tmp_path):
     assert code == 0, err
     assert json.loads(out)["made_for"] == "new (A new family)"
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight"
-    assert guess_base({key: pipe.unet.conv_in.weight.new_zeros(4, WIDTH)}) == "New"
+    assert base_by_width({key: pipe.unet.conv_in.weight.new_zeros(4, WIDTH)}) == "New"
 
 
 def test_its_files_are_opened_and_its_vae_is_changed_in_fp16(command, checkpoint, tmp_path):

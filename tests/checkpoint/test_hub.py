@@ -15,6 +15,8 @@ import pytest
 
 from lcm_compile.checkpoint.hub import SECONDS
 
+ONLINE = {"HF_HUB_OFFLINE": "0"}
+
 
 def cli(*words, **environment):
     """Runs the command in a process of its own; returns what it did, and the seconds it took."""
@@ -22,7 +24,7 @@ def cli(*words, **environment):
     done = subprocess.run(
         [sys.executable, "-m", "lcm_compile", *map(os.fsencode, words)],
         capture_output=True,
-        env={k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | environment,
+        env={k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | ONLINE | environment,
         timeout=120,
     )
     return done, done.stderr.decode(), time.perf_counter() - start
@@ -56,7 +58,7 @@ def test_a_network_that_never_answers_is_given_up(tmp_path):
             [sys.executable, "-c", script, "build", "--base", "sdxl", "--gpu", "cpu"],
             capture_output=True,
             text=True,
-            env=os.environ | {"HTTPS_PROXY": proxy, "NO_PROXY": "", "HF_HOME": str(tmp_path)},
+            env=os.environ | ONLINE | {"HTTPS_PROXY": proxy, "NO_PROXY": "", "HF_HOME": str(tmp_path)},
             timeout=60,
         )
     assert done.returncode == 1
@@ -146,7 +148,7 @@ def test_a_lora_by_its_hub_id(planned, tmp_path):
     cached(tmp_path / "hf", "some.one/empty", "README.md")
     assert "neither pytorch_lora_weights.safetensors" in planned("some.one/empty:0.5")
     err = planned("some.one/else")
-    assert "some.one/else is no path here" in err and "HF_HOME" in err
+    assert "some.one/else is neither a path nor in the hub cache" in err and "HF_HOME" in err
 
 
 def test_a_path_wins_over_a_hub_id(planned, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def plan(home, base, *words, **environment):
         [sys.executable, "-m", "lcm_compile", *command],
         capture_output=True,
         text=True,
-        env=os.environ | {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | environment,
+        env=os.environ | {"HF_HOME": str(home), "NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "0"} | environment,
         cwd=home,
     )
     return json.loads(done.stdout) if done.returncode == 0 else None, done.stderr

@@ -93,6 +93,8 @@ def test_an_export_has_the_key_of_the_base(command, graphs, base, tmp_path):
     words = ("build", "--base", base.base, "--no-lcm", "--gpu", "cpu", "--out", out, "--json")
     assert json.loads(command(*words)[1])["hit"] is True
     assert json.loads(command("build", "--from", graphs, "--gpu", "cpu", "--out", out, "--json")[1])["hit"]
+    code, told, err = command("build", "--from", graphs, "--gpu", "cpu", "--out", out, "--quiet")
+    assert (code, told, err) == (0, f"{out}\n", "")
 
 
 def test_a_damaged_export_is_refused(refused, graphs, tmp_path):
@@ -105,13 +107,13 @@ def test_a_damaged_export_is_refused(refused, graphs, tmp_path):
     manifest = json.loads((copy / EXPORT).read_text())
     elsewhere = {**manifest, "files": {**manifest["files"], "../graphs/graphs/step.onnx": "0"}}
     (copy / EXPORT).write_text(json.dumps(elsewhere))
-    refused(1, [EXPORT, "no place inside"], "build", "--from", copy, "--gpu", "cpu")
+    refused(1, [EXPORT, "not inside"], "build", "--from", copy, "--gpu", "cpu")
     unlisted = {k: v for k, v in manifest["files"].items() if k != "graphs/step.onnx"}
     (copy / EXPORT).write_text(json.dumps({**manifest, "files": unlisted}))
     refused(1, ["graphs/step.onnx", "no digest"], "build", "--from", copy, "--gpu", "cpu")
     (copy / EXPORT).write_text("{}")
     refused(1, ["schema"], "build", "--from", copy, "--gpu", "cpu")
-    refused(1, "is no export", "build", "--from", tmp_path, "--gpu", "cpu")
+    refused(1, "is not an export", "build", "--from", tmp_path, "--gpu", "cpu")
 
 
 def test_what_an_export_has_settled_is_not_asked_again(refused, graphs):

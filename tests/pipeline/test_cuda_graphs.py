@@ -74,7 +74,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeCapturer:
-    """In place of engines.cuda_graph.Capturer."""
+    """In place of engines.capture.Capturer."""
 
     def warm_up(self, function):
         return function()

@@ -193,7 +193,7 @@ def test_an_unknown_rewrite_is_told(refused):
 
 def test_a_rewrite_that_is_not_exact_is_not_published(sd15_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("lcm_compile.stages.rewrites.corner_kernel", lambda weight, *_: weight[..., :2, :2])
-    with pytest.raises(ParityError, match="shaped for LCM, the model's prediction"):
+    with pytest.raises(ParityError, match="rewritten for LCM, the model's prediction"):
         build(BuildSpec(base=str(sd15_checkpoint), no_lcm=True), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
