@@ -67,7 +67,7 @@ def export_key(
 
 
 def bundle_key(graphs: Mapping[str, str], name: str, backend: Backend, target: GpuTarget) -> dict[str, str]:
-    """Returns everything that a bundle depends on: the graphs, whose key is `graphs`, and what builds from them."""
+    """Returns everything that a bundle depends on: its graphs, by their key, and what builds from them."""
     return {
         **graphs,
         "target": f"{target.name} {target.compute_capability or ''}".strip(),

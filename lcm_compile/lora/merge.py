@@ -1,4 +1,4 @@
-"""Merges LoRAs into the weights of a base, and refuses LoRAs that do not fit it. `match.py` does the matching."""
+"""Merges LoRAs into the weights of a base, and refuses LoRAs that do not fit; `match.py` matches them."""
 
 from __future__ import annotations
 

@@ -124,7 +124,8 @@ def bisect(bundle: EngineBundle, export: Export | None = None) -> Iterator[tuple
             compared += 1
     if not compared:
         raise BundleError(
-            f"the proof of {bundle.folder} is of a picture of {manifest.proof.shape}, and there is no graph for that",
+            f"the proof of {bundle.folder} is of a picture of {manifest.proof.shape}, and there is no graph "
+            "for that",
             "lcm-compile export --out DIR, with the options of the build, and then --graphs DIR",
         )
 
