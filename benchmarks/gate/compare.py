@@ -310,7 +310,7 @@ def judge_figure(pair: Pair, metric: str, limit: float) -> Verdict:
 
 
 def on_gpu(pair: Pair) -> bool:
-    """Whether either side ran on a GPU."""
+    """Returns whether either side ran on a GPU."""
     return any(e.device != e.processor for e in (pair.base_environment, pair.new_environment))
 
 

@@ -56,9 +56,10 @@ def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Compariso
 
 
 def none_is_slower(pair: Pair) -> bool:
-    """Whether every quantile that the baseline has enough samples for is no greater in NEW's estimate.
+    """Returns whether no quantile is greater in NEW than in the baseline, by the estimates.
 
-    Quantiles without a limit count too. One that NEW has too few samples for counts as slower.
+    Only quantiles that the baseline has enough samples for count, also those without a limit. One that NEW has
+    too few samples for counts as greater.
     """
     for metric, quantile in QUANTILES.items():
         base, new = both_log_times(pair, metric)

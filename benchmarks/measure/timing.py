@@ -26,7 +26,7 @@ ProgressReport = Callable[[str, int, int], None]
 
 
 def silent(activity: str, done: int, total: int) -> None:
-    """The ProgressReport that shows nothing."""
+    """Ignores the progress: a ProgressReport that shows nothing."""
 
 
 def requests(prompt: str) -> Iterator[tuple[str, int]]:
