@@ -194,6 +194,16 @@ class BuildSpec:
         return tuple(name for name in REWRITES if name not in self.without)
 
     @property
+    def graph_inputs(self) -> dict[str, str]:
+        """The fields that change the graphs, as inputs of the key.
+
+        Not here are the base, the LoRAs, the shape and the precision: the key holds what the build makes of
+        them, for example the content of a LoRA's file.
+        """
+        inputs = {"rewrites": ", ".join(self.rewrites)}
+        return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
+
+    @property
     def random_seed(self) -> int | None:
         """The seed of `random` (0) or `random:SEED` weights, or None for the checkpoint's own weights."""
         if self.weights is None:

@@ -58,8 +58,8 @@ def tightened(base: BenchmarkReport, new: BenchmarkReport, comparison: Compariso
 def none_is_slower(pair: Pair) -> bool:
     """Returns whether no quantile is greater in NEW than in the baseline, by the estimates.
 
-    Only quantiles that the baseline has enough samples for count, also those without a limit. One that NEW has
-    too few samples for counts as greater.
+    It compares all quantiles that the baseline has enough samples for, also those without a limit. One that
+    NEW has too few samples for counts as greater.
     """
     for metric, quantile in QUANTILES.items():
         base, new = both_log_times(pair, metric)

@@ -47,17 +47,14 @@ def export_key(
 ) -> dict[str, str]:
     """Returns everything that the exported graphs depend on: each input's name and its content, never a path.
 
-    A new field of BuildSpec that changes the graphs must be put in here. Raises CheckpointError if a file of
-    the base can't be read.
+    Raises CheckpointError if a file of the base can't be read.
     """
     key = {f"base {name}": digest for name, digest in checkpoint.content(digests.sha256).items()}
     for i, lora in enumerate(loras, 1):
         key[f"LoRA {i}"] = lora.sha256
         key[f"LoRA {i} weight"] = lora.spec.effective
     key["shape"] = str(shape)
-    key["rewrites"] = ", ".join(spec.rewrites)
-    if spec.whole_loop:
-        key["whole loop"] = "one graph"
+    key |= spec.graph_inputs
     key |= {f"precision of {stage}": precision for stage, precision in precisions.items()}
     key["graph format"] = graph_format
     for package in EXPORTERS[graph_format]:

@@ -34,7 +34,8 @@ class Family:
     `base` and `lcm_lora` are hub ids; those of the model in this package are paths. `others` is the
     checkpoint that holds the remaining models if `base` is a UNet alone. `short` is the name in messages
     about a LoRA. `signature` lists the UNet settings by which a checkpoint of the family is recognised; if
-    the signatures of two families match, the longer one counts.
+    the signatures of two families match, the longer one counts. A one-file checkpoint shows only
+    `block_out_channels`, `transformer_layers_per_block`, `cross_attention_dim` and `mid_block_type`.
 
     `models` maps each component, such as `unet`, to its config, and `scheduler` is the scheduler's config.
     They are used where no checkpoint folder is at hand: for random weights, for one-file checkpoints and to
