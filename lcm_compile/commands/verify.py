@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,7 +72,7 @@ def bisect_layers(bundle: EngineBundle, graphs: Path | None, as_json: bool) -> N
     for name, stage in bisect(bundle, export):
         found[name] = stage
         if not as_json:
-            print(f"{name}: {stage}")
+            print(textwrap.fill(f"{name}: {stage}", 79, subsequent_indent="  "))
     failed = [name for name, stage in found.items() if not stage.passed]
     if as_json:
         stages = {name: {**asdict(stage), "passed": stage.passed} for name, stage in found.items()}
