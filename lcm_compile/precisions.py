@@ -22,6 +22,7 @@ class Precision(StrEnum):
     INT8_FP32 = "int8+fp32"
     INT8_FP16 = "int8+fp16"
     INT8_BF16 = "int8+bf16"
+    FP8_FP32 = "fp8+fp32"
     FP8_FP16 = "fp8+fp16"
     FP8_BF16 = "fp8+bf16"
 

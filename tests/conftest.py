@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 
 # No test sees the caller's settings or the caller's downloads.
@@ -17,6 +18,8 @@ for name in [name for name in os.environ if name.startswith(SETTINGS) or name in
 HUB = tempfile.TemporaryDirectory(prefix="hub-")
 os.environ["HF_HOME"] = HUB.name
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests of the hub serve one of their own, in processes of their own
+# A shell lets its background jobs ignore Ctrl-C, and their children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Models this small lose more to a second thread than they gain.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Of several workers (`pytest -n auto`) each keeps to a core: engines' threads would wait for another's.

@@ -17,6 +17,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 
 from lcm_compile.bundles.manifest import read_manifest
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.lora.guess_base import empty_modules
 from lcm_compile.training.adapters import ADAPTED
 
@@ -44,7 +45,7 @@ def write_lcm_lora(family, path):
     """Rank 64, fp16, on the modules and in the layout of the published ones."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
-    for name, layer in empty_modules(family, {"unet"})["unet"].named_modules():
+    for name, layer in empty_modules(FAMILIES[family], {"unet"})["unet"].named_modules():
         if f".{name}".endswith(tuple(f".{ending}" for ending in ADAPTED)) and hasattr(layer, "weight"):
             key = f"lora_unet_{name.replace('.', '_')}"
             out, *ins = layer.weight.shape

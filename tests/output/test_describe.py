@@ -23,7 +23,7 @@ PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2":
 
 def family_lora(family, path, text=False, original=False, only="", rank=1):
     """A LoRA for a family's real shapes, in kohya's layout, with either names of the UNet's modules."""
-    modules = empty_modules(family, PREFIXES if text else {"unet"})
+    modules = empty_modules(FAMILIES[family], PREFIXES if text else {"unet"})
     tensors = {}
     for component, root in modules.items():
         originals = original_names(root) if original and component == "unet" else {}

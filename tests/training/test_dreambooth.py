@@ -224,7 +224,7 @@ def test_bad_folders(bases, pictures, tmp_path):
         train_lora(settings_for(bases["sd15"], pictures, prior_data="missing"), out)
     with pytest.raises(UsageError, match="no pictures to train on"):
         train_lora(StyleSpec(str(bases["sd15"])), out)
-    with pytest.raises(UsageError, match=r"no \.safetensors file"):
+    with pytest.raises(UsageError, match=r"not a .safetensors file"):
         train_lora(settings_for(bases["sd15"], pictures), tmp_path / "lora")
 
 
