@@ -7,9 +7,13 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
+import click
+
 from lcm_compile.system.dataclass_json import json_text
 from lcm_compile.system.stopwatch import Cost
 from lcm_compile.targets import GIB
+
+QUIET = "lcm_compile.quiet"  # in the meta data of click's context
 
 
 def print_json(data: Any, one_line: bool = False) -> None:
@@ -18,18 +22,20 @@ def print_json(data: Any, one_line: bool = False) -> None:
     sys.stdout.flush()
 
 
-class _State:
-    quiet = False
-
-
 def be_quiet(quiet: bool) -> None:
-    """Silences progress and hints from now on, or shows them again."""
-    _State.quiet = quiet
+    """Silences progress and hints of the running command from now on, or shows them again."""
+    click.get_current_context().meta[QUIET] = quiet
+
+
+def is_quiet() -> bool:
+    """Returns whether there is a running command that is to be quiet."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.meta.get(QUIET))
 
 
 def note(text: str, always: bool = False) -> None:
     """Writes a line of progress or a hint to stderr; `always` is for what --quiet must not silence."""
-    if always or not _State.quiet:
+    if always or not is_quiet():
         sys.stderr.write(text + "\n")
 
 
@@ -66,7 +72,7 @@ class BuildProgress:
     """
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty() and not _State.quiet
+        self._live = sys.stderr.isatty() and not is_quiet()
         self._start = time.perf_counter()
         self._status: Any = None
 
@@ -112,7 +118,7 @@ class Bar:
 
     def __init__(self, description: str) -> None:
         self._bar: Any = None
-        if sys.stderr.isatty() and not _State.quiet:
+        if sys.stderr.isatty() and not is_quiet():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import BACKENDS
+from lcm_compile.output.console import note
 
 
 def test_run_writes_the_picture_and_how_it_was_made(command, sdxl_bundle, tmp_path):
@@ -230,3 +231,10 @@ def test_doctor_finds_out_by_computing(command):
         assert not found["tensorrt-rtx"]["runs"]
         assert "GPU" in found["tensorrt-rtx"]["reason"]
     assert all(backend["reason"] for backend in found.values())
+
+
+def test_quiet_ends_with_its_command(command, capsys, tmp_path):
+    """A program that runs a quiet command in its own process still sees later notes."""
+    command("verify", tmp_path, "--quiet")
+    note("shown")
+    assert capsys.readouterr().err == "shown\n"
