@@ -53,7 +53,7 @@ def verify(bundle: Path | None, bisect: bool, graphs: Path | None, as_json: bool
     else:
         print_parity(figures)
     if not figures:
-        note("nothing could be compared, because the proof is of another batch: the picture is not flat")
+        note("nothing was compared, because the proof is of another batch; the picture is not flat")
     try:
         require(figures)
     except ParityError as error:

@@ -23,6 +23,7 @@ from lcm_compile.benchmarks.measure.report import (
     read_report,
 )
 from lcm_compile.builder.plan import make_plan
+from lcm_compile.errors import LcmCompileError
 
 CPU = Environment("EPYC", "EPYC", 2, {"torch": "2.13.0"}, "2026-11-01T00:00:00+00:00")
 OTHER_CPU = replace(CPU, device="Xeon", processor="Xeon")
@@ -243,6 +244,15 @@ def test_engines_of_another_gpu_have_other_sizes():
     assert (
         statuses(report(small), report(large, environment=OTHER_CPU))[("picture", "engine-size")] == "worse"
     )
+
+
+def test_a_case_that_was_measured_elsewhere_is_judged_as_there():
+    """An updated baseline keeps the machine of each case, and may be given as NEW too."""
+    new = report(replace(case(2, rival=None), environment=OTHER_CPU))
+    with pytest.raises(LcmCompileError, match="two machines"):
+        statuses(report(case(2, rival=None)), new)
+    there = report(case(1, rival=None), environment=OTHER_CPU)
+    assert statuses(there, new)[("picture", "median")] != "worse"
 
 
 def test_a_missing_case_fails_and_a_new_one_does_not(command, saved):

@@ -93,9 +93,11 @@ def test_a_process_that_is_killed_is_told():
 
 
 @pytest.mark.parametrize("batch, replayed", [(1, {"encode"}), (2, set())])
-def test_a_small_proof_of_engines_that_run_here(large, sdxl_checkpoint, tmp_path, batch, replayed):
+def test_a_small_proof_of_engines_that_run_here(large, command, sdxl_checkpoint, tmp_path, batch, replayed):
     """What is of another size or number than the engines take is not replayed; the picture is drawn."""
     spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, batch=batch)
     bundle = build_quickly(spec, tmp_path / "b", lambda **found: None)
     assert bundle.manifest.proof.shape == Shape(1, 32, 32)
     assert verify(bundle).keys() == replayed
+    code, _, err = command("verify", bundle.folder)
+    assert code == 0 and ("nothing was compared" in err) == (not replayed)
