@@ -87,7 +87,7 @@ def test_no_item_ends_the_others(tmp_path):
     items = [
         Item("raises", raises),
         Item("crashes", crashes),
-        Item("hangs", hangs, most=3),
+        Item("hangs", hangs, most=10),
         Item("lacks", lacks),
         Item("reads", reads, (str(report),)),
         Item("ends", ends),
@@ -112,8 +112,8 @@ def test_no_item_ends_the_others(tmp_path):
     assert "SIGSEGV" in found["crashes"]["error"]
     assert found["crashes"]["printed"] == "the library's last words"
     assert "a_backend_that_is_nowhere" in found["lacks"]["error"]
-    assert found["hangs"]["error"] == "it took more than 3 s, in: build step"
-    assert 3 <= found["hangs"]["seconds"] < 15
+    assert found["hangs"]["error"] == "it took more than 10 s, in: build step"
+    assert 10 <= found["hangs"]["seconds"] < 25
     assert not is_running(found["hangs"]["below"])
     # The report was written after every item, not at the end.
     assert found["reads"]["read"]["items"].keys() == {"raises", "crashes", "hangs", "lacks"}
