@@ -52,23 +52,7 @@ ITEMS = (
 
 
 @click.command()
-@click.option(
-    "--only",
-    multiple=True,
-    type=click.Choice([item.name for item in ITEMS]),
-    help="Run only this item and those that it needs; repeatable.",
-)
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    help="Folder in which weights and bundles stay; by default a temporary one.",
-)
-@click.option(
-    "--budget", type=float, default=BUDGET, show_default=True, help="Seconds for all items together."
-)
-@click.option(
-    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="Device to use."
-)
+@suite.run_options(ITEMS, BUDGET)
 def main(only: tuple[str, ...], work: Path | None, budget: float, device: str) -> None:
     """Check which features work on this machine; failures are in the report, and no error."""
     wanted = with_needs(only, ITEMS) if only else {item.name for item in ITEMS}

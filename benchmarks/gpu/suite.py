@@ -11,7 +11,7 @@ where the last run stopped: items that succeeded are not run again.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import click
@@ -153,23 +153,46 @@ def run_in(
     return path, found
 
 
+def run_options(items: Sequence[Item], budget: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Returns a decorator that adds the options --only, --work, --budget and --device to a command.
+
+    `budget` is the default of --budget, in seconds.
+    """
+    options = (
+        click.option(
+            "--only",
+            multiple=True,
+            type=click.Choice([item.name for item in items]),
+            help="Run only this item and those that it needs; repeatable.",
+        ),
+        click.option(
+            "--work",
+            type=click.Path(path_type=Path),
+            help="Folder in which weights and bundles stay; by default a temporary one.",
+        ),
+        click.option(
+            "--budget", type=float, default=budget, show_default=True, help="Seconds for all items together."
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["cuda", "cpu"]),
+            default="cuda",
+            show_default=True,
+            help="Device to use.",
+        ),
+    )
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 @click.command()
 @click.option("--part", type=click.Choice(list(GROUPS)), help="Run only these items; by default all.")
-@click.option(
-    "--only",
-    multiple=True,
-    type=click.Choice([item.name for item in ITEMS]),
-    help="Run only this item and those that it needs; repeatable.",
-)
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    help="Folder in which weights and bundles stay; by default a temporary one.",
-)
-@click.option("--budget", type=float, default=510, show_default=True, help="Seconds for all items together.")
-@click.option(
-    "--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="Device to use."
-)
+@run_options(ITEMS, 510)
 def main(part: str | None, only: tuple[str, ...], work: Path | None, budget: float, device: str) -> None:
     """Measure this machine; failures are in the report, and no error."""
     chosen = GROUPS[part] if part else ITEMS
