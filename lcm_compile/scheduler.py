@@ -18,6 +18,9 @@ from lcm_compile.errors import UsageError
 from lcm_compile.system.dataclass_json import from_json
 
 SIGMA_DATA = 0.5  # the standard deviation of the data that the boundary scalings assume
+# How diffusers names the schedulers of models whose noisy latents are not √ᾱ·x0 + √(1 − ᾱ)·ε. Their configs
+# would be read without an error, and the pictures would be noise.
+OTHER_NOISE = ("EDM", "FlowMatch")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -54,8 +57,18 @@ class SchedulerSettings:
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"the betas, from {betas[0]} to {betas[-1]}, are not all between 0 and 1")
-        if len(alphas_cumprod(self)) != self.num_train_timesteps:
+        alphas = alphas_cumprod(self)
+        if len(alphas) != self.num_train_timesteps:
             raise ValueError(f"there are {len(betas)} betas for {self.num_train_timesteps} timesteps")
+        if not np.isfinite(alphas).all():
+            raise ValueError("the betas give no noise schedule: a part of it is NaN")
+        if self.prediction_type == "epsilon" and alphas.min() == 0:
+            zero = "rescale_betas_zero_snr is true" if self.rescale_betas_zero_snr else "a beta is 1"
+            raise ValueError(
+                f"prediction_type is 'epsilon' and {zero}: where only noise is left (zero SNR), a model that "
+                "predicts the noise says nothing of the picture; such models have prediction_type "
+                "'v_prediction'"
+            )
 
     @property
     def clip(self) -> float | None:
@@ -73,6 +86,12 @@ class SchedulerSettings:
         Raises ValueError if LCM can't sample with them. A config without `beta_*` keys gets the defaults of
         LCMScheduler, as in `LCMScheduler.from_config`.
         """
+        kind = str(config.get("_class_name", ""))
+        if kind.startswith(OTHER_NOISE) or config.get("use_flow_sigmas"):
+            raise ValueError(
+                f"the model was trained for {kind or 'use_flow_sigmas'}, which adds noise by another rule "
+                "than LCM does (EDM or flow matching)"
+            )
         if config.get("thresholding"):
             raise ValueError("LCM can't sample latents with dynamic thresholding; set thresholding to false")
         known = {field.name for field in fields(cls)}
@@ -103,7 +122,8 @@ def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
     alpha_bar = np.cumprod(1 - betas)
     if settings.rescale_betas_zero_snr:  # Lin et al. 2023, arXiv 2305.08891, Algorithm 1
         root = np.sqrt(alpha_bar)
-        alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        with np.errstate(invalid="ignore"):  # NaN for betas of zero, which the settings refuse
+            alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return alpha_bar.astype(np.float32)
 
 

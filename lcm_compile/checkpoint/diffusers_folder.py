@@ -54,13 +54,27 @@ def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settin
         for name in present
     }
     check_configs(folder, configs)
-    scheduler = read_json(folder / SCHEDULER)
+    kind, scheduler = str(index.get("_class_name")), read_json(folder / SCHEDULER)
+    if kind.startswith("StableDiffusion") and not kind.startswith("StableDiffusionXL"):
+        configs["unet"], scheduler = corrected(configs["unet"], scheduler)
     try:
         SchedulerSettings.from_dict(scheduler)
     except ValueError as error:
         raise CheckpointError(f"the LCM loop can't use {folder / SCHEDULER}: {error}", HINT) from error
     two = "text_encoder_2" in present
     return Settings(configs, scheduler, two and bool(index.get("force_zeros_for_empty_prompt", True)))
+
+
+def corrected(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the UNet's and the scheduler's configs as diffusers' StableDiffusionPipeline corrects them.
+
+    It never clips x̂0, and takes 64 for a sample size below 64 in a config that diffusers before 0.9 wrote.
+    StableDiffusionXLPipeline and LatentConsistencyModelPipeline correct nothing.
+    """
+    size, version = unet.get("sample_size"), re.match(r"0\.(\d+)", str(unet.get("_diffusers_version", "")))
+    old = version is not None and int(version[1]) < 9
+    sample_size = 64 if old and isinstance(size, int) and size < 64 else size
+    return {**unet, "sample_size": sample_size}, {**scheduler, "clip_sample": False}
 
 
 # The settings that the shapes in graphs depend on, each with the lengths that its list of positive integers

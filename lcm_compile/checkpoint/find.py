@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from lcm_compile.checkpoint.checkpoint import MODELS, Checkpoint, Component
@@ -47,7 +48,10 @@ def open_checkpoint(base: str, config: str | None = None, half: bool = False) ->
     if is_unet_alone(path):
         return open_unet(base, path, variants)
     settings = read_settings(path)
-    components = {name: find_component(path / name, name, variants) for name in settings.configs}
+    components = {
+        name: replace(find_component(path / name, name, variants), config=config)
+        for name, config in settings.configs.items()
+    }
     family = detect_family(settings.configs["unet"])
     return Checkpoint(base, path, family, components, settings.scheduler, settings.zero_negative_prompt)
 
