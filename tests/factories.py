@@ -127,7 +127,9 @@ def lively(module: torch.nn.Module, gain: float = 1.0) -> torch.nn.Module:
     return module.eval()
 
 
-def write_sdxl(folder: Path, seed: int = 0, factor: int = 4, prediction_type: str = "epsilon") -> Path:
+def write_sdxl(
+    folder: Path, seed: int = 0, factor: int = 4, prediction_type: str = "epsilon", **unet_kwargs
+) -> Path:
     """A checkpoint of SDXL's architecture, 64×64 pictures by default."""
     torch.manual_seed(seed)
     one = write_tokenizer(folder / "_1")
@@ -146,6 +148,7 @@ def write_sdxl(folder: Path, seed: int = 0, factor: int = 4, prediction_type: st
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=40 + 6 * 8,
         norm_num_groups=8,
+        **unet_kwargs,
     )
     pipe = StableDiffusionXLPipeline(
         vae=lively(tiny_vae(factor)),

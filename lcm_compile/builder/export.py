@@ -184,7 +184,12 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         tokenizers.append(TokenizerSettings(tokens.name, file, tokenizer.max_length, tokenizer.pad_token_id))
     sample = checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT
     return PipelineSettings(
-        plan.shape, checkpoint.scheduler, tuple(tokenizers), checkpoint.zero_negative_prompt, sample
+        plan.shape,
+        checkpoint.scheduler,
+        tuple(tokenizers),
+        checkpoint.zero_negative_prompt,
+        sample,
+        checkpoint.default_guidance,
     )
 
 

@@ -59,7 +59,7 @@ class PipelineSettings:
     """Everything that the LCM loop needs besides the stages' contracts.
 
     With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place.
-    `sample_prompt` is drawn if no prompt is given.
+    `sample_prompt` is drawn if no prompt is given, with `guidance_scale` if no scale is given.
     """
 
     shape: Shape
@@ -67,6 +67,7 @@ class PipelineSettings:
     tokenizers: tuple[TokenizerSettings, ...]
     zero_negative_prompt: bool
     sample_prompt: str
+    guidance_scale: float = 1.0
 
 
 @dataclass(frozen=True)

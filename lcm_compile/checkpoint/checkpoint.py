@@ -144,6 +144,17 @@ class Checkpoint:
         return self.unet.get("time_cond_proj_dim") is not None
 
     @property
+    def default_guidance(self) -> float:
+        """The guidance scale of a picture for which none is asked: 1, which is none, or a full LCM's.
+
+        A full LCM's is the default of the pipeline that diffusers has for it: LatentConsistencyModelPipeline
+        for SD1.5's architecture, StableDiffusionXLPipeline for SDXL's.
+        """
+        if not self.has_guidance_embedding:
+            return 1.0
+        return 5.0 if self.architecture == "sdxl" else 8.5
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all weight files; 0 for random weights."""
         return sum(p.stat().st_size for p in {path for c in self.components.values() for path in c.files})

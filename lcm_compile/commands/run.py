@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
+    from lcm_compile.bundles.manifest import StageFile
     from lcm_compile.output.grid import Axis
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
@@ -44,6 +45,7 @@ def run(
     base: str | None,
     gpu: str | None,
     seed: int | None,
+    guidance_scale: float | None,
     stdin: bool,
     grid: str | None,
     out: Path | None,
@@ -65,8 +67,10 @@ def run(
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
     bundle = find_bundle(folder, base, gpu)
-    prompt = bundle.manifest.pipeline.sample_prompt if prompt is None else prompt
-    request = Request(prompt, draw_seed() if seed is None else seed, **asked)
+    settings = bundle.manifest.pipeline
+    prompt = settings.sample_prompt if prompt is None else prompt
+    scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+    request = Request(prompt, draw_seed() if seed is None else seed, guidance_scale=scale, **asked)
     if grid is not None:
         draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json)
         return
@@ -208,14 +212,24 @@ def note_remarks(bundle: EngineBundle, request: Request) -> None:
     from lcm_compile.output.reports import loss_lines
 
     scale, manifest = request.guidance_scale, bundle.manifest
-    if scale > GUIDANCE_HINT:
+    if takes_guidance(manifest.stages):
+        if request.negative_prompt:
+            note(
+                "hint: --negative-prompt does nothing here: a full LCM has no second pass that could read it"
+            )
+    elif scale > GUIDANCE_HINT:
         note(f"hint: LCM works best with guidance from 1 to 2; {scale:g} may oversaturate the picture")
-    if request.negative_prompt and scale <= 1:
+    elif request.negative_prompt and scale <= 1:
         note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5")
     if weights := manifest.spec.weights:
         note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise", always=True)
     for line in loss_lines(manifest.lossy):
         note(line)
+
+
+def takes_guidance(stages: Iterable[StageFile]) -> bool:
+    """Returns whether one of the stages reads the guidance scale, as those of a full LCM do."""
+    return any(tensor.name == "guidance" for stage in stages for tensor in stage.contract.inputs)
 
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:

@@ -71,16 +71,18 @@ class Pipeline(ABC):
         *,
         negative_prompt: str | None = None,
         steps: int = 4,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         seed: int | None = None,
         num_images: int = 1,
     ) -> list[Image]:
         """Draws a prompt and returns `num_images` PIL images; without a seed it takes a random one.
 
+        Without a `guidance_scale` it takes the bundle's: 1, which is none, or that of a full LCM.
         Raises UsageError if a value is out of range, and BackendError if the engines return NaN.
         """
         seed = draw_seed() if seed is None else seed
-        return self.draw(Request(prompt, seed, negative_prompt, steps, guidance_scale, num_images)).images()
+        scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
+        return self.draw(Request(prompt, seed, negative_prompt, steps, scale, num_images)).images()
 
     def draw(self, request: Request, report: PassReport = lambda done, total: None) -> Drawing:
         """Draws a request and returns the drawing. Raises the same errors as calling the pipeline.

@@ -33,7 +33,7 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
         raise UsageError(
             f"this bundle is one graph of {steps} steps, and can't draw in {request.steps}", STAGED
         )
-    if request.negative_prompt:
+    if request.negative_prompt and "guidance" not in takes:
         raise UsageError("this bundle is one graph without a second pass for a negative prompt", STAGED)
     if request.guidance_scale > 1 and "guidance" not in takes:
         raise UsageError(

@@ -148,7 +148,6 @@ def test_verify_inspect_and_run_take_it(sd15, command, tmp_path):
     ("words", "told"),
     [
         (("--steps", 3), "one graph of 4 steps"),
-        (("--negative-prompt", "blue"), "negative prompt"),
         (("--grid", "steps=4..5"), "one graph of 4 steps"),
     ],
 )
@@ -163,7 +162,12 @@ def test_python_refuses_it_too(sdxl, sd15):
     with pytest.raises(UsageError, match="can't be guided"):
         sdxl.pair.ours("a star", guidance_scale=1.5)
     with pytest.raises(UsageError, match="negative prompt"):
-        sd15.pair.ours("a star", negative_prompt="blue", guidance_scale=1.5)
+        sdxl.pair.ours("a star", negative_prompt="blue")
+
+
+def test_a_full_lcm_reads_no_negative_prompt(sd15):
+    plain = sd15.pair.ours("a star", seed=3)[0]
+    assert plain.tobytes() == sd15.pair.ours("a star", seed=3, negative_prompt="blue")[0].tobytes()
 
 
 @pytest.mark.parametrize("name", ["context", "lcm-step"])
