@@ -52,7 +52,7 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--guidance-scale",
                 type=float,
-                help="Strength of guidance; 1 is none and the default, except for full LCMs; up to 2 suits LCM.",
+                help="Strength of guidance; 1, the default but for full LCMs, is none; up to 2 suits LCM.",
             ),
             click.option(
                 "--seed", type=int, help="Seed of the noise; by default a random one, which is printed."

@@ -214,9 +214,7 @@ def note_remarks(bundle: EngineBundle, request: Request) -> None:
     scale, manifest = request.guidance_scale, bundle.manifest
     if takes_guidance(manifest.stages):
         if request.negative_prompt:
-            note(
-                "hint: --negative-prompt does nothing here: a full LCM has no second pass that could read it"
-            )
+            note("hint: --negative-prompt does nothing here: a full LCM has no second pass to read it")
     elif scale > GUIDANCE_HINT:
         note(f"hint: LCM works best with guidance from 1 to 2; {scale:g} may oversaturate the picture")
     elif request.negative_prompt and scale <= 1:

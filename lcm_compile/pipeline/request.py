@@ -12,7 +12,8 @@ from lcm_compile.errors import UsageError
 class Request:
     """The settings of one call of the pipeline. Raises UsageError if a value is out of range.
 
-    A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros.
+    A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros. A `guidance_scale` of 1
+    is none; a full LCM's own default is `Pipeline.settings.guidance_scale`.
     """
 
     prompt: str
