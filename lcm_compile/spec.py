@@ -49,6 +49,7 @@ class Shape:
 
 # The names of model parts that a LoRA can have a strength of its own for.
 LORA_PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
+EMBEDDING_FORM = "write FILE, or FILE:WORD"
 LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
 
 
@@ -147,6 +148,34 @@ def containing_part(part: str) -> str:
 
 
 @dataclass(frozen=True)
+class EmbeddingSpec:
+    """A textual inversion and the word that stands for it in prompts, which is the file's own if it is None.
+
+    `source` is a path, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for a word without letters.
+    """
+
+    source: str
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source or (self.token is not None and not self.token.strip()):
+            raise UsageError(
+                f"the textual inversion {str(self)!r} lacks its file or its word", EMBEDDING_FORM
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> EmbeddingSpec:
+        """Returns the textual inversion of `SOURCE` or `SOURCE:WORD`. No file is checked."""
+        source, colon, last = text.rpartition(":")
+        if not colon or ends_path(last):
+            return cls(text)
+        return cls(source, last)
+
+    def __str__(self) -> str:
+        return self.source if self.token is None else f"{self.source}:{self.token}"
+
+
+@dataclass(frozen=True)
 class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
 
@@ -160,6 +189,7 @@ class BuildSpec:
     lcm_lora: LoraSpec | None = None
     no_lcm: bool = False
     loras: tuple[LoraSpec, ...] = ()
+    embeddings: tuple[EmbeddingSpec, ...] = ()
     height: int | None = None
     width: int | None = None
     batch: int = 1
@@ -226,7 +256,7 @@ class BuildSpec:
                 words.append(option)
             elif isinstance(value, tuple):
                 for one in value:
-                    words += ["--lora" if option == "--loras" else option, str(one)]
+                    words += [option.removesuffix("s"), str(one)]
             else:
                 words += [option, str(value)]
         return shlex.join(words)

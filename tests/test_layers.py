@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "bundles": {"engines"},
     "pipeline": {"bundles", "engines"},
     "proof": {"pipeline", "bundles", "engines", "stages"},
-    "training": {"stages", "checkpoint", "demo"},
+    "training": {"pipeline", "stages", "checkpoint", "demo"},
     "builder": {"proof", "pipeline", "bundles", "engines", "export", "stages", "lora", "checkpoint"},
     "output": {"builder", "pipeline", "bundles", "lora", "checkpoint"},
 }

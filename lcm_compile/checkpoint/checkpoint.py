@@ -11,6 +11,7 @@ from typing import Any
 
 from lcm_compile.checkpoint.families import FAMILIES, Family
 from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.spec import EmbeddingSpec
 from lcm_compile.system.files import user_path
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
@@ -56,13 +57,21 @@ class Component:
 
 
 @dataclass(frozen=True)
+class PlannedEmbedding:
+    """A textual inversion that the text encoders get: as it was asked for, and its file."""
+
+    spec: EmbeddingSpec
+    path: Path
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A base of SDXL's architecture (two text encoders) or SD1.5's (one).
 
     `folder` holds its tokenizers and, if it is a diffusers folder, its settings. If the base is a single
     file, this is `file`, which holds the weights. With a `random_seed` there are no weight files: see
     random_weights. `scheduler_config` is the scheduler's config as it was found. `notes` are sentences for
-    the user about how the base was read.
+    the user about how the base was read. `embeddings` are the textual inversions that `load` adds.
     """
 
     base: str
@@ -74,6 +83,7 @@ class Checkpoint:
     random_seed: int | None = None
     file: Path | None = None
     notes: tuple[str, ...] = ()
+    embeddings: tuple[PlannedEmbedding, ...] = ()
 
     @property
     def scheduler(self) -> SchedulerSettings:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.embeddings import add_rows, add_tokens, read_embeddings
 from lcm_compile.checkpoint.empty_modules import class_of
 from lcm_compile.checkpoint.random_weights import random_component, stand_in_tokenizer
 from lcm_compile.checkpoint.read_single_file import component_in_file
@@ -31,6 +32,9 @@ def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
             module = component_in_file(component)
         else:
             module = random_component(checkpoint, name)
+        if checkpoint.embeddings and name in checkpoint.text_encoders:
+            tokenizer = load_tokenizer(checkpoint, name.replace("text_encoder", "tokenizer"))
+            add_rows(module, name, tokenizer.json, read_embeddings(checkpoint))
     return module.eval().requires_grad_(False)
 
 
@@ -98,7 +102,18 @@ class TokenizerFiles:
 
 
 def load_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
-    """Returns a tokenizer, from vocab.json and merges.txt (the hub's files) or from tokenizer.json.
+    """Returns a tokenizer, with the tokens of the base's textual inversions.
+
+    Raises CheckpointError if it can't be read, or if it has a token of that name already.
+    """
+    files = base_tokenizer(checkpoint, name)
+    if not checkpoint.embeddings:
+        return files
+    return replace(files, json=add_tokens(files.json, read_embeddings(checkpoint)))
+
+
+def base_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
+    """Returns a base's own tokenizer, from vocab.json and merges.txt (the hub's files) or tokenizer.json.
 
     Raises CheckpointError if it can't be read.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.random_weights import open_random
 from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
@@ -9,16 +10,18 @@ from lcm_compile.spec import BuildSpec
 
 
 def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
-    """Returns the base that a spec names, with the spec's VAE if it names one. Loads no weights.
+    """Returns the base that a spec names, with the spec's VAE and textual inversions. Loads no weights.
 
-    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base or VAE has this name, and
-    CheckpointError if it can't be downloaded or read, or if the VAE does not fit the base.
+    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE or textual inversion
+    has this name, and CheckpointError if one can't be downloaded or read, or if the VAE does not fit the
+    base.
     """
     seed = spec.random_seed
     if seed is None:
         checkpoint = open_checkpoint(spec.base, spec.config, half)
     else:
         checkpoint = open_random(spec.base, seed)
+    checkpoint = with_embeddings(checkpoint, spec.embeddings)
     return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
 
 

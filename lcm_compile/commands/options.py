@@ -99,24 +99,36 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="FILE|ID[:W][@PART=W,…]",
                 help="A LoRA to fuse and its weight, for all or each part; repeatable.",
             ),
+            click.option(
+                "--embedding",
+                "embeddings",
+                multiple=True,
+                metavar="FILE|ID[:WORD]",
+                help="A textual inversion, and its word in prompts; repeatable.",
+            ),
         )
     ):
         command = option(command)
     return command
 
 
-def base_settings(*, lcm_lora: str | None, loras: tuple[str, ...], **others: Any) -> dict[str, Any]:
-    """Returns options as the fields of a BuildSpec. LoRAs are parsed; all others have their fields' values.
+def base_settings(
+    *, lcm_lora: str | None, loras: tuple[str, ...], embeddings: tuple[str, ...], **others: Any
+) -> dict[str, Any]:
+    """Returns options as the fields of a BuildSpec.
+
+    LoRAs and textual inversions are parsed; all others have their fields' values.
 
     Raises click.UsageError if there is no --base.
     """
     if others["base"] is None:
         raise click.UsageError("Missing option '--base'.")
-    from lcm_compile.spec import LoraSpec
+    from lcm_compile.spec import EmbeddingSpec, LoraSpec
 
     return {
         "lcm_lora": LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
         "loras": tuple(LoraSpec.parse(lora) for lora in loras),
+        "embeddings": tuple(EmbeddingSpec.parse(embedding) for embedding in embeddings),
         **others,
     }
 

@@ -129,4 +129,12 @@ def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:
 
 def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:
     """Returns the tokenizers by the stage input that they fill. Raises BundleError if one can't be read."""
-    return {t.input: PromptTokenizer(folder / t.file, t) for t in settings.tokenizers}
+    tokenizers = {}
+    for own in settings.tokenizers:
+        path = folder / own.file
+        try:
+            json = path.read_text(encoding="utf-8")
+            tokenizers[own.input] = PromptTokenizer(json, own.max_length, own.pad_token_id)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{path} can't be read: {error}", "build the bundle again") from error
+    return tokenizers

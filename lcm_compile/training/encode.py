@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.errors import CheckpointError
+from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.stages.stage import EncodeOne, EncodeTwo
 from lcm_compile.training.consistency import Conditioning
 from lcm_compile.training.data import Data, Folder, Sample
@@ -40,13 +41,11 @@ def open_vae(checkpoint: Checkpoint, device: torch.device) -> Any:
 class Encoder:
     """A base's VAE and text encoders.
 
-    Prompts are encoded by the module that a bundle's encode stage is built from, so that both give equal
-    states.
+    Prompts are encoded by the tokenizer and the module that a bundle's encode stage is made of, so that both
+    give equal states.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        from tokenizers import Tokenizer
-
         self._device = device
         self._vae = open_vae(checkpoint, device)
         encoders = [load_component(checkpoint, name) for name in checkpoint.text_encoders]
@@ -55,10 +54,7 @@ class Encoder:
         self._tokenizers = []
         for name in checkpoint.tokenizers:
             files = load_tokenizer(checkpoint, name)
-            tokenizer = Tokenizer.from_str(files.json)
-            tokenizer.enable_truncation(files.max_length)
-            tokenizer.enable_padding(length=files.max_length, pad_id=files.pad_token_id)
-            self._tokenizers.append(tokenizer)
+            self._tokenizers.append(PromptTokenizer(files.json, files.max_length, files.pad_token_id))
         height, width = checkpoint.default_size
         self._size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=device)
         self._zero = checkpoint.zero_negative_prompt
@@ -67,7 +63,7 @@ class Encoder:
     def prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the conditioning of prompts. SDXL's time_ids are those of uncropped pictures."""
         tokens = [
-            torch.tensor([encoding.ids for encoding in tokenizer.encode_batch(list(prompts))])
+            torch.from_numpy(np.stack([tokenizer(prompt)[0] for prompt in prompts]))
             for tokenizer in self._tokenizers
         ]
         states: Any = self._encoder(*(ids.to(self._device) for ids in tokens))

@@ -1,0 +1,188 @@
+"""Textual inversions: files of every layout, against diffusers with the same vectors loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers_reference import FLOOR, Pair, reference
+from safetensors.torch import save_file
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.open import open_base
+from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
+from lcm_compile.spec import EmbeddingSpec
+from lcm_compile.training.encode import Encoder
+
+WORD = "<zed>"
+PROMPT = f"a large {WORD} star on white{WORD}"
+WIDTHS = {"sd15": {"clip_l": 32}, "sdxl": {"clip_l": 32, "clip_g": 48}}
+
+
+def vectors(family, count, seed=5):
+    random = torch.Generator().manual_seed(seed)
+    return {name: 4 * torch.randn(count, width, generator=random) for name, width in WIDTHS[family].items()}
+
+
+def save_as(layout, folder, found):
+    """Writes the vectors in a layout of real files, and returns the file."""
+    (alone,) = [*found.values()][:1]
+    webui = {"string_to_token": {"*": 265}, "name": "other", "step": 9, "sd_checkpoint": None}
+    if layout == "diffusers":
+        torch.save({WORD: alone}, path := folder / "learned_embeds.bin")
+    elif layout == "diffusers safetensors":
+        save_file({WORD: alone}, path := folder / "learned_embeds.safetensors")
+    elif layout == "webui":
+        torch.save({**webui, "string_to_param": {"*": torch.nn.Parameter(alone)}}, path := folder / "a.pt")
+    elif layout == "the authors'":
+        params = torch.nn.ParameterDict({"*": torch.nn.Parameter(alone)})
+        torch.save(
+            {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": params}, path := folder / "a.pt"
+        )
+    elif layout == "webui safetensors":
+        save_file({"emb_params": alone}, path := folder / f"{WORD}.safetensors")
+    elif layout == "a tensor":
+        torch.save(alone, path := folder / f"{WORD}.pt")
+    elif layout == "training scripts":
+        names = {"clip_l": "text_encoders_0", "clip_g": "text_encoders_1"}
+        save_file({names[n]: t for n, t in found.items()}, path := folder / f"{WORD}.safetensors")
+    elif layout == "in a LoRA":
+        lora = {"lora_unet_mid_block.alpha": torch.ones(())}
+        bundled = {f"bundle_emb.{WORD}.{n}": t for n, t in found.items()}
+        if len(found) == 1:
+            bundled = {f"bundle_emb.{WORD}.string_to_param.*": alone}
+        save_file({**bundled, **lora}, path := folder / "lora.safetensors")
+    else:
+        save_file(found, path := folder / f"{WORD}.safetensors")
+    return path
+
+
+def with_vectors(base, family, found, word=WORD):
+    """Diffusers' pipeline once it has loaded the vectors, each into its own text encoder."""
+    pipe = reference(base)
+    for name, place in zip(WIDTHS[family], ("", "_2"), strict=False):
+        encoder, tokenizer = getattr(pipe, f"text_encoder{place}"), getattr(pipe, f"tokenizer{place}")
+        pipe.load_textual_inversion({name: found[name]}, word, tokenizer, encoder)
+    return pipe
+
+
+def texts(pipe, prompt):
+    """The text states of a prompt by diffusers, as float arrays."""
+    found = pipe.encode_prompt(
+        prompt=prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    return [states.detach() for states in found if states is not None]
+
+
+def our_texts(checkpoint, prompt):
+    states = Encoder(checkpoint, torch.device("cpu")).prompts([prompt])
+    return [states[name] for name in ("encoder_hidden_states", "text_embeds") if name in states]
+
+
+def assert_close(ours, theirs):
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def with_embedding(base, *embeddings):
+    return open_base(
+        BuildSpec(str(base), embeddings=tuple(EmbeddingSpec.parse(str(e)) for e in embeddings)), half=False
+    )
+
+
+@pytest.fixture
+def base_of(sd15_checkpoint, sdxl_checkpoint):
+    return {"sd15": sd15_checkpoint, "sdxl": sdxl_checkpoint}.__getitem__
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_pictures_are_those_of_diffusers(base_of, tmp_path, family):
+    base, found = base_of(family), vectors(family, 4)
+    path = save_as("ComfyUI" if family == "sdxl" else "webui", tmp_path, found)
+    spec = BuildSpec(
+        str(base), no_lcm=True, embeddings=(EmbeddingSpec(str(path), WORD),), backend="onnxruntime"
+    )
+    with load(build(spec, tmp_path / "bundle")) as ours:
+        pair = Pair(ours, with_vectors(base, family, found), 64, 64)
+        assert min(pair.psnr(PROMPT)) >= FLOOR
+        assert min(pair.psnr(PROMPT, guidance_scale=1.5, negative_prompt=f"{WORD} circle")) >= FLOOR
+        plain = pair.ours.draw(Request("a large star on white", 7)).pictures[0]
+        assert psnr_db(plain, pair.ours.draw(Request(PROMPT, 7)).pictures[0]) < 40
+
+
+LAYOUTS = {
+    "sd15": [
+        *("diffusers", "diffusers safetensors", "webui", "the authors'", "webui safetensors", "a tensor"),
+        *("ComfyUI", "training scripts", "in a LoRA"),
+    ],
+    "sdxl": ["ComfyUI", "training scripts", "in a LoRA"],
+}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("family", "layout"), [(f, layout) for f in LAYOUTS for layout in LAYOUTS[f]])
+def test_every_layout(base_of, tmp_path, family, layout, count):
+    base, found = base_of(family), vectors(family, count)
+    path = save_as(layout, tmp_path, found)
+    named = f"{path}:{WORD}" if layout in ("webui", "the authors'") else str(path)
+    theirs = texts(with_vectors(base, family, found), PROMPT)
+    assert_close(our_texts(with_embedding(base, named), PROMPT), theirs)
+
+
+def test_a_single_vector_without_rows(base_of, tmp_path):
+    found = vectors("sd15", 1)
+    torch.save({WORD: found["clip_l"][0]}, tmp_path / "learned_embeds.bin")
+    theirs = texts(with_vectors(base_of("sd15"), "sd15", found), PROMPT)
+    assert_close(our_texts(with_embedding(base_of("sd15"), tmp_path), PROMPT), theirs)
+
+
+def test_several_words_and_a_prompt_that_is_too_long(base_of, tmp_path):
+    base, one, two = base_of("sdxl"), vectors("sdxl", 5), vectors("sdxl", 2, seed=6)
+    for place, found in (("1", one), ("2", two)):
+        save_file(found, tmp_path / f"{place}.safetensors")
+    pipe = with_vectors(base, "sdxl", one, "<one>")
+    for place, name in (("", "clip_l"), ("_2", "clip_g")):
+        encoder, tokenizer = getattr(pipe, f"text_encoder{place}"), getattr(pipe, f"tokenizer{place}")
+        pipe.load_textual_inversion({name: two[name]}, "<two>", tokenizer, encoder)
+    checkpoint = with_embedding(base, tmp_path / "1.safetensors:<one>", tmp_path / "2.safetensors:<two>")
+    for prompt in ("<two> red <one>", "red <one> star " * 20, "a <two>, <two>"):
+        assert_close(our_texts(checkpoint, prompt), texts(pipe, prompt))
+
+
+@pytest.mark.parametrize("eos", [2, None])
+def test_pooled_states_where_transformers_takes_the_largest_id(base_of, tmp_path, eos):
+    """With the eos_token_id of the hub's CLIP, 2, that is the id of the word."""
+    base = shutil.copytree(base_of("sdxl"), tmp_path / "base")
+    config = json.loads((base / "text_encoder_2/config.json").read_text())
+    config["eos_token_id"] = eos or config["eos_token_id"]
+    (base / "text_encoder_2/config.json").write_text(json.dumps(config))
+    found = vectors("sdxl", 2)
+    path = save_as("ComfyUI", tmp_path, found)
+    assert_close(
+        our_texts(with_embedding(base, path), PROMPT), texts(with_vectors(base, "sdxl", found), PROMPT)
+    )
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_a_word_in_the_vocabulary_of_a_base(base_of, tmp_path, family):
+    """A folder that diffusers saved with its textual inversion loaded."""
+    pipe = with_vectors(base_of(family), family, vectors(family, 3))
+    pipe.save_pretrained(tmp_path / "saved")
+    theirs = texts(reference(tmp_path / "saved"), PROMPT)
+    assert_close(theirs, texts(pipe, PROMPT))
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "saved")), PROMPT), theirs)
+
+
+def test_all_vectors_of_a_word_with_capitals(base_of, tmp_path):
+    """Diffusers with transformers 5 finds no capitals in the tokens, and uses the first vector alone."""
+    found = vectors("sd15", 3)
+    save_file(found, tmp_path / "EasyWord.safetensors")
+    lower = texts(with_vectors(base_of("sd15"), "sd15", found, "easyword"), "a easyword star")
+    checkpoint = with_embedding(base_of("sd15"), tmp_path / "EasyWord.safetensors")
+    for prompt in ("a EasyWord star", "a easyword star"):
+        assert_close(our_texts(checkpoint, prompt), lower)
