@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "system": set(),
     "checkpoint": set(),
     "engines": set(),
-    "demo": set(),
+    "demo": {"checkpoint"},
     "lora": {"checkpoint"},
     "stages": {"checkpoint"},
     "export": {"stages"},

@@ -1,4 +1,7 @@
-"""Writes the files of a diffusers folder except the models: the index, the scheduler and the tokenizers."""
+"""Writes a diffusers folder: its models, its index, its scheduler and its tokenizers.
+
+Every version of diffusers and transformers since 2023 opens what is written here.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.checkpoint.checkpoint import SCHEDULER, Checkpoint, is_tiny
+from lcm_compile.checkpoint.checkpoint import SCHEDULER, TEXT_ENCODERS, Checkpoint, is_tiny
 from lcm_compile.checkpoint.load import load_tokenizer, quiet_libraries
 
 
@@ -57,18 +60,46 @@ def index_of(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:
     }
 
 
+def save_model(name: str, module: Any, folder: Path) -> None:
+    """Writes a model's config and weights to its folder in a checkpoint.
+
+    A text encoder's keys begin with `text_model.`, as on the hub. transformers 5 saves the first encoder's
+    without it, and transformers 4 finds no weights under such keys.
+    """
+    if name not in TEXT_ENCODERS:
+        module.save_pretrained(folder)
+        return
+    outer = ("text_model.", "text_projection.")
+    weights = {
+        key if key.startswith(outer) else f"text_model.{key}": weight
+        for key, weight in module.state_dict().items()
+    }
+    module.save_pretrained(folder, state_dict=weights)
+
+
 def write_tokenizer(checkpoint: Checkpoint, name: str, to: Path) -> None:
-    """Writes a tokenizer: the base's own files or, for random weights without any, the stand-in tokenizer."""
+    """Writes a tokenizer: the base's own files or, for random weights without any, the stand-in tokenizer.
+
+    transformers 5 saves `tokenizer.json` alone. transformers 4 reads vocab.json and merges.txt, so these are
+    written beside it.
+    """
     if (checkpoint.folder / name).is_dir():
         shutil.copytree(checkpoint.folder / name, to)
-        return
-    tokenizer = load_tokenizer(checkpoint, name)
-    to.mkdir()
-    (to / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": tokenizer.max_length,
-        "bos_token": "<|startoftext|>",
-        **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-    }
-    (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    else:
+        tokenizer = load_tokenizer(checkpoint, name)
+        to.mkdir()
+        (to / "tokenizer.json").write_text(tokenizer.json, encoding="utf-8")
+        settings = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": tokenizer.max_length,
+            "bos_token": "<|startoftext|>",
+            **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+        }
+        (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if not (to / "vocab.json").exists():
+        model = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        # Old versions of the library write a merge as one string, new ones as a pair.
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        merges = "\n".join(["#version: 0.2", *pairs, ""])
+        (to / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (to / "merges.txt").write_text(merges, encoding="utf-8")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lcm_compile.checkpoint.write_folder import save_model
 from lcm_compile.demo.judge import score
 from lcm_compile.demo.model import (
     END,
@@ -177,6 +178,7 @@ def export(vae: AutoencoderKL, work: Path, out: Path) -> None:
         # transformers loads a model in the precision that its config names, diffusers in fp32. With fp32 in
         # the configs both load alike.
         for name in ("text_encoder", "text_encoder_2"):
+            save_model(name, getattr(pipeline, name), fresh / name)
             config = fresh / name / "config.json"
             config.write_text(config.read_text().replace('"float16"', '"float32"'))
         # Plain tokenizer files, which every version of transformers reads.

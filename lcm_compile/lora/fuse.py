@@ -13,7 +13,7 @@ from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component, quiet_libraries
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.checkpoint.tensor_stream import TYPES, write_header
-from lcm_compile.checkpoint.write_folder import write_settings
+from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
 from lcm_compile.lora.find import find_loras
@@ -76,7 +76,7 @@ def write_folder(
     write_settings(checkpoint, part, lcm)
     for name in checkpoint.components:
         with watch.task(f"write {name}"), quiet_libraries():
-            merged(checkpoint, name, loras).to(dtype_of(precision)).save_pretrained(part / name)
+            save_model(name, merged(checkpoint, name, loras).to(dtype_of(precision)), part / name)
 
 
 def write_file(

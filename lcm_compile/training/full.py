@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from lcm_compile.checkpoint.checkpoint import Checkpoint
 from lcm_compile.checkpoint.empty_modules import empty_unet
 from lcm_compile.checkpoint.load import load_component, quiet_libraries
-from lcm_compile.checkpoint.write_folder import write_settings
+from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.system.files import replacing_output
 from lcm_compile.training.loop import Weights, copy_of
 
@@ -46,23 +45,6 @@ def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None
         write_settings(checkpoint, partial, lcm=True)
         unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)
-        unet.save_pretrained(partial / "unet")
+        save_model("unet", unet, partial / "unet")
         for name in ("vae", *checkpoint.text_encoders):
-            copy_component(checkpoint, name, partial / name)
-
-
-def copy_component(checkpoint: Checkpoint, name: str, to: Path) -> None:
-    """Writes a model's config and weights to the folder `to`; file names lose their variant (`.fp16`)."""
-    component = checkpoint.components[name]
-    if component.folder is None:
-        module: Any = load_component(checkpoint, name)
-        module.save_pretrained(to)
-        return
-    infix = f".{component.variant}" if component.variant else ""
-    to.mkdir()
-    for path in component.content_files():
-        copy = to / path.name.replace(infix, "")
-        if path.suffix == ".json":  # the index of sharded weights names the files
-            copy.write_text(path.read_text(encoding="utf-8").replace(infix, ""), encoding="utf-8")
-        else:
-            shutil.copyfile(path, copy)
+            save_model(name, load_component(checkpoint, name), partial / name)
