@@ -10,7 +10,7 @@ from typing import Any
 from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.checkpoint.checkpoint import Component
-from lcm_compile.checkpoint.single_file import read_header
+from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import MODEL_STAGES
 
@@ -137,8 +137,7 @@ def parameters(component: Component) -> int:
         return sum(weight.numel() for weight in empty_module(component).parameters())
     shapes = [
         shape
-        for path in component.files
-        if path.suffix == ".safetensors"
+        for path in component.weight_files
         for key, shape in read_header(path)[0].items()
         if key.startswith(component.prefix)
     ]

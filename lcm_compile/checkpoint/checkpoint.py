@@ -51,6 +51,11 @@ class Component:
         """The folder or file of the weights, in words."""
         return str(self.folder or (self.files[0] if self.files else "random weights"))
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold weights: all of `files` but the index of shards."""
+        return [path for path in self.files if path.suffix != ".json"]
+
     def content_files(self) -> list[Path]:
         """Returns the files of the weights, and of the config if it has a file."""
         return [*([self.folder / "config.json"] if self.folder else []), *self.files]

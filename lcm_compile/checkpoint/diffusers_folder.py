@@ -131,44 +131,57 @@ def read_json(path: Path) -> dict[str, Any]:
 def find_component(folder: Path, name: str, variants: Variants = FULL_FIRST) -> Component:
     """Returns the model in `folder`, with the weight files of the first variant that is there.
 
-    Raises CheckpointError if there are no weights, if shards are missing, or if the weights are pickles.
+    Pickles are taken only if there are no safetensors files. Raises CheckpointError if there are no weights,
+    or if shards are missing.
     """
     config = read_json(folder / "config.json")
     stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    for variant in variants:
-        infix = f".{variant}" if variant else ""
-        single = folder / f"{stem}{infix}.safetensors"
-        if single.is_file():
-            return Component(name, config, (single,), variant, folder)
-        for shard_index in (f"{stem}.safetensors.index{infix}.json", f"{stem}{infix}.safetensors.index.json"):
-            path = folder / shard_index
-            if path.is_file():
-                weight_map = read_json(path).get("weight_map")
-                shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
-                missing = [s for s in shards if not (folder / s).is_file()]
-                if missing or not shards:
-                    raise CheckpointError(
-                        f"{folder} lacks the weight files {', '.join(missing)}",
-                        "download the checkpoint again",
-                    )
-                return Component(name, config, (path, *(folder / s for s in shards)), variant, folder)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".ckpt", ".pt"))
-    if pickles:
+    pickled = "pytorch_model" if name.startswith("text_encoder") else stem
+    for start, ending in ((stem, "safetensors"), (pickled, "bin")):
+        for variant in variants:
+            files = weight_files(folder, start, f".{variant}" if variant else "", ending)
+            if files:
+                return Component(name, config, files, variant, folder)
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".ckpt", ".pt"))
+    if others:
         raise CheckpointError(
-            f"{folder} has weights only as a pickle ({pickles[0]}), which can run code and is never opened",
+            f"{folder} has weights only as {others[0]}, a pickle, which can run code and is never opened",
             "convert it: diffusers' save_pretrained(folder, safe_serialization=True)",
         )
     raise CheckpointError(
-        f"{folder} has no weights (looked for {stem}.safetensors, its fp16 variant and shards)",
+        f"{folder} has no weights (looked for {stem}.safetensors, {pickled}.bin, fp16 variants and shards)",
         "download the checkpoint again",
     )
+
+
+def weight_files(folder: Path, stem: str, infix: str, ending: str) -> tuple[Path, ...]:
+    """Returns one variant's weight files in a folder: one file, or an index with its shards. Empty if none.
+
+    Raises CheckpointError if shards are missing.
+    """
+    single = folder / f"{stem}{infix}.{ending}"
+    if single.is_file():
+        return (single,)
+    for shard_index in (f"{stem}.{ending}.index{infix}.json", f"{stem}{infix}.{ending}.index.json"):
+        path = folder / shard_index
+        if path.is_file():
+            weight_map = read_json(path).get("weight_map")
+            shards = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+            missing = [s for s in shards if not (folder / s).is_file()]
+            if missing or not shards:
+                raise CheckpointError(
+                    f"{folder} lacks the weight files {', '.join(missing)}", "download the checkpoint again"
+                )
+            return (path, *(folder / s for s in shards))
+    return ()
 
 
 def needed_files(names: Iterable[str], variants: Variants, models: Iterable[str] = MODELS) -> list[str]:
     """Returns the files of a hub repository that are needed to open a base.
 
     `names` are all files of the repository. Of each model's weights, only the first variant that exists is
-    returned. The model "" means the repository's root: a UNet alone has its files there.
+    returned, and pickles only if there is nothing else. The model "" means the repository's root: a UNet
+    alone has its files there.
     """
     names = list(names)
     needed = [n for n in names if n == "model_index.json" or re.fullmatch(SETTINGS, n)]
@@ -176,6 +189,7 @@ def needed_files(names: Iterable[str], variants: Variants, models: Iterable[str]
         place = f"{model}/" if model else ""
         inside = [n.removeprefix(place) for n in names if n.startswith(place)]
         weights = [n for n in inside if re.fullmatch(WEIGHTS, n)]
+        weights = weights or [n for n in inside if re.fullmatch(PICKLED_WEIGHTS, n)]
         chosen = next((v for v in variants if any((".fp16" in n) == bool(v) for n in weights)), None)
         needed += [f"{place}{n}" for n in weights if (".fp16" in n) == bool(chosen)]
         needed += [f"{place}config.json"] if "config.json" in inside else []
@@ -183,4 +197,7 @@ def needed_files(names: Iterable[str], variants: Variants, models: Iterable[str]
 
 
 SETTINGS = r"scheduler/[^/]+\.json|tokenizer(_2)?/([^/]+\.json|merges\.txt)"
-WEIGHTS = r"(model|diffusion_pytorch_model)(\.fp16)?(-\d+-of-\d+)?\.safetensors(\.index(\.fp16)?\.json)?"
+# What follows a weight file's stem: its variant, its number as a shard, its ending, or that of an index.
+FILE = r"(\.fp16)?(-\d+-of-\d+)?\.{0}(\.index(\.fp16)?\.json)?"
+WEIGHTS = rf"(model|diffusion_pytorch_model){FILE.format('safetensors')}"
+PICKLED_WEIGHTS = rf"(pytorch_model|diffusion_pytorch_model){FILE.format('bin')}"

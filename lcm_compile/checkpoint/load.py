@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import Checkpoint
 from lcm_compile.checkpoint.embeddings import add_rows, add_tokens, read_embeddings
-from lcm_compile.checkpoint.empty_modules import class_of
 from lcm_compile.checkpoint.random_weights import random_component, stand_in_tokenizer
-from lcm_compile.checkpoint.read_single_file import component_in_file
+from lcm_compile.checkpoint.read_weights import stored_component
 from lcm_compile.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -26,47 +24,11 @@ def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
     """
     component = checkpoint.components[name]
     with quiet_libraries():
-        if component.folder:
-            module = stored_component(component, component.folder)
-        elif component.files:
-            module = component_in_file(component)
-        else:
-            module = random_component(checkpoint, name)
+        module = stored_component(component) if component.files else random_component(checkpoint, name)
         if checkpoint.embeddings and name in checkpoint.text_encoders:
             tokenizer = load_tokenizer(checkpoint, name.replace("text_encoder", "tokenizer"))
             add_rows(module, name, tokenizer.json, read_embeddings(checkpoint))
     return module.eval().requires_grad_(False)
-
-
-def stored_component(component: Component, folder: Path) -> torch.nn.Module:
-    """Returns a component in fp32 from the diffusers folder of one model.
-
-    Raises CheckpointError if it can't be loaded, or if weights are missing.
-    """
-    import torch
-
-    options: dict[str, Any] = {
-        "variant": component.variant,
-        "use_safetensors": True,
-        "local_files_only": True,
-        "output_loading_info": True,
-    }
-    # diffusers and transformers have different names for this argument.
-    dtype = "torch_dtype" if component.name in ("unet", "vae") else "dtype"
-    kind = class_of(component.name, component.config)
-    try:
-        module, info = kind.from_pretrained(folder, **{dtype: torch.float32}, **options)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder} can't be loaded: {first_line(error)}", "download the checkpoint again"
-        ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{folder} lacks {len(missing)} weights, among them {', '.join(missing[:3])}",
-            "download the checkpoint again",
-        )
-    return module
 
 
 @contextlib.contextmanager

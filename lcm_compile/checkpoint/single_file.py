@@ -17,6 +17,7 @@ from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
 from lcm_compile.checkpoint.diffusers_folder import Settings, read_settings
 from lcm_compile.checkpoint.families import Family, detect_family
 from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.weight_files import Shapes, read_header
 from lcm_compile.errors import CheckpointError, first_few
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -36,7 +37,6 @@ LEFT_OVERS = re.compile(
     r"|denoiser\..*|v_pred|ztsnr"
 )
 TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
@@ -45,6 +45,7 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
     Raises CheckpointError if the file is no Stable Diffusion base. If it is known what the file is, the error
     says so, and how the file can be used.
     """
+    refuse_pickle(path)
     shapes, metadata = read_header(path)
     refuse_others(path, shapes)
     family = detect_family(unet_shape(shapes))
@@ -85,25 +86,14 @@ def unread(shapes: Shapes) -> list[str]:
     return [key for key in shapes if not key.startswith(known) and not LEFT_OVERS.fullmatch(key)]
 
 
-def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
-    """Returns the shapes of a safetensors file's tensors by key, and its metadata.
-
-    Raises CheckpointError if it is a pickle or can't be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
+def refuse_pickle(path: Path) -> None:
+    """Raises CheckpointError if a file is a pickle: whole checkpoints hold more than weights."""
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise CheckpointError(
             f"{path} is a pickle, which can run code and is never opened",
             "get it as .safetensors; or, if you trust it, let diffusers convert it: "
             "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    try:
-        with safe_open(path, framework="numpy") as handle:
-            shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
-            return shapes, handle.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}", "download it again") from error
 
 
 def under(prefix: str, keys: Iterable[str]) -> bool:

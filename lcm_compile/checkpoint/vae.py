@@ -13,7 +13,8 @@ from lcm_compile.checkpoint.configs import TAESD
 from lcm_compile.checkpoint.diffusers_folder import FULL_FIRST, HALF_FIRST, find_component, needed_files
 from lcm_compile.checkpoint.find import hub_id
 from lcm_compile.checkpoint.hub import fetch, from_cache
-from lcm_compile.checkpoint.single_file import VAE, read_header, under
+from lcm_compile.checkpoint.single_file import VAE, refuse_pickle, under
+from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.system.files import user_path
 
@@ -74,6 +75,7 @@ def vae_in_file(path: Path, config: Mapping[str, Any]) -> Component:
     `config` is the base's own, because a file has no settings. Raises CheckpointError if the file has no VAE,
     or if it is a tiny autoencoder's.
     """
+    refuse_pickle(path)
     keys, _ = read_header(path)
     prefix = VAE if under(VAE, keys) else ""
     if not under(f"{prefix}decoder.", keys):

@@ -55,9 +55,15 @@ def original_weights(name: str, config: Mapping[str, Any], xl: bool, module: tor
         return open_clip_weights(module, OPEN_CLIP_XL)
     if xl:
         return clip_weights(module, CLIP_XL)
-    # SD1.x has OpenAI's CLIP, which uses the quick GELU. SD2.x has OpenCLIP's text encoder, which does not.
-    quick = config.get("hidden_act", "quick_gelu") == "quick_gelu"
-    return clip_weights(module, CLIP) if quick else open_clip_weights(module, OPEN_CLIP)
+    return open_clip_weights(module, OPEN_CLIP) if is_open_clip(config) else clip_weights(module, CLIP)
+
+
+def is_open_clip(config: Mapping[str, Any]) -> bool:
+    """Returns whether the text encoder of a base with one is OpenCLIP's, as in SD2.x.
+
+    That of SD1.x is OpenAI's CLIP, which uses the quick GELU; OpenCLIP's does not.
+    """
+    return bool(config.get("hidden_act", "quick_gelu") != "quick_gelu")
 
 
 def unet_weights(unet: torch.nn.Module) -> Named:
@@ -95,14 +101,26 @@ def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> Named:
 
     state = {key.removeprefix("text_model."): weight for key, weight in text_encoder.state_dict().items()}
     for key, weight in state.items():
-        name = f"{prefix}{renamed(key, OPEN_CLIP_NAMES)}"
-        if key == "text_projection.weight":
-            yield f"{prefix}text_projection", weight.T
-        elif ".attn.q_proj." in name:
+        name, part = open_clip_name(key)
+        if part == 0:
             three = [state[key.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            yield name.replace(".q_proj.", ".in_proj_"), torch.cat(three)
-        elif not re.search(r"\.attn\.[kv]_proj\.", name):
-            yield name, weight
+            yield f"{prefix}{name}", torch.cat(three)
+        elif part is None:
+            yield f"{prefix}{name}", weight.T if name == "text_projection" else weight
+
+
+def open_clip_name(key: str) -> tuple[str, int | None]:
+    """Returns OpenCLIP's name for a text encoder's weight, whose key has no `text_model.` in front.
+
+    One matrix computes queries, keys and values, in this order: of these weights, the second value is the
+    number of the part. Of all others it is None.
+    """
+    if key == "text_projection.weight":
+        return "text_projection", None
+    name = renamed(key, OPEN_CLIP_NAMES)
+    if match := re.search(r"\.attn\.([qkv])_proj\.", name):
+        return name.replace(match[0], ".attn.in_proj_"), "qkv".index(match[1])
+    return name, None
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
-from lcm_compile.checkpoint import single_file
+from lcm_compile.checkpoint import single_file, weight_files
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, LCM_LORA_FILE, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
-from lcm_compile.errors import BundleError, CheckpointError, UsageError
+from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.lora.find import find_lora
 from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.spec import LoraSpec
@@ -103,15 +103,10 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 def describe_component(component: Component) -> dict[str, Any]:
     """Returns a component's parameters and most common type. Raises CheckpointError if it is damaged."""
     parameters: Counter[str] = Counter()
-    for path in component.files:
-        if path.suffix == ".safetensors":
-            header = read_header(path)
-            if not header:
-                raise CheckpointError(
-                    f"{path} is not a complete safetensors file", "download the checkpoint again"
-                )
-            for shape, dtype in header.values():
-                parameters[dtype] += math.prod(shape)
+    for path in component.weight_files:
+        types = weight_files.read_types(path)
+        for key, shape in weight_files.read_header(path)[0].items():
+            parameters[types[key]] += math.prod(shape)
     return {
         "name": component.name,
         "parameters": sum(parameters.values()),
@@ -125,7 +120,7 @@ def describe_single_file(path: Path) -> dict[str, Any]:
 
     Raises CheckpointError if it is no text-to-image base of a known architecture.
     """
-    shapes, metadata = single_file.read_header(path)
+    shapes, metadata = weight_files.read_header(path)
     single_file.refuse_others(path, shapes)
     family = detect_family(single_file.unet_shape(shapes))
     types = {key: dtype for key, (_, dtype) in read_header(path).items()}

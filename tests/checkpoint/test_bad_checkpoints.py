@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_component
+from lcm_compile.errors import CheckpointError
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -63,14 +68,6 @@ def test_without_weights(refuse, base, name):
     refuse([base / name, "has no weights", "safetensors"])
 
 
-def test_with_pickles_only(refuse, base, tmp_path):
-    """Even where opening the pickle would do nothing but load."""
-    weights = load_file(base / UNET)
-    (base / UNET).unlink()
-    torch.save(weights, base / "unet/diffusion_pytorch_model.bin")
-    refuse(["diffusion_pytorch_model.bin", "pickle", "safe_serialization"])
-
-
 @pytest.mark.parametrize("index", ['{"weight_map": {"a": "two.safetensors"}}', "{}", '{"weight_map": [1]}'])
 def test_with_a_shard_missing(refuse, base, index):
     (base / UNET).unlink()
@@ -100,10 +97,74 @@ def misshapen(path):
     save_file(tensors, path, {"format": "pt"})
 
 
-@pytest.mark.parametrize("damage", [truncated, empty, garbage, without_a_weight, misshapen])
-def test_with_damaged_weights(refuse, base, damage):
+def under_another_name(path):
+    tensors = load_file(path)
+    path.unlink()  # the tensors are mapped from the file
+    torch.save(tensors, path)
+
+
+def pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+def web_page(path):
+    path.write_text("<!DOCTYPE html><html></html>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (truncated, ["bytes", "download it again"]),
+        (empty, ["is empty", "download it again"]),
+        (garbage, "no whole safetensors file"),
+        (under_another_name, "a pickle under another name"),
+        (pointer, "git lfs pull"),
+        (web_page, "a web page"),
+        (without_a_weight, ["lacks 1 weights (conv_in.weight)", "saved together"]),
+        (misshapen, ["has another shape of 1 weights (conv_in.weight)", "saved together"]),
+    ],
+)
+def test_with_damaged_weights(refuse, base, damage, told):
     damage(base / UNET)
-    refuse([base / "unet", "download"])
+    refuse([base / "unet", *([told] if isinstance(told, str) else told)])
+
+
+UNET_QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
+STRAY = [
+    (UNET, f"{UNET_QUERY}.to_q.lora_layer.down.weight"),
+    (UNET, f"{UNET_QUERY}.processor.to_q_lora.down.weight"),
+    (UNET, "time_embedding.cond_proj.weight"),
+    ("text_encoder/model.safetensors", "encoder.layers.0.self_attn.q_proj.lora_linear_layer.up.weight"),
+    ("text_encoder_2/model.safetensors", "text_model.encoder.layers.9.mlp.fc1.bias"),
+    ("vae/diffusion_pytorch_model.safetensors", "decoder.mid_block.attentions.0.to_q.lora_A.weight"),
+]
+
+
+@pytest.mark.parametrize(("file", "key"), STRAY)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_with_a_weight_that_its_config_has_no_place_for(base, file, key, pickled):
+    path = base / file
+    tensors = load_file(path) | {key: torch.ones(4, 4)}
+    path.unlink()
+    if pickled:
+        stem = path.stem.replace("model", "pytorch_model") if path.stem == "model" else path.stem
+        torch.save(tensors, path.with_name(f"{stem}.bin"))
+    else:
+        save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=re.escape(f"has no place for 1 weights ({key})")):
+        load_component(open_checkpoint(str(base)), path.parent.name)
+
+
+def test_what_computes_nothing_beside_a_text_encoder_is_no_stray(base):
+    """What old versions of transformers and ComfyUI save with it."""
+    for name in ("text_encoder", "text_encoder_2"):
+        path = base / name / "model.safetensors"
+        tensors = load_file(path)
+        extra = {"text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.ones(())}
+        path.unlink()
+        save_file({"text_projection.weight": torch.ones(3, 3)} | extra | tensors, path)
+        module = load_component(open_checkpoint(str(base)), name)
+        assert all(torch.equal(weight, tensors[key]) for key, weight in module.state_dict().items())
 
 
 @pytest.mark.parametrize(

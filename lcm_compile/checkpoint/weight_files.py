@@ -1,0 +1,130 @@
+"""Reads files of weights: safetensors, and pickles that hold weights only. Neither runs code.
+
+A safetensors file begins with the length of its header; see `tensor_stream`.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcm_compile.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+Shapes = Mapping[str, tuple[int, ...]]
+MOST_HEADER = 100_000_000  # bytes: the library's own limit
+
+
+def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
+    """Returns the shapes of a file's tensors by key, and its metadata, which a pickle has not.
+
+    Raises CheckpointError if the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".bin":
+        return {key: tuple(tensor.shape) for key, tensor in read_pickle(path).items()}, {}
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            shapes = {k: tuple(handle.get_slice(k).get_shape()) for k in handle.keys()}  # noqa: SIM118
+            return shapes, handle.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_types(path: Path) -> dict[str, str]:
+    """Returns the types of a file's tensors by key, under safetensors' names for them, such as F16.
+
+    Raises CheckpointError if the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".bin":
+        tensors = read_pickle(path)
+        return {
+            k: str(t.dtype).removeprefix("torch.").upper().replace("LOAT", "") for k, t in tensors.items()
+        }
+    try:
+        with safe_open(path, framework="numpy") as handle:
+            return {key: handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Returns a file's tensors whose keys begin with a prefix. Data is read when it is first used.
+
+    Raises CheckpointError if the file can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.suffix == ".bin":
+        return {key: tensor for key, tensor in read_pickle(path).items() if key.startswith(prefix)}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            keys = [key for key in handle.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {key: handle.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """Returns the tensors of a pickle by key, through torch's unpickler for weights, which runs no code.
+
+    Raises CheckpointError if it holds anything but named tensors.
+    """
+    import torch
+
+    hint = "get the weights as .safetensors"
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    # The errors that torch's unpickler raises for damaged files share no narrower class.
+    except Exception as error:
+        reason = str(error).partition("\n")[0].split(". ")[0]
+        message = f"{path} is not a pickle of weights only, and no other pickle is opened: {reason}"
+        raise CheckpointError(message, hint) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in loaded.items()
+    ):
+        raise CheckpointError(f"{path} is a pickle that holds no named tensors", hint)
+    return loaded
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Returns the error for a file that the safetensors library did not open: what the file is instead."""
+    again = "download it again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+            file.seek(8)
+            length = int.from_bytes(head[:8], "little")
+            header = file.read(length) if length <= min(size, MOST_HEADER) else b""
+    except OSError as reason:
+        return CheckpointError(f"{path} can't be read: {reason.strerror or reason}", "check its permissions")
+    what = f"{path} is no whole safetensors file"
+    if size == 0:
+        return CheckpointError(f"{what}: it is empty", again)
+    if head[:2] == b"PK" or head[:1] == b"\x80":
+        return CheckpointError(
+            f"{what}: it is a pickle under another name", "get the weights as .safetensors, not renamed to it"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        return CheckpointError(f"{what}: it is Git LFS's pointer to one", "git lfs pull fetches the file")
+    if head.lstrip()[:1] == b"<":
+        return CheckpointError(f"{what}: it is a web page", "download the file itself, logged in if need be")
+    if header[:1] == b"{" and len(header) < length:
+        return CheckpointError(f"{what}: it ends within its header", again)
+    try:
+        tensors = json.loads(header)
+        end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return CheckpointError(f"{what}: {error}", "get the weights as .safetensors")
+    if 8 + length + end > size:
+        return CheckpointError(f"{what}: it has {size} of {8 + length + end} bytes", again)
+    return CheckpointError(f"{what}: {error}", "save it again with the safetensors library")
