@@ -49,6 +49,7 @@ class Shape:
 
 # The names of model parts that a LoRA can have a strength of its own for.
 LORA_PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
+EMBEDDING_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, LORA_SUFFIXES))}))(?::(.*))?", re.DOTALL)
 EMBEDDING_FORM = "write FILE, or FILE:WORD"
 LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
 
@@ -166,10 +167,10 @@ class EmbeddingSpec:
     @classmethod
     def parse(cls, text: str) -> EmbeddingSpec:
         """Returns the textual inversion of `SOURCE` or `SOURCE:WORD`. No file is checked."""
+        if file := EMBEDDING_FILE.fullmatch(text):
+            return cls(*file.groups())
         source, colon, last = text.rpartition(":")
-        if not colon or ends_path(last):
-            return cls(text)
-        return cls(source, last)
+        return cls(source, last) if colon and not ends_path(last) else cls(text)
 
     def __str__(self) -> str:
         return self.source if self.token is None else f"{self.source}:{self.token}"

@@ -156,6 +156,7 @@ def build_into(
         pipeline=graphs.pipeline,
         stages=tuple(stages),
         loras=graphs.loras,
+        embeddings=graphs.embeddings,
         parity=graphs.parity,
         proof=graphs.proof,
         toolchain={

@@ -24,6 +24,7 @@ from lcm_compile.bundles.manifest import (
     StageFile,
     TokenizerSettings,
 )
+from lcm_compile.checkpoint.embeddings import read_embeddings
 from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.engines import find_backend
@@ -96,6 +97,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     if plan.loras:
         with watch.task("check that the LoRAs fit"):
             provenance = call(check_fit, plan, loras)
+    embeddings = read_embeddings(plan.checkpoint)
     settings = write_tokenizers(folder, plan)
     contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites)
     rehearsal = Rehearsal(contracts, replace(settings, shape=plan.proof_shape), folder)
@@ -133,6 +135,10 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
         loras=tuple(
             {"role": planned.role, "sha256": planned.sha256, **lora.to_dict()}
             for planned, lora in zip(plan.loras, provenance, strict=True)
+        ),
+        embeddings=tuple(
+            {"source": planned.spec.source, "word": embedding.word, "vectors": embedding.count}
+            for planned, embedding in zip(plan.checkpoint.embeddings, embeddings, strict=True)
         ),
         parity=figures,
         proof=write_proof(recordings.reference, peaks, rehearsal.settings, folder),

@@ -140,6 +140,7 @@ class Plan:
                     }
                     for p in export.loras
                 ],
+                "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
                 "shape": vars(export.shape),
                 "whole_loop": export.spec.whole_loop,
                 "precisions": dict(export.precisions),

@@ -107,7 +107,8 @@ class Manifest:
     """The fields that the manifests of bundles and exports share.
 
     `files` holds the sha256 of each file by its relative path. `lossy` holds the stages that lose quality by
-    the user's choice, each with the reason. A subclass defines KIND, its name in messages; FILE, the name of
+    the user's choice, each with the reason. `embeddings` holds the textual inversions, each with its word in
+    prompts and its number of vectors. A subclass defines KIND, its name in messages; FILE, the name of
     the manifest's file; and AGAIN, the hint in errors about a damaged folder.
     """
 
@@ -127,6 +128,7 @@ class Manifest:
     costs: Mapping[str, Cost]
     files: Mapping[str, str] = field(default_factory=dict)
     lossy: Mapping[str, str] = field(default_factory=dict)
+    embeddings: tuple[Mapping[str, Any], ...] = ()
 
     def named_files(self) -> list[str]:
         """Returns every path that the manifest names outside `files`."""

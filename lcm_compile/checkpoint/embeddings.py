@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, PlannedEmbedding
 from lcm_compile.checkpoint.hub import REPOSITORY, fetch
+from lcm_compile.checkpoint.weight_files import read_tensors
 from lcm_compile.errors import CheckpointError, UsageError, first_few, first_line
 from lcm_compile.spec import EmbeddingSpec
 from lcm_compile.system.files import user_path
@@ -205,17 +206,13 @@ def read_file(path: Path) -> Any:
     That unpickler runs no code. Raises CheckpointError if the file can't be read.
     """
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
+    if path.suffix.lower() == ".safetensors":
+        return read_tensors(path)
     try:
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
         # The first files of the method's authors hold a ParameterDict, a plain container of tensors.
         with torch.serialization.safe_globals([torch.nn.ParameterDict]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is no whole safetensors file: {error}", "download it again") from error
     # The errors that torch's unpickler raises for damaged files share no narrower class.
     except Exception as error:
         raise CheckpointError(

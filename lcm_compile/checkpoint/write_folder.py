@@ -96,6 +96,10 @@ def write_tokenizer(checkpoint: Checkpoint, name: str, to: Path) -> None:
             **dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
         }
         (to / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    if checkpoint.embeddings:
+        id_of = json.loads(load_tokenizer(checkpoint, name).json)["added_tokens"]
+        added = {token["content"]: token["id"] for token in id_of}
+        (to / "added_tokens.json").write_text(json.dumps(added, ensure_ascii=False), encoding="utf-8")
     if not (to / "vocab.json").exists():
         model = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))["model"]
         # Old versions of the library write a merge as one string, new ones as a pair.

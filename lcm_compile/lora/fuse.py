@@ -97,6 +97,12 @@ def write_file(
             "no name for that weight",
             "give a folder to --out",
         )
+    if checkpoint.embeddings:
+        raise UsageError(
+            "the words of textual inversions have no place in one file, whose readers have a tokenizer of "
+            "their own",
+            "give a folder to --out, or leave --embedding out",
+        )
     if checkpoint.lossy:
         raise UsageError(
             "the original layout has no names for a tiny autoencoder's weights",

@@ -176,6 +176,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "shape": vars(manifest.pipeline.shape),
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
+        "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "stages": [
             {
                 "name": stage.contract.name,

@@ -22,6 +22,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             ("vae", export.checkpoint.components["vae"].location),
             *((f"lossy {stage}", why) for stage, why in export.lossy.items()),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
+            *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
             *((("graphs", "one for the complete picture"),) if export.spec.whole_loop else ()),

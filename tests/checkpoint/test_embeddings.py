@@ -186,3 +186,69 @@ def test_all_vectors_of_a_word_with_capitals(base_of, tmp_path):
     checkpoint = with_embedding(base_of("sd15"), tmp_path / "EasyWord.safetensors")
     for prompt in ("a EasyWord star", "a easyword star"):
         assert_close(our_texts(checkpoint, prompt), lower)
+
+
+def test_fuse_writes_a_folder_that_diffusers_reads_the_words_of(base_of, command, tmp_path):
+    base, found = base_of("sdxl"), vectors("sdxl", 3)
+    path = save_as("ComfyUI", tmp_path, found)
+    words = ["fuse", "--base", base, "--no-lcm", "--embedding", f"{path}:{WORD}", "--precision", "fp32"]
+    assert command(*words, "--out", tmp_path / "fused")[0] == 0
+    theirs = texts(with_vectors(base, "sdxl", found), PROMPT)
+    assert_close(texts(reference(tmp_path / "fused"), PROMPT), theirs)
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "fused")), PROMPT), theirs)
+
+
+def test_a_bundle_tells_its_words_and_a_changed_one_is_a_miss(base_of, command, tmp_path):
+    path = save_as("webui", tmp_path, vectors("sd15", 3))
+    words = ["build", "--base", base_of("sd15"), "--gpu", "cpu", "--no-lcm", "--backend", "torchscript"]
+    words += ["--out", tmp_path / "bundle", "--embedding", path]
+    assert command(*words)[0] == 0
+    told = json.loads(command("inspect", tmp_path / "bundle", "--json")[1])["embeddings"]
+    assert told == [{"source": str(path), "word": "other", "vectors": 3}]
+    hit = json.loads(command(*words, "--dry-run", "--json")[1])
+    assert hit["hit"] and hit["embeddings"] == [str(path)]
+    named = json.loads(command(*words[:-1], f"{path}:zed", "--dry-run", "--json")[1])
+    assert not named["hit"] and any("embedding 1 word changed" in reason for reason in named["reasons"])
+    save_as("webui", tmp_path, vectors("sd15", 3, seed=8))
+    changed = json.loads(command(*words, "--dry-run", "--json")[1])
+    assert not changed["hit"] and any("embedding 1 changed" in reason for reason in changed["reasons"])
+    without = json.loads(command(*words[:-2], "--dry-run", "--json")[1])
+    assert any("embedding 1 is gone" in reason for reason in without["reasons"])
+
+
+def bad_files(folder):
+    """Files that are no textual inversion for SD1.5, each with what must be said of it."""
+    random = torch.randn(2, 32)
+    yield {"clip_l": random, "clip_g": torch.randn(2, 48)}, ["text_encoder_2", "width 32"]
+    yield {"emb_params": torch.randn(2, 48)}, ["(2, 48)", "width 32"]
+    yield {"emb_params": torch.full((2, 32), torch.nan)}, ["NaN"]
+    yield {"emb_params": torch.zeros(0, 32)}, ["0 vectors"]
+    yield {"<a>": random, "<b>": random.clone()}, ["2 textual inversions", "'<a>'", ":<a>"]
+    yield {"lora_unet_x.lora_down.weight": torch.randn(4, 32, 3, 3)}, ["no textual inversion", "--lora"]
+    yield {"bundle_emb.one.clip_l": random, "bundle_emb.two.clip_l": random.clone()}, ["'one', 'two'", ":one"]
+
+
+def test_files_that_do_not_fit(base_of, refused, tmp_path):
+    for number, (tensors, told) in enumerate(bad_files(tmp_path)):
+        save_file(tensors, path := tmp_path / f"{number}.safetensors")
+        words = ["build", "--base", base_of("sd15"), "--gpu", "cpu", "--no-lcm", "--out", tmp_path / "bundle"]
+        refused(1, [path, *told], *words, "--embedding", path)
+        refused(1, [path, *told], *words, "--embedding", path, "--dry-run")
+        assert not (tmp_path / "bundle").exists()
+
+
+def test_files_that_cannot_be_read(base_of, refused, tmp_path):
+    words = ["build", "--base", base_of("sd15"), "--gpu", "cpu", "--no-lcm", "--out", tmp_path / "bundle"]
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "page.safetensors").write_text("<html>")
+    (tmp_path / "folder").mkdir()
+    refused(1, "empty.pt", *words, "--embedding", tmp_path / "empty.pt")
+    refused(1, "web page", *words, "--embedding", tmp_path / "page.safetensors")
+    refused(1, "learned_embeds", *words, "--embedding", tmp_path / "folder")
+    refused(2, "nothing.pt does not exist", *words, "--embedding", tmp_path / "nothing.pt")
+    path = save_as("webui", tmp_path, vectors("sd15", 2))
+    refused(1, "'red</w>' already", *words, "--embedding", f"{path}:red</w>")
+    refused(1, "'x' already", *words, "--embedding", f"{path}:x", "--embedding", f"{path}:x")
+    refused(2, "lacks its file or its word", *words, "--embedding", f"{path}: ")
+    fuse = ["fuse", "--base", base_of("sd15"), "--no-lcm", "--embedding", path]
+    refused(2, "no place in one file", *fuse, "--out", tmp_path / "a.safetensors")
