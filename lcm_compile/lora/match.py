@@ -92,7 +92,7 @@ def plain_module_name(name: str, flat: bool) -> str:
 
 def index_modules(modules: Mapping[str, torch.nn.Module]) -> dict[tuple[str, str], Place]:
     """Returns each place by (component, name), for every name that a LoRA may call it by, dotted and flat."""
-    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm)
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.GroupNorm, torch.nn.LayerNorm, torch.nn.Embedding)
     index: dict[tuple[str, str], Place] = {}
     for component, root in modules.items():
         originals = original_names(root) if component == "unet" else {}
@@ -126,7 +126,7 @@ def weight_of(module: torch.nn.Module) -> torch.Tensor:
 
 def bias_of(module: torch.nn.Module) -> torch.Tensor | None:
     """Returns the bias of a module that a LoRA can change, or None if it has none."""
-    bias = module.bias
+    bias = getattr(module, "bias", None)  # an embedding has none
     assert bias is None or isinstance(bias, torch.Tensor)
     return bias
 

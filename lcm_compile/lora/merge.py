@@ -78,12 +78,13 @@ def merge_loras(modules: Mapping[str, torch.nn.Module], loras: Sequence[tuple[Lo
         for lora, spec in loras:
             here = [layer for layer in lora.layers if layer.component in modules]
             for layer, place in match_layers(replace(lora, layers=here), modules):
-                work.setdefault(place.module, []).append((spec.strength_of(place.part), layer.update))
+                if strength := spec.strength_of(place.part):
+                    work.setdefault(place.module, []).append((strength, layer.update))
         for module, updates in work.items():
             weight = weight_of(module)
             base = weight.clone()
             for strength, update in updates:
-                weight += strength * update.delta(base)
+                weight += update.delta(base, strength)
                 if update.bias is not None:
                     bias = bias_of(module)
                     assert bias is not None  # match_layers raises if a bias update has no bias
@@ -106,9 +107,9 @@ def check_strengths(modules: Mapping[str, torch.nn.Module], spec: LoraSpec) -> N
 def is_change(update: Update, module: torch.nn.Module) -> bool:
     """Returns whether an update changes its module's weight or bias at all.
 
-    For a module on the meta device it takes a weight of zeros.
+    For a module on the meta device it takes a weight of ones, and for a DoRA one of zeros.
     """
     weight, bias = weight_of(module), update.bias
     if weight.is_meta:
-        weight = torch.zeros(weight.shape)
+        weight = torch.full(weight.shape, 0.0 if update.magnitude is not None else 1.0)
     return bool(update.delta(weight).any()) or (bias is not None and bool(bias.any()))

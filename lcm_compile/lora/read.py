@@ -6,9 +6,14 @@ It reads these layouts:
   with `lora_te_`, `lora_te1_` and `lora_te2_` for text encoders.
 - diffusers/PEFT: `unet.down_blocks.0.….lora_A.weight`, `lora_B`.
 - older diffusers: `….attn1.processor.to_q_lora.down.weight`.
+- ComfyUI, and OneTrainer for it: `diffusion_model.input_blocks.4.….lora_up.weight`, with
+  `text_encoders.clip_l.transformer.` and `text_encoders.clip_g.transformer.` for text encoders.
+- OMI (the open model initiative, OneTrainer): `unet.input_blocks.4.….lora_up.weight`, with `clip_l.` and
+  `clip_g.`.
 
 The names of a UNet's modules may be diffusers' or the original Stable Diffusion's (`input_blocks_4_1_…`):
-`match.py` finds the module for both. `kinds.py` says how the keys of each kind of update end.
+`match.py` finds the module for both. `kinds.py` says how the keys of each kind of update end. A file may also
+hold embeddings of words, under `bundle_emb.WORD.…`.
 """
 
 from __future__ import annotations
@@ -25,7 +30,16 @@ import torch
 
 from lcm_compile.checkpoint.families import lora_bases, names_of_width
 from lcm_compile.errors import LoraError, first_few
-from lcm_compile.lora.kinds import EXTRAS, KIND_NAMES, KIND_TABLE, KINDS, MAY_BE_VECTORS, Update
+from lcm_compile.lora.kinds import (
+    EXTRAS,
+    KIND_NAMES,
+    KIND_TABLE,
+    KINDS,
+    MAY_BE_VECTORS,
+    NUMBERS,
+    Update,
+    settle_factors,
+)
 from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
 
 PICKLES = (".bin", ".pt", ".pth")
@@ -37,11 +51,22 @@ FLAT_PREFIXES = {
     "lora_te2_": "text_encoder_2",
     "lora_te_": "text_encoder",
 }
+# The beginnings of keys with dotted module names, by component. Keys without any are the UNet's.
+COMPONENTS = {
+    "unet": r"(?:lora_)?unet|(?:model\.)?diffusion_model",
+    "text_encoder_2": r"text_encoder_2|lora_te2|(?:text_encoders\.|lora_)?clip_g(?:\.transformer)?",
+    "text_encoder": r"text_encoder|lora_te1?|(?:text_encoders\.|lora_)?clip_[lh](?:\.transformer)?",
+}
+# What PEFT, torch.compile, DistributedDataParallel, FSDP and checkpointing put into a module's name.
+WRAPPERS = re.compile(
+    r"(?<![^.])(?:base_model\.model|_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+FLAT_WRAPPERS = re.compile(r"^module_|_orig_mod_")
 # How a key ends, by what its tensor is to the update: a factor or an extra, under its name in `kinds.py`.
 ENDINGS = EXTRAS | {name: ending for kind in KIND_TABLE for name, ending in kind.endings.items()}
 KEY = re.compile(
     rf"(?:(?P<flat>{'|'.join(FLAT_PREFIXES)})"
-    r"|(?:base_model\.model\.)?(?:(?P<component>unet|text_encoder_2|text_encoder|diffusion_model)\.)?)"
+    rf"|(?:(?:{'|'.join(f'(?P<{name}>{prefix})' for name, prefix in COMPONENTS.items())})\.)?)"
     r"(?P<module>.+?)"
     rf"(?:{'|'.join(f'(?P<{name}>{ending})' for name, ending in ENDINGS.items())})"
 )
@@ -159,8 +184,8 @@ def read_lora(path: Path) -> Lora:
     found: dict[tuple[str, str], dict[str, str]] = {}
     layouts, unknown = set(), []
     for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if match is None:
+        match = KEY.fullmatch(WRAPPERS.sub("", key))
+        if match is None or not is_of_a_lora(match, key, tensors):
             unknown.append(key)
             continue
         layouts.add("kohya" if match["flat"] else "peft")
@@ -190,7 +215,10 @@ def read_lora(path: Path) -> Lora:
         for (component, module), keys in found.items()
     ]
     check_complete(layers, path)
+    check_factors(layers, path)
     apply_metadata(layers, metadata, path)
+    for layer in layers:
+        layer.update.settle_bias()
     return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata)
 
 
@@ -204,9 +232,17 @@ def is_finite(tensor: torch.Tensor) -> bool:
     return all(math.isfinite(end) for end in wide.aminmax())
 
 
+def is_of_a_lora(match: re.Match[str], key: str, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Returns whether a key that KEY matches belongs to a LoRA: a checkpoint's own keys end in `.weight` too.
+
+    Those of an (IA)³ have an `.on_input` beside them.
+    """
+    return not match["ia3_weight"] or key.removesuffix("weight") + "on_input" in tensors
+
+
 def is_possible_shape(name: str, tensor: torch.Tensor) -> bool:
     """Returns whether a factor or extra can have this tensor's shape: it is not empty and has enough axes."""
-    if name == "alpha":
+    if name in NUMBERS:
         return tensor.numel() == 1
     return tensor.numel() > 0 and tensor.ndim >= (1 if name in MAY_BE_VECTORS else 2)
 
@@ -218,8 +254,8 @@ def module_named(match: re.Match[str]) -> tuple[str, str]:
     """
     module = match["module"]
     if match["flat"]:
-        return FLAT_PREFIXES[match["flat"]], module
-    component = (match["component"] or "unet").replace("diffusion_model", "unet")
+        return FLAT_PREFIXES[match["flat"]], FLAT_WRAPPERS.sub("", module)
+    component = next((name for name in COMPONENTS if match[name]), "unet")
     parent, _, last = module.replace(".processor.", ".").rpartition(".")
     if component != "unet":
         last = OLD_TEXT_NAMES.get(last, last)
@@ -237,6 +273,7 @@ def as_update(tensors: dict[str, torch.Tensor]) -> Update:
     elif "dora_scale" in tensors:
         magnitude = tensors.pop("dora_scale")
     bias = tensors.pop("diff_b", None)
+    settle_factors(tensors)
     return Update(tensors, None if alpha is None else float(alpha), magnitude, bias)
 
 
@@ -246,8 +283,8 @@ def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
     for layer in layers:
         update, factors = layer.update, frozenset(layer.update.factors)
         if factors in KINDS and (factors or update.bias is not None):
-            # A magnitude comes with the factors of another kind: no tool writes one with a full difference.
-            if update.magnitude is not None and factors <= {"diff"}:
+            # A magnitude comes with the factors of a low-rank change: no tool writes one with another kind.
+            if update.magnitude is not None and (factors <= {"diff"} or not KINDS[factors].make):
                 mixed += layer.keys
         elif any(factors < complete for complete in KINDS):
             incomplete += layer.keys
@@ -258,6 +295,22 @@ def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
     if mixed:
         raise LoraError(
             f"{path} mixes the factors of several kinds in {first_few(mixed)}", "save the LoRA again"
+        )
+
+
+def check_factors(layers: Iterable[LoraLayer], path: Path) -> None:
+    """Raises LoraError if the factors of a layer do not fit each other."""
+    reasons = []
+    for layer in layers:
+        try:
+            layer.update.check_factors()
+        except ValueError as error:
+            reasons.append(f"{layer.module} ({error})")
+    if reasons:
+        raise LoraError(
+            f"{path} can't be used with any base: {len(reasons)} of its updates have factors of the wrong "
+            f"shapes: {first_few(reasons)}",
+            "save the LoRA again, or get another copy of it",
         )
 
 

@@ -204,7 +204,9 @@ def test_not_finite(refuse, sdxl_loras, tmp_path, value, part):
     [
         (f"{KEY}s.lora_up.weight", f"lacks factors that go with {KEY}.alpha, {KEY}.lora_down.weight"),
         (f"{KEY}.hada_w1_a", ["mixes the factors of several kinds", f"{KEY}.hada_w1_a"]),
-        (f"{KEY}.oft_blocks", [f"{KEY}.oft_blocks", "no LoRA layout", "LoHa"]),
+        (f"{KEY}.oft_R.weight", [f"{KEY}.oft_R.weight", "no LoRA layout", "LoHa"]),
+        (f"{KEY}.oft_blocks", ["mixes the factors of several kinds", f"{KEY}.oft_blocks"]),
+        (f"{KEY}.weight", [f"{KEY}.weight", "no LoRA layout"]),
         ("transformer.blocks.0.attn.to_q.lora_A.weight", "transformer.blocks.0.attn.to_q"),
         ("model.diffusion_model.input_blocks.0.weight", "no LoRA layout"),
     ],

@@ -263,6 +263,46 @@ def test_a_bias_beside_a_lora_or_alone(tmp_path):
     assert torch.equal(fused((alone, 1.0)).linear.weight.float(), base.weight)
 
 
+@pytest.mark.parametrize("module", ["linear", "point", "kernel"])
+def test_pefts_bias_of_the_up_projection(module, tmp_path):
+    """PEFT's `lora_bias`: its merge adds s times that bias to the layer's own."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_bias=True, target_modules=[module])
+    model = adapted(config)
+    state = {key.removeprefix("base_model.model."): t for key, t in get_peft_model_state_dict(model).items()}
+    assert {key.partition(".")[2] for key in state} == {"lora_A.weight", "lora_B.weight", "lora_B.bias"}
+    tensors = {f"text_encoder.{key}": tensor for key, tensor in state.items()}
+    tensors[f"text_encoder.{module}.alpha"] = torch.tensor(ALPHA)
+    path = save_tensors(tensors, tmp_path / "lora.safetensors")
+    with torch.no_grad():
+        assert_same(fused((path, 1.0))(PICTURES), model.double()(PICTURES))
+
+
+@pytest.mark.parametrize("module", ["point", "kernel"])
+def test_loha_with_the_kernels_axes(module, tmp_path):
+    """OneTrainer's: hada_w_a as a 1×1 convolution, hada_w_b as one with the layer's kernel."""
+    side = {"point": 1, "kernel": 3}[module]
+    ups, downs = (40, 4, 1, 1), (4, 24, side, side)
+    parts = draw(hada_w1_a=ups, hada_w1_b=downs, hada_w2_a=ups, hada_w2_b=downs, alpha=())
+    f = {name: tensor.double() for name, tensor in parts.items()}
+    one, other = (torch.einsum("orxy,rikl->oikl", f[f"hada_w{n}_a"], f[f"hada_w{n}_b"]) for n in (1, 2))
+    expected = Layers().get_submodule(module).weight.double() + one * other * f["alpha"] / 4
+    ours = fused((lora_file(tmp_path / "lora.safetensors", module, parts), 1.0)).get_submodule(module)
+    torch.testing.assert_close(ours.weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("names", [("lora_down", "lora_up"), ("lora_A", "lora_B")])
+def test_ai_toolkits_magnitude(names, tmp_path):
+    """A bare `.magnitude` of length out, beside either spelling of the factors."""
+    down, up = draw(down=(4, 24), up=(40, 4)).values()
+    weight = Layers().linear.weight.detach().double()
+    magnitude = weight.norm(dim=1) * (0.5 + torch.rand(40, generator=torch.Generator().manual_seed(3)))
+    key = "text_encoder.linear"
+    tensors = {f"{key}.{names[0]}.weight": down, f"{key}.{names[1]}.weight": up}
+    path = save_tensors({**tensors, f"{key}.magnitude": magnitude.float()}, tmp_path / "lora.safetensors")
+    expected = dora(weight, up.double() @ down.double(), magnitude[:, None], 0)
+    torch.testing.assert_close(fused((path, 1.0)).linear.weight, expected, rtol=1e-5, atol=1e-6)
+
+
 LOHA = {"hada_w1_a": (40, 4), "hada_w1_b": (4, 24), "hada_w2_a": (40, 4), "hada_w2_b": (4, 24)}
 LOKR = {"lokr_w1": (4, 3), "lokr_w2": (10, 8)}
 
@@ -278,8 +318,8 @@ LOKR = {"lokr_w1": (4, 3), "lokr_w2": (10, 8)}
         ({"alpha": ()}, r"factors that go with lora_te_linear.alpha"),
         ({**LOKR, **LOHA}, r"several kinds"),
         ({"diff": (40, 24), "dora_scale": (40, 1)}, r"several kinds"),
-        ({**LOHA, "hada_w1_b": (4, 25)}, r"linear \(LoHa factors that don't fit each other\)"),
-        ({**LOHA, "hada_w1_b": (3, 24)}, r"linear \(LoHa factors that don't fit each other\)"),
+        ({**LOHA, "hada_w1_b": (4, 25)}, r"linear \(LoHa factors that don't fit each other: hada_w1_a"),
+        ({**LOHA, "hada_w1_b": (3, 24)}, r"linear \(LoHa factors that don't fit each other: hada_w1_a"),
         ({**LOKR, "lokr_w2": (10, 9)}, r"linear \(LoKr update 40×27, weight 40×24\)"),
         ({"diff": (40, 25)}, r"linear \(difference update 40×25, weight 40×24\)"),
         ({"diff": (40, 24), "diff_b": (41,)}, r"linear \(bias update \[41\], bias \[40\]\)"),

@@ -186,6 +186,52 @@ def peft_with_adapter_name(name):
     return stem, ".lora_A.default.weight", ".lora_B.default.weight"
 
 
+def peft_with_any_adapter_name(name):
+    return peft(name)[0], ".lora_A.my-style_0.weight", ".lora_B.my-style_0.weight"
+
+
+def wrapped(*wrappers):
+    """PEFT's names of a model in what torch or PEFT wrap it in, as scripts save them by hand."""
+
+    def spell(name):
+        component, _, module = peft(name)[0].partition(".")
+        return ".".join((component, *wrappers, module)), ".lora_A.weight", ".lora_B.weight"
+
+    return spell
+
+
+def compiled_part(name):
+    stem = peft(name)[0].replace(".0.", ".0._orig_mod.", 1)
+    return stem, ".lora_A.weight", ".lora_B.weight"
+
+
+def compiled_kohya(name):
+    stem = kohya(name)[0].replace("unet_", "unet__orig_mod_").replace("te1_", "te1__orig_mod_")
+    return stem, ".lora_down.weight", ".lora_up.weight"
+
+
+def comfy(name):
+    if name == TEXT:
+        return f"text_encoders.clip_l.transformer.{TEXT}", ".lora_down.weight", ".lora_up.weight"
+    return dotted_original(name)[0], ".lora_down.weight", ".lora_up.weight"
+
+
+def omi(name):
+    """OneTrainer's OMI layout."""
+    stem = (
+        comfy(name)[0]
+        .replace("diffusion_model.", "unet.")
+        .replace("text_encoders.clip_l.transformer", "clip_l")
+    )
+    return stem, ".lora_down.weight", ".lora_up.weight"
+
+
+def onetrainer(name):
+    """OneTrainer's own: kohya's prefixes before diffusers' dotted names."""
+    stem = peft(name)[0].replace("text_encoder.", "lora_te1.").replace("unet.", "lora_unet.")
+    return stem, ".lora_down.weight", ".lora_up.weight"
+
+
 def diffusers(name):
     kind = ".lora_linear_layer" if name == TEXT else ".lora"
     return peft(name)[0], f"{kind}.down.weight", f"{kind}.up.weight"
@@ -218,14 +264,26 @@ LAYOUTS = {
     "LyCORIS": lycoris,
     "PEFT": peft,
     "PEFT, adapter named": peft_with_adapter_name,
+    "PEFT, any adapter": peft_with_any_adapter_name,
+    "torch.compile": wrapped("_orig_mod"),
+    "DistributedDataParallel": wrapped("module"),
+    "PEFT in a component": wrapped("base_model", "model"),
+    "all of these": wrapped("module", "_orig_mod", "base_model", "model"),
+    "a compiled block": compiled_part,
+    "kohya, compiled": compiled_kohya,
+    "ComfyUI": comfy,
+    "OMI": omi,
+    "OneTrainer": onetrainer,
     "diffusers": diffusers,
     "processors": processors,
     "bare processors": bare_processors,
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pt", ".pth"])
+@pytest.mark.parametrize(
+    ("layout", "suffix"),
+    [*((layout, ".safetensors") for layout in LAYOUTS), *(("PEFT", end) for end in (".bin", ".pt", ".pth"))],
+)
 def test_one_lora_in_every_layout_makes_the_same_bits(layout, suffix, tmp_path):
     """α is left to the rank: a diffusers file has none."""
     names = UNET if "processors" in layout else [*UNET, *MORE]
@@ -275,6 +333,58 @@ def test_dora_and_alpha_in_each_layout_make_the_same_bits(tmp_path):
     other, _ = fused(tmp_path / "peft.safetensors")
     assert len(changed) == 2
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("component", "prefix"),
+    [
+        ("text_encoder", "text_encoders.clip_l.transformer.text_model."),  # ComfyUI
+        ("text_encoder", "clip_l.transformer.text_model."),
+        ("text_encoder", "clip_l.text_model."),  # OMI
+        ("text_encoder", "lora_clip_l.text_model."),
+        ("text_encoder", "text_encoders.clip_h.transformer.text_model."),  # SD2.x in ComfyUI
+        ("text_encoder", "lora_te.text_model."),
+        ("text_encoder", "lora_te_text_model_"),
+        ("text_encoder", "text_encoder._orig_mod.text_model."),
+        ("text_encoder_2", "text_encoders.clip_g.transformer.text_model."),
+        ("text_encoder_2", "clip_g.transformer.text_model."),
+        ("text_encoder_2", "clip_g.text_model."),
+        ("text_encoder_2", "lora_clip_g.text_model."),
+        ("text_encoder_2", "lora_te2.text_model."),
+        ("text_encoder_2", "lora_te2_text_model_"),
+        ("text_encoder_2", "text_encoder_2.module.text_model."),
+    ],
+)
+def test_both_text_encoders_under_each_trainers_names(component, prefix, tmp_path):
+    """A linear layer, a norm and its bias, and the words' embeddings, which ComfyUI extracts too."""
+    config = CLIPTextConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    modules = {name: CLIPTextModel(config) for name in ("text_encoder", "text_encoder_2")}
+    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in modules.items()}
+    flat = "_" if prefix.endswith("_") else "."
+    linear, norm, words = (
+        prefix + name.replace(".", flat)
+        for name in ("encoder.layers.0.mlp.fc1", "encoder.layers.0.layer_norm1", "embeddings.token_embedding")
+    )
+    down, up, rows, columns = torch.randn(2, 8), torch.randn(16, 2), torch.randn(16, 2), torch.randn(2, 8)
+    scale, shift = torch.randn(8), torch.randn(8)
+    tensors = {
+        f"{linear}.lora_down.weight": down,
+        f"{linear}.lora_up.weight": up,
+        f"{norm}.diff": scale,
+        f"{norm}.diff_b": shift,
+        f"{words}.lora_up.weight": rows,
+        f"{words}.lora_down.weight": columns,
+    }
+    path = save_tensors(tensors, tmp_path / "lora.safetensors")
+    fuse_loras(modules, [(read_lora(path), LoraSpec("x"))])
+    changes = {"fc1.weight": up @ down, "layer_norm1.weight": scale, "layer_norm1.bias": shift}
+    changes["token_embedding.weight"] = rows @ columns
+    for name, module in modules.items():
+        for key, weight in module.state_dict().items():
+            change = next((c for end, c in changes.items() if key.endswith(end) and name == component), 0)
+            torch.testing.assert_close(weight, before[name][key] + change)
 
 
 def test_a_module_under_two_names_is_refused(tmp_path):
