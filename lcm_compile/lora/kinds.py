@@ -13,7 +13,8 @@ W is (out, in) for a linear layer and (out, in, k, k) for a convolution. r is th
 - Full difference: ΔW itself, without α.
 - DoRA (Liu 2024) on top of any of the above except the full difference: W' = m·(W + ΔW)/‖W + ΔW‖, and the
   change is W' − W. The norm is taken over all axes except the one that the magnitude m runs along. That axis
-  is the outputs, or the inputs if the file's `dora_scale` is (1, in, 1, 1), as LyCORIS writes it with `wd_on_out=False`.
+  is the outputs, or the inputs if the file's `dora_scale` is (1, in, 1, 1), as LyCORIS writes it with
+  `wd_on_out=False`.
 
 The following kinds multiply W, and are those of LyCORIS. They have a strength λ, for which W' is:
 
