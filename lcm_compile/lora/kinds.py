@@ -285,9 +285,9 @@ class Update:
         return self.factors[self.kind.rank_of].shape[0]
 
     @property
-    def depends_on_weight(self) -> bool:
-        """Whether ΔW depends on the base's weight W."""
-        return self.magnitude is not None or (self.kind is not None and self.kind.make is None)
+    def is_additive(self) -> bool:
+        """Whether the factors alone make ΔW, without the base's weight. A magnitude is no factor."""
+        return self.kind is None or self.kind.make is not None
 
     def scale(self) -> float:
         """Returns s = α/r, or 1 without a rank or without α."""
@@ -299,7 +299,7 @@ class Update:
         The norm of a product does not need the product: ‖B·A‖² = Σ (BᵀB) ⊙ (AAᵀ), where both are r×r.
         """
 
-        if self.depends_on_weight:
+        if self.magnitude is not None or not self.is_additive:
             return None
         made = torch.zeros(())
         if self.factors.keys() == {"down", "up"}:

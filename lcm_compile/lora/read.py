@@ -284,7 +284,7 @@ def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
         update, factors = layer.update, frozenset(layer.update.factors)
         if factors in KINDS and (factors or update.bias is not None):
             # A magnitude comes with the factors of a low-rank change: no tool writes one with another kind.
-            if update.magnitude is not None and (factors <= {"diff"} or not KINDS[factors].make):
+            if update.magnitude is not None and (factors <= {"diff"} or not update.is_additive):
                 mixed += layer.keys
         elif any(factors < complete for complete in KINDS):
             incomplete += layer.keys

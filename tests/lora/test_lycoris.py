@@ -8,13 +8,15 @@ import logging
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from factories import fuse_loras
+from factories import fuse_loras, save_tensors
 from safetensors.torch import load_file
 
+from lcm_compile.errors import LoraError
 from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
 create_lycoris = pytest.importorskip("lycoris").create_lycoris
+from lycoris.modules import ButterflyOFTModule, DiagOFTModule, GLoRAModule, IA3Module  # noqa: E402
 
 LOCON = {"lora_down.weight", "lora_up.weight"}
 LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
@@ -134,3 +136,65 @@ def test_every_layer_gives_what_lycoris_gives(base, case, strength, tmp_path):
             assert not torch.equal(layer.weight, base.get_submodule(name).weight.double()), name
             compared += 1
     assert compared == len(names) == told.modules > 50
+
+
+# A class of LyCORIS's modules, what it is asked for, and the parts that its file then has.
+MULTIPLYING = {
+    "OFT": (DiagOFTModule, {}, {"oft_blocks", "alpha"}),
+    "OFT, constrained": (DiagOFTModule, {"constraint": 0.01}, {"oft_blocks", "alpha"}),
+    "OFT, rescaled": (DiagOFTModule, {"rescaled": True}, {"oft_blocks", "alpha", "rescale"}),
+    "BOFT": (ButterflyOFTModule, {}, {"oft_blocks", "alpha"}),
+    "BOFT, constrained": (ButterflyOFTModule, {"constraint": 0.01}, {"oft_blocks", "alpha"}),
+    "BOFT, rescaled": (ButterflyOFTModule, {"rescaled": True}, {"oft_blocks", "alpha", "rescale"}),
+    "(IA)³": (IA3Module, {}, {"weight", "on_input"}),
+    "(IA)³ of inputs": (IA3Module, {"train_on_input": True}, {"weight", "on_input"}),
+    "GLoRA": (GLoRAModule, {"alpha": 2.5}, {"a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"}),
+}
+LAYERS = {"linear": torch.nn.Linear(24, 48), "kernel": torch.nn.Conv2d(24, 48, 3)}
+
+
+def multiplied(case, name, strength):
+    """LyCORIS's merged weight, and the tensors of its file."""
+    kind, asked, parts = MULTIPLYING[case]
+    torch.manual_seed(5)
+    layer = copy.deepcopy(LAYERS[name]).requires_grad_(False)
+    module = kind(f"lora_te_{name}", layer, strength, lora_dim=6, **asked)
+    for part, parameter in module.named_parameters():
+        parameter.data = (part == "rescale") + 0.3 * torch.randn(parameter.shape)
+    tensors = {f"lora_te_{name}.{part}": t.detach() for part, t in module.state_dict().items()}
+    assert {key.partition(".")[2] for key in tensors} == parts
+    return module.get_merged_weight(strength)[0].detach(), tensors
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5, -0.6])
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("case", MULTIPLYING)
+def test_a_kind_that_multiplies_the_weight_is_merged_as_lycoris_does(case, name, strength, tmp_path):
+    """OFT's strength is no factor of its change; LyCORIS inverts its matrices in fp32."""
+    expected, tensors = multiplied(case, name, strength)
+    path = save_tensors(tensors, tmp_path / "lora.safetensors")
+    ours = torch.nn.ModuleDict(copy.deepcopy(LAYERS))
+    lora = read_lora(path)
+    fuse_loras({"text_encoder": ours}, [(lora, LoraSpec("x", strength))])
+    assert [*lora.kinds] == [case.partition(",")[0].partition(" of")[0]]
+    torch.testing.assert_close(ours[name].weight, expected, rtol=2e-6, atol=2e-6)
+    assert (ours[name].weight - LAYERS[name].weight).abs().max() > 0.005
+
+
+@pytest.mark.parametrize("case", MULTIPLYING)
+def test_such_a_kind_for_another_layer_is_refused(case, tmp_path):
+    """The base is left as it was; so it is by one without its other half, and at strength 0."""
+    _, tensors = multiplied(case, "linear", 1.0)
+    path = save_tensors(tensors, tmp_path / "lora.safetensors")
+    for other in (torch.nn.Linear(12, 40), torch.nn.Linear(23, 47)):
+        ours = torch.nn.ModuleDict({"linear": copy.deepcopy(other)})
+        with pytest.raises(LoraError, match=r"linear \(.* update with .*, weight \d+×\d+\)"):
+            fuse_loras({"text_encoder": ours}, [(read_lora(path), LoraSpec("x"))])
+        assert torch.equal(ours["linear"].weight, other.weight)
+    ours = torch.nn.ModuleDict(copy.deepcopy(LAYERS))
+    fuse_loras({"text_encoder": ours}, [(read_lora(path), LoraSpec("x", 0.0))])
+    assert torch.equal(ours["linear"].weight, LAYERS["linear"].weight)
+    half = next(key for key in tensors if key.endswith((".on_input", ".b2.weight", ".oft_blocks")))
+    del tensors[half]
+    with pytest.raises(LoraError, match=r"lacks factors that go with|no LoRA layout"):
+        read_lora(save_tensors(tensors, path))
