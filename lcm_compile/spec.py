@@ -181,8 +181,9 @@ class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
 
     A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
-    for the checkpoint's own. `without` are names of REWRITES to leave out. Raises UsageError for values that
-    can't be right with any base or on any machine.
+    for the checkpoint's own. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those
+    of file names, of LoRAs' keys to leave out. Raises UsageError for values that can't be right with any base
+    or on any machine.
     """
 
     base: str
@@ -201,6 +202,7 @@ class BuildSpec:
     vae: str | None = None
     without: tuple[str, ...] = ()
     whole_loop: bool = False
+    lora_skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -232,6 +234,8 @@ class BuildSpec:
         them, for example the content of a LoRA's file.
         """
         inputs = {"rewrites": ", ".join(self.rewrites)}
+        if self.lora_skip:
+            inputs["LoRA keys left out"] = ", ".join(sorted({*self.lora_skip}))
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property
@@ -267,7 +271,8 @@ class BuildSpec:
 class LoraProvenance:
     """What a bundle records of a LoRA that is fused in: its source, weights, layout, modules and ranks.
 
-    `layout` names the file's key layout, and `modules` counts the modules that the LoRA changes.
+    `layout` names the file's key layout, and `modules` counts the modules that the LoRA changes. `skipped`
+    counts the keys that were left out, by the pattern of `--lora-skip` that they match.
     """
 
     source: str
@@ -276,6 +281,7 @@ class LoraProvenance:
     layout: str
     modules: int
     ranks: tuple[int, ...]
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, for the manifest."""

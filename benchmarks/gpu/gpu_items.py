@@ -215,7 +215,7 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     for model_name in MODEL_STAGES:
-        for cast in cast_stages(plan, model_name, LoraFiles(plan.loras), rehearsal, recordings):
+        for cast in cast_stages(plan, model_name, LoraFiles(plan), rehearsal, recordings):
             seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
             note(seconds_to=seconds)
     write_proof(recordings.reference, {}, settings, folder)

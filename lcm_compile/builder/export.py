@@ -92,9 +92,9 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
 
     watch = Stopwatch(report)
     call = caller(plan.is_large)
-    loras = LoraFiles(plan.loras)
+    loras = LoraFiles(plan)
     provenance: list[LoraProvenance] = []
-    if plan.loras:
+    if plan.loras or plan.spec.lora_skip:
         with watch.task("check that the LoRAs fit"):
             provenance = call(check_fit, plan, loras)
     embeddings = read_embeddings(plan.checkpoint)

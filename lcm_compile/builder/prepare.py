@@ -14,9 +14,8 @@ from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph
-from lcm_compile.lora.find import PlannedLora
 from lcm_compile.lora.merge import check_loras, merge_loras
-from lcm_compile.lora.read import Lora, read_lora
+from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
 from lcm_compile.spec import LoraProvenance, LoraSpec
@@ -69,18 +68,18 @@ class Prepared:
 class LoraFiles:
     """The LoRAs of a plan. Each file is read once in a process; a child process reads them again."""
 
-    def __init__(self, planned: Sequence[PlannedLora]) -> None:
-        self._planned = planned
+    def __init__(self, plan: ExportPlan) -> None:
+        self._plan = plan
         self._read: list[tuple[Lora, LoraSpec]] | None = None
 
     def read(self) -> list[tuple[Lora, LoraSpec]]:
         """Returns each LoRA with the strengths it is fused with. Raises LoraError if one can't be read."""
         if self._read is None:
-            self._read = [(read_lora(planned.path), planned.spec) for planned in self._planned]
+            self._read = read_loras(self._plan.loras, self._plan.spec.lora_skip)
         return self._read
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_planned": self._planned, "_read": None}
+        return {"_plan": self._plan, "_read": None}
 
 
 def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:

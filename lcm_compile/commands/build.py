@@ -66,6 +66,7 @@ def build(
         for remark in (*export.checkpoint.notes, *loss_lines(export.lossy)):
             note(remark)
     if dry_run:
+        check_loras(plans)
         show_plans(plans, as_json)
         return
     for plan in plans:
@@ -106,6 +107,15 @@ def make_plans(
         return [make_plan(spec, outs[spec.gpu], force, progress) for spec in specs]
 
 
+def check_loras(plans: Sequence[Plan]) -> None:
+    """Raises LoraError if a LoRA of the plans does not fit the base; they all have the same LoRAs."""
+    missed = next((plan.export for plan in plans if plan.export and not plan.hit), None)
+    if missed and (missed.loras or missed.spec.lora_skip):
+        from lcm_compile.builder.prepare import LoraFiles, check_fit
+
+        check_fit(missed, LoraFiles(missed))
+
+
 def show_plans(plans: Sequence[Plan], as_json: bool) -> None:
     """Prints each plan for --dry-run, with an estimate of the build's time, memory and disk space."""
     from lcm_compile.builder.estimate import estimate_plan
@@ -139,7 +149,7 @@ def show_bundles(built: Sequence[tuple[Plan, EngineBundle]], seconds: float, as_
     """Prints each bundle's folder, or its complete description as JSON; writes hints to stderr."""
     from lcm_compile.output.console import note, print_json
     from lcm_compile.output.describe import describe_bundle
-    from lcm_compile.output.reports import fp32_layer_lines, parity_line
+    from lcm_compile.output.reports import fp32_layer_lines, parity_line, skip_lines
 
     if as_json:
         rows = [
@@ -153,6 +163,8 @@ def show_bundles(built: Sequence[tuple[Plan, EngineBundle]], seconds: float, as_
     new = [bundle for plan, bundle in built if not plan.hit]
     if new:
         note(f"built in {seconds:.1f} s; {parity_line(new[0].manifest.parity)}")
+    for remark in skip_lines(new[0].manifest.loras) if new else ():
+        note(remark)
     for bundle in new:
         for remark in fp32_layer_lines(bundle.manifest.stages):
             note(f"{remark}: lcm-compile inspect {shlex.quote(str(bundle.folder))}")

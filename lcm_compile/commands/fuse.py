@@ -30,10 +30,17 @@ def fuse(out: Path, precision: str, **base: Any) -> None:
     """
     from lcm_compile.lora.fuse import fuse as write_fused
     from lcm_compile.output.console import BuildProgress, note
+    from lcm_compile.output.reports import loss_lines, skip_lines
     from lcm_compile.spec import BuildSpec
 
     with BuildProgress() as progress:
-        write_fused(BuildSpec(**base_settings(**base)), out, precision, progress)
+        checkpoint, loras = write_fused(BuildSpec(**base_settings(**base)), out, precision, progress)
     print(out)
+    for remark in (
+        *checkpoint.notes,
+        *loss_lines(checkpoint.lossy),
+        *skip_lines([lora.to_dict() for lora in loras]),
+    ):
+        note(remark)
     # The absolute path, because a bare name may be that of a family.
     note(f"lcm-compile build --base {out.resolve()} --no-lcm --gpu … builds engines of it")

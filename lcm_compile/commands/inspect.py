@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import click
 
-from lcm_compile.commands.options import json_option
+from lcm_compile.commands.options import json_option, lora_skip_option
 
 
 @click.command()
 @click.argument("name")
 @click.option("--base", metavar="BASE", help="Compare a LoRA with the modules and weights of this base.")
+@lora_skip_option
 @json_option
-def inspect(name: str, base: str | None, as_json: bool) -> None:
+def inspect(name: str, base: str | None, lora_skip: tuple[str, ...], as_json: bool) -> None:
     """Show what a bundle, a LoRA or a checkpoint is."""
     from lcm_compile.output.console import print_json
     from lcm_compile.output.describe import describe
     from lcm_compile.output.reports import print_checkpoint, print_description, print_lora
 
-    data = describe(name, base)
+    data = describe(name, base, lora_skip)
     if as_json:
         print_json(data)
     elif "lora" in data:

@@ -64,6 +64,14 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+lora_skip_option = click.option(
+    "--lora-skip",
+    multiple=True,
+    metavar="PATTERN",
+    help="Leave the LoRA's keys out that match, such as 'bundle_emb.*'; repeatable.",
+)
+
+
 def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that name a base and its LoRAs. `base_settings` reads them."""
     for option in reversed(
@@ -106,6 +114,7 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="FILE|ID[:WORD]",
                 help="A textual inversion, and its word in prompts; repeatable.",
             ),
+            lora_skip_option,
         )
     ):
         command = option(command)

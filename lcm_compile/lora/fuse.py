@@ -18,8 +18,8 @@ from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
 from lcm_compile.lora.find import find_loras
 from lcm_compile.lora.merge import check_loras, merge_loras
-from lcm_compile.lora.read import Lora, read_lora
-from lcm_compile.spec import BuildSpec, LoraSpec
+from lcm_compile.lora.read import Lora, read_loras
+from lcm_compile.spec import BuildSpec, LoraProvenance, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import check_out, check_space, replacing_output
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
@@ -28,8 +28,12 @@ FILE_ENDING = ".safetensors"
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # diffusers' name → the SAI model spec's
 
 
-def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) -> None:
-    """Writes a spec's base with its LoRAs and its VAE. The output appears complete or not at all.
+def fuse(
+    spec: BuildSpec, out: Path, precision: str, report: Report = silent
+) -> tuple[Checkpoint, list[LoraProvenance]]:
+    """Writes a spec's base with its LoRAs and its VAE, and returns that base, and what was fused into it.
+
+    The output appears complete or not at all.
 
     If `out` ends in .safetensors, it becomes one file in the original layout. Otherwise it becomes a new
     diffusers folder, whose scheduler is LCMScheduler if the result is an LCM. `precision` is `fp16` or
@@ -39,10 +43,10 @@ def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) ->
     check_out(out, folder=not as_file)
     checkpoint = open_base(spec, half=precision == "fp16")
     planned = find_loras(spec, checkpoint, Digests())
-    loras = [(read_lora(p.path), p.spec) for p in planned]
+    loras = read_loras(planned, spec.lora_skip)
     with quiet_libraries():
         empty = {name: empty_module(component) for name, component in checkpoint.components.items()}
-    check_loras(empty, loras)
+    provenance = check_loras(empty, loras)
     count = sum(weight.numel() for module in empty.values() for weight in module.parameters())
     check_space(out, count * TYPES[precision][1])
     watch = Stopwatch(report)
@@ -52,6 +56,7 @@ def fuse(spec: BuildSpec, out: Path, precision: str, report: Report = silent) ->
         else:
             lcm = checkpoint.has_guidance_embedding or any(p.role == "lcm" for p in planned)
             write_folder(part, checkpoint, loras, precision, lcm, watch)
+    return checkpoint, provenance
 
 
 def merged(checkpoint: Checkpoint, name: str, loras: list[tuple[Lora, LoraSpec]]) -> Any:

@@ -13,7 +13,7 @@ from lcm_compile.lora.guess_base import fits, made_for
 from lcm_compile.lora.kinds import Update
 from lcm_compile.lora.match import Match, Place, bias_of, match, weight_of
 from lcm_compile.lora.metadata import metadata_lines
-from lcm_compile.lora.read import Lora, LoraLayer
+from lcm_compile.lora.read import Lora, LoraLayer, skip_advice
 from lcm_compile.spec import LORA_PART, LoraProvenance, LoraSpec
 
 
@@ -27,11 +27,16 @@ def match_layers(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> list[tup
         reasons.append(f"{len(found.unmatched)} keys match no module: {first_few(found.unmatched)}")
     if found.misshapen:
         reasons.append(f"{len(found.misshapen)} modules have another shape: {first_few(found.misshapen)}")
-    raise refusal(lora, f"does not fit this base: {'; '.join(reasons)}", found)
+    keys = [key for layer in lora.layers for key in layer.keys]
+    advice = "" if found.misshapen else skip_advice(found.unmatched, keys)
+    raise refusal(lora, f"does not fit this base: {'; '.join(reasons)}", found, advice)
 
 
-def refusal(lora: Lora, why: str, found: Match) -> LoraError:
-    """Returns the error that says why a LoRA is not fused, and what kind of LoRA it is."""
+def refusal(lora: Lora, why: str, found: Match, advice: str = "") -> LoraError:
+    """Returns the error that says why a LoRA is not fused, and what kind of LoRA it is.
+
+    `advice` is added to the hint.
+    """
     total = sum(len(layer.keys) for layer in lora.layers)
     rank = f" of rank {', '.join(map(str, lora.ranks))}" if lora.ranks else ""
     alpha = f", alpha {', '.join(f'{alpha:g}' for alpha in lora.alphas)}," if lora.alphas else ""
@@ -40,7 +45,7 @@ def refusal(lora: Lora, why: str, found: Match) -> LoraError:
         f"{lora.path} {why}.\n  {found.keys} of its {total} keys match. It is a {' and '.join(lora.kinds)}"
         f"{rank}{alpha} in {lora.layout} layout, and seems to be made for {made_for(lora, fits(lora))}"
         + (f"\n  {metadata}" if metadata else ""),
-        shlex.join(["lcm-compile", "inspect", str(lora.path)]),
+        shlex.join(["lcm-compile", "inspect", str(lora.path)]) + advice,
     )
 
 
@@ -60,7 +65,13 @@ def check_loras(
         check_strengths(modules, spec)
         provenance.append(
             LoraProvenance(
-                spec.source, spec.weight, spec.strengths, lora.layout, len(pairs), tuple(lora.ranks)
+                spec.source,
+                spec.weight,
+                spec.strengths,
+                lora.layout,
+                len(pairs),
+                tuple(lora.ranks),
+                lora.skipped,
             )
         )
     return provenance

@@ -18,18 +18,24 @@ hold embeddings of words, under `bundle_emb.WORD.…`.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import re
+import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 
 from lcm_compile.checkpoint.families import lora_bases, names_of_width
 from lcm_compile.errors import LoraError, first_few
+from lcm_compile.lora.embeddings import bundled_embeddings, check_embeddings, refuse_inversion
+from lcm_compile.lora.find import PlannedLora
 from lcm_compile.lora.kinds import (
     EXTRAS,
     KIND_NAMES,
@@ -41,7 +47,10 @@ from lcm_compile.lora.kinds import (
     settle_factors,
 )
 from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
+from lcm_compile.spec import LoraSpec
 
+SAVE_AGAIN = "save the LoRA again, or use another"
+LONGEST_HEADER = 100_000_000  # bytes; the safetensors library opens no file with a longer one
 PICKLES = (".bin", ".pt", ".pth")
 # The beginnings of keys in kohya's layout, whose module names are flat (`_` for `.`), with their components.
 FLAT_PREFIXES = {
@@ -70,6 +79,16 @@ KEY = re.compile(
     r"(?P<module>.+?)"
     rf"(?:{'|'.join(f'(?P<{name}>{ending})' for name, ending in ENDINGS.items())})"
 )
+# How the keys of known kinds end that can't be fused.
+NOT_FUSED = {
+    r"\.(oft_R|scaled_oft)\b": "an OFT of PEFT or OneTrainer, whose settings are not in the file",
+    r"\.boft_(R|s)\b": "a BOFT of PEFT",
+    r"\.ia3_l\b": "an (IA)³ of PEFT",
+    r"\.oft_diag$": "an OFT of an old version of LyCORIS",
+    r"\.lora_embedding_[AB]\b": "a LoRA of an embedding, as PEFT writes it",
+    r"\.(lambda_layer|[pq]_layer\.weight)$": "a T-LoRA of LyCORIS, which changes with the timestep",
+    r"\.vera_lambda_[bd]\b": "a VeRA of PEFT",
+}
 # Older diffusers versions call a text encoder's projections by the names that they have in a UNet.
 OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -90,7 +109,8 @@ class Lora:
 
     `layout` is `kohya`, `peft` or `kohya+peft`. `guess` says in words which base the LoRA is for, as far as
     its keys and the width of its text states show that. `metadata` comes from the safetensors file, or from
-    the config in a PEFT folder; it is empty for a pickle.
+    the config in a PEFT folder; it is empty for a pickle. `skipped` is the number of keys that were left out,
+    by the pattern that they match. `embeddings` are the keys of the words that the file brings along.
     """
 
     path: Path
@@ -98,6 +118,8 @@ class Lora:
     layers: Sequence[LoraLayer]
     guess: str
     metadata: Mapping[str, str]
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    embeddings: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def ranks(self) -> list[int]:
@@ -139,7 +161,27 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
                 f"{path} is a pickle, and a pickle is opened only if its name ends in {', '.join(PICKLES)}",
                 "get the LoRA as .safetensors, or name the file .bin if it holds a pickle of weights",
             ) from error
-        raise LoraError(f"{path} is no whole safetensors file: {error}", "download it again") from error
+        if is_cut_off(path):
+            raise LoraError(f"{path} is no whole safetensors file: {error}", "download it again") from error
+        raise LoraError(
+            f"{path} is no safetensors file: {error}",
+            "give the LoRA's own file; some downloads save a web page in its place",
+        ) from error
+
+
+def is_cut_off(path: Path) -> bool:
+    """Returns whether a file begins as a safetensors file does, and is shorter than its header says."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 + length:
+            return size < 8 or (file.read(1) == b"{" and length < LONGEST_HEADER)
+        try:
+            header = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+            return bool(size < 8 + length + max(ends, default=0))
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return False
 
 
 def looks_like_pickle(path: Path) -> bool:
@@ -152,7 +194,9 @@ def looks_like_pickle(path: Path) -> bool:
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """Returns the tensors of a pickle by key. Raises LoraError if it holds anything but named tensors."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        # The first textual inversions hold a ParameterDict, a plain container of tensors.
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     # The errors that torch's unpickler raises for damaged files share no narrower class.
     except Exception as error:
         reason = str(error).partition("\n")[0].split(". ")[0]
@@ -160,6 +204,8 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"{path} is not a pickle of weights only, and no other pickle is opened: {reason}",
             "get the LoRA as .safetensors",
         ) from error
+    if isinstance(loaded, dict) and "string_to_param" in loaded:
+        refuse_inversion(path, loaded)
     if not isinstance(loaded, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in loaded.items()
     ):
@@ -167,20 +213,64 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def read_lora(path: Path) -> Lora:
+def read_loras(
+    planned: Iterable[PlannedLora],
+    skip: Sequence[str] = (),
+    embeddings: Collection[tuple[Path, str | None]] = (),
+) -> list[tuple[Lora, LoraSpec]]:
+    """Returns the LoRAs of a build, each with the strengths it is fused with.
+
+    `embeddings` are the textual inversions of the build: see check_embeddings. Raises LoraError as read_lora
+    does, if a file brings embeddings along that nothing uses, or if a pattern of `skip` matches no key.
+    """
+    loras = [(read_lora(lora.path, skip), lora.spec) for lora in planned]
+    for lora, _ in loras:
+        check_embeddings(lora.path, lora.embeddings, embeddings)
+    check_patterns([lora for lora, _ in loras], skip)
+    return loras
+
+
+def check_patterns(loras: Sequence[Lora], skip: Sequence[str]) -> None:
+    """Raises LoraError if a pattern matches no key of any of these LoRAs."""
+    useless = [pattern for pattern in skip if not any(pattern in lora.skipped for lora in loras)]
+    if useless:
+        files = first_few([str(lora.path) for lora in loras])
+        raise LoraError(
+            f"--lora-skip {shlex.quote(useless[0])} matches no key of {files or 'a LoRA, as there is none'}",
+            "mend the pattern, in which * stands for any characters, or drop it",
+        )
+
+
+def read_lora(path: Path, skip: Sequence[str] = ()) -> Lora:
     """Returns the LoRA in a file of any layout and kind, or in a folder that PEFT wrote.
 
-    Raises LoraError if the file can't be read, if weights are NaN or infinite, if keys have no known layout,
-    if an update lacks a factor or mixes several kinds, or if the file has two updates of one module.
+    Keys that match a pattern of `skip` are left out. Raises LoraError if the file can't be read or is no
+    LoRA, if weights are NaN or infinite, if keys have no known layout, if an update lacks a factor, mixes
+    several kinds or has factors that do not fit each other, or if the file has two updates of one module.
     """
     tensors, metadata = read_tensors(lora_files_of(path)[-1])
+    if not tensors:
+        raise LoraError(f"{path} holds no tensors", "give the LoRA's own file")
+    counts = {pattern: sum(fnmatchcase(key, pattern) for key in tensors) for pattern in skip}
+    embeddings = bundled_embeddings(key for key in tensors if not is_skipped(key, skip))
+    left_out = {key for keys in embeddings.values() for key in keys}
+    tensors = {
+        key: tensor for key, tensor in tensors.items() if key not in left_out and not is_skipped(key, skip)
+    }
+    if not tensors:
+        held = (
+            "--lora-skip leaves nothing of it"
+            if any(counts.values())
+            else "it holds embeddings of words only"
+        )
+        raise LoraError(f"{path} is no LoRA to fuse: {held}", "drop this LoRA")
+    if not any(KEY.fullmatch(WRAPPERS.sub("", key)) for key in tensors):
+        refuse_inversion(path, tensors)
     if path.is_dir():
         tensors, metadata = as_one_file(path, tensors)
-    if not tensors:
-        raise LoraError(f"{path} holds no tensors", "download it again")
     broken = [key for key, tensor in tensors.items() if tensor.numel() and not is_finite(tensor)]
     if broken:
-        raise LoraError(f"{path} has NaN or infinite weights in {first_few(broken)}", "download it again")
+        raise LoraError(f"{path} has NaN or infinite weights in {first_few(broken)}", SAVE_AGAIN)
     found: dict[tuple[str, str], dict[str, str]] = {}
     layouts, unknown = set(), []
     for key, tensor in tensors.items():
@@ -194,19 +284,23 @@ def read_lora(path: Path) -> Lora:
         if name in keys:
             raise LoraError(
                 f"{path} updates {match['module']} twice: {first_few([keys[name], key])}",
-                "save the LoRA again",
+                "leave one of the two out with --lora-skip PATTERN, which the names of its keys match",
             )
         if not is_possible_shape(name, tensor):
             raise LoraError(
-                f"{path}: {key} has the shape {list(tensor.shape)}, which can't be right", "download it again"
+                f"{path}: {key} has the shape {list(tensor.shape)}, which can't be right", SAVE_AGAIN
             )
         keys[name] = key
     guess = base_by_width(tensors)
     if unknown:
+        known = next((name for end, name in NOT_FUSED.items() if re.search(end, unknown[0])), None)
         raise LoraError(
             f"{path}: {len(unknown)} of {len(tensors)} keys are of no LoRA layout that can be read "
-            f"(kohya or diffusers/PEFT): {first_few(unknown)}. The file seems to be made for {guess}",
-            f"get the LoRA as one of the kinds that can be fused: {', '.join(KIND_NAMES)}",
+            f"(kohya or diffusers/PEFT): {first_few(unknown)}"
+            + (f", which are those of {known}" if known else "")
+            + f". The file seems to be made for {guess}",
+            f"get the LoRA as one of the kinds that can be fused: {', '.join(KIND_NAMES)}"
+            + skip_advice(unknown, [*tensors]),
         )
     layers = [
         LoraLayer(
@@ -219,7 +313,23 @@ def read_lora(path: Path) -> Lora:
     apply_metadata(layers, metadata, path)
     for layer in layers:
         layer.update.settle_bias()
-    return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata)
+    skipped = {pattern: count for pattern, count in counts.items() if count}
+    return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata, skipped, embeddings)
+
+
+def is_skipped(key: str, skip: Sequence[str]) -> bool:
+    """Returns whether a key matches one of the patterns."""
+    return any(fnmatchcase(key, pattern) for pattern in skip)
+
+
+def skip_advice(stray: Sequence[str], keys: Collection[str]) -> str:
+    """Returns how to leave stray keys out, for a hint; nothing if they are half of a LoRA's keys or more."""
+    if 2 * len(stray) >= len(keys):
+        return ""
+    ends = takewhile(lambda pair: pair[0] == pair[1], zip(min(stray), max(stray), strict=False))
+    start = "".join(letter for letter, _ in ends)
+    pattern = glob.escape(start) + "*" if sum(key.startswith(start) for key in keys) == len(stray) else None
+    return f"; or leave the stray keys out: --lora-skip {shlex.quote(pattern) if pattern else 'PATTERN'}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -291,11 +401,9 @@ def check_complete(layers: Iterable[LoraLayer], path: Path) -> None:
         else:
             mixed += layer.keys
     if incomplete:
-        raise LoraError(f"{path} lacks factors that go with {first_few(incomplete)}", "download it again")
+        raise LoraError(f"{path} lacks factors that go with {first_few(incomplete)}", SAVE_AGAIN)
     if mixed:
-        raise LoraError(
-            f"{path} mixes the factors of several kinds in {first_few(mixed)}", "save the LoRA again"
-        )
+        raise LoraError(f"{path} mixes the factors of several kinds in {first_few(mixed)}", SAVE_AGAIN)
 
 
 def check_factors(layers: Iterable[LoraLayer], path: Path) -> None:
@@ -310,7 +418,7 @@ def check_factors(layers: Iterable[LoraLayer], path: Path) -> None:
         raise LoraError(
             f"{path} can't be used with any base: {len(reasons)} of its updates have factors of the wrong "
             f"shapes: {first_few(reasons)}",
-            "save the LoRA again, or get another copy of it",
+            SAVE_AGAIN,
         )
 
 
@@ -327,7 +435,7 @@ def apply_metadata(layers: Iterable[LoraLayer], metadata: Mapping[str, str], pat
             if settings.get("use_dora") and update.magnitude is None:
                 raise LoraError(
                     f"{path} is a DoRA that lacks the magnitude of {first_few(layer.keys)}",
-                    "download it again",
+                    SAVE_AGAIN,
                 )
             if update.alpha is not None or "lora_alpha" not in settings:
                 continue
@@ -352,7 +460,7 @@ def base_by_width(tensors: Mapping[str, torch.Tensor]) -> str:
     if len(widths) == 1:
         width = widths.pop()
         return names_of_width(width) or f"a base whose text states are {width} wide"
-    if any("te2_" in key or "text_encoder_2" in key for key in tensors):
+    if any(re.search(r"te2[_.]|text_encoder_2|clip_g\.", key) for key in tensors):
         return " or ".join(family.short for family in lora_bases() if "text_encoder_2" in family.models)
     if any(key.startswith("transformer.") or "double_blocks" in key for key in tensors):
         return "a transformer (SD3, Flux, …), not a UNet"

@@ -51,6 +51,8 @@ def describe_lora(lora: Lora, base: Checkpoint | None) -> dict[str, Any]:
         "matched_keys": matched.keys if matched else 0,
         "unmatched": counted_names(matched.unmatched if matched else []),
         "misshapen": counted_names(matched.misshapen if matched else []),
+        "skipped": dict(lora.skipped),
+        "embeddings": {word: list(keys) for word, keys in lora.embeddings.items()},
         "metadata": describe_metadata(lora.metadata),
         "likely_triggers": frequent_tags(lora.metadata),
         "change": change_rows(lora.layers, matched, weighed=base is not None),

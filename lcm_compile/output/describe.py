@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,26 @@ SINGLE_FILE = "model.diffusion_model."
 Header = dict[str, tuple[list[int], str]]
 
 
-def describe(name: str, base: str | None) -> dict[str, Any]:
+def describe(name: str, base: str | None, lora_skip: Sequence[str] = ()) -> dict[str, Any]:
     """Returns a description of a bundle, a checkpoint or a LoRA; its first key is the kind.
 
-    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if given.
-    Raises BundleError, CheckpointError or LoraError if it is damaged or missing, and UsageError if there is a
-    `base` for something that is not a LoRA.
+    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if given, and
+    its keys that match a pattern of `lora_skip` are left out. Raises BundleError, CheckpointError or
+    LoraError if it is damaged or missing, and UsageError if there is a `base` or a pattern for something that
+    is not a LoRA.
     """
     path = user_path(name)
     kind = kind_of(name, path)
-    if base is not None and kind != "lora":
-        raise UsageError(f"--base is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
+    if (base is not None or lora_skip) and kind != "lora":
+        option = "--lora-skip" if base is None else "--base"
+        raise UsageError(f"{option} is for LoRAs; {name} is a {kind}", f"lcm-compile inspect {name}")
     if kind == "lora":
         # Imported here because they import torch, which the description of a bundle does not need.
-        from lcm_compile.lora.read import read_lora
+        from lcm_compile.lora.read import check_patterns, read_lora
         from lcm_compile.lora.report import describe_lora
 
-        lora = read_lora(find_lora(LoraSpec(name)))
+        lora = read_lora(find_lora(LoraSpec(name)), lora_skip)
+        check_patterns([lora], lora_skip)
         return describe_lora(lora, None if base is None else open_checkpoint(base))
     if kind == "demo":
         return describe_demo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"lossy {stage}", why) for stage, why in export.lossy.items()),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
+            *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
             *((("graphs", "one for the complete picture"),) if export.spec.whole_loop else ()),
@@ -105,6 +107,7 @@ def print_lora(data: Mapping[str, Any]) -> None:
         ("keys", f"{matched} match {data['matched_to']}" if data["matched_to"] else "match no known base"),
         *((f"{name} keys", found) for name in ("unmatched", "misshapen") if (found := listed(data[name]))),
         *((name.replace("_", " "), text) for name, text in data["metadata"].items()),
+        ("embeddings", ", ".join(data["embeddings"])),
         ("likely triggers", ", ".join(f"{t['tag']} ({t['captions']})" for t in data["likely_triggers"])),
     ]
     print_table(("", "inspected"), [row for row in rows if row[1]])
@@ -143,6 +146,15 @@ def listed(names: Mapping[str, Any]) -> str:
 def loss_lines(lossy: Mapping[str, str]) -> list[str]:
     """Returns a line for each stage that is lossy, with the reason, from a manifest or a checkpoint."""
     return [f"{stage} is lossy: {why}" for stage, why in lossy.items()]
+
+
+def skip_lines(loras: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns a line for each pattern that left keys of a LoRA out, from a manifest's records of LoRAs."""
+    return [
+        f"{lora['source']}: {count} keys are left out by --lora-skip {shlex.quote(pattern)}"
+        for lora in loras
+        for pattern, count in lora.get("skipped", {}).items()
+    ]
 
 
 def fp32_layer_lines(stages: Sequence[StageFile]) -> list[str]:

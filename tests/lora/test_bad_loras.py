@@ -80,9 +80,9 @@ DAMAGES = {
     "one byte": (lambda p: p.write_bytes(b"\x01"), "no whole safetensors"),
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "no whole safetensors"),
     "header cut": (lambda p: p.write_bytes(p.read_bytes()[:100]), "no whole safetensors"),
-    "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 16), "no whole safetensors"),
-    "huge header": (huge_header, "no whole safetensors"),
-    "a web page": (text, "no whole safetensors"),
+    "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 16), "no safetensors"),
+    "huge header": (huge_header, "no safetensors"),
+    "a web page": (text, "no safetensors"),
     "no tensors": (lambda p: save_file({}, p), "holds no tensors"),
 }
 
@@ -93,7 +93,8 @@ def test_damaged(refuse, sdxl_loras, tmp_path, damage):
     path.write_bytes(sdxl_loras["kohya"].read_bytes())
     change, told = DAMAGES[damage]
     change(path)
-    refuse([path, told, "download it again"], path)
+    whole = told in ("no safetensors", "holds no tensors")
+    refuse([path, told, "give the LoRA's own file" if whole else "download it again"], path)
 
 
 class Malice:
