@@ -94,7 +94,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     call = caller(plan.is_large)
     loras = LoraFiles(plan)
     provenance: list[LoraProvenance] = []
-    if plan.loras or plan.spec.lora_skip:
+    if plan.adds_to_base:
         with watch.task("check that the LoRAs fit"):
             provenance = call(check_fit, plan, loras)
     embeddings = read_embeddings(plan.checkpoint)

@@ -61,6 +61,11 @@ class ExportPlan:
     key: Mapping[str, str]
 
     @property
+    def adds_to_base(self) -> bool:
+        """Whether LoRAs or textual inversions are added to the base, which must fit it."""
+        return bool(self.loras or self.spec.lora_skip or self.checkpoint.embeddings)
+
+    @property
     def is_large(self) -> bool:
         """Whether each model is prepared in a process of its own: see `is_large` of this module."""
         return is_large(self.checkpoint)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.checkpoint.empty_modules import empty_module
-from lcm_compile.checkpoint.load import load_component
+from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph
 from lcm_compile.lora.merge import check_loras, merge_loras
@@ -83,10 +83,13 @@ class LoraFiles:
 
 
 def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
-    """Checks that the LoRAs fit the base, by shapes alone and before any weights of the base are read.
+    """Checks that the LoRAs and textual inversions fit the base, before any weights of the base are read.
 
-    Returns for each LoRA what the bundle records about it. Raises LoraError if one does not fit.
+    Returns for each LoRA what the bundle records about it. Raises LoraError if one does not fit, and
+    CheckpointError if a textual inversion does not.
     """
+    for name in plan.checkpoint.tokenizers:
+        load_tokenizer(plan.checkpoint, name)
     modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
     return check_loras(modules, loras.read())
 

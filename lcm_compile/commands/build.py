@@ -66,7 +66,7 @@ def build(
         for remark in (*export.checkpoint.notes, *loss_lines(export.lossy)):
             note(remark)
     if dry_run:
-        check_loras(plans)
+        check_additions(plans)
         show_plans(plans, as_json)
         return
     for plan in plans:
@@ -107,10 +107,13 @@ def make_plans(
         return [make_plan(spec, outs[spec.gpu], force, progress) for spec in specs]
 
 
-def check_loras(plans: Sequence[Plan]) -> None:
-    """Raises LoraError if a LoRA of the plans does not fit the base; they all have the same LoRAs."""
+def check_additions(plans: Sequence[Plan]) -> None:
+    """Raises LoraError or CheckpointError if a LoRA or a textual inversion does not fit the base.
+
+    All the plans have the same.
+    """
     missed = next((plan.export for plan in plans if plan.export and not plan.hit), None)
-    if missed and (missed.loras or missed.spec.lora_skip):
+    if missed and missed.adds_to_base:
         from lcm_compile.builder.prepare import LoraFiles, check_fit
 
         check_fit(missed, LoraFiles(missed))
