@@ -26,12 +26,16 @@ def export(graph_format: str, out: Path, as_json: bool, **model: Any) -> None:
     machine then builds the engines; it needs neither the checkpoint nor much memory.
     """
     from lcm_compile.builder.export import export as export_graphs
+    from lcm_compile.builder.plan import plan_graphs
     from lcm_compile.bundles.export_manifest import EXPORT
     from lcm_compile.output.console import BuildProgress, note, print_json
-    from lcm_compile.output.reports import fp32_layer_lines, parity_line
+    from lcm_compile.output.reports import fp32_layer_lines, loss_lines, parity_line, skip_lines
     from lcm_compile.spec import BuildSpec
 
     spec = BuildSpec(**base_settings(**model))
+    plan = plan_graphs(spec, graph_format)
+    for remark in (*plan.checkpoint.notes, *loss_lines(plan.lossy)):
+        note(remark)
     with BuildProgress() as progress:
         manifest = export_graphs(spec, out, graph_format, report=progress)
     if as_json:
@@ -39,5 +43,7 @@ def export(graph_format: str, out: Path, as_json: bool, **model: Any) -> None:
         return
     print(out)
     note(f"exported in {progress.seconds:.1f} s; {parity_line(manifest.parity)}")
+    for remark in skip_lines(manifest.loras):
+        note(remark)
     for remark in fp32_layer_lines(manifest.stages):
         note(f"{remark}: {out / EXPORT} lists them")

@@ -343,3 +343,54 @@ def test_a_dora(refuse, sdxl_loras, tmp_path):
 def test_a_weight_that_drowns_the_model(refuse, sdxl_loras):
     """Finite, but what it makes is not: the parity gate says so."""
     refuse(["NaN", "LoRA"], f"{sdxl_loras['kohya']}:1e30", code=3)
+
+
+def test_a_dry_run_checks_that_loras_fit(refused, command, sdxl_loras, sd15_checkpoint, sdxl_checkpoint):
+    """By shapes alone, and also where the engines are for a GPU that need not be there."""
+    words = ("build", "--no-lcm", "--gpu", "cpu", "--dry-run", "--lora", sdxl_loras["peft"], "--base")
+    refused(1, [sdxl_loras["peft"], "does not fit this base", "80 wide"], *words, sd15_checkpoint)
+    assert command(*words, sdxl_checkpoint)[0] == 0
+
+
+UNFIT = {
+    "rank": {"lora_down.weight": (4, 64), "lora_up.weight": (64, 3)},
+    "kernel of the up-projection": {"lora_down.weight": (4, 64, 1, 1), "lora_up.weight": (64, 4, 3, 3)},
+    "core": {
+        "lora_down.weight": (4, 64, 1, 1),
+        "lora_mid.weight": (5, 5, 3, 3),
+        "lora_up.weight": (64, 4, 1, 1),
+    },
+    "LoHa": {"hada_w1_a": (64, 4), "hada_w1_b": (4, 64), "hada_w2_a": (64, 5), "hada_w2_b": (4, 64)},
+    "LoKr": {"lokr_w1": (8, 8), "lokr_w2_a": (8, 4), "lokr_w2_b": (5, 8)},
+    "LoHa's halves": {"hada_w1_a": (64, 4), "hada_w1_b": (4, 64), "hada_w2_a": (64, 4), "hada_w2_b": (4, 63)},
+    "difference": {"diff": (63, 64), "alpha": ()},
+    "OFT": {"oft_blocks": (4, 8, 8), "alpha": ()},
+    "OFT of no squares": {"oft_blocks": (8, 8, 7), "alpha": ()},
+    "GLoRA": {"a1.weight": (9, 4), "a2.weight": (4, 9), "b1.weight": (64, 4), "b2.weight": (4, 64)},
+    "(IA)³": {"weight": (63,), "on_input": ()},
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_factors_that_do_not_fit_each_other(kind, refused, command, sdxl_checkpoint, tmp_path):
+    """`inspect` says of them what `build` says, where no base could make them fit."""
+    shapes = UNFIT[kind]
+    path = factories.save_tensors(
+        {f"{KEY}.{part}": torch.ones(shape) for part, shape in shapes.items()}, tmp_path / "lora.safetensors"
+    )
+    told = [path, "down_blocks_1_attentions_0_proj_in ("]
+    words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run", "--lora", path)
+    err = refused(1, told, *words).partition("error: ")[2]
+    if kind in ("difference", "OFT", "OFT of no squares", "GLoRA", "(IA)³"):
+        assert "does not fit this base" in err
+        assert all(command("inspect", path, *more)[0] == 0 for more in ((), ("--base", sdxl_checkpoint)))
+    else:
+        assert "don't fit each other: " in err and "download" not in err
+        assert refused(1, told, "inspect", path).partition("error: ")[2] == err
+
+
+def test_kinds_that_are_known_but_not_fused_are_named(tmp_path):
+    for part, name in {"oft_R.weight": "OFT of PEFT", "ia3_l": r"\(IA\)³ of PEFT"}.items():
+        path = factories.save_tensors({f"unet.x.{part}": torch.ones(4, 6)}, tmp_path / "lora.safetensors")
+        with pytest.raises(LoraError, match=f"no LoRA layout .*which are those of an {name}"):
+            read_lora(path)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from factories import write_vae
+from factories import load_modules, write_vae
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
@@ -188,3 +188,13 @@ def test_a_full_lcm_has_no_original_names(refused, tmp_path):
     words = ("fuse", "--base", base, "--out", tmp_path / "out.safetensors")
     refused(2, "full LCM", *words)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_fuse_and_export_tell_what_build_tells_of_the_base(sdxl_checkpoint, command, tmp_path):
+    pipe = load_modules(open_checkpoint(str(sdxl_checkpoint)))
+    file = factories.write_original(pipe, tmp_path / "base.safetensors", extra_key=torch.ones(1))
+    words = ("--base", file, "--config", sdxl_checkpoint, "--no-lcm")
+    told = "1 keys belong to no model and are not read: extra_key"
+    assert told in command("build", *words, "--gpu", "cpu", "--dry-run")[2]
+    assert told in command("fuse", *words, "--out", tmp_path / "fused")[2]
+    assert told in command("export", *words, "--out", tmp_path / "fused")[2]  # which ends in an error
