@@ -145,6 +145,10 @@ PARTS = {
     "sdxl": {"model.diffusion_model.": XL_UNET, **XL_REST},
     "ssd-1b": {"model.diffusion_model.": SSD_UNET, **XL_REST},
 }
+# Full LCMs have one weight more, under the name that the original's time_embed gives it.
+for full_lcm, base in (("lcm-sdxl", "sdxl"), ("lcm-ssd-1b", "ssd-1b"), ("lcm-dreamshaper", "sd15")):
+    own = PARTS[base]["model.diffusion_model."]
+    PARTS[full_lcm] = PARTS[base] | {"model.diffusion_model.": [*own, "time_embed.cond_proj.weight"]}
 OPTIONAL = {
     "sd15": ["cond_stage_model.transformer.text_model.embeddings.position_ids"],
     "sdxl": [

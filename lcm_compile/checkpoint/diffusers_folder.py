@@ -25,11 +25,13 @@ class Settings:
     """The settings of a diffusers folder: each model's config by name, the scheduler's config, and a flag.
 
     With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place.
+    `notes` are sentences for the user about what is not used.
     """
 
     configs: Mapping[str, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
     zero_negative_prompt: bool
+    notes: tuple[str, ...] = ()
 
 
 def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settings:
@@ -62,7 +64,11 @@ def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settin
     except ValueError as error:
         raise CheckpointError(f"the LCM loop can't use {folder / SCHEDULER}: {error}", HINT) from error
     two = "text_encoder_2" in present
-    return Settings(configs, scheduler, two and bool(index.get("force_zeros_for_empty_prompt", True)))
+    zeros = two and bool(index.get("force_zeros_for_empty_prompt", True))
+    checker = index.get("safety_checker")
+    checked = isinstance(checker, list) and any(checker)
+    notes = ("the base's safety checker is left out: no picture is checked",) if checked else ()
+    return Settings(configs, scheduler, zeros, notes)
 
 
 def corrected(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -32,16 +32,19 @@ HUB_ID = re.compile(rf"(?P<repository>{REPOSITORY})(?:@(?P<revision>[\w./-]+))?"
 FILE_ENDINGS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")
 
 
-def open_checkpoint(base: str, config: str | None = None, half: bool = False) -> Checkpoint:
+def open_checkpoint(
+    base: str, config: str | None = None, half: bool = False, own_vae: bool = True
+) -> Checkpoint:
     """Returns a base with its settings, read and checked. Loads no weights.
 
     `config` is a diffusers folder with the settings and tokenizers for a base that is a single file. With
-    `half`, fp16 weights are preferred on the hub. Raises UsageError if no base has this name, and
-    CheckpointError if it can't be downloaded, or if its settings or files are missing or invalid.
+    `half`, fp16 weights are preferred on the hub. Without `own_vae`, the caller replaces the base's VAE,
+    whose weights may then be missing. Raises UsageError if no base has this name, and CheckpointError if it
+    can't be downloaded, or if its settings or files are missing or invalid.
     """
     path = locate(base, half)
     if path.is_file():
-        return open_file(base, path, user_path(config) if config else None)
+        return open_file(base, path, user_path(config) if config else None, own_vae)
     if config:
         raise UsageError(f"--config is for a base that is one file, and {base} is a folder", "drop --config")
     variants = variants_of(base, half)
@@ -51,9 +54,19 @@ def open_checkpoint(base: str, config: str | None = None, half: bool = False) ->
     components = {
         name: replace(find_component(path / name, name, variants), config=config)
         for name, config in settings.configs.items()
+        if own_vae or name != "vae"
     }
+    components |= {n: Component(n, c) for n, c in settings.configs.items() if n not in components}
     family = detect_family(settings.configs["unet"])
-    return Checkpoint(base, path, family, components, settings.scheduler, settings.zero_negative_prompt)
+    return Checkpoint(
+        base,
+        path,
+        family,
+        components,
+        settings.scheduler,
+        settings.zero_negative_prompt,
+        notes=settings.notes,
+    )
 
 
 def open_unet(base: str, folder: Path, variants: Variants) -> Checkpoint:
@@ -77,7 +90,15 @@ def open_unet(base: str, folder: Path, variants: Variants) -> Checkpoint:
         name: unet if name == "unet" else find_component(path / name, name, variants)
         for name in settings.configs
     }
-    return Checkpoint(base, path, family, components, settings.scheduler, settings.zero_negative_prompt)
+    return Checkpoint(
+        base,
+        path,
+        family,
+        components,
+        settings.scheduler,
+        settings.zero_negative_prompt,
+        notes=settings.notes,
+    )
 
 
 def is_unet_alone(folder: Path) -> bool:

@@ -18,7 +18,7 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     """
     seed = spec.random_seed
     if seed is None:
-        checkpoint = open_checkpoint(spec.base, spec.config, half)
+        checkpoint = open_checkpoint(spec.base, spec.config, half, own_vae=not spec.vae)
     else:
         checkpoint = open_random(spec.base, seed)
     checkpoint = with_embeddings(checkpoint, spec.embeddings)

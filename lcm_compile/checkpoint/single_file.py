@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lcm_compile.checkpoint.families import Family, detect_family
 from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.checkpoint.weight_files import Shapes, read_header
 from lcm_compile.errors import CheckpointError, first_few
+from lcm_compile.scheduler import SchedulerSettings
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # The first text encoder of SD1.x is OpenAI's CLIP, that of SD2.x is OpenCLIP's; SDXL has one of each.
@@ -35,15 +37,20 @@ LEFT_OVERS = re.compile(
     r"model_ema\..*|(sqrt_|log_)?(one_minus_|recip_|recipm1_)?alphas_cumprod(_prev)?|betas|posterior_.*"
     r"|sqrt_(recip|recipm1)_alphas_cumprod|log_one_minus_.*|lvlb_weights|logvar|scale_factor|global_step"
     r"|denoiser\..*|v_pred|ztsnr"
+    # What ComfyUI saves of CLIP's other half, which no model here reads.
+    r"|(cond_stage_model|conditioner\.embedders\.\d)\.(text_projection|logit_scale)"
 )
+# The weight by which a full LCM reads the guidance scale.
+GUIDANCE = f"{UNET}time_embed.cond_proj.weight"
 TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
 
 
-def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
+def open_file(base: str, path: Path, config: Path | None, own_vae: bool = True) -> Checkpoint:
     """Returns the checkpoint in a file, with its family's settings or those of the diffusers folder `config`.
 
-    Raises CheckpointError if the file is no Stable Diffusion base. If it is known what the file is, the error
-    says so, and how the file can be used.
+    What the file itself says holds against either. Without `own_vae`, the file needs no VAE. Raises
+    CheckpointError if the file is no Stable Diffusion base. If it is known what the file is, the error says
+    so, and how the file can be used.
     """
     refuse_pickle(path)
     shapes, metadata = read_header(path)
@@ -52,16 +59,18 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
     folder, settings = settings_of(path, family, config, shapes, metadata)
     prefixes = models_in(shapes)
     for name in settings.configs:
-        if name not in prefixes:
-            raise CheckpointError(
-                f"{path} has no {name}", "give a complete checkpoint's file or folder to --base"
-            )
+        if name not in prefixes and (own_vae or name != "vae"):
+            hint = "give a complete checkpoint's file or folder to --base"
+            if name == "vae":
+                hint = "give the VAE that it is used with to --vae: a file, a folder, a hub id, or taesd"
+            raise CheckpointError(f"{path} has no {name}", hint)
     components = {
-        name: Component(name, settings.configs[name], (path,), prefix=prefixes[name])
+        name: Component(name, settings.configs[name], (path,), prefix=prefixes.get(name, VAE))
         for name in settings.configs
     }
-    extra = unread(shapes)
-    notes = (f"{path.name}: {len(extra)} keys belong to no model and are not read: {first_few(extra)}",)
+    notes = settings.notes
+    if extra := unread(shapes):
+        notes += (f"{path.name}: {len(extra)} keys belong to no model and are not read: {first_few(extra)}",)
     return Checkpoint(
         base,
         folder,
@@ -70,7 +79,7 @@ def open_file(base: str, path: Path, config: Path | None) -> Checkpoint:
         settings.scheduler,
         settings.zero_negative_prompt,
         file=path,
-        notes=notes if extra else (),
+        notes=notes,
     )
 
 
@@ -104,7 +113,8 @@ def under(prefix: str, keys: Iterable[str]) -> bool:
 def refuse_others(path: Path, shapes: Shapes) -> None:
     """Raises CheckpointError if a file is no text-to-image base of these architectures."""
     hint = "give a complete checkpoint's file or folder to --base"
-    if any(re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$", key) for key in shapes):
+    first = f"{UNET}input_blocks.0.0.weight"
+    if first not in shapes and any(re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$", key) for key in shapes):
         raise CheckpointError(f"{path} is a LoRA, not a base", f"--lora {path} fuses it into a --base")
     kinds = {
         "joint_blocks.": "a Stable Diffusion 3 model",
@@ -112,6 +122,7 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
         "control_model.": "a ControlNet",
         "conditioner.embedders.0.model.": "an SDXL refiner, which draws no picture alone",
         "edm_mean": "a Playground 2.5 model, whose noise LCM's schedule does not fit",
+        "edm_vpred.": "a CosXL model (edm_vpred), whose noise LCM's schedule does not fit",
         "down_blocks.": "a diffusers UNet without its other models",
     }
     for start, kind in kinds.items():
@@ -125,11 +136,16 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
             f"(it has {first_few([*shapes])})",
             hint,
         )
-    takes = shapes.get(f"{UNET}input_blocks.0.0.weight", (0, 0))[1]
+    takes = shapes.get(first, (0, 0))[1]
     if takes != 4:
         tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model", 9: "an inpainting model"}
         raise CheckpointError(
             f"{path} is {tasks.get(takes, 'for another task')}: its UNet takes {takes} channels, not 4",
+            "give a text-to-image base to --base",
+        )
+    if under(f"{UNET}label_emb.", shapes) and not under(OPEN_CLIP_XL, shapes):
+        raise CheckpointError(
+            f"{path} is an unCLIP model or one for another task: its UNet reads more than text (label_emb)",
             "give a text-to-image base to --base",
         )
 
@@ -153,6 +169,7 @@ def unet_shape(shapes: Shapes) -> dict[str, Any]:
         "transformer_layers_per_block": depths,
         "cross_attention_dim": max(widths, default=0),
         "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        **({"time_cond_proj_dim": shapes[GUIDANCE][1]} if GUIDANCE in shapes else {}),
     }
 
 
@@ -165,56 +182,129 @@ def transformers(place: str, shapes: Shapes) -> set[str]:
 def settings_of(
     path: Path, family: Family | None, config: Path | None, shapes: Shapes, metadata: Mapping[str, str]
 ) -> tuple[Path, Settings]:
-    """Returns the folder of a file's tokenizers, and its settings.
+    """Returns the folder of a file's tokenizers, and its settings, in which what the file says holds.
 
-    Raises CheckpointError if the file's family is unknown, or if its tokenizers can't be had.
+    Raises CheckpointError if the file's family is unknown, if its tokenizers can't be had, or if LCM can't
+    sample what the file says.
     """
     if family and Path(family.base).is_absolute():
         config = config or Path(family.base)
     if config:
-        return config, read_settings(config)
-    if family is None:
+        folder, settings = config, with_statements(path, config, read_settings(config), shapes, metadata)
+    elif family is None:
         seen = unet_shape(shapes)
         raise CheckpointError(
             f"{path} is of no known family: its blocks are {seen['block_out_channels']} wide, "
             f"its text states {seen['cross_attention_dim']}",
             "give --config DIR, a diffusers folder of its architecture",
         )
+    else:
+        folder, settings = tokenizers_of(path, family), family_settings(path, family, shapes, metadata)
     try:
-        folder = fetch(family.base, TOKENIZER_FILES)
+        SchedulerSettings.from_dict(settings.scheduler)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the LCM loop can't use {path}, by what it says of its noise schedule: {error}",
+            "give a base whose UNet predicts v, or one without zero SNR, to --base",
+        ) from error
+    return folder, settings
+
+
+def tokenizers_of(path: Path, family: Family) -> Path:
+    """Returns the folder with a family's tokenizers. Raises CheckpointError if they can't be had."""
+    repository = family.others or family.base
+    try:
+        return fetch(repository, TOKENIZER_FILES)
     except ConnectionError as error:
         raise CheckpointError(
-            f"{path} is of the {family.name} family and holds no tokenizer, and that of {family.base} is not "
+            f"{path} is of the {family.name} family and holds no tokenizer, and that of {repository} is not "
             f"in the hub cache and can't be downloaded: {error}",
             "check the network (or HF_HOME, HF_TOKEN), or give "
             f"--config DIR, a diffusers folder of {family.name}",
         ) from error
-    return folder, family_settings(path, family, shapes, metadata)
 
 
 def family_settings(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> Settings:
     """Returns the family's settings, with what the file itself shows of its noise schedule."""
     prediction = prediction_type(path, family, shapes, metadata)
-    found = {"prediction_type": prediction, "rescale_betas_zero_snr": "ztsnr" in shapes}
+    scheduler = {**family.scheduler, "prediction_type": prediction, **stated_schedule(shapes, metadata)}
     models = {name: dict(config) for name, config in family.models.items()}
     if family.epsilon_sample_size and prediction == "epsilon":
         models["unet"]["sample_size"] = family.epsilon_sample_size
-    return Settings(models, {**family.scheduler, **found}, "text_encoder_2" in models)
+    return Settings(models, scheduler, "text_encoder_2" in models, contradiction(path, shapes, metadata))
+
+
+def with_statements(
+    path: Path, folder: Path, settings: Settings, shapes: Shapes, metadata: Mapping[str, str]
+) -> Settings:
+    """Returns a diffusers folder's settings, changed to what a file says of itself, with a note of each.
+
+    A file says what its UNet predicts, whether its schedule ends in noise alone, and whether it is a full
+    LCM.
+    """
+    stated = stated_schedule(shapes, metadata)
+    unet = dict(settings.configs["unet"])
+    guidance = {"time_cond_proj_dim": shapes[GUIDANCE][1]} if GUIDANCE in shapes else {}
+    own = {**{name: stated[name] for name in SCHEDULE_DEFAULTS if name in stated}, **guidance}
+    theirs = {**SCHEDULE_DEFAULTS, **settings.scheduler, "time_cond_proj_dim": unet.get("time_cond_proj_dim")}
+    notes = [
+        f"{path.name} says that its {name} is {value}, and {folder} says {theirs[name]}: the file's own holds"
+        for name, value in own.items()
+        if theirs[name] != value
+    ]
+    return replace(
+        settings,
+        configs={**settings.configs, "unet": {**unet, **guidance}},
+        scheduler={**settings.scheduler, **stated},
+        notes=(*contradiction(path, shapes, metadata), *notes),
+    )
+
+
+# The settings of a noise schedule that a file may state, with diffusers' defaults.
+SCHEDULE_DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+# What trainers call what a UNet predicts, and diffusers' name.
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", **dict.fromkeys(("v", "v_prediction"), "v_prediction")}
+
+
+def metadata_prediction(metadata: Mapping[str, str]) -> str | None:
+    """Returns what a UNet predicts by the metadata of the SAI model spec, or None if that does not say it."""
+    told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
+    return PREDICTIONS.get(told.lower())
+
+
+def stated_schedule(shapes: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the settings of the noise schedule that a file states, under diffusers' names.
+
+    The key `v_pred` says that the UNet predicts v, and `ztsnr` that the last timestep is noise alone (zero
+    terminal SNR), from which samplers must start. Where the metadata contradicts a key, the key holds:
+    ComfyUI, Forge and webui read the keys only.
+    """
+    prediction = "v_prediction" if "v_pred" in shapes else metadata_prediction(metadata)
+    stated: dict[str, Any] = {"prediction_type": prediction} if prediction else {}
+    if "ztsnr" in shapes:
+        stated |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif prediction == "epsilon":  # which nothing but noise is no base for
+        stated["rescale_betas_zero_snr"] = False
+    return stated
+
+
+def contradiction(path: Path, shapes: Shapes, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Returns a note if a file's key says that its UNet predicts v, and its metadata something else."""
+    told = metadata_prediction(metadata)
+    if "v_pred" not in shapes or told in (None, "v_prediction"):
+        return ()
+    return (f"{path.name} predicts v by its key v_pred, and {told} by its metadata: the key holds",)
 
 
 def prediction_type(path: Path, family: Family, shapes: Shapes, metadata: Mapping[str, str]) -> str:
     """Returns what the UNet of a file predicts, `epsilon` or `v_prediction`.
 
-    The shapes do not show it. So this reads, in this order, the metadata of the SAI model spec; the key
-    `v_pred`, which trainers of v-predicting SDXLs write into their files; and the family. Some SD2.x models
-    predict v and others noise. For these the test is ComfyUI's: the biases of the last norm before a
-    self-attention have a standard deviation above 0.09 if the UNet predicts v.
+    The shapes do not show it. If the file does not state it, the family does. Some SD2.x models predict v and
+    others noise. For these the test is ComfyUI's: the biases of the last norm before a self-attention have a
+    standard deviation above 0.09 if the UNet predicts v.
     """
-    prediction = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")
-    if prediction in ("epsilon", "v"):
-        return {"epsilon": "epsilon", "v": "v_prediction"}[prediction]
-    if "v_pred" in shapes:
-        return "v_prediction"
+    if stated := stated_schedule(shapes, metadata).get("prediction_type"):
+        return str(stated)
     if family.prediction_norm is None:
         return str(family.scheduler.get("prediction_type", "epsilon"))
     key = f"{UNET}{family.prediction_norm}"

@@ -96,12 +96,6 @@ def write_file(
 
     Raises UsageError if the original layout has no names for some of the weights.
     """
-    if checkpoint.has_guidance_embedding:
-        raise UsageError(
-            f"{checkpoint.base} is a full LCM, whose UNet reads the guidance scale: the original layout has "
-            "no name for that weight",
-            "give a folder to --out",
-        )
     if checkpoint.embeddings:
         raise UsageError(
             "the words of textual inversions have no place in one file, whose readers have a tokenizer of "
@@ -120,8 +114,12 @@ def write_file(
         for name, config in configs.items()
         for key, weight in original_weights(name, config, xl, empty[name])
     }
-    prediction = PREDICTIONS.get(checkpoint.scheduler.prediction_type)
+    scheduler = checkpoint.scheduler
+    prediction = PREDICTIONS.get(scheduler.prediction_type)
     metadata = {"modelspec.prediction_type": prediction} if prediction else {}
+    # Empty tensors by whose keys ComfyUI, Forge and webui tell what a UNet predicts, and from which noise on.
+    marks = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.rescale_betas_zero_snr}
+    shapes = {key: torch.Size([0]) for key, told in marks.items() if told} | shapes
     with part.open("wb") as file:
         write_header(file, shapes, precision, metadata)
         for name, config in configs.items():

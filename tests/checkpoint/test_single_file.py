@@ -143,7 +143,8 @@ def tokenizers(monkeypatch, tmp_path):
     """A hub cache with the tokenizers of every family, and no network."""
 
     def cache(family):
-        repository = tmp_path / "hf/hub" / f"models--{FAMILIES[family].base.replace('/', '--')}"
+        name = FAMILIES[family].others or FAMILIES[family].base
+        repository = tmp_path / "hf/hub" / f"models--{name.replace('/', '--')}"
         snapshot = repository / "snapshots" / ("a" * 40)
         for name in ("tokenizer", "tokenizer_2"):
             factories.write_tokenizer(snapshot / name)
@@ -178,6 +179,9 @@ print(opened.family.name, opened.default_size[0], opened.scheduler.prediction_ty
         ("sdxl", {}, 1024, "epsilon"),
         ("sdxl", {"modelspec.prediction_type": "v"}, 1024, "v_prediction"),
         ("ssd-1b", {}, 1024, "epsilon"),
+        ("lcm-sdxl", {}, 1024, "epsilon"),
+        ("lcm-ssd-1b", {}, 1024, "epsilon"),
+        ("lcm-dreamshaper", {}, 768, "epsilon"),
         ("sd21", {}, 512, "epsilon"),
         ("sd21", {"modelspec.prediction_type": "v"}, 768, "v_prediction"),
     ],
@@ -244,7 +248,16 @@ REFUSED = {
     "a Flux": ({"double_blocks.0.img_attn.proj.weight": (4, 4)}, "--base"),
     "a ControlNet": ({"control_model.time_embed.0.weight": (4, 4)}, "--base"),
     "no Stable Diffusion checkpoint": ({"weight": (4, 4)}, "--base"),
-    "has no vae": ({}, "--base"),
+    "an unCLIP model": (
+        {
+            "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+            "model.diffusion_model.label_emb.0.0.weight": (4, 4),
+            "cond_stage_model.model.ln_final.bias": (4,),
+        },
+        "--base",
+    ),
+    "a CosXL model": ({"edm_vpred.sigma_max": (), "v_pred": (0,)}, "--base"),
+    "has no vae": ({}, "--vae"),
 }
 
 

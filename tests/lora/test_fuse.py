@@ -183,13 +183,6 @@ def test_a_lora_for_another_base_leaves_nothing(refused, sdxl_checkpoint, sd15_c
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors"]
 
 
-def test_a_full_lcm_has_no_original_names(refused, tmp_path):
-    base = factories.write_sd15(tmp_path / "base", time_cond_proj_dim=256)
-    words = ("fuse", "--base", base, "--out", tmp_path / "out.safetensors")
-    refused(2, "full LCM", *words)
-    assert not (tmp_path / "out.safetensors").exists()
-
-
 def test_fuse_and_export_tell_what_build_tells_of_the_base(sdxl_checkpoint, command, tmp_path):
     pipe = load_modules(open_checkpoint(str(sdxl_checkpoint)))
     file = factories.write_original(pipe, tmp_path / "base.safetensors", extra_key=torch.ones(1))
