@@ -17,7 +17,7 @@ from lcm_compile.output.sheet import grid_sheet
 from lcm_compile.pipeline.drawing import Drawing
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
-from lcm_compile.system.files import user_path
+from lcm_compile.system.files import read_lines, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,9 +89,12 @@ def parse_values(name: str, text: str) -> tuple[Any, ...]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Returns the lines of a text file that are not empty. Raises UsageError if it has none."""
+    """Returns the lines of a text file that are not empty. Raises UsageError if it has none.
+
+    Raises LcmCompileError if it is in another encoding than Unicode's.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--grid prompt={path} can't be read: {error}", "give a text file with a prompt on each line"

@@ -1,12 +1,14 @@
-"""Handles the paths that users type, and writes files completely or not at all."""
+"""Handles the paths that users type, reads their texts, and writes files completely or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lcm_compile.errors import LcmCompileError, UsageError
@@ -18,6 +20,57 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         return Path(text)
+
+
+# The marks with which a text file may begin, and its encoding then. The mark of UTF-32 begins with UTF-16's.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+
+
+def read_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file, as text_lines does. Raises OSError if it can't be read."""
+    with path.open("rb") as file:
+        return list(text_lines(file, str(path)))
+
+
+def text_lines(file: Iterable[bytes], name: str) -> Iterator[str]:
+    """Yields the lines of a text file without their ends, each as soon as it is read.
+
+    A file is in UTF-8, or in UTF-16 or UTF-32 if it begins with the mark of one. Lines end as they do on any
+    system. Raises LcmCompileError with the file's `name` if it is in another encoding: none is guessed.
+    """
+    decoder: io.IncrementalNewlineDecoder | None = None
+    encoding, rest, done = "utf-8", "", 0
+    try:
+        for data in file:
+            if decoder is None:
+                encoding = next((own for mark, own in MARKS.items() if data.startswith(mark)), encoding)
+                decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), True)
+            *lines, rest = (rest + decoder.decode(data)).split("\n")
+            for line in lines:
+                yield without_nul(line)
+                done += 1
+        if decoder is not None and (rest := rest + decoder.decode(b"", final=True)):
+            yield without_nul(rest.removesuffix("\n"))
+    except ValueError as error:
+        odd = error.object[error.start] if isinstance(error, UnicodeDecodeError) else 0
+        written = encoding.removesuffix("-sig").upper()
+        raise LcmCompileError(
+            f"{name} is not {written} text: line {done + 1} has the byte 0x{odd:02x}",
+            "save it as UTF-8: iconv -f LATIN1 -t UTF-8 converts from Latin-1, and -f UTF-16 from that",
+        ) from error
+
+
+def without_nul(line: str) -> str:
+    """Returns a line. Raises ValueError if it has a NUL, as lines of UTF-16 without a mark have."""
+    if "\0" in line:
+        raise ValueError
+    return line
 
 
 @contextlib.contextmanager

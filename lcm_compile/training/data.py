@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.system.files import user_path
+from lcm_compile.system.files import read_lines, user_path
 
 DEMO = "demo"
 METADATA = "metadata.jsonl"
@@ -171,7 +171,8 @@ def read_captions(folder: Path, prompt: str | None) -> list[Captioned]:
             f"{folder}: {len(bare)} of {len(pictures)} pictures have no caption, first {bare[0].name}", LAYOUT
         )
     captions = [
-        (prompt or "") if path in bare else read_text(path.with_suffix(".txt")).strip() for path in pictures
+        (prompt or "") if path in bare else "\n".join(read_text(path.with_suffix(".txt"))).strip()
+        for path in pictures
     ]
     return [Captioned(path, caption) for path, caption in zip(pictures, captions, strict=True)]
 
@@ -182,7 +183,7 @@ def read_metadata(path: Path) -> list[Captioned]:
     Raises LcmCompileError if a line is not of this form or names a file that does not exist.
     """
     examples = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path), 1):
         if not line.strip():
             continue
         try:
@@ -201,14 +202,12 @@ def read_metadata(path: Path) -> list[Captioned]:
     return examples
 
 
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file. Raises LcmCompileError if it can't be read."""
+def read_text(path: Path) -> list[str]:
+    """Returns the lines of a text file. Raises LcmCompileError if it can't be read."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise LcmCompileError(
-            f"{path} can't be read as UTF-8 text: {error}", "save it again as UTF-8"
-        ) from error
+        return read_lines(path)
+    except OSError as error:
+        raise LcmCompileError(f"{path} can't be read: {error.strerror}", "ls -l shows who may") from error
 
 
 def read_picture(path: Path, height: int, width: int) -> NDArray[np.uint8]:

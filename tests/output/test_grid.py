@@ -45,7 +45,7 @@ def test_a_cell_is_the_picture_of_its_settings(command, sdxl_bundle, tmp_path):
 
 
 def test_prompts_come_from_a_file(command, sdxl_bundle, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red star\n\n  a blue circle on white \n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("a red star\n\n  a blue circle on white \n", encoding="utf-8-sig")
     out = tmp_path / "sheet.png"
     grid = f"seed=1..3,prompt={tmp_path / 'prompts.txt'}"
     code, stdout, _ = command("run", "--engine", sdxl_bundle, "--grid", grid, "--out", out, "--json")
@@ -60,9 +60,9 @@ def test_prompts_come_from_a_file(command, sdxl_bundle, tmp_path):
         "run", "a blue circle on white", "--engine", sdxl_bundle, "--seed", 2, "--out", tmp_path / "b.png"
     )
     assert np.array_equal(cell(Image.open(out), 1, 0), np.asarray(Image.open(tmp_path / "b.png")))
-    told = Image.open(out).text
-    assert (told["grid"], told["steps"]) == (grid, "4")
-    assert not {"seed", "prompt"} & set(told), "what varies has no single value"
+    told = json.loads(Image.open(out).text["lcm-compile"])
+    assert (told["grid"], told["request"]["steps"]) == (grid, 4)
+    assert not {"seed", "prompt"} & set(told["request"]), "what varies has no single value"
 
 
 def test_without_out_the_sheet_is_named_after_the_prompt(command, sdxl_bundle, tmp_path, monkeypatch):

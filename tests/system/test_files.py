@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Texts that are read right or not at all, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,63 @@ import threading
 import pytest
 
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.system.files import replacing, replacing_output, write_atomically
+from lcm_compile.system.files import read_lines, replacing, replacing_output, text_lines, write_atomically
+
+LINES = ["a red star", "", "größe ਊ 赤い\u2028大きな星 🦀", "  a\x0cb\x85c ", "the last"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(
+    ("mark", "encoding"),
+    [
+        *(("", "utf-8"), ("\ufeff", "utf-8")),
+        *(("\ufeff", f"utf-{bits}-{order}") for bits in (16, 32) for order in ("le", "be")),
+    ],
+)
+def test_a_text_of_any_unicode_encoding_and_system(tmp_path, mark, encoding, end):
+    path = tmp_path / "p.txt"
+    for closed in (True, False):
+        path.write_bytes((mark + end.join(LINES) + end * closed).encode(encoding))
+        assert read_lines(path) == LINES
+    path.write_bytes(mark.encode(encoding))
+    assert read_lines(path) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("a star\ngröße\n".encode("latin-1"), ["UTF-8", "line 2", "0xf6"]),
+        ("größe".encode("cp437"), ["UTF-8", "line 1"]),
+        ("a star\n星\n".encode("shift_jis"), ["UTF-8", "line 2"]),
+        ("a star\nb\n".encode("utf-16-le"), ["UTF-8", "line 1", "0x00"]),
+        ("\ufeffa\nb\n".encode("utf-16-le")[:-1], ["UTF-16", "line 2"]),
+        (b"\xff\xfea\0\x00\xd8b\0", ["UTF-16", "line 1"]),
+        (b"a\0b\n", ["UTF-8", "line 1", "0x00"]),
+    ],
+)
+def test_a_text_in_another_encoding_is_refused_by_name(tmp_path, data, told):
+    path = tmp_path / "p.txt"
+    path.write_bytes(data)
+    with pytest.raises(LcmCompileError) as caught:
+        read_lines(path)
+    assert caught.value.hint
+    for word in (str(path), *told):
+        assert word in caught.value.message
+
+
+def test_each_line_comes_before_the_next_is_written():
+    """A program that writes a prompt waits for its picture before it writes another."""
+    read = []
+
+    def written():
+        yield "\ufeffein".encode("utf-16-le")
+        yield "s\n".encode("utf-16-le")
+        assert read == ["eins"]
+        yield "zwei\n".encode("utf-16-le")
+
+    for line in text_lines(written(), "stdin"):
+        read.append(line)
+    assert read == ["eins", "zwei"]
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):

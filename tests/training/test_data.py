@@ -81,6 +81,16 @@ def test_metadata(tmp_path):
     assert [(e.path.name, e.caption) for e in list_folder(folder)] == [("1.png", "one"), ("0.png", "nought")]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_captions_as_any_editor_saves_them(tmp_path, encoding):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    (folder / "0.txt").write_bytes("größe 赤い\r\n".encode(encoding))
+    assert [e.caption for e in list_folder(folder)] == ["größe 赤い"]
+    row = json.dumps({"file_name": "0.png", "text": "a\u2028b 赤い"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_bytes(f"{row}\r\n".encode(encoding))
+    assert [e.caption for e in list_folder(folder)] == ["a\u2028b 赤い"]
+
+
 def test_no_folder(tmp_path):
     (tmp_path / "file").touch()
     for name, message in (("missing", "does not exist"), ("file", "is a file")):
@@ -95,7 +105,7 @@ def test_no_folder(tmp_path):
         ({"notes.md": b"x"}, "holds no pictures"),
         ({"a.png": b"x"}, "1 of 1 pictures have no caption, first a.png"),
         ({"a.png": b"x", "a.txt": b" \n"}, "caption of a.png is empty"),
-        ({"a.png": b"x", "a.txt": b"\xff\xfe\xfa"}, "a.txt can't be read as UTF-8"),
+        ({"a.png": b"x", "a.txt": b"\xff\xfe\xfa"}, "a.txt is not UTF-16 text"),
         ({"a.png": b"x", "a.txt": b"a cat"}, "a.png can't be read"),
         ({"metadata.jsonl": b"\n{broken"}, "line 2: no JSON object"),
         ({"metadata.jsonl": b'{"file_name": "a.png"}'}, "line 1: no JSON object"),
