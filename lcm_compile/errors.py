@@ -5,6 +5,7 @@ LcmCompileError        exit 1   the request is fine, but this machine or these f
 ├── LoraError                   a LoRA that can't be read, or that does not fit its base
 ├── BackendError                a backend that can't build or run here
 ├── BundleError                 a bundle that is missing, damaged or made for another machine
+├── Interrupted        exit 130 Ctrl-C after something was written
 ├── UsageError         exit 2   a request that can't be right on any machine
 ├── ParityError        exit 3   engines whose output differs from torch's
 └── PerformanceError   exit 3   measurements that are worse than a baseline's, or that are missing
@@ -51,6 +52,12 @@ class UsageError(LcmCompileError):
     """A request can't be right on any machine."""
 
     exit_code = 2
+
+
+class Interrupted(LcmCompileError):
+    """Ctrl-C stopped a command after it had written something."""
+
+    exit_code = 130
 
 
 class ParityError(LcmCompileError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from lcm_compile.builder.key import briefly
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
+from lcm_compile.bundles.inventory import list_bundles
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.bundles.store import recent, remember
 from lcm_compile.checkpoint.find import same_base
@@ -74,6 +76,21 @@ def find_bundle_of(base: str, gpu: str) -> EngineBundle:
     raise BundleError(
         f"there is no bundle of {base} for {target}",
         f"{BuildSpec(base=base, gpu=target).command()}, or name a bundle with --bundle",
+    )
+
+
+def find_drawer(picture: Path, digest: str, model: str) -> EngineBundle:
+    """Returns the bundle that drew a picture, by the digest that the picture's file tells.
+
+    Raises BundleError if there is none on this machine.
+    """
+    for stored in list_bundles():
+        with contextlib.suppress(BundleError):
+            if read_manifest(stored.folder)[1] == digest:
+                return open_used(stored.folder)
+    raise BundleError(
+        f"the bundle that drew {picture} is not on this machine: one of {model}, digest {digest[:10]}",
+        "--bundle FOLDER draws the picture's settings with another",
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,18 +13,22 @@ import click
 from click.core import ParameterSource
 
 from lcm_compile.commands.options import json_option, quiet_option, request_options
-from lcm_compile.errors import UsageError
+from lcm_compile.errors import Interrupted, UsageError
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.bundles.manifest import StageFile
     from lcm_compile.output.grid import Axis
+    from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
 
 GUIDANCE_HINT = 2.0  # a scale above it gets a hint
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
+WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 
 
 @click.command()
@@ -34,6 +39,12 @@ CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 @request_options
 @click.option("--stdin", is_flag=True, help="Read a prompt from each line of stdin; the engines load once.")
 @click.option("--grid", metavar="AXES", help="Draw a sheet of all combinations: steps=1..8,guidance=1,1.5.")
+@click.option(
+    "--again",
+    metavar="PICTURE",
+    type=click.Path(path_type=Path),
+    help="Draw a saved picture again; a prompt or an option that is given replaces the picture's own.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="A file, or a folder for several pictures.")
 @json_option
 @quiet_option
@@ -48,6 +59,7 @@ def run(
     guidance_scale: float | None,
     stdin: bool,
     grid: str | None,
+    again: Path | None,
     out: Path | None,
     as_json: bool,
     **asked: Any,
@@ -59,13 +71,20 @@ def run(
     """
     from lcm_compile.commands.find_bundle import find_bundle
     from lcm_compile.output.console import note
-    from lcm_compile.output.images import picture_paths
+    from lcm_compile.output.images import Names, picture_paths
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request, draw_seed
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
+    if again is not None:
+        if stdin or grid is not None or is_given(context, "num_images"):
+            raise click.UsageError("--again draws one picture: drop --stdin, --grid and --num-images")
+        given = {"prompt": prompt, "seed": seed, "guidance_scale": guidance_scale, **asked}
+        given = {name: value for name, value in given.items() if is_given(context, name)}
+        draw_again(again, given, folder, base, gpu, out, as_json)
+        return
     bundle = find_bundle(folder, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
@@ -79,11 +98,11 @@ def run(
     if stdin:
         draw_lines(bundle, request, seed is None, out, as_json)
         return
-    paths = picture_paths(out, prompt, request.seed, request.num_images)
+    paths = picture_paths(out, Names().name(prompt, request.seed), request.num_images)
     if seed is None:
         note(f"seed {request.seed}")
-    with load(bundle, wait=False) as pipeline:
-        draw_pictures(pipeline, bundle, request, paths, as_json)
+    with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
+        draw_pictures(pipeline, bundle, request, paths, saved, as_json)
 
 
 def draw_lines(
@@ -93,28 +112,80 @@ def draw_lines(
 
     `new_seeds` gives each prompt a random seed of its own. Raises UsageError if `out` is not a folder.
     """
-    from lcm_compile.output.images import picture_paths
+    from lcm_compile.output.images import Names, picture_paths
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import draw_seed
+    from lcm_compile.system.files import text_lines
 
     if out is not None and not out.is_dir():
         raise UsageError(f"--out {out} is no folder, and --stdin may give many pictures", f"mkdir {out}")
-    with load(bundle, wait=False) as pipeline:
-        for line in sys.stdin:
+    names = Names()
+    with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
+        for line in text_lines(sys.stdin.buffer, "stdin"):
             if line.strip():
                 seed = draw_seed() if new_seeds else request.seed
                 own = replace(request, prompt=line.strip(), seed=seed)
-                paths = picture_paths(folder_of(out, own), own.prompt, own.seed, own.num_images)
-                draw_pictures(pipeline, bundle, own, paths, as_json, one_line=True)
+                name = names.name(own.prompt, seed)
+                place = out / name if out is not None and own.num_images > 1 else out
+                paths = picture_paths(place, name, own.num_images)
+                draw_pictures(pipeline, bundle, own, paths, saved, as_json, one_line=True)
 
 
-def folder_of(out: Path | None, request: Request) -> Path | None:
-    """Returns the folder for the pictures of one prompt of many; several get a folder in `out`."""
-    from lcm_compile.output.images import slug
+def draw_again(
+    picture: Path,
+    given: Mapping[str, Any],
+    folder: Path | None,
+    base: str | None,
+    gpu: str | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Draws the picture that a file holds again, with the settings that the file tells.
 
-    if out is None or request.num_images == 1:
-        return out
-    return out / f"{slug(request.prompt)}-{request.seed}"
+    The `given` settings replace its own, and the bundle that the options name replaces the one that drew it.
+    Raises LcmCompileError if the file holds no settings, or if the bundle is not known here.
+    """
+    from lcm_compile.commands.find_bundle import find_bundle, find_drawer
+    from lcm_compile.output.console import note
+    from lcm_compile.output.images import picture_paths
+    from lcm_compile.output.picture_settings import read_origin
+    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.load import load
+
+    origin = read_origin(picture)
+    named = folder is not None or base is not None or gpu is not None
+    bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
+    if bundle.digest != origin.bundle:
+        note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
+    request = replace(origin.request, **given)
+    check_request(bundle, request)
+    note_remarks(bundle, request)
+    paths = picture_paths(out, f"{picture.stem}-again", 1)
+    with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
+        draw_pictures(pipeline, bundle, request, paths, saved, as_json)
+
+
+@contextlib.contextmanager
+def telling_what_was_saved() -> Iterator[list[Path]]:
+    """Yields a list for the paths of saved pictures. If the block is stopped, it tells how many there are.
+
+    Raises Interrupted for Ctrl-C after the first picture.
+    """
+    from lcm_compile.output.console import note
+
+    saved: list[Path] = []
+    try:
+        yield saved
+    except BaseException as stop:
+        if not saved:
+            raise
+        count = f"{len(saved)} pictures were" if len(saved) > 1 else "1 picture was"
+        text = f"{count} saved, the last as {saved[-1]}"
+        if isinstance(stop, KeyboardInterrupt):
+            raise Interrupted(f"interrupted; {text}") from stop
+        if isinstance(stop, Exception):
+            note(text)
+        raise
 
 
 def draw_pictures(
@@ -122,24 +193,45 @@ def draw_pictures(
     bundle: EngineBundle,
     request: Request,
     paths: Sequence[Path],
+    saved: list[Path],
     as_json: bool,
     one_line: bool = False,
 ) -> None:
-    """Draws one request into files, and prints their paths."""
+    """Draws one request into files, each as soon as it is drawn, and prints their paths.
+
+    Each path is added to `saved` when its picture is there.
+    """
+    from PIL import Image
+
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
+    from lcm_compile.output.picture_settings import parameters
+    from lcm_compile.pipeline.drawing import warning_of_one_colour
+
+    indices = [request.index] if request.index is not None else list(range(request.num_images))
+    places = zip(paths, indices, strict=True)
+
+    def save(pictures: np.ndarray) -> None:
+        if warning := warning_of_one_colour(pictures):
+            note(f"warning: {warning}", always=True)
+        for picture in pictures:
+            path, index = next(places)
+            origin = origin_of(bundle, replace(request, index=index))
+            image = Image.fromarray(picture)
+            save_picture(image, path, asdict(origin), parameters(origin, *image.size))
+            saved.append(path)
 
     with Bar("drawing") as bar:
-        drawing = pipeline.draw(request, bar.update)
+        drawing = pipeline.draw(request, bar.update, save)
     warn_of_cut(bundle, drawing.cut)
-    metadata = {**png_text(request), **made_by(bundle)}
-    for i, (image, path) in enumerate(zip(drawing.images(), paths, strict=True)):
-        save_picture(image, path, {**metadata, "index": str(i)})
     if as_json:
         print_json(
             {
                 "prompt": request.prompt,
-                "images": [{"path": str(p), "seed": request.seed, "index": i} for i, p in enumerate(paths)],
+                "images": [
+                    {"path": str(path), "seed": request.seed, "index": index}
+                    for path, index in zip(paths, indices, strict=True)
+                ],
                 "steps": request.steps,
                 "guidance_scale": request.guidance_scale,
                 "engine": str(bundle.folder),
@@ -164,13 +256,18 @@ def timing_line(ms: Mapping[str, Any]) -> str:
     )
 
 
+def is_given(context: click.Context, parameter: str) -> bool:
+    """Returns whether a parameter is on the command line."""
+    return context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+
+
 def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
     """Returns the axes of --grid. Raises UsageError for an option that one of the axes sets too."""
     from lcm_compile.output.grid import FIELDS, parse_grid
 
     axes = parse_grid(grid)
     for parameter in (*(FIELDS[axis.name] for axis in axes), "num_images"):
-        if context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE:
+        if is_given(context, parameter):
             named = "PROMPT" if parameter == "prompt" else f"--{parameter.replace('_', '-')}"
             raise click.UsageError(f"{named} and --grid can't be given together: the grid sets it")
     return axes
@@ -195,8 +292,9 @@ def draw_sheet(
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
-    shared = {name: value for name, value in png_text(fixed).items() if name not in varied}
-    save_picture(sheet, path, {**shared, "grid": grid, **made_by(bundle)})
+    settings = asdict(origin_of(bundle, fixed))
+    settings["request"] = {name: value for name, value in settings["request"].items() if name not in varied}
+    save_picture(sheet, path, {"grid": grid, **settings})
     if as_json:
         pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
         print_json({"sheet": str(path), "engine": str(bundle.folder), "pictures": pictures})
@@ -240,19 +338,12 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
 
 
-def png_text(request: Request) -> dict[str, str]:
-    """Returns a request's settings as the text chunks of a PNG."""
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt or "",
-        "seed": str(request.seed),
-        "steps": str(request.steps),
-        "guidance_scale": f"{request.guidance_scale:g}",
-    }
+def origin_of(bundle: EngineBundle, request: Request) -> Origin:
+    """Returns what draws a picture, for its file."""
+    from lcm_compile.output.picture_settings import Origin
 
-
-def made_by(bundle: EngineBundle) -> dict[str, str]:
-    """Returns the bundle and the software that draw a picture, as the text chunks of a PNG."""
-    weights = bundle.manifest.spec.weights
-    random = {"weights": weights} if weights else {}
-    return {"bundle": bundle.digest, "software": f"lcm-compile {__version__}", **random}
+    spec = bundle.manifest.spec
+    name = Path(spec.base).name
+    for ending in WEIGHT_FILES:
+        name = name.removesuffix(ending)
+    return Origin(request, bundle.digest, name, f"lcm-compile {__version__}", spec.weights)

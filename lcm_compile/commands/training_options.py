@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lcm_compile.commands.options import json_option, quiet_option
-from lcm_compile.errors import LcmCompileError
+from lcm_compile.errors import Interrupted
 from lcm_compile.output.console import Bar, be_quiet, note, print_json
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lcm_compile.training.loop import Progress
 
 LOSSES_AVERAGED = 50  # last losses in the loss that is shown, and steps between lines of progress
-INTERRUPTED = 130  # exit code, the same as a shell's after Ctrl-C
 
 
 def training_options(steps: int, rank: int, batch: int) -> Callable[[Any], Any]:
@@ -109,7 +108,7 @@ def follow(
     """Runs a training to its end while showing the loss, then prints what was written and the next command.
 
     `doing` labels the bar, and `written` is the JSON key of the output's path.
-    Raises LcmCompileError with exit code INTERRUPTED if Ctrl-C stops a training that has saved a state.
+    Raises Interrupted if Ctrl-C stops a training that has saved a state.
     """
     from accelerate import PartialState
 
@@ -130,11 +129,9 @@ def follow(
     except KeyboardInterrupt as stop:
         if not state_path(out).is_file():
             raise
-        error = LcmCompileError(
+        raise Interrupted(
             f"interrupted; {state_path(out)} holds the last save", "run the same command with --resume"
-        )
-        error.exit_code = INTERRUPTED
-        raise error from stop
+        ) from stop
     if not main:
         return
     if as_json:

@@ -1,39 +1,76 @@
-"""Saves pictures as files. A PNG holds the settings that it was drawn with."""
+"""Names pictures, and saves them as files that hold the settings they were drawn with."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-import re
+import sys
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import UsageError
+from lcm_compile.output.console import note
+from lcm_compile.output.picture_settings import save_options
 from lcm_compile.system.files import replacing_output
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SLUG_LENGTH = 48  # characters
+SLUG_BYTES = 120  # with a seed, a number and the ending of a temporary file, a name stays below 255 bytes
 
 
-def slug(prompt: str, longest: int = 48) -> str:
-    """Returns a prompt as the stem of a file name: lower case, of at most `longest` characters."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
-    return words[:longest].rstrip("-") or "picture"
+def slug(prompt: str) -> str:
+    """Returns a prompt as the stem of a file name: its letters and digits of any script, in lower case.
+
+    A longer prompt is cut, and ends with digits of its sha256 that tell it from others with the same start.
+    """
+    text = unicodedata.normalize("NFC", prompt.lower())
+    text = text.encode(sys.getfilesystemencoding(), "ignore").decode(sys.getfilesystemencoding())
+    # Letters, numbers, and the marks that scripts such as Devanagari write vowels with.
+    words = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
+    words = [word for word in words if any(unicodedata.category(c)[0] != "M" for c in word)]
+    whole = "-".join(words)
+    cut = whole[:SLUG_LENGTH].encode()[:SLUG_BYTES].decode(errors="ignore").rstrip("-")
+    if cut != whole:
+        cut = f"{cut}-{hashlib.sha256(prompt.encode()).hexdigest()[:6]}"
+    return cut or "picture"
 
 
-def picture_paths(out: Path | None, prompt: str, seed: int, count: int) -> list[Path]:
+class Names:
+    """Gives the pictures of one command their names. No name is given twice."""
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._numbers: dict[str, int] = {}  # the next number to try after each name
+
+    def name(self, prompt: str, seed: int) -> str:
+        """Returns a file name without its suffix, with a number from the second of the same name on."""
+        first = f"{slug(prompt)}-{seed}"
+        for number in itertools.count(self._numbers.get(first, 1)):
+            name = first if number == 1 else f"{first}-{number}"
+            if name not in self._given:
+                break
+        self._numbers[first] = number + 1
+        self._given.add(name)
+        return name
+
+
+def picture_paths(out: Path | None, name: str, count: int) -> list[Path]:
     """Returns the paths of `count` pictures of one request, after making their folder.
 
-    One picture goes to the file `out`, or into it if it is a folder; several go into the folder `out`.
-    Raises UsageError if the pictures can't be written there.
+    One picture goes to the file `out`, or into it if it is a folder; several go into the folder `out`. The
+    file or folder is called `name` if `out` does not name it. Raises UsageError if the pictures can't be
+    written there.
     """
-    name = f"{slug(prompt)}-{seed}"
     if count == 1:
         return [one_path(out, f"{name}.png")]
     folder = Path(name) if out is None else out
-    if folder.suffix.lower() in SUFFIXES or folder.is_file():
+    if folder.suffix.lower() in FORMATS or folder.is_file():
         raise UsageError(
             f"--out {folder} is a file name, and {count} pictures need a folder", "give a folder to --out"
         )
@@ -56,11 +93,11 @@ def one_path(out: Path | None, name: str) -> Path:
         path = Path(name)
     elif out.is_dir():
         path = out / name
-    elif out.suffix.lower() in SUFFIXES:
+    elif out.suffix.lower() in FORMATS:
         path = out
     else:
         raise UsageError(
-            f"--out {out} is neither a folder nor a {', '.join(SUFFIXES)} file",
+            f"--out {out} is neither a folder nor a {', '.join(FORMATS)} file",
             "for example --out picture.png",
         )
     make_room([path])
@@ -79,19 +116,18 @@ def make_room(paths: list[Path]) -> None:
         raise UsageError(f"--out {(blocked or paths)[0]} can't be written", "give another --out")
 
 
-def save_picture(image: Image, path: Path, settings: Mapping[str, str]) -> None:
-    """Saves a picture as PNG, JPEG or WebP, by its suffix; `settings` become text chunks of a PNG.
+def save_picture(image: Image, path: Path, settings: Mapping[str, Any], parameters: str = "") -> None:
+    """Saves a picture as PNG, JPEG or WebP, by its suffix, with both texts of `picture_settings`.
 
     After an error the file is as it was before.
     """
-    from PIL.PngImagePlugin import PngInfo
-
+    form = FORMATS[path.suffix.lower()]
+    try:
+        options = save_options(form, settings, parameters)
+    except ValueError as error:
+        note(f"warning: {path} holds no settings: {error}; a PNG has room for them", always=True)
+        options = {}
+    if form != "PNG":
+        options["quality"] = 95
     with replacing_output(path) as partial:
-        if path.suffix.lower() == ".png":
-            info = PngInfo()
-            for key, value in settings.items():
-                # A lone surrogate, from undecodable bytes on a command line, is no text.
-                info.add_itxt(key, value.encode("utf-8", "replace").decode("utf-8"))
-            image.save(partial, format="PNG", pnginfo=info)
-        else:
-            image.save(partial, format={".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"), quality=95)
+        image.save(partial, format=form, **options)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError
+from lcm_compile.pipeline.request import Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+# Called with the pictures (n, height, width, 3) of each batch, in 8 bits.
+Show = Callable[[np.ndarray], None]
+
+
+def show_nothing(pictures: np.ndarray) -> None:
+    """Is the Show that does nothing."""
 
 
 @dataclass
@@ -52,6 +61,13 @@ class Clock:
         self._marks.append((stage, self._runner.mark()))
         self._end = time.perf_counter()
 
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Leaves the time that the block takes out of the host's "total"."""
+        start = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - start
+
     def ms(self) -> dict[str, Any]:
         """Waits for the device; returns milliseconds by stage, a list for "step", and the host's "total"."""
         passed: dict[str, list[float]] = {name: [] for name in (*self._stages, "")}
@@ -61,43 +77,48 @@ class Clock:
         return {**stages, "total": (self._end - self._start) * 1000}
 
 
-def batches_of(count: int, batch: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields the indices (batch,) of the pictures of each call of the engines, and how many of them count.
+def batches_of(request: Request, batch: int) -> Iterator[tuple[np.ndarray, slice]]:
+    """Yields the indices (batch,) of the pictures of each call of the engines, and which of them are kept.
 
     The last index is repeated if fewer than `batch` pictures are left.
     """
-    for first in range(0, count, batch):
-        yield np.minimum(np.arange(first, first + batch), count - 1), min(batch, count - first)
+    last = request.num_images - 1
+    for first in range(0, request.num_images, batch):
+        kept = range(first, min(first + batch, last + 1))
+        if request.index is not None:
+            kept = range(max(first, request.index), min(kept.stop, request.index + 1))
+        if kept:
+            rows = np.minimum(np.arange(first, first + batch), last)
+            yield rows, slice(kept.start - first, kept.stop - first)
 
 
 class Pictures:
-    """Collects the pictures of a request. They are checked at the end, so that drawing does not wait."""
+    """Collects the pictures of a request, and shows each batch as soon as it is drawn."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock, show: Show) -> None:
+        self._clock = clock
+        self._show = show
         self._pictures: list[np.ndarray] = []
-        self._floats: list[np.ndarray] = []
 
-    def add(self, pictures: np.ndarray) -> None:
-        """Copies pictures (n, height, width, 3) as 8 bits, because an engine may reuse its memory."""
-        self._pictures.append(np.array(eight_bits(pictures)))
+    def add(self, pictures: np.ndarray, kept: slice, *others: np.ndarray) -> None:
+        """Adds the kept ones of pictures (b, height, width, 3), as 8 bits.
 
-    def watch(self, *arrays: Array) -> None:
-        """Keeps a copy of host arrays, to check them for NaN; it skips 8-bit arrays, which can't hold NaN."""
-        self._floats += [np.array(array) for array in arrays if array.dtype != np.uint8]
-
-    def checked(self) -> np.ndarray:
-        """Returns all pictures (n, height, width, 3). Raises BackendError if the engines returned NaN.
-
-        In 8 bits, which can't hold NaN, a picture of NaN has one colour.
+        Raises BackendError if the pictures or `others` hold NaN. Arrays of 8 bits can't hold any.
         """
-        pictures = np.concatenate(self._pictures)
-        finite = all(np.isfinite(array).all() for array in self._floats)
-        if not finite or any(is_of_one_colour(picture) for picture in pictures):
+        floats = [array for array in (pictures, *others) if array.dtype != np.uint8]
+        if not all(np.isfinite(array).all() for array in floats):
             raise BackendError(
                 "the engines drew NaN: they overflow their precision on this machine",
                 "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
             )
-        return pictures
+        new = np.array(eight_bits(pictures[kept]))  # copied, because an engine may reuse its memory
+        self._pictures.append(new)
+        with self._clock.stopped():
+            self._show(new)
+
+    def all(self) -> np.ndarray:
+        """Returns all pictures (n, height, width, 3)."""
+        return np.concatenate(self._pictures)
 
 
 def is_of_one_colour(picture: np.ndarray) -> bool:
@@ -107,6 +128,19 @@ def is_of_one_colour(picture: np.ndarray) -> bool:
     draws the picture.
     """
     return all((pixels == picture[0, 0]).all() for pixels in (picture[::16, ::16], picture))
+
+
+def warning_of_one_colour(pictures: np.ndarray) -> str | None:
+    """Returns a warning if one of the pictures (n, height, width, 3) has one colour, or else None.
+
+    In 8 bits NaN of a decoder is of one colour too.
+    """
+    if not any(map(is_of_one_colour, pictures)):
+        return None
+    return (
+        "a picture is of one colour; if none was asked for, the engines overflow their precision on this "
+        "machine, which lcm-compile verify BUNDLE shows"
+    )
 
 
 def eight_bits(pictures: np.ndarray) -> np.ndarray:

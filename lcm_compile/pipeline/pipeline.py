@@ -6,6 +6,7 @@ diffusers, unless an engine does.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import cached_property
@@ -19,7 +20,15 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.graphs import STAGES
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
-from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, batches_of
+from lcm_compile.pipeline.drawing import (
+    Clock,
+    Drawing,
+    Pictures,
+    Show,
+    batches_of,
+    show_nothing,
+    warning_of_one_colour,
+)
 from lcm_compile.pipeline.loop import Loop, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.prompts import Prompts, Text
@@ -77,19 +86,29 @@ class Pipeline(ABC):
     ) -> list[Image]:
         """Draws a prompt and returns `num_images` PIL images; without a seed it takes a random one.
 
-        Without a `guidance_scale` it takes the bundle's: 1, which is none, or that of a full LCM.
-        Raises UsageError if a value is out of range, and BackendError if the engines return NaN.
+        Without a `guidance_scale` it takes the bundle's: 1, which is none, or that of a full LCM. Warns of a
+        picture of one colour. Raises UsageError if a value is out of range, and BackendError if the engines
+        return NaN.
         """
         seed = draw_seed() if seed is None else seed
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-        return self.draw(Request(prompt, seed, negative_prompt, steps, scale, num_images)).images()
+        drawing = self.draw(Request(prompt, seed, negative_prompt, steps, scale, num_images))
+        if text := warning_of_one_colour(drawing.pictures):
+            warnings.warn(text, stacklevel=2)
+        return drawing.images()
 
-    def draw(self, request: Request, report: PassReport = lambda done, total: None) -> Drawing:
+    def draw(
+        self,
+        request: Request,
+        report: PassReport = lambda done, total: None,
+        show: Show = show_nothing,
+    ) -> Drawing:
         """Draws a request and returns the drawing. Raises the same errors as calling the pipeline.
 
-        `report` is called with (passes done, passes in total) after every stage.
+        `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
+        (n, height, width, 3) of each batch as soon as they are drawn.
         """
-        progress = self.progress(request)
+        progress = self.progress(request, show)
         while True:
             try:
                 report(*next(progress))
@@ -97,7 +116,7 @@ class Pipeline(ABC):
                 return stop.value
 
     @abstractmethod
-    def progress(self, request: Request) -> Progress:
+    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
         """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
 
     def close(self) -> None:
@@ -119,11 +138,11 @@ class Pipeline(ABC):
 class LcmPipeline(Pipeline):
     """The pipeline of a bundle with an engine for each stage."""
 
-    def progress(self, request: Request) -> Progress:
+    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
         """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
         steps = lcm_steps(request.steps, self.settings.scheduler)
         guided = self.needs_second_pass(request)
-        batches = list(batches_of(request.num_images, self.settings.shape.batch))
+        batches = list(batches_of(request, self.settings.shape.batch))
         passes = Passes(
             (1 + guided) * (1 + ("context" in self.runners)), len(batches), len(steps) * (1 + guided)
         )
@@ -142,8 +161,8 @@ class LcmPipeline(Pipeline):
             yield passes.add(len(texts))
 
         noise = NoiseStream(request.seed, (request.num_images, *self.latent_shape()))
-        pictures = Pictures()
-        for rows, count in batches:
+        pictures = Pictures(clock, show)
+        for rows, kept in batches:
             latent = self.put(noise[0][rows])
             for i in range(len(steps)):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
@@ -153,12 +172,11 @@ class LcmPipeline(Pipeline):
                 clock.lap("step")
                 yield passes.add(1 + guided)
             picture = self.runners["decode"].to_host(loop.decode(latent))
-            pictures.add(picture[:count])
             clock.lap("decode")
-            pictures.watch(self.runners["step"].to_host(latent), picture)
+            pictures.add(picture, kept, self.runners["step"].to_host(latent))
             yield passes.add(1)
         ms = {**clock.ms(), "load": self.load_ms}
-        return Drawing(pictures.checked(), ms, texts[0].cut, self.graph_status(graphs))
+        return Drawing(pictures.all(), ms, texts[0].cut, self.graph_status(graphs))
 
     def needs_second_pass(self, request: Request) -> bool:
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""

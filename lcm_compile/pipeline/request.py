@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 from lcm_compile.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of one call of the pipeline. Raises UsageError if a value is out of range.
+    """The settings of one call of the pipeline. Raises UsageError if a value is of no use or out of range.
 
     A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros. A `guidance_scale` of 1
-    is none; a full LCM's own default is `Pipeline.settings.guidance_scale`.
+    is none; a full LCM's own default is `Pipeline.settings.guidance_scale`. All `num_images` share one stream
+    of noise. With an `index`, only that picture of them is drawn, counted from 0.
     """
 
     prompt: str
@@ -22,14 +26,70 @@ class Request:
     steps: int = 4
     guidance_scale: float = 1.0
     num_images: int = 1
+    index: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.prompt, list | tuple):
+            raise UsageError(
+                f"the prompt is a list of {len(self.prompt)}, and one call draws one prompt",
+                "call the pipeline once for each prompt",
+            )
+        check_text(self.prompt, "prompt")
+        if self.negative_prompt is not None:
+            check_text(self.negative_prompt, "negative prompt")
+        for name, called in WHOLE_NUMBERS.items():
+            if name != "index" or self.index is not None:
+                object.__setattr__(self, name, whole_number(getattr(self, name), called))
+        scale = self.guidance_scale
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise UsageError(f"guidance scale must be a number, not {shown(scale)}")
+        object.__setattr__(self, "guidance_scale", float(scale))
         if self.num_images < 1:
             raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise UsageError(f"guidance scale must be 0 or more, not {self.guidance_scale}")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
+        if self.index is not None and not 0 <= self.index < self.num_images:
+            raise UsageError(f"picture {self.index} is not one of 0 to {self.num_images - 1}")
+
+
+# The fields that are whole numbers, with their names in messages.
+WHOLE_NUMBERS = {
+    "seed": "seed",
+    "steps": "steps",
+    "num_images": "the number of images",
+    "index": "the index of a picture",
+}
+
+
+def whole_number(value: Any, name: str) -> int:
+    """Returns an integer of any library as an int. Raises UsageError for all else, bools and floats too."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name} must be a whole number, not {shown(value)}") from None
+
+
+def check_text(text: Any, name: str) -> None:
+    """Raises UsageError if a text is no str, or holds half of a character, as undecodable bytes become."""
+    if not isinstance(text, str):
+        raise UsageError(f"the {name} must be text, a str, not {shown(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the {name} is not Unicode text: its character {error.start + 1} is {text[error.start]!a}",
+            "a terminal and the programs in it must use UTF-8",
+        ) from None
+
+
+def shown(value: Any) -> str:
+    """Returns a value and its type, for a message."""
+    text = repr(value)
+    return f"{text[:60]}{'…' * (len(text) > 60)} ({type(value).__name__})"
 
 
 def draw_seed() -> int:

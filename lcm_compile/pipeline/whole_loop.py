@@ -10,7 +10,7 @@ import numpy as np
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, batches_of
+from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of, show_nothing
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
@@ -46,7 +46,7 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
 class WholeLoopPipeline(Pipeline):
     """The pipeline of a bundle with a single engine, which encodes the prompt in every call."""
 
-    def progress(self, request: Request) -> Progress:
+    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
         """Draws a request. Yields (calls done, calls in total) after every call; returns the drawing.
 
         Raises UsageError as check_whole_loop does, and BackendError if the engine returns NaN.
@@ -59,16 +59,15 @@ class WholeLoopPipeline(Pipeline):
         stream = NoiseStream(request.seed, (request.num_images, *latent))
         noise = np.stack([stream[i] for i in range(draws)])
         clock.lap("")
-        pictures = Pictures()
-        batches = list(batches_of(request.num_images, self.settings.shape.batch))
-        for i, (rows, count) in enumerate(batches, 1):
+        pictures = Pictures(clock, show)
+        batches = list(batches_of(request, self.settings.shape.batch))
+        for i, (rows, kept) in enumerate(batches, 1):
             own = runner.to_device(np.ascontiguousarray(noise[:, rows]))
             picture = runner.to_host(runner({**given, "noise": own})["picture"])
-            pictures.add(picture[:count])
             clock.lap(DRAW)
-            pictures.watch(picture)
+            pictures.add(picture, kept)
             yield i, len(batches)
-        return Drawing(pictures.checked(), {**clock.ms(), "load": self.load_ms}, cut, NO_CUDA_GRAPH)
+        return Drawing(pictures.all(), {**clock.ms(), "load": self.load_ms}, cut, NO_CUDA_GRAPH)
 
     def inputs_for(self, request: Request) -> tuple[dict[str, Any], str]:
         """Returns the inputs without the noise, on the device, and the end of the prompt that did not fit."""

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lcm_compile import cli, load
+from lcm_compile.output.picture_settings import read_origin
 
 
 @pytest.fixture
@@ -208,7 +209,6 @@ PROMPTS = {
     "right to left": "نجمة حمراء \u202e rats",
     "combining": "e\u0301\u0301\u0301 Zalgo\u0489",
     "control": "a \x01\x1b[31m star\x7f",
-    "no text": "a \udcff star",  # how Python hands over a byte that is no UTF-8
     "like a path": "../../etc/passwd",
     "special tokens": "<|endoftext|> <|startoftext|>",
 }
@@ -223,7 +223,7 @@ def test_odd_prompts_draw(command, sdxl_bundle, tmp_path, monkeypatch, prompt):
     path = Path(json.loads(out)["images"][0]["path"])
     assert path.parent == Path() and [p.name for p in tmp_path.iterdir()] == [path.name]
     picture = Image.open(path)
-    assert picture.text["prompt"] == prompt.encode("utf-8", "replace").decode()
+    assert read_origin(path).request.prompt == prompt
     command(*words)
     assert Image.open(path).tobytes() == picture.tobytes()
 
@@ -251,13 +251,17 @@ def test_a_prompt_with_a_nul(sdxl_bundle):
 
 
 def test_bytes_that_are_no_text(sdxl_bundle, tmp_path):
-    """Prompt and paths as the shell hands them over; what comes out names the very same file."""
+    """Paths as the shell hands them over; what comes out names the very same file. A prompt is text."""
     out = os.fsencode(tmp_path) + b"/b\xff.png"
-    words = [sys.executable, "-m", "lcm_compile", "run", b"a \xff\xfe star", "--engine", sdxl_bundle]
+    words = [sys.executable, "-m", "lcm_compile", "run", "a star", "--engine", sdxl_bundle]
     done = subprocess.run([*words, "--seed", "1", "--out", out], capture_output=True)
     assert (done.returncode, done.stdout) == (0, out + b"\n"), done.stderr
     done = subprocess.run([*words, "--seed", "1", "--out", out, "--json"], capture_output=True)
     assert os.fsencode(json.loads(done.stdout)["images"][0]["path"]) == out
+    for option in ([], ["a star", "--negative-prompt"]):
+        latin = "größe".encode("latin-1")
+        done = subprocess.run([*words[:4], "--engine", sdxl_bundle, *option, latin], capture_output=True)
+        assert (done.returncode, done.stdout) == (2, b"") and b"is not Unicode text" in done.stderr
     assert Path(os.fsdecode(out)).stat().st_size > 1000
 
 

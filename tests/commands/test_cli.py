@@ -16,6 +16,8 @@ from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.engines import BACKENDS
 from lcm_compile.output.console import note
+from lcm_compile.output.picture_settings import read_origin
+from lcm_compile.pipeline.request import Request
 
 
 def test_run_writes_the_picture_and_how_it_was_made(command, sdxl_bundle, tmp_path):
@@ -28,8 +30,8 @@ def test_run_writes_the_picture_and_how_it_was_made(command, sdxl_bundle, tmp_pa
     assert image.size == (64, 64)
     assert np.asarray(image).std() > 5
     digest = open_bundle(sdxl_bundle).digest
-    told = {"prompt": "a red star ★", "seed": "0", "steps": "2", "bundle": digest, "guidance_scale": "1"}
-    assert told.items() <= image.text.items()
+    origin = read_origin(picture)
+    assert (origin.request, origin.bundle) == (Request("a red star ★", 0, steps=2, index=0), digest)
 
 
 def test_run_json(command, sdxl_bundle, tmp_path):
@@ -60,7 +62,7 @@ def test_run_json(command, sdxl_bundle, tmp_path):
 
 def test_without_a_seed_one_is_drawn_and_printed(command, sdxl_bundle, tmp_path):
     _, _, err = command("run", "a star", "--engine", sdxl_bundle, "--out", tmp_path / "a.png")
-    seed = Image.open(tmp_path / "a.png").text["seed"]
+    seed = read_origin(tmp_path / "a.png").request.seed
     assert f"seed {seed}" in err
     command("run", "a star", "--engine", sdxl_bundle, "--seed", seed, "--out", tmp_path / "b.png")
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()

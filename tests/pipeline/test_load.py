@@ -104,7 +104,8 @@ def count_calls(pipeline, *stages):
 def test_a_prompt_a_line_loads_once(command, sdxl_bundle, tmp_path, monkeypatch):
     loaded, real = [], onnxruntime.load
     monkeypatch.setattr(onnxruntime, "load", lambda path, *rest: (loaded.append(path), real(path, *rest))[1])
-    monkeypatch.setattr("sys.stdin", io.StringIO("a red star\n\n  a blue circle \n"))
+    lines = "a red star\r\n\r\n  a blue circle \r\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode("utf-16"))))
     words = ("run", "--stdin", "--engine", sdxl_bundle, "--out", tmp_path)
     code, out, err = command(*words, "--seed", 3, "--json")
     assert code == 0 and len(loaded) == 4, err
@@ -118,7 +119,7 @@ def test_a_prompt_a_line_loads_once(command, sdxl_bundle, tmp_path, monkeypatch)
     one, other = (np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "a-blue-circle-3.png"))
     np.testing.assert_array_equal(one, other)
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("a star\na star\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a star\na star\n")))
     code, out, _ = command(*words, "--num-images", 2, "--quiet")
     assert code == 0 and len(set(out.split())) == 4  # without a seed, each prompt draws its own
 

@@ -198,19 +198,29 @@ def test_within_a_picture_the_host_waits_for_nothing(sdxl):
     assert drawing.ms["step"] == [1, 1, 1, 1] and drawing.ms["decode"] == 2
 
 
-@pytest.mark.parametrize(
-    ("stage", "output", "broken"), [("step", "next_latent", np.nan), ("decode", "picture", 0)]
-)
-def test_nan_is_an_error_and_no_picture(sdxl, stage, output, broken):
-    """Where a decoder gives 8 bits NaN is black, so a picture of one colour is an error too."""
+def filling(sdxl, stage, output, value):
+    """A pipeline whose stage gives nothing but this value."""
 
-    class Broken(Watched):
+    class Filled(Watched):
         def __call__(self, inputs):
             arrays = super().__call__(inputs)
-            return {**arrays, output: np.full_like(arrays[output], broken)} if output in arrays else arrays
+            return {**arrays, output: np.full_like(arrays[output], value)} if output in arrays else arrays
 
-    runners = {**sdxl.ours.runners, stage: Broken(sdxl.ours.runners[stage], [])}
-    pipeline = LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.prompts.tokenizers)
+    runners = {**sdxl.ours.runners, stage: Filled(sdxl.ours.runners[stage], [])}
+    return LcmPipeline(sdxl.ours.settings, runners, sdxl.ours.prompts.tokenizers)
+
+
+def test_nan_is_an_error_and_no_picture(sdxl):
+    shown = []
+    pipeline = filling(sdxl, "step", "next_latent", np.nan)
     with pytest.raises(BackendError, match="overflow") as error:
-        pipeline.draw(Request("a small blue ring", 3))
-    assert "verify" in error.value.hint
+        pipeline.draw(Request("a small blue ring", 3), show=shown.append)
+    assert "verify" in error.value.hint and not shown
+
+
+@pytest.mark.parametrize("colour", [0, 128, 255])
+def test_a_picture_of_one_colour_is_drawn_with_a_warning(sdxl, colour):
+    """It may be what was asked for; but where a decoder gives 8 bits, NaN is black."""
+    with pytest.warns(UserWarning, match="one colour"):
+        pictures = filling(sdxl, "decode", "picture", colour)("a black wall", seed=3)
+    assert pictures[0].getextrema() == ((colour, colour),) * 3

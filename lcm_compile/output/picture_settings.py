@@ -1,0 +1,153 @@
+"""The settings that a picture was drawn with, as text in its file.
+
+All settings are there as JSON, which `run --again` reads: in a PNG as the text `lcm-compile`, in a JPEG or
+WebP in XMP. Next to it are those that other programs look for, as A1111's web UI writes them: in a PNG as the
+text `parameters`, in a JPEG or WebP as the EXIF tag UserComment.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
+
+from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.pipeline.request import Request
+from lcm_compile.system.dataclass_json import from_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SETTINGS = "lcm-compile"  # the name of the JSON text in a PNG
+NAMESPACE = "urn:lcm-compile:"  # of the JSON text in XMP
+SEGMENT = 65_000  # bytes: what a JPEG has room for in EXIF and in XMP each
+XMP = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+    '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description rdf:about="" '
+    'xmlns:lcm="{namespace}" lcm:settings={text}/></rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What drew a picture: the request, with the picture's index, and the bundle's digest.
+
+    `model` is the name of the base, without a path. `weights` says that they are random.
+    """
+
+    request: Request
+    bundle: str
+    model: str
+    software: str
+    weights: str | None = None
+
+
+def parameters(origin: Origin, width: int, height: int) -> str:
+    """Returns the settings of a picture of this size in pixels, as A1111's web UI writes them.
+
+    Readers look for `Negative prompt:` and a line that begins with `Steps:`, so a prompt's own lose the
+    colon. They split the last line at commas and colons, so no value has one, or quotes.
+    """
+    request = origin.request
+    values = {
+        "Steps": request.steps,
+        "Sampler": "LCM",
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seed,
+        "Size": f"{width}x{height}",
+        "Model hash": origin.bundle[:10],
+        "Model": origin.model,
+        "Version": origin.software,
+    }
+    last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())
+    prompts = [request.prompt, *([f"\0{request.negative_prompt}"] if request.negative_prompt else [])]
+    text = re.sub(r"(?m)(?<=Negative prompt):|(?<=^Steps):", "", "\n".join(prompts))
+    text = text.replace("\0", "Negative prompt: ")
+    # A text that begins with a brace is JSON to some readers. All of them strip blanks.
+    return f"{' ' * text.startswith('{')}{text}\n{last}"
+
+
+def plain(value: str) -> str:
+    """Returns a value without commas, colons, quotes and breaks of lines."""
+    return re.sub(r"""[,:;"'`{}\s]+""", " ", value).strip() or "unknown"
+
+
+def save_options(form: str, settings: Mapping[str, Any], parameters: str) -> dict[str, Any]:
+    """Returns the options of Pillow's `save` that write the texts into a PNG, JPEG or WEBP.
+
+    Without settings there are none. Raises ValueError if they are too long for a JPEG.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    if not settings:
+        return {}
+    text = json.dumps(settings)
+    if form == "PNG":
+        info = PngInfo()
+        if parameters:
+            info.add_text("parameters", parameters)
+        info.add_text(SETTINGS, text)
+        return {"pnginfo": info}
+    exif = user_comment(parameters) if parameters else b""
+    xmp = XMP.format(namespace=NAMESPACE, text=quoteattr(text)).encode()
+    if form == "JPEG" and max(len(exif), len(xmp)) > SEGMENT:
+        raise ValueError("the settings are too long for a JPEG")
+    return {"exif": exif, "xmp": xmp}
+
+
+def user_comment(text: str) -> bytes:
+    """Returns EXIF with a text as its UserComment.
+
+    Pillow would give the tag the type of a number, with which piexif, and so the web UI, does not read it.
+    """
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    block, tag = struct.pack(">HHII", 0x8769, 4, 1, 26), struct.pack(">HHII", 0x9286, 7, len(comment), 44)
+    header, one, last = b"Exif\0\0MM\0*\0\0\0\x08", b"\0\x01", bytes(4)
+    return header + one + block + last + one + tag + last + comment
+
+
+def read_origin(path: Path) -> Origin:
+    """Returns what drew the picture in a file. Raises LcmCompileError if the file does not tell."""
+    from PIL import Image
+
+    again = "give a picture that lcm-compile run has drawn, as it was saved"
+    try:
+        with Image.open(path) as image:
+            text = settings_text(image)
+    # Pillow raises SyntaxError for some broken PNGs, and refuses pictures made to exhaust memory.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise LcmCompileError(f"{path} can't be read as a picture: {why}", again) from error
+    if text is None:
+        raise LcmCompileError(f"{path} does not hold the settings that it was drawn with", again)
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict) and "grid" in data:
+            raise LcmCompileError(
+                f"{path} is a sheet of many pictures", f"lcm-compile run --grid {data['grid']} draws a sheet"
+            )
+        return from_json(Origin, data)
+    except (ValueError, RecursionError, UsageError) as error:
+        raise LcmCompileError(f"{path}: its settings can't be read: {error}", again) from error
+
+
+def settings_text(image: Image) -> str | None:
+    """Returns the JSON text of an opened picture, or None. Raises ValueError if the XMP is broken."""
+    text, xmp = image.info.get(SETTINGS), image.info.get("xmp", b"")
+    if isinstance(text, str):
+        return str(text)
+    if not isinstance(xmp, bytes) or NAMESPACE.encode() not in xmp or b"<!DOCTYPE" in xmp:
+        return None
+    try:
+        root = ElementTree.fromstring(xmp.strip(b"\0 \n"))
+    except ElementTree.ParseError as error:
+        raise ValueError(f"its XMP is broken: {error}") from error
+    name = f"{{{NAMESPACE}}}settings"  # other programs turn the attribute into an element
+    found = [node.get(name) or (node.text if node.tag == name else None) for node in root.iter()]
+    return next((one for one in found if one), None)
