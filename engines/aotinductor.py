@@ -14,6 +14,7 @@ import shutil
 import sysconfig
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,11 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
     path = folder / f"{graph.contract.name}.pt2"
     with compiler_in(folder), torch.no_grad():  # with gradients enabled, `freezing` has no effect
         try:
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=dict(settings(target))
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own use of torch
+                torch._inductor.aoti_compile_and_package(
+                    program, package_path=str(path), inductor_configs=dict(settings(target))
+                )
         except OSError:
             raise
         except Exception as error:  # the compiler and its tools raise errors of unrelated classes

@@ -7,6 +7,7 @@ it runs, so that `--help` imports little more than click.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
@@ -37,23 +38,25 @@ NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose wher
 
 def main() -> NoReturn:
     """Runs the command, and exits with its code. Every error becomes a message on stderr and an exit code."""
+    replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as the bytes that were given
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
     try:
         cli.main(prog_name="lcm-compile", standalone_mode=False)
+        sys.stdout.flush()  # what can't be printed is told here, and not by Python at exit
     except LcmCompileError as error:
         fail(error.message, error.hint, error.exit_code)
     except click.ClickException as error:
-        error.show()
+        with contextlib.suppress(OSError):
+            error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; nothing was written", None, 130)
-    except BrokenPipeError:
-        sys.stdout = None
-        sys.exit(0)
     except OSError as error:
+        if stdout_is_broken():
+            if isinstance(error, BrokenPipeError):  # as after `| head -1`
+                sys.exit(0)
+            fail(f"the results can't be printed: {error.strerror or error}", "send stdout elsewhere", 1)
         what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
         hint = {
             errno.ENOSPC: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
@@ -78,6 +81,26 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
+def replace_closed_streams() -> None:
+    """Opens the null device in place of each standard stream that the caller has closed.
+
+    Otherwise the next file to be opened would get the stream's number, and with it all that libraries print.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def stdout_is_broken() -> bool:
+    """Returns whether stdout can't be written; then drops what is left, so that Python does not try again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def fail(message: str, hint: str | None, code: int) -> NoReturn:
     """Prints an error and its hint to stderr, and exits with `code`.
 
@@ -85,9 +108,10 @@ def fail(message: str, hint: str | None, code: int) -> NoReturn:
     """
     if os.environ.get("LCM_COMPILE_DEBUG") == "1":
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"  try: {hint}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
+        if hint:
+            print(f"  try: {hint}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lcm_compile.commands.options import base_options, base_settings, graph_options, json_option, quiet_option
+from lcm_compile.errors import Interrupted
 
 if TYPE_CHECKING:
     from lcm_compile.builder.plan import Plan
@@ -72,11 +73,28 @@ def build(
     for plan in plans:
         note_reasons(plan)
     with BuildProgress() as progress:
-        built = build_plans(plans, force, progress)
+        try:
+            built = build_plans(plans, force, progress)
+        except KeyboardInterrupt as stop:
+            done = [str(plan.folder) for plan in plans if not plan.hit and is_built(plan)]
+            if not done:
+                raise
+            raise Interrupted(f"interrupted; these bundles are complete: {', '.join(done)}") from stop
     for plan, (followed, _) in zip(plans, built, strict=True):
         if followed.hit and not plan.hit:
             note(f"hit: another process built it; {'; '.join(followed.reasons)}")
     show_bundles(built, progress.seconds, as_json)
+
+
+def is_built(plan: Plan) -> bool:
+    """Returns whether the bundle of a plan is there, with the plan's key."""
+    from lcm_compile.bundles.manifest import read_manifest
+    from lcm_compile.errors import BundleError
+
+    try:
+        return read_manifest(plan.folder)[0].key == plan.key
+    except BundleError:
+        return False
 
 
 def make_plans(

@@ -183,7 +183,7 @@ def telling_what_was_saved() -> Iterator[list[Path]]:
         text = f"{count} saved, the last as {saved[-1]}"
         if isinstance(stop, KeyboardInterrupt):
             raise Interrupted(f"interrupted; {text}") from stop
-        if isinstance(stop, Exception):
+        if isinstance(stop, Exception) and not isinstance(stop, BrokenPipeError):
             note(text)
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -34,9 +35,13 @@ def is_quiet() -> bool:
 
 
 def note(text: str, always: bool = False) -> None:
-    """Writes a line of progress or a hint to stderr; `always` is for what --quiet must not silence."""
+    """Writes a line of progress or a hint to stderr; `always` is for what --quiet must not silence.
+
+    If stderr can't be written, the line is lost, and the command goes on.
+    """
     if always or not is_quiet():
-        sys.stderr.write(text + "\n")
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text + "\n")
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
