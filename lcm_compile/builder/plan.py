@@ -24,6 +24,7 @@ from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import STAGES
+from lcm_compile.lora.embeddings import with_bundled_words
 from lcm_compile.lora.find import PlannedLora, find_loras
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import EIGHT_BITS, Precision
@@ -222,6 +223,7 @@ def plan_export(
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()
     loras = find_loras(spec, checkpoint, digests)
+    checkpoint = with_bundled_words(checkpoint, loras, spec.lora_skip)
     key = export_key(spec, checkpoint, loras, shape, precisions, graph_format, digests)
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)

@@ -36,7 +36,10 @@ ENCODERS = {
     "text_encoders_1": "text_encoder_2",
 }
 NAMELESS = "emb_params"  # webui's safetensors files: the word is the file's name
-IN_LORA = re.compile(r"bundle_emb\.(?P<word>.+)\.(string_to_param\.\*|(?P<encoder>clip_[lgh]))")
+# In a LoRA's file with the words that were trained with it: webui's and OneTrainer's bundles.
+IN_LORA = re.compile(
+    r"bundle_emb\.(?P<word>.+)\.(?:string_to_param\.[^.]+|(?P<encoder>clip_[lgh]|text_encoders_[01]))"
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def fitted(checkpoint: Checkpoint, planned: PlannedEmbedding) -> Embedding:
         raise CheckpointError(
             f"the textual inversion {planned.path} does not fit {checkpoint.base}: it has the vectors "
             f"{', '.join(has)}, and the base reads vectors of {', '.join(reads)}",
-            "use one that was trained on a base of this architecture",
+            "use one that was trained on a base of this architecture; --lora-skip 'bundle_emb.*' leaves out one "
+            "in a LoRA's file",
         )
     if len(counts) > 1 or 0 in counts:
         raise CheckpointError(

@@ -1,23 +1,27 @@
 """Finds embeddings of words (textual inversions): in a LoRA's file, or in a file that holds nothing else.
 
-Pivotal tuning trains a LoRA together with words of its captions. webui's and OneTrainer's bundles hold both:
-`bundle_emb.WORD.string_to_param.*`, or `bundle_emb.WORD.clip_l` and `bundle_emb.WORD.clip_g`.
+Pivotal tuning trains a LoRA together with words of its captions, and one file may hold both.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lcm_compile.errors import LoraError, first_few
+from lcm_compile.checkpoint.checkpoint import Checkpoint, PlannedEmbedding
+from lcm_compile.checkpoint.embeddings import IN_LORA
+from lcm_compile.checkpoint.weight_files import read_header
+from lcm_compile.errors import CheckpointError, LoraError
+from lcm_compile.lora.find import PlannedLora
+from lcm_compile.spec import EmbeddingSpec
 
 if TYPE_CHECKING:
     import torch
 
-BUNDLED = re.compile(r"bundle_emb\.(?P<word>.+?)\.(?:string_to_param\.[^.]+|[^.]+)")
 # The keys of a textual inversion's file. diffusers' files have the word itself as their only key.
 ENCODER_KEYS = {"clip_l", "clip_g", "clip_h", "text_encoders_0", "text_encoders_1"}
 MOST_VECTORS = 77  # of a word: a prompt has no more tokens
@@ -27,28 +31,50 @@ def bundled_embeddings(keys: Iterable[str]) -> dict[str, list[str]]:
     """Returns the words whose embeddings are among a LoRA's keys, each with its keys."""
     words: dict[str, list[str]] = {}
     for key in keys:
-        if found := BUNDLED.fullmatch(key):
+        if found := IN_LORA.fullmatch(key):
             words.setdefault(found["word"], []).append(key)
     return words
 
 
-def check_embeddings(
-    path: Path, words: Collection[str], used: Collection[tuple[Path, str | None]] = ()
-) -> None:
-    """Raises LoraError if a LoRA's file has embeddings that nothing uses.
+def with_bundled_words(
+    checkpoint: Checkpoint, loras: Sequence[PlannedLora], skip: Sequence[str]
+) -> Checkpoint:
+    """Returns the checkpoint with the words that LoRAs bring along as textual inversions, and a note of each.
 
-    `used` are the textual inversions of a build: each with its file, and the word that was given for it, if
-    there was one.
+    Keys that match a pattern of `skip` bring none along. A word that was asked for under another name has
+    that name alone.
     """
-    here = {word for file, word in used if file == path}
-    left = [] if len(words) == 1 and here else [word for word in words if word not in here]
-    if left:
-        raise LoraError(
-            f"{path} contains embeddings besides a LoRA, for {len(left)} "
-            f"word{'s' if len(left) > 1 else ''}: {first_few(left)}",
-            f"use one with --embedding {shlex.quote(f'{path}:{left[0]}')}, or leave all out with "
-            "--lora-skip 'bundle_emb.*'",
-        )
+    words, notes = list(checkpoint.embeddings), list(checkpoint.notes)
+    for lora in loras:
+        bundled = bundled_embeddings(key for key in keys_of(lora.path) if not is_skipped(key, skip))
+        asked = {planned.spec.token for planned in checkpoint.embeddings if planned.path == lora.path}
+        for word in bundled:
+            if word not in asked and not (asked and len(bundled) == 1):
+                words.append(PlannedEmbedding(EmbeddingSpec(str(lora.path), word), lora.path))
+                notes.append(f"{lora.path} brings the textual inversion {word!r} along: write it in prompts")
+    return replace(checkpoint, embeddings=tuple(words), notes=tuple(notes))
+
+
+def keys_of(path: Path) -> Iterable[str]:
+    """Returns the keys of a LoRA's file; none if it is PEFT's folder or can't be read, as read_lora tells."""
+    if path.is_dir():
+        return ()
+    if path.suffix.lower() == ".safetensors":
+        try:
+            return read_header(path)[0]
+        except CheckpointError:
+            return ()
+    from lcm_compile.lora.read import read_tensors
+
+    try:
+        return read_tensors(path)[0]
+    except LoraError:
+        return ()
+
+
+def is_skipped(key: str, skip: Sequence[str]) -> bool:
+    """Returns whether a key matches one of the patterns."""
+    return any(fnmatchcase(key, pattern) for pattern in skip)
 
 
 def refuse_inversion(path: Path, content: Mapping[Any, Any]) -> None:

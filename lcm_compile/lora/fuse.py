@@ -16,6 +16,7 @@ from lcm_compile.checkpoint.tensor_stream import TYPES, write_header
 from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
+from lcm_compile.lora.embeddings import with_bundled_words
 from lcm_compile.lora.find import find_loras
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
@@ -43,6 +44,7 @@ def fuse(
     check_out(out, folder=not as_file)
     checkpoint = open_base(spec, half=precision == "fp16")
     planned = find_loras(spec, checkpoint, Digests())
+    checkpoint = with_bundled_words(checkpoint, planned, spec.lora_skip)
     loras = read_loras(planned, spec.lora_skip)
     with quiet_libraries():
         empty = {name: empty_module(component) for name, component in checkpoint.components.items()}
@@ -100,7 +102,7 @@ def write_file(
         raise UsageError(
             "the words of textual inversions have no place in one file, whose readers have a tokenizer of "
             "their own",
-            "give a folder to --out, or leave --embedding out",
+            "give a folder to --out, or leave them out; --lora-skip 'bundle_emb.*' leaves out those of LoRAs",
         )
     if checkpoint.lossy:
         raise UsageError(

@@ -34,7 +34,7 @@ import torch
 
 from lcm_compile.checkpoint.families import lora_bases, names_of_width
 from lcm_compile.errors import LoraError, first_few
-from lcm_compile.lora.embeddings import bundled_embeddings, check_embeddings, refuse_inversion
+from lcm_compile.lora.embeddings import bundled_embeddings, is_skipped, refuse_inversion
 from lcm_compile.lora.find import PlannedLora
 from lcm_compile.lora.kinds import (
     EXTRAS,
@@ -213,19 +213,12 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     return loaded
 
 
-def read_loras(
-    planned: Iterable[PlannedLora],
-    skip: Sequence[str] = (),
-    embeddings: Collection[tuple[Path, str | None]] = (),
-) -> list[tuple[Lora, LoraSpec]]:
+def read_loras(planned: Iterable[PlannedLora], skip: Sequence[str] = ()) -> list[tuple[Lora, LoraSpec]]:
     """Returns the LoRAs of a build, each with the strengths it is fused with.
 
-    `embeddings` are the textual inversions of the build: see check_embeddings. Raises LoraError as read_lora
-    does, if a file brings embeddings along that nothing uses, or if a pattern of `skip` matches no key.
+    Raises LoraError as read_lora does, or if a pattern of `skip` matches no key.
     """
     loras = [(read_lora(lora.path, skip), lora.spec) for lora in planned]
-    for lora, _ in loras:
-        check_embeddings(lora.path, lora.embeddings, embeddings)
     check_patterns([lora for lora, _ in loras], skip)
     return loras
 
@@ -315,11 +308,6 @@ def read_lora(path: Path, skip: Sequence[str] = ()) -> Lora:
         layer.update.settle_bias()
     skipped = {pattern: count for pattern, count in counts.items() if count}
     return Lora(path, "+".join(sorted(layouts)), layers, guess, metadata, skipped, embeddings)
-
-
-def is_skipped(key: str, skip: Sequence[str]) -> bool:
-    """Returns whether a key matches one of the patterns."""
-    return any(fnmatchcase(key, pattern) for pattern in skip)
 
 
 def skip_advice(stray: Sequence[str], keys: Collection[str]) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 
+import factories
 import pytest
 import torch
 from diffusers_reference import FLOOR, Pair, reference
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
@@ -214,6 +215,26 @@ def test_a_bundle_tells_its_words_and_a_changed_one_is_a_miss(base_of, command, 
     assert not changed["hit"] and any("embedding 1 changed" in reason for reason in changed["reasons"])
     without = json.loads(command(*words[:-2], "--dry-run", "--json")[1])
     assert any("embedding 1 is gone" in reason for reason in without["reasons"])
+
+
+def test_words_that_a_lora_brings_along(base_of, command, tmp_path):
+    base, found = base_of("sdxl"), vectors("sdxl", 3)
+    lora = factories.write_lora(reference(base), tmp_path / "lora.safetensors", "kohya")
+    bundled = {f"bundle_emb.{WORD}.{name}": tensor for name, tensor in found.items()}
+    factories.save_tensors({**load_file(lora), **bundled}, lora)
+    words = ["fuse", "--base", base, "--no-lcm", "--lora", f"{lora}:0", "--precision", "fp32", "--out"]
+    code, _, err = command(*words, tmp_path / "fused")
+    assert code == 0 and f"brings the textual inversion '{WORD}' along" in err
+    theirs = texts(with_vectors(base, "sdxl", found), PROMPT)
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "fused")), PROMPT), theirs)
+    renamed = ["--embedding", f"{lora}:renamed"]
+    code, _, err = command(*words, tmp_path / "renamed", *renamed)
+    assert code == 0 and "along" not in err
+    theirs = texts(with_vectors(base, "sdxl", found, "renamed"), f"{WORD} renamed")
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "renamed")), f"{WORD} renamed"), theirs)
+    assert command(*words, tmp_path / "skipped", "--lora-skip", "bundle_emb.*")[0] == 0
+    theirs = texts(reference(base), PROMPT)
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "skipped")), PROMPT), theirs)
 
 
 def bad_files(folder):

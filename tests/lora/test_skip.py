@@ -13,7 +13,6 @@ from lcm_compile import BuildSpec, build
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
-from lcm_compile.lora.embeddings import bundled_embeddings, check_embeddings
 from lcm_compile.lora.read import read_lora
 from lcm_compile.spec import LoraSpec
 
@@ -56,10 +55,9 @@ def weights(folder):
             "2 keys match no module: diffusion_model_extra_0.lora_down",
         ),
         ({"what.is.this": torch.ones(2)}, "what.is.this*", "1 of 198 keys are of no LoRA layout"),
-        (ONETRAINER, "bundle_emb.*", "contains embeddings besides a LoRA, for 1 word: my fox"),
-        (WEBUI, "bundle_emb.*", "contains embeddings besides a LoRA, for 1 word: fox"),
+        (WEBUI, "bundle_emb.*", "(2, 32) for one text encoder"),
     ],
-    ids=["stray", "unknown", "OneTrainer", "webui"],
+    ids=["stray", "unknown", "a word for SD1.5"],
 )
 def test_fuse_names_such_keys_and_leaves_them_out_on_request(
     extra, pattern, told, base, plain, with_extra, refused, command, tmp_path
@@ -122,23 +120,6 @@ def test_a_lost_half_stays_an_error(lost, plain, tmp_path):
     del tensors[key]
     with pytest.raises(LoraError, match="lacks factors"):
         read_lora(factories.save_tensors(tensors, tmp_path / "half.safetensors"))
-
-
-def test_embeddings_that_a_build_uses_are_no_error(with_extra):
-    """One word may be given another name; of several, each must be used by its own."""
-    path = with_extra({**ONETRAINER, "bundle_emb.a.b.clip_l": torch.ones(1, 32)})
-    words = bundled_embeddings(load_file(path))
-    assert {word: set(keys) for word, keys in words.items()} == {
-        "my fox": {*ONETRAINER},
-        "a.b": {"bundle_emb.a.b.clip_l"},
-    }
-    check_embeddings(path, words, {(path, "my fox"), (path, "a.b")})
-    with pytest.raises(LoraError, match=r"for 1 word: a\.b$"):
-        check_embeddings(path, words, {(path, "my fox")})
-    check_embeddings(path, ["my fox"], {(path, "renamed")})
-    check_embeddings(path, ["my fox"], {(path, None)})
-    with pytest.raises(LoraError, match="my fox"):
-        check_embeddings(path, ["my fox"], {(path.with_name("other"), None)})
 
 
 INVERSIONS = {
