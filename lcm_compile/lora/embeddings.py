@@ -47,7 +47,8 @@ def with_bundled_words(
     words, notes = list(checkpoint.embeddings), list(checkpoint.notes)
     for lora in loras:
         bundled = bundled_embeddings(key for key in keys_of(lora.path) if not is_skipped(key, skip))
-        asked = {planned.spec.token for planned in checkpoint.embeddings if planned.path == lora.path}
+        same = [own for own in checkpoint.embeddings if own.path.resolve() == lora.path.resolve()]
+        asked = {planned.spec.token for planned in same}
         for word in bundled:
             if word not in asked and not (asked and len(bundled) == 1):
                 words.append(PlannedEmbedding(EmbeddingSpec(str(lora.path), word), lora.path))

@@ -32,8 +32,10 @@ CASES = {
     "LoCon, scalar": ({"algo": "locon", "use_scalar": True}, LOCON),
     "LoCon, cores": ({"algo": "locon", **CORES}, {*LOCON, "lora_mid.weight"}),
     "LoHa": ({"algo": "loha"}, LOHA),
+    "LoHa, scalar": ({"algo": "loha", "use_scalar": True}, LOHA),
     "LoHa, cores": ({"algo": "loha", **CORES}, LOHA | LOHA_CORES),
     "LoKr": ({"algo": "lokr", "factor": 4}, LOKR),
+    "LoKr, scalar": ({"algo": "lokr", "factor": 4, "use_scalar": True}, LOKR),
     "LoKr, cores": ({"algo": "lokr", "factor": 4, **CORES}, {*LOKR, "lokr_t2"}),
     "LoKr, both decomposed": (
         {"algo": "lokr", "factor": 8, "decompose_both": True},
