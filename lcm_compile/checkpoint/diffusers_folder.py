@@ -104,7 +104,7 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
             length, numbers = (len(value), value) if isinstance(value, list) else (0, [value])
             if length not in lengths or not all(type(n) is int and n > 0 for n in numbers):
                 raise CheckpointError(
-                    f"{folder / name}/config.json: {key} is {value!r}", "download the checkpoint again"
+                    f"{folder / name}/config.json: {key} is {value!r}", f"correct {key}, or {HINT}"
                 )
     foreign = [key for key in FOREIGN if configs["unet"].get(key) not in (None, "text_time")]
     if foreign:
@@ -127,10 +127,14 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", "download the checkpoint again") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read: {error}", "download the checkpoint again") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} can't be read: {error.strerror or error}", "check its permissions"
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no whole JSON file: {error}", "download it again") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object", "download the checkpoint again")
+        raise CheckpointError(f"{path} holds no JSON object", f"correct it, or {HINT}")
     return data
 
 

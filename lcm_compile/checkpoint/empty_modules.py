@@ -22,7 +22,8 @@ def empty_module(component: Component) -> Any:
     except Exception as error:  # the libraries' constructors raise errors of many types
         place = f"{component.folder}/config.json" if component.folder else f"config of the {component.name}"
         raise CheckpointError(
-            f"{place} can't be used: {first_line(error)}", "download the checkpoint again"
+            f"{place} can't be used: {first_line(error)}",
+            "correct it, or give --base a model that diffusers opens",
         ) from error
 
 

@@ -96,7 +96,7 @@ def base_tokenizer(checkpoint: Checkpoint, name: str) -> TokenizerFiles:
         except Exception as error:
             raise CheckpointError(
                 f"the tokenizer in {checkpoint.folder / name} can't be read: {first_line(error)}",
-                "download the checkpoint again",
+                "put the files of the base's CLIP tokenizer there, as its author published them",
             ) from error
     encoder = name.replace("tokenizer", "text_encoder")
     length = min(int(tokenizer.model_max_length), checkpoint.text_length(encoder))

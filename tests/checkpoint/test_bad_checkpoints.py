@@ -214,3 +214,16 @@ def test_with_a_senseless_setting(refuse, base, file, setting, value):
         base / file / ("scheduler_config.json" if file == "scheduler" else "config.json"), **{setting: value}
     )
     refuse([base, file])
+
+
+def test_a_safety_checker_is_left_out_with_a_note(command, base, tmp_path):
+    change_json(
+        base / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]
+    )
+    for words in (("build", "--gpu", "cpu", "--dry-run"), ("fuse", "--out", tmp_path / "fused")):
+        code, _, err = command(*words, "--base", base, "--no-lcm")
+        assert code == 0 and err.count("safety checker is left out") == 1, err
+    change_json(base / "model_index.json", safety_checker=[None, None])
+    assert (
+        "safety checker" not in command("build", "--gpu", "cpu", "--dry-run", "--base", base, "--no-lcm")[2]
+    )
