@@ -33,6 +33,7 @@ from lcm_compile.commands.verify import verify
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.version import __version__
 
+NO_ROOM = "free some room, or point stdout, --out or LCM_COMPILE_HOME at another disk"
 NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where files are written"
 
 
@@ -52,15 +53,13 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         fail("interrupted; nothing was written", None, 130)
+    except BrokenPipeError:  # as after `| head -1`
+        sys.exit(0)
     except OSError as error:
-        if stdout_is_broken():
-            if isinstance(error, BrokenPipeError):  # as after `| head -1`
-                sys.exit(0)
-            fail(f"the results can't be printed: {error.strerror or error}", "send stdout elsewhere", 1)
-        what = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+        what = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
         hint = {
-            errno.ENOSPC: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
-            errno.EDQUOT: "free some room, or point --out or LCM_COMPILE_HOME at another disk",
+            errno.ENOSPC: NO_ROOM,
+            errno.EDQUOT: NO_ROOM,
             errno.EACCES: NO_ACCESS,
             errno.EPERM: NO_ACCESS,
             errno.EROFS: NO_ACCESS,
@@ -78,6 +77,8 @@ def main() -> NoReturn:
             "LCM_COMPILE_DEBUG=1 shows where; please report it",
             1,
         )
+    finally:
+        drop_unprinted()
     sys.exit(0)
 
 
@@ -91,14 +92,13 @@ def replace_closed_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
-def stdout_is_broken() -> bool:
-    """Returns whether stdout can't be written; then drops what is left, so that Python does not try again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def drop_unprinted() -> None:
+    """Drops what stdout and stderr can't take: Python would try again at exit, and change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(message: str, hint: str | None, code: int) -> NoReturn:

@@ -1,0 +1,59 @@
+"""Requests from Python: numbers of any library are taken, and all else is refused with what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lcm_compile import load
+from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.request import Request
+
+
+def test_numbers_of_other_libraries():
+    plain = Request("a", 7, None, 4, 1.5, 2, 1)
+    for number in (np.int64, np.uint8, torch.tensor):
+        assert Request("a", number(7), None, number(4), np.float64(1.5), number(2), number(1)) == plain
+    found = Request("a", np.int32(7), steps=np.int16(4), guidance_scale=2)
+    assert [type(value) for value in (found.seed, found.steps, found.guidance_scale)] == [int, int, float]
+    assert Request("a", 7, guidance_scale=np.float32(1.5)).guidance_scale == 1.5
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        *(
+            ({name: value}, f"must be a whole number, not {value!r}")
+            for name in ("seed", "steps", "num_images")
+            for value in (7.0, True, "7", np.float32(7), [7], b"7")
+        ),
+        ({"steps": None}, "steps must be a whole number, not None"),
+        ({"num_images": None}, "number of images must be a whole number"),
+        ({"index": 1.0}, "index of a picture must be a whole number"),
+        ({"index": 1}, "picture 1 is not one of 0 to 0"),
+        ({"guidance_scale": None}, "guidance scale must be a number, not None"),
+        ({"guidance_scale": "1"}, "guidance scale must be a number, not '1'"),
+        ({"guidance_scale": True}, "guidance scale must be a number"),
+        ({"guidance_scale": 1j}, "guidance scale must be a number"),
+        ({"guidance_scale": float("nan")}, "not nan"),
+        ({"guidance_scale": np.float64("inf")}, "not inf"),
+        ({"prompt": None}, "prompt must be text, a str, not None"),
+        ({"prompt": b"a star"}, "prompt must be text, a str, not b'a star'"),
+        ({"prompt": 7}, "not 7 (int)"),
+        ({"prompt": ["a", "b"]}, "the prompt is a list of 2"),
+        ({"prompt": ("a",)}, "one call draws one prompt"),
+        ({"prompt": "a \ud83e star"}, "its character 3 is '\\ud83e'"),
+        ({"negative_prompt": "gr\udcf6"}, "negative prompt is not Unicode text"),
+        ({"negative_prompt": b"no"}, "negative prompt must be text"),
+        ({"negative_prompt": ["no"]}, "negative prompt must be text"),
+    ],
+)
+def test_what_is_wrong_is_told(sdxl_bundle, given, told):
+    words = {"prompt": "a star", "seed": 7, **given}
+    with pytest.raises(UsageError) as caught:
+        Request(**words)
+    assert told in caught.value.message
+    if "index" not in given:
+        with load(sdxl_bundle) as pipeline, pytest.raises(UsageError):
+            pipeline(words.pop("prompt"), **words)
