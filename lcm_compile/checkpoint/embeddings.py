@@ -126,10 +126,10 @@ def fitted(checkpoint: Checkpoint, planned: PlannedEmbedding) -> Embedding:
     counts = {len(vectors) for vectors in found.values()}
     if found.keys() != widths.keys() or any(found[name].shape[-1] != width for name, width in widths.items()):
         raise CheckpointError(
-            f"the textual inversion {planned.path} does not fit {checkpoint.base}: it has the vectors "
+            f"the textual inversion {planned.path} does not fit {checkpoint.base}: it has vectors "
             f"{', '.join(has)}, and the base reads vectors of {', '.join(reads)}",
-            "use one that was trained on a base of this architecture; --lora-skip 'bundle_emb.*' leaves out one "
-            "in a LoRA's file",
+            "use one that was trained on a base of this architecture; --lora-skip 'bundle_emb.*' leaves out "
+            "one in a LoRA's file",
         )
     if len(counts) > 1 or 0 in counts:
         raise CheckpointError(
