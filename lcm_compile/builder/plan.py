@@ -24,7 +24,7 @@ from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import STAGES
-from lcm_compile.lora.embeddings import with_bundled_words
+from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.find import PlannedLora, find_loras
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import EIGHT_BITS, Precision

@@ -35,6 +35,7 @@ ENCODERS = {
     "text_encoders_0": "text_encoder",
     "text_encoders_1": "text_encoder_2",
 }
+MOST_VECTORS = 77  # of a word: a prompt has no more tokens, and tensors of weights have more rows
 NAMELESS = "emb_params"  # webui's safetensors files: the word is the file's name
 # In a LoRA's file with the words that were trained with it: webui's and OneTrainer's bundles.
 IN_LORA = re.compile(
@@ -187,12 +188,11 @@ def words_in(path: Path, data: Any) -> Mapping[str, Vectors]:
         words[""] = {"": content[NAMELESS]}
     else:
         words = {str(key): {"": tensor} for key, tensor in content.items()}
-    # A word has at most 77 vectors, since a prompt has no more tokens; tensors of weights have more rows.
     if not words or not all(
         isinstance(tensor, torch.Tensor)
         and tensor.is_floating_point()
         and tensor.ndim in (1, 2)
-        and (tensor.ndim == 1 or tensor.shape[0] <= 77)
+        and (tensor.ndim == 1 or tensor.shape[0] <= MOST_VECTORS)
         for vectors in words.values()
         for tensor in vectors.values()
     ):

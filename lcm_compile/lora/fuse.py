@@ -16,7 +16,7 @@ from lcm_compile.checkpoint.tensor_stream import TYPES, write_header
 from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
-from lcm_compile.lora.embeddings import with_bundled_words
+from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.find import find_loras
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
