@@ -104,7 +104,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
             head = file.read(64)
             file.seek(8)
             length = int.from_bytes(head[:8], "little")
-            header = file.read(length) if length <= min(size, MOST_HEADER) else b""
+            header = file.read(min(length, MOST_HEADER))
     except OSError as reason:
         return CheckpointError(f"{path} can't be read: {reason.strerror or reason}", "check its permissions")
     what = f"{path} is no whole safetensors file"
@@ -118,8 +118,8 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(f"{what}: it is Git LFS's pointer to one", "git lfs pull fetches the file")
     if head.lstrip()[:1] == b"<":
         return CheckpointError(f"{what}: it is a web page", "download the file itself, logged in if need be")
-    if header[:1] == b"{" and len(header) < length:
-        return CheckpointError(f"{what}: it ends within its header", again)
+    if size < 8 or (header[:1] == b"{" and 8 + length > size):
+        return CheckpointError(f"{what}: it ends within its header, after {size} bytes", again)
     try:
         tensors = json.loads(header)
         end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)

@@ -83,6 +83,10 @@ def empty(path):
     path.write_bytes(b"")
 
 
+def truncated_early(path):
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 def garbage(path):
     path.write_bytes(bytes(range(256)) * 8)
 
@@ -115,6 +119,7 @@ def web_page(path):
     ("damage", "told"),
     [
         (truncated, ["bytes", "download it again"]),
+        (truncated_early, ["within its header", "download it again"]),
         (empty, ["is empty", "download it again"]),
         (garbage, "no whole safetensors file"),
         (under_another_name, "a pickle under another name"),

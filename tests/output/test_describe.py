@@ -293,4 +293,4 @@ def test_refusals(refused, tmp_path, sdxl_checkpoint):
     refused(1, "no whole safetensors file", "inspect", tmp_path / "page.safetensors")
     folder = shutil.copytree(sdxl_checkpoint, tmp_path / "base")
     (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"short")
-    refused(1, ["vae", "not a complete safetensors file"], "inspect", folder)
+    refused(1, ["vae", "no whole safetensors file"], "inspect", folder)
