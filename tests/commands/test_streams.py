@@ -33,7 +33,11 @@ def test_closed_and_full_streams(sdxl_bundle, words):
         error, hint = done.stderr.splitlines()
         assert (done.returncode, error) == (1, "error: No space left on device") and "stdout" in hint
     assert shell(f"{line} | true").stderr == ""
-    assert shell(f"{line} bad --words 2> /dev/full").returncode == 2
+
+
+def test_an_error_that_cannot_be_printed_keeps_its_exit_code():
+    assert shell(f"{LCM} run --stepz 4 2> /dev/full").returncode == 2
+    assert shell(f"{LCM} inspect no/such/bundle 2> /dev/full").returncode == 1
 
 
 def test_a_picture_is_saved_whatever_is_printed(sdxl_bundle, tmp_path):
