@@ -176,8 +176,9 @@ class AotInductorRunner(TensorRunner):
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
+        model = self.opened(self._model)
         with self._turn, torch.inference_mode():
-            outputs = self._model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
+            outputs = model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 
     def cannot_capture(self) -> str | None:

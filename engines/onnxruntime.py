@@ -246,7 +246,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         feeds = {spec.name: as_numpy(inputs[spec.name]) for spec in self.contract.inputs}
-        arrays = self._session.run(None, feeds)
+        arrays = self.opened(self._session).run(None, feeds)
         return {spec.name: array for spec, array in zip(self.contract.outputs, arrays, strict=True)}
 
     def close(self) -> None:
@@ -288,7 +288,13 @@ class BoundRunner(TensorRunner):
             address = self._outputs[spec.name].data_ptr()
             self._binding.bind_output(found.name, device, 0, np.dtype(spec.dtype), spec.shape, address)
 
+    @property
+    def exclusive(self) -> bool:
+        """Returns True: every call writes to the same outputs."""
+        return True
+
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        session = self.opened(self._session)
         held = [self.tensor(spec, inputs[spec.name]) for spec in self.contract.inputs]
         if self._graphed:
             for own, tensor in zip(self._fixed, held, strict=True):
@@ -298,7 +304,7 @@ class BoundRunner(TensorRunner):
             address = tensor.data_ptr()
             self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
         with self.ordered_with_torch(self._stream):
-            self._session.run_with_iobinding(self._binding, self._options)
+            session.run_with_iobinding(self._binding, self._options)
         return dict(self._outputs)
 
     def cannot_capture(self) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,9 +166,9 @@ def first_reason(error: Exception) -> str:
 
 
 class OpenVinoRunner(Runner):
-    """One compiled model with one inference request.
+    """One compiled model, and an inference request for each thread that calls it at the same time.
 
-    Inputs are read in place if OpenVINO can share them. Outputs are the same arrays at every call.
+    Inputs are read in place if OpenVINO can share them. Each call returns new arrays.
     """
 
     def __init__(self, path: Path, contract: StageContract) -> None:
@@ -192,23 +193,30 @@ class OpenVinoRunner(Runner):
                 "INFERENCE_NUM_THREADS": threads(),
                 **work_stealing(core, path),
             }
-            self._request = core.compile_model(model, "CPU", settings).create_infer_request()
+            self._model = core.compile_model(model, "CPU", settings)
         except (RuntimeError, KeyError, ValueError) as error:
             version = ov.get_version()
             raise BackendError(
                 f"OpenVINO {version} can't open {path}: {first_reason(error)}", REBUILD
             ) from error
         self._tensor = ov.Tensor
-        self._outputs = {s.name: np.empty(s.shape, s.dtype) for s in contract.outputs}
-        for i, array in enumerate(self._outputs.values()):
-            self._request.set_output_tensor(i, ov.Tensor(array, shared_memory=True))
+        self._idle: deque[Any] = deque()  # requests that no call uses
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        model = self.opened(self._model)
         held = [self.readable(spec, as_numpy(inputs[spec.name])) for spec in self.contract.inputs]
+        outputs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.contract.outputs}
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = model.create_infer_request()
         for i, array in enumerate(held):
-            self._request.set_input_tensor(i, self._tensor(array, shared_memory=True))
-        self._request.infer()
-        return dict(self._outputs)
+            request.set_input_tensor(i, self._tensor(array, shared_memory=True))
+        for i, array in enumerate(outputs.values()):
+            request.set_output_tensor(i, self._tensor(array, shared_memory=True))
+        request.infer()
+        self._idle.append(request)
+        return outputs
 
     def readable(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
         """Returns the array, or a copy if OpenVINO can't share it: another type, strided or read-only.
@@ -223,8 +231,8 @@ class OpenVinoRunner(Runner):
 
     def close(self) -> None:
         """Frees the compiled model; arrays that it returned stay valid."""
-        self._request = None
-        self._outputs = {}
+        self._model = None
+        self._idle.clear()
 
 
 def work_stealing(core: Any, path: Path) -> dict[str, str]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from lcm_compile.errors import UsageError
 from lcm_compile.graphs import StageContract
 
 # An array that has `__dlpack__` and arithmetic: a NumPy array between CPU engines, a CUDA tensor between
 # GPU engines. The pipeline only adds and multiplies such arrays.
 Array = Any
 
+Engine = TypeVar("Engine")
+
 
 class Runner(ABC):
     """A loaded engine with its memory. It is called with arrays by name, and returns arrays by name.
 
-    Inputs may be NumPy arrays, or DLPack arrays on the engine's device. An output is valid until the next
-    call of the runner.
+    Inputs may be NumPy arrays, or DLPack arrays on the engine's device. If the runner is `exclusive`, an
+    output is valid until the next call. Otherwise each call returns arrays of its own, and several threads
+    may call the runner at the same time.
     """
 
     def __init__(self, contract: StageContract) -> None:
@@ -28,7 +32,24 @@ class Runner(ABC):
 
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Runs the engine once. `inputs` has an array for each of the contract's inputs."""
+        """Runs the engine once. `inputs` has an array for each of the contract's inputs.
+
+        Raises UsageError if the runner is closed.
+        """
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether a drawing must have the engine to itself from its first call to its last."""
+        return False
+
+    def opened(self, engine: Engine | None) -> Engine:
+        """Returns an engine that `close` replaces by None. Raises UsageError if that has happened.
+
+        A call keeps what this returns, so that another thread can't free the engine while it computes.
+        """
+        if engine is None:
+            raise closed(f"the {self.contract.name} engine")
+        return engine
 
     def to_device(self, array: np.ndarray) -> Array:
         """Returns the array on the device where this engine computes; on a CPU, the same array."""
@@ -82,6 +103,10 @@ class ForwardingRunner(Runner):
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         return self.runner()(inputs)
 
+    @property
+    def exclusive(self) -> bool:
+        return self.runner().exclusive
+
     def to_device(self, array: np.ndarray) -> Array:
         return self.runner().to_device(array)
 
@@ -102,6 +127,11 @@ class ForwardingRunner(Runner):
 
     def close(self) -> None:
         self.runner().close()
+
+
+def closed(what: str) -> UsageError:
+    """Returns the error for the use of something that was closed."""
+    return UsageError(f"{what} is closed, and can't draw any more", "load the bundle again")
 
 
 def as_numpy(array: Array) -> np.ndarray:

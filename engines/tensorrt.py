@@ -245,7 +245,13 @@ class TensorRtRunner(TensorRunner):
         for spec, name in zip(contract.outputs, self._output_names, strict=True):
             self._place(name, self._outputs[spec.name])
 
+    @property
+    def exclusive(self) -> bool:
+        """Returns True: every call writes to the same outputs."""
+        return True
+
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.opened(self._context)
         held = []  # inputs must outlive the launch
         for spec in self.contract.inputs:
             tensor = self.tensor(spec, inputs[spec.name])

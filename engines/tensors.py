@@ -23,6 +23,11 @@ class TensorRunner(Runner):
         super().__init__(contract)
         self.device = device
 
+    @property
+    def exclusive(self) -> bool:
+        """Whether it computes on a GPU, where calls and CUDA graphs share memory and streams."""
+        return self.device == "cuda"
+
     def tensor(self, spec: TensorSpec, array: Array) -> torch.Tensor:
         """Returns an input as engines read it: on the device, contiguous, and of the contract's type.
 

@@ -63,7 +63,7 @@ def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
 
 
 class TorchScriptRunner(Runner):
-    """A TorchScript module on the CPU. Its outputs are NumPy arrays."""
+    """A TorchScript module on the CPU. Each call returns new NumPy arrays."""
 
     def __init__(self, module: Any, contract: StageContract) -> None:
         super().__init__(contract)
@@ -74,7 +74,7 @@ class TorchScriptRunner(Runner):
 
         arguments = [torch.from_dlpack(as_numpy(inputs[spec.name])) for spec in self.contract.inputs]
         with torch.inference_mode():
-            outputs = self._module(*arguments)
+            outputs = self.opened(self._module)(*arguments)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {s.name: o.numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}
 

@@ -7,6 +7,7 @@ takes the host a few microseconds.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -134,6 +135,7 @@ class CudaGraphs:
     def __init__(self, runners: Runners) -> None:
         self._runners = runners
         self._kinds: dict[Kind, CapturedLoop | None] = {}  # the last used one is at the end
+        self._lock = threading.Lock()  # held while the kinds change: threads draw at once on a processor
         self._capturer: Capturer | None = None
         self._failed = ""
         self._own = False
@@ -143,16 +145,17 @@ class CudaGraphs:
 
         For the first picture of a kind it returns None. At the second one it captures the loop with `make`.
         """
-        first, loop = kind not in self._kinds, self._kinds.pop(kind, None)
-        if not first and loop is None:
-            if self._cannot_capture():
-                self.use_own(True)
-            elif not self._failed:
-                loop = self._capture(make)
-        self._kinds[kind] = loop
-        while len(self._kinds) > KINDS_KEPT:
-            del self._kinds[next(iter(self._kinds))]
-        return loop
+        with self._lock:
+            first, loop = kind not in self._kinds, self._kinds.pop(kind, None)
+            if not first and loop is None:
+                if self._cannot_capture():
+                    self.use_own(True)
+                elif not self._failed:
+                    loop = self._capture(make)
+            self._kinds[kind] = loop
+            while len(self._kinds) > KINDS_KEPT:
+                del self._kinds[next(iter(self._kinds))]
+            return loop
 
     def _capture(self, make: Callable[[Capturer], CapturedLoop]) -> CapturedLoop | None:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lcm_compile.bundles.manifest import PipelineSettings, StageFile
 from lcm_compile.bundles.store import remember
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.gpu import OldDriver
-from lcm_compile.engines.runner import ForwardingRunner, Runner
+from lcm_compile.engines.runner import ForwardingRunner, Runner, closed
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
 from lcm_compile.pipeline.check import check_stages
@@ -33,7 +33,7 @@ def load(
     prompt_cache: int = PROMPTS_KEPT,
     cuda_graph: bool = True,
 ) -> Pipeline:
-    """Returns the pipeline of a bundle, with its engines loaded.
+    """Returns the pipeline of a bundle, with its engines loaded. Threads may share it.
 
     With `wait` False the engines load in a thread, and each stage waits for its own engine. `prompt_cache` is
     the number of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs
@@ -84,8 +84,14 @@ class LoadingRunner(ForwardingRunner):
         self._loading = loading
 
     def runner(self) -> Runner:
-        """Returns the loaded engine, and waits for it. Raises the error of the loading, if there was one."""
-        return self._loading.result()
+        """Returns the loaded engine, and waits for it.
+
+        Raises the error of the loading, if there was one, and UsageError if the loading was cancelled.
+        """
+        try:
+            return self._loading.result()
+        except CancelledError:
+            raise closed(f"the {self.contract.name} engine") from None
 
     def close(self) -> None:
         """Cancels the loading, or frees the engine if it is loaded."""

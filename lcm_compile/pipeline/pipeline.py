@@ -6,9 +6,12 @@ diffusers, unless an engine does.
 
 from __future__ import annotations
 
+import os
+import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
@@ -17,7 +20,8 @@ import numpy as np
 
 from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
-from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.runner import Array, Runner, closed
+from lcm_compile.errors import UsageError
 from lcm_compile.graphs import STAGES
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
@@ -50,6 +54,9 @@ class Pipeline(ABC):
 
     >>> with load("bundle/") as pipeline:
     ...     images = pipeline("a large red star on a striped pink background", seed=7)
+
+    Several threads may share a pipeline, and each picture is the one that is drawn alone. On a CPU they draw
+    at the same time, on a GPU one after the other. A process that forks must load the bundle in each child.
     """
 
     def __init__(
@@ -73,6 +80,10 @@ class Pipeline(ABC):
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
+        self._process = os.getpid()
+        self._closed = False
+        self._turn = Turn()
+        self._computing = threading.Lock()  # held during a pass of exclusive engines
 
     def __call__(
         self,
@@ -108,19 +119,65 @@ class Pipeline(ABC):
         `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
         (n, height, width, 3) of each batch as soon as they are drawn.
         """
-        progress = self.progress(request, show)
-        while True:
-            try:
-                report(*next(progress))
-            except StopIteration as stop:
-                return stop.value
+        with closing(self.progress(request, show)) as progress:
+            while True:
+                try:
+                    report(*next(progress))
+                except StopIteration as stop:
+                    return stop.value
+
+    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
+        """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing.
+
+        On a GPU other threads wait until this generator has ended or is closed. Raises UsageError if the
+        pipeline is closed or was loaded before this process was forked, or on a GPU if this thread has
+        already begun another drawing.
+        """
+        self.check_usable()
+        exclusive = self.exclusive
+        with self._turn.taken() if exclusive else nullcontext():
+            passes = self.passes(request, show)
+            while True:
+                with self._computing if exclusive else nullcontext():
+                    self.check_usable()
+                    try:
+                        done = next(passes)
+                    except StopIteration as stop:
+                        return stop.value
+                yield done
 
     @abstractmethod
-    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
-        """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
+    def passes(self, request: Request, show: Show) -> Progress:
+        """Does what `progress` does, for one drawing at a time if the engines are exclusive."""
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether the engines draw one picture at a time; they are all of one backend."""
+        return next(iter(self.runners.values())).exclusive
+
+    def check_usable(self) -> None:
+        """Raises UsageError if the pipeline is closed, or was loaded before this process was forked."""
+        if self._closed:
+            raise closed("this pipeline")
+        if os.getpid() != self._process:
+            raise UsageError(
+                f"this pipeline was loaded in process {self._process}, and a process forked from that one "
+                "has none of the threads that its engines compute with",
+                "load the bundle in each process after the fork, and not before",
+            )
 
     def close(self) -> None:
-        """Frees the engines' memory, and releases the lock on the bundle."""
+        """Frees the engines' memory, and releases the lock on the bundle. It may be called more than once.
+
+        A drawing that has begun ends with a UsageError at its next stage.
+        """
+        self._closed = True
+        if os.getpid() == self._process:  # a forked process has nothing that it could free
+            with self._computing:
+                self.free()
+
+    def free(self) -> None:
+        """Frees what the pipeline owns."""
         for runner in self.runners.values():
             runner.close()
         if self._held is not None:
@@ -138,7 +195,7 @@ class Pipeline(ABC):
 class LcmPipeline(Pipeline):
     """The pipeline of a bundle with an engine for each stage."""
 
-    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
+    def passes(self, request: Request, show: Show) -> Progress:
         """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
         steps = lcm_steps(request.steps, self.settings.scheduler)
         guided = self.needs_second_pass(request)
@@ -239,10 +296,36 @@ class LcmPipeline(Pipeline):
         """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""
         return self._graphs.status(graphs) if self.cuda_graph else SWITCHED_OFF
 
-    def close(self) -> None:
-        """Frees the CUDA graphs and the engines' memory, and releases the lock on the bundle."""
+    def free(self) -> None:
+        """Frees the CUDA graphs, and then what every pipeline owns."""
         self._graphs.close()
-        super().close()
+        super().free()
+
+
+class Turn:
+    """Lets one drawing at a time use engines. The threads of other drawings wait."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None  # the thread whose turn it is
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Waits for the turn, and has it during the block.
+
+        Raises UsageError if the turn is this thread's already, which would wait for itself.
+        """
+        if self._thread == threading.get_ident():
+            raise UsageError(
+                "this thread has begun another picture, and the engines draw one at a time",
+                "finish or close its progress() first, or load the bundle a second time",
+            )
+        with self._lock:
+            self._thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread = None
 
 
 class Passes:

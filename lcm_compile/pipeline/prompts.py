@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,18 +18,20 @@ PROMPTS_KEPT = 8  # prompts in the cache
 class Text:
     """The text states of a prompt, and the guidance scale if a stage takes it as an input.
 
-    `cut` is the end of the prompt that did not fit. `conditions` are the inputs of the step for this text at
-    each of `timesteps`, the timesteps that were last asked for.
+    `cut` is the end of the prompt that did not fit. `conditions` are the timesteps that were last asked for,
+    and the inputs of the step for this text at each of them; threads replace both together.
     """
 
     arrays: Arrays
     cut: str = ""
-    timesteps: tuple[float, ...] = ()
-    conditions: Sequence[Arrays] = ()
+    conditions: tuple[tuple[float, ...], Sequence[Arrays]] = ((), ())
 
 
 class Prompts:
-    """Encodes prompts, one for each batch of pictures, and caches the texts of the last `kept` prompts."""
+    """Encodes prompts, one for each batch of pictures, and caches the texts of the last `kept` prompts.
+
+    Several threads may use it at the same time.
+    """
 
     def __init__(
         self, runners: Runners, tokenizers: Mapping[str, PromptTokenizer], batch: int, kept: int
@@ -38,26 +41,30 @@ class Prompts:
         self._batch = batch
         self._kept = kept
         self._texts: dict[tuple[str | None, float], Text] = {}  # the last used one is at the end
+        self._lock = threading.Lock()  # held while the texts change
 
     def text(self, prompt: str | None, guidance_scale: float = 1.0) -> Text:
         """Returns the text of a prompt, from the cache if it is there; None gives text states of zeros."""
         key = (prompt, guidance_scale)
-        text = self._texts.pop(key, None)
+        text = self._texts.get(key)
         if text is None:
             arrays, cut = self._encode(prompt) if prompt is not None else (self._zeros(), "")
             text = Text({**arrays, **self._guidance(guidance_scale)}, cut)
-        self._texts[key] = text
-        while len(self._texts) > self._kept:
-            del self._texts[next(iter(self._texts))]
+        with self._lock:
+            self._texts.pop(key, None)
+            self._texts[key] = text
+            while len(self._texts) > self._kept:
+                del self._texts[next(iter(self._texts))]
         return text
 
     def conditions(self, text: Text, timesteps: Sequence[float]) -> Sequence[Arrays]:
         """Returns the step's other inputs for a text: one dict for each of the timesteps."""
-        if text.timesteps != tuple(timesteps):
+        known, conditions = text.conditions
+        if known != tuple(timesteps):
             times = put_timesteps(self._runners, timesteps)
-            text.conditions = conditions_of(self._runners, text.arrays, times)[: len(timesteps)]
-            text.timesteps = tuple(timesteps)
-        return text.conditions
+            conditions = conditions_of(self._runners, text.arrays, times)[: len(timesteps)]
+            text.conditions = tuple(timesteps), conditions
+        return conditions
 
     def blank(self) -> Arrays:
         """Returns new arrays of the shapes that a text has."""

@@ -10,7 +10,7 @@ import numpy as np
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of, show_nothing
+from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
@@ -46,7 +46,7 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
 class WholeLoopPipeline(Pipeline):
     """The pipeline of a bundle with a single engine, which encodes the prompt in every call."""
 
-    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
+    def passes(self, request: Request, show: Show) -> Progress:
         """Draws a request. Yields (calls done, calls in total) after every call; returns the drawing.
 
         Raises UsageError as check_whole_loop does, and BackendError if the engine returns NaN.

@@ -71,7 +71,7 @@ def test_it_computes_in_bf16(sdxl_checkpoint, tmp_path):
 
 def precisions_in(runner):
     """What the kernels of an engine compute in, as OpenVINO tells it."""
-    nodes = runner._request.get_compiled_model().get_runtime_model().get_ops()
+    nodes = runner._model.get_runtime_model().get_ops()
     told = (node.get_rt_info()["runtimePrecision"] for node in nodes)
     return {str(name.astype(str) if hasattr(name, "astype") else name) for name in told}
 
@@ -86,7 +86,7 @@ def test_the_threads_of_a_large_model_take_work_from_each_other(decode, monkeypa
     path, contract, (inputs, expected) = decode
 
     def partitioner_of(runner):
-        model = runner._request.get_compiled_model()
+        model = runner._model
         if "TBB_PARTITIONER" not in model.get_property("SUPPORTED_PROPERTIES"):
             pytest.skip("this OpenVINO has no such setting")
         return model.get_property("TBB_PARTITIONER").name

@@ -36,7 +36,7 @@ def threads_of(folder):
             if hasattr(runner, "_session"):
                 told.add(runner._session.get_session_options().intra_op_num_threads)
             else:
-                told.add(runner._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS"))
+                told.add(runner._model.get_property("INFERENCE_NUM_THREADS"))
     [number] = told
     return number
 

@@ -129,7 +129,7 @@ def test_openvino_multiplies_in_8_bits(network, tmp_path, floats):
         assert snr_db(expected, runner({"x": x.numpy()})["y"]) > (80 if floats == "fp32" else 25)
         kernels = [
             node.get_rt_info()["runtimePrecision"].astype(str)
-            for node in runner._request.get_compiled_model().get_runtime_model().get_ops()
+            for node in runner._model.get_runtime_model().get_ops()
             if node.get_rt_info()["layerType"].astype(str) in ("Convolution", "FullyConnected")
         ]
     assert len(kernels) == 2 and set(kernels) <= {"u8", "i8"}
