@@ -11,6 +11,7 @@ In the repository, the folders `export`, `engines` and `benchmarks` are next to 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.version import __version__
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from lcm_compile.spec import BuildSpec, LoraSpec
 
 __all__ = ["BuildSpec", "LoraSpec", "Request", "__version__", "build", "load"]
+
+# Libraries read these when they are imported, in child processes too. By default ONNX Runtime writes a device
+# id to the home folder and sends reports. What the user has set stays.
+for _setting in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_setting] = os.environ.get(_setting) or "1"
 
 # The module of each name, which is imported when the name is first used.
 _HOMES = {

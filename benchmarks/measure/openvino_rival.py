@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from lcm_compile.engines.openvino import import_openvino
 from lcm_compile.spec import Shape
 
 PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # to OpenVINO's names
@@ -33,8 +34,7 @@ def use_openvino(pipe: Any, shape: Shape, precision: str, threads: int) -> None:
 
 def converter(precision: str, threads: int) -> Convert:
     """Returns a function that compiles modules for the processor, in this precision."""
-    import openvino as ov
-
+    ov = import_openvino()
     core = ov.Core()
     settings = {
         "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
