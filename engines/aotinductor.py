@@ -22,7 +22,7 @@ from typing import Any
 from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.runner import Array
-from lcm_compile.engines.tensors import TensorRunner
+from lcm_compile.engines.tensors import TensorRunner, limit_torch_threads
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -150,6 +150,7 @@ def compiler_in(folder: Path) -> Iterator[None]:
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
     """Loads an engine. Raises BackendError if torch can't open the file."""
+    limit_torch_threads()
     return AotInductorRunner(path, contract)
 
 

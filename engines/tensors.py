@@ -11,9 +11,19 @@ import numpy as np
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import StageContract, TensorSpec
+from lcm_compile.system.limits import cpu_quota
+from lcm_compile.system.processor import threads
 
 if TYPE_CHECKING:
     import torch
+
+
+def limit_torch_threads() -> None:
+    """Lets torch compute with at most `threads()` threads in a container with a quota, which it ignores."""
+    import torch
+
+    if cpu_quota() is not None and torch.get_num_threads() > threads():
+        torch.set_num_threads(threads())
 
 
 class TensorRunner(Runner):

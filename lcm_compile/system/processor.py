@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+
+from lcm_compile.system.limits import cpu_quota
 
 CPUINFO = Path("/proc/cpuinfo")
 # The beginnings of the kernel's names for the vector and matrix extensions of x86. Every name that begins so
@@ -52,18 +55,26 @@ def model_name(cpuinfo: Path = CPUINFO) -> str:
 def threads() -> int:
     """Returns how many threads an engine computes with: OMP_NUM_THREADS, or else physical_cores().
 
-    Torch uses this number by itself. The thread pool of ONNX Runtime ignores both the variable and the set of
-    cores that the process may run on; OpenVINO ignores only the variable.
+    Torch heeds the variable and the set of cores that the process may run on by itself, and OpenVINO the set;
+    the thread pool of ONNX Runtime ignores both, and all of them ignore a container's quota.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(asked) if asked.isdecimal() and int(asked) else physical_cores()
 
 
 def physical_cores() -> int:
-    """Returns the number of physical cores that this process may run on.
+    """Returns the number of physical cores that this process may run on, at most its container's quota.
 
-    Logical cores are not counted, because two threads on one physical core share its multipliers.
+    Logical cores are not counted, because two threads on one physical core share its multipliers. A quota of
+    1.5 processors counts as 2: with one thread, a third of it would stay unused.
     """
+    cores = cores_of_affinity()
+    quota = cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def cores_of_affinity() -> int:
+    """Returns the number of physical cores in the set that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     if affinity is None:
         return os.cpu_count() or 1
