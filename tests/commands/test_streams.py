@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lcm_compile.builder import build as build_module
 from lcm_compile.output.picture_settings import read_origin
 
 LCM = f"{sys.executable} -m lcm_compile"
@@ -114,3 +115,34 @@ def test_json_of_a_picture_of_one_colour(command, sdxl_bundle, tmp_path, monkeyp
     words = ("run", "a black wall", "--engine", sdxl_bundle, "--steps", 1, "--out", tmp_path / "a.png")
     code, out, err = command(*words, "--json", "--quiet")
     assert code == 0 and "of one colour" in err and json.loads(out, parse_constant=pytest.fail)["images"]
+
+
+def test_ctrl_c_in_a_second_build_tells_the_first_bundle(command, sdxl_checkpoint, tmp_path, monkeypatch):
+    first, real = [], build_module.build_group
+
+    def interrupted(*words):
+        if first:
+            raise KeyboardInterrupt
+        first.append(real(*words))
+        return first[0]
+
+    monkeypatch.setattr(build_module, "build_group", interrupted)
+    monkeypatch.setattr(
+        build_module, "group_by_graphs", lambda plans: [[plan] for plan in plans if not plan.hit]
+    )
+    pytest.importorskip("tensorrt_rtx")
+    words = (
+        "build",
+        "--base",
+        sdxl_checkpoint,
+        "--no-lcm",
+        "--gpu",
+        "cpu",
+        "--gpu",
+        "a10",
+        "--out",
+        tmp_path,
+    )
+    code, out, err = command(*words)
+    assert (code, out) == (130, "") and f"these bundles are complete: {tmp_path / 'cpu'}\n" in err
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["cpu"]
