@@ -22,7 +22,7 @@ from typing import Any
 from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.runner import Array
-from lcm_compile.engines.tensors import TensorRunner, limit_torch_threads
+from lcm_compile.engines.tensors import TensorRunner, prepare_torch
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -149,8 +149,8 @@ def compiler_in(folder: Path) -> Iterator[None]:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
-    """Loads an engine. Raises BackendError if torch can't open the file."""
-    limit_torch_threads()
+    """Loads an engine. Raises BackendError if torch can't open the file, or as prepare_torch does."""
+    prepare_torch()
     return AotInductorRunner(path, contract)
 
 
@@ -169,9 +169,14 @@ class AotInductorRunner(TensorRunner):
         try:
             self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         except RuntimeError as error:
-            raise BackendError(
-                f"torch {torch.__version__} can't open {path}: {str(error).splitlines()[0]}", REBUILD
-            ) from error
+            reason = str(error).splitlines()[0]
+            # Torch unpacks the engine there, and looks at no other folder if the variable names a bad one.
+            hint = (
+                "set TMPDIR to a folder that can be written to"
+                if "temporary directory" in reason
+                else REBUILD
+            )
+            raise BackendError(f"torch {torch.__version__} can't open {path}: {reason}", hint) from error
         super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:

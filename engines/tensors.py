@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,26 @@ if TYPE_CHECKING:
     import torch
 
 
-def limit_torch_threads() -> None:
-    """Lets torch compute with at most `threads()` threads in a container with a quota, which it ignores."""
+_process: int | None = None  # the first one that loaded an engine of torch's
+
+
+def prepare_torch() -> None:
+    """Prepares torch for an engine on the CPU.
+
+    In a container with a quota it lets torch compute with at most `threads()` threads, because torch ignores
+    the quota. Raises BackendError if an engine was loaded before this process was forked: OpenMP would wait
+    for threads that only the other process has.
+    """
+    global _process
     import torch
 
+    _process = _process or os.getpid()
+    if os.getpid() != _process:
+        raise BackendError(
+            f"process {_process}, from which this one was forked, has computed with torch, whose threads do "
+            "not live on in this process",
+            "load bundles in forked processes only, or start processes with multiprocessing's spawn method",
+        )
     if cpu_quota() is not None and torch.get_num_threads() > threads():
         torch.set_num_threads(threads())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines.runner import Array, Runner, as_numpy
-from lcm_compile.engines.tensors import limit_torch_threads
+from lcm_compile.engines.tensors import prepare_torch
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -51,10 +51,10 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
 
 
 def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
-    """Loads an engine. Raises BackendError if torch can't open the file."""
+    """Loads an engine. Raises BackendError if torch can't open the file, or as prepare_torch does."""
     import torch
 
-    limit_torch_threads()
+    prepare_torch()
     try:
         return TorchScriptRunner(torch.jit.load(str(path), map_location="cpu"), contract)
     except RuntimeError as error:

@@ -31,6 +31,7 @@ from lcm_compile.commands.targets import targets
 from lcm_compile.commands.train_lora import train_lora
 from lcm_compile.commands.verify import verify
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.system.processor import share_quota
 from lcm_compile.version import __version__
 
 NO_ROOM = "free some room, or point stdout, --out or LCM_COMPILE_HOME at another disk"
@@ -42,6 +43,7 @@ def main() -> NoReturn:
     replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as the bytes that were given
+    share_quota()
     try:
         cli.main(prog_name="lcm-compile", standalone_mode=False)
         sys.stdout.flush()  # what can't be printed is told here, and not by Python at exit

@@ -10,6 +10,7 @@ from lcm_compile.builder.estimate import Estimate
 from lcm_compile.builder.plan import Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
 from lcm_compile.output.console import print_table, size_text
+from lcm_compile.system.limits import available_memory
 
 
 def print_plan(plan: Plan, cost: Estimate | None) -> None:
@@ -46,7 +47,10 @@ def estimate_rows(cost: Estimate) -> list[tuple[str, str]]:
     """Returns the rows of a plan's table that show its estimated disk space, memory and time."""
     rows = [("disk", f"{size_text(cost.bundle_bytes)}, and {size_text(cost.disk_bytes)} while it is built")]
     time = f"about {time_text(cost.seconds)} on 2 cores"
-    return [*rows, ("memory", size_text(cost.memory_bytes)), ("time", time)]
+    memory, available = size_text(cost.memory_bytes), available_memory()
+    if available is not None and available < cost.memory_bytes:
+        memory += f", and only {size_text(available)} are available here"
+    return [*rows, ("memory", memory), ("time", time)]
 
 
 def time_text(seconds: float) -> str:

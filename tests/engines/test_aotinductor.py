@@ -104,6 +104,13 @@ def test_arrays_of_other_layouts_and_types_give_the_same_picture(decode):
             np.testing.assert_array_equal(runner({"latent": other})["picture"], expected)
 
 
+def test_without_a_temporary_folder_the_variable_is_named(decode, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    with pytest.raises(BackendError, match="temporary directory") as error:
+        aotinductor.load(*decode, CPU)
+    assert "TMPDIR" in error.value.hint
+
+
 def test_an_array_of_another_shape_is_refused(decode):
     with aotinductor.load(*decode, CPU) as runner, pytest.raises(BackendError, match=r"not \(1, 4, 8, 8\)"):
         runner({"latent": np.zeros((1, 4, 8, 8), np.float32)})
