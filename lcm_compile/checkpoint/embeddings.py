@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, PlannedEmbedding
 from lcm_compile.checkpoint.hub import REPOSITORY, fetch
-from lcm_compile.checkpoint.weight_files import read_tensors
-from lcm_compile.errors import CheckpointError, UsageError, first_few, first_line
+from lcm_compile.checkpoint.weight_files import is_pickle, read_tensors, unpickle
+from lcm_compile.errors import CheckpointError, UsageError, first_few
 from lcm_compile.spec import EmbeddingSpec
 from lcm_compile.system.files import user_path
 
@@ -152,7 +152,7 @@ def read_embedding(planned: PlannedEmbedding) -> tuple[str, Vectors]:
     inversion.
     """
     path, asked = planned.path, planned.spec.token
-    found = words_in(path, read_file(path))
+    found = words_in(path, unpickle(path) if is_pickle(path) else read_tensors(path)[0])
     if len(found) > 1 and asked not in found:
         raise CheckpointError(
             f"{path} has {len(found)} textual inversions: {', '.join(map(repr, found))}",
@@ -202,27 +202,6 @@ def words_in(path: Path, data: Any) -> Mapping[str, Vectors]:
             f"give a LoRA to --lora; lcm-compile inspect {path} tells what it is",
         )
     return words
-
-
-def read_file(path: Path) -> Any:
-    """Returns what a file holds: tensors by key, or whatever torch's unpickler for weights reads.
-
-    That unpickler runs no code. Raises CheckpointError if the file can't be read.
-    """
-    import torch
-
-    if path.suffix.lower() == ".safetensors":
-        return read_tensors(path)
-    try:
-        # The first files of the method's authors hold a ParameterDict, a plain container of tensors.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    # The errors that torch's unpickler raises for damaged files share no narrower class.
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a pickle of weights only, and no other is opened: {first_line(error)}",
-            "get it as .safetensors",
-        ) from error
 
 
 def add_tokens(tokenizer_json: str, embeddings: list[Embedding]) -> str:

@@ -54,7 +54,7 @@ def stored_component(component: Component) -> torch.nn.Module:
     module = empty_module(component)
     tensors: Weights = {}
     for path in component.weight_files:
-        tensors |= read_tensors(path, component.prefix)
+        tensors |= read_tensors(path, component.prefix)[0]
     weights = as_diffusers(component, module, tensors)
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = {

@@ -114,7 +114,10 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
     """Raises CheckpointError if a file is no text-to-image base of these architectures."""
     hint = "give a complete checkpoint's file or folder to --base"
     first = f"{UNET}input_blocks.0.0.weight"
-    if first not in shapes and any(re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$", key) for key in shapes):
+    if first not in shapes and any(
+        re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$|\.oft_blocks$|\.on_input$|\.a1\.weight$", key)
+        for key in shapes
+    ):
         raise CheckpointError(f"{path} is a LoRA, not a base", f"--lora {path} fuses it into a --base")
     kinds = {
         "joint_blocks.": "a Stable Diffusion 3 model",

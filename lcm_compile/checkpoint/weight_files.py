@@ -9,7 +9,7 @@ import json
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import CheckpointError
 
@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     import torch
 
 Shapes = Mapping[str, tuple[int, ...]]
+PICKLES = (".bin", ".pt", ".pth")
+NO_PICKLE = "get the weights as .safetensors"
 MOST_HEADER = 100_000_000  # bytes: the library's own limit
+
+
+def is_pickle(path: Path) -> bool:
+    """Returns whether a file's name says that it is a pickle. Under other names no pickle is opened."""
+    return path.suffix.lower() in PICKLES
 
 
 def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
@@ -27,7 +34,7 @@ def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix == ".bin":
+    if is_pickle(path):
         return {key: tuple(tensor.shape) for key, tensor in read_pickle(path).items()}, {}
     try:
         with safe_open(path, framework="numpy") as handle:
@@ -44,7 +51,7 @@ def read_types(path: Path) -> dict[str, str]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix == ".bin":
+    if is_pickle(path):
         tensors = read_pickle(path)
         return {
             k: str(t.dtype).removeprefix("torch.").upper().replace("LOAT", "") for k, t in tensors.items()
@@ -56,43 +63,57 @@ def read_types(path: Path) -> dict[str, str]:
         raise unreadable(path, error) from error
 
 
-def read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Returns a file's tensors whose keys begin with a prefix. Data is read when it is first used.
+def read_tensors(path: Path, prefix: str = "") -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
+    """Returns a file's tensors whose keys begin with a prefix, and its metadata, which a pickle has not.
 
-    Raises CheckpointError if the file can't be read.
+    Data is read when it is first used. Raises CheckpointError if the file can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
-    if path.suffix == ".bin":
-        return {key: tensor for key, tensor in read_pickle(path).items() if key.startswith(prefix)}
+    if is_pickle(path):
+        return {key: tensor for key, tensor in read_pickle(path).items() if key.startswith(prefix)}, {}
     try:
         with safe_open(path, framework="pt") as handle:
             keys = [key for key in handle.keys() if key.startswith(prefix)]  # noqa: SIM118
-            return {key: handle.get_tensor(key) for key in keys}
+            return {key: handle.get_tensor(key) for key in keys}, handle.metadata() or {}
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable(path, error) from error
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a pickle by key, through torch's unpickler for weights, which runs no code.
+    """Returns the tensors of a pickle by key. Raises CheckpointError if it holds anything else."""
+    return named_tensors(path, unpickle(path))
 
-    Raises CheckpointError if it holds anything but named tensors.
+
+def unpickle(path: Path) -> Any:
+    """Returns what a pickle of weights holds, through torch's unpickler for weights, which runs no code.
+
+    Raises CheckpointError if it holds anything else.
     """
     import torch
 
-    hint = "get the weights as .safetensors"
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is empty", "download it again")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # The first textual inversions hold a ParameterDict, a plain container of tensors.
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     # The errors that torch's unpickler raises for damaged files share no narrower class.
     except Exception as error:
         reason = str(error).partition("\n")[0].split(". ")[0]
         message = f"{path} is not a pickle of weights only, and no other pickle is opened: {reason}"
-        raise CheckpointError(message, hint) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in loaded.items()
+        raise CheckpointError(message, NO_PICKLE) from error
+
+
+def named_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """Returns the content of a pickle. Raises CheckpointError if it is anything but named tensors."""
+    import torch
+
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in content.items()
     ):
-        raise CheckpointError(f"{path} is a pickle that holds no named tensors", hint)
-    return loaded
+        raise CheckpointError(f"{path} is a pickle that holds no named tensors", NO_PICKLE)
+    return content
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -112,7 +133,8 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
         return CheckpointError(f"{what}: it is empty", again)
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return CheckpointError(
-            f"{what}: it is a pickle under another name", "get the weights as .safetensors, not renamed to it"
+            f"{what}: it is a pickle, and a pickle is opened only if its name ends in {', '.join(PICKLES)}",
+            f"{NO_PICKLE}, or name the file .bin if it holds a pickle of weights",
         )
     if head.startswith(b"version https://git-lfs"):
         return CheckpointError(f"{what}: it is Git LFS's pointer to one", "git lfs pull fetches the file")
@@ -123,7 +145,7 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
     try:
         tensors = json.loads(header)
         end = max((t["data_offsets"][1] for name, t in tensors.items() if name != "__metadata__"), default=0)
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return CheckpointError(f"{what}: {error}", "get the weights as .safetensors")
     if 8 + length + end > size:
         return CheckpointError(f"{what}: it has {size} of {8 + length + end} bytes", again)

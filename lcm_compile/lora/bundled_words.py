@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, PlannedEmbedding
 from lcm_compile.checkpoint.weight_files import read_header
-from lcm_compile.errors import CheckpointError, LoraError
+from lcm_compile.errors import CheckpointError
 from lcm_compile.lora.embeddings import bundled_embeddings, is_skipped
 from lcm_compile.lora.find import PlannedLora
 from lcm_compile.spec import EmbeddingSpec
@@ -38,14 +38,7 @@ def keys_of(path: Path) -> Iterable[str]:
     """Returns the keys of a LoRA's file; none if it is PEFT's folder or can't be read, as read_lora tells."""
     if path.is_dir():
         return ()
-    if path.suffix.lower() == ".safetensors":
-        try:
-            return read_header(path)[0]
-        except CheckpointError:
-            return ()
-    from lcm_compile.lora.read import read_tensors
-
     try:
-        return read_tensors(path)[0]
-    except LoraError:
+        return read_header(path)[0]
+    except CheckpointError:
         return ()

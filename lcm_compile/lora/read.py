@@ -32,8 +32,10 @@ from pathlib import Path
 
 import torch
 
+from lcm_compile.checkpoint import weight_files
 from lcm_compile.checkpoint.families import lora_bases, names_of_width
-from lcm_compile.errors import LoraError, first_few
+from lcm_compile.checkpoint.weight_files import is_pickle, named_tensors, unpickle
+from lcm_compile.errors import CheckpointError, LoraError, first_few
 from lcm_compile.lora.embeddings import bundled_embeddings, is_skipped, refuse_inversion
 from lcm_compile.lora.find import PlannedLora
 from lcm_compile.lora.kinds import (
@@ -50,8 +52,6 @@ from lcm_compile.lora.peft_folder import as_one_file, lora_files_of
 from lcm_compile.spec import LoraSpec
 
 SAVE_AGAIN = "save the LoRA again, or use another"
-LONGEST_HEADER = 100_000_000  # bytes; the safetensors library opens no file with a longer one
-PICKLES = (".bin", ".pt", ".pth")
 # The beginnings of keys in kohya's layout, whose module names are flat (`_` for `.`), with their components.
 FLAT_PREFIXES = {
     "lora_unet_": "unet",
@@ -137,80 +137,20 @@ class Lora:
         return dict(Counter(layer.update.name for layer in self.layers))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], Mapping[str, str]]:
     """Returns a file's tensors by key, and its metadata.
 
-    A pickle is opened only if its name has an ending of PICKLES, and then by torch's unpickler for weights,
-    which runs no code. Raises LoraError if the file is neither a safetensors file nor such a pickle.
+    Raises LoraError if the file is neither a safetensors file nor a pickle of named weights.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if path.stat().st_size == 0:
-        raise LoraError(f"{path} is empty", "download it again")
-    if path.suffix.lower() in PICKLES:
-        return read_pickle(path), {}
     try:
-        with safe_open(path, framework="pt") as handle:
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-            return tensors, handle.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        # This is checked only after a failure: a good safetensors file begins with its header's length, whose
-        # bytes may be those of a pickle.
-        if looks_like_pickle(path):
-            raise LoraError(
-                f"{path} is a pickle, and a pickle is opened only if its name ends in {', '.join(PICKLES)}",
-                "get the LoRA as .safetensors, or name the file .bin if it holds a pickle of weights",
-            ) from error
-        if is_cut_off(path):
-            raise LoraError(f"{path} is no whole safetensors file: {error}", "download it again") from error
-        raise LoraError(
-            f"{path} is no safetensors file: {error}",
-            "give the LoRA's own file; some downloads save a web page in its place",
-        ) from error
-
-
-def is_cut_off(path: Path) -> bool:
-    """Returns whether a file begins as a safetensors file does, and is shorter than its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            return size < 8 or (file.read(1) == b"{" and length < LONGEST_HEADER)
-        try:
-            header = json.loads(file.read(length))
-            ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
-            return bool(size < 8 + length + max(ends, default=0))
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-            return False
-
-
-def looks_like_pickle(path: Path) -> bool:
-    """Returns whether a file begins as a pickle does, or as the zip archive that torch puts one into."""
-    with path.open("rb") as file:
-        head = file.read(2)
-    return head == b"PK" or head[:1] == b"\x80"
-
-
-def read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """Returns the tensors of a pickle by key. Raises LoraError if it holds anything but named tensors."""
-    try:
-        # The first textual inversions hold a ParameterDict, a plain container of tensors.
-        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # The errors that torch's unpickler raises for damaged files share no narrower class.
-    except Exception as error:
-        reason = str(error).partition("\n")[0].split(". ")[0]
-        raise LoraError(
-            f"{path} is not a pickle of weights only, and no other pickle is opened: {reason}",
-            "get the LoRA as .safetensors",
-        ) from error
-    if isinstance(loaded, dict) and "string_to_param" in loaded:
-        refuse_inversion(path, loaded)
-    if not isinstance(loaded, dict) or not all(
-        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in loaded.items()
-    ):
-        raise LoraError(f"{path} is a pickle that holds no named tensors", "get the LoRA as .safetensors")
-    return loaded
+        if not is_pickle(path):
+            return weight_files.read_tensors(path)
+        content = unpickle(path)
+        if isinstance(content, dict) and "string_to_param" in content:
+            refuse_inversion(path, content)
+        return named_tensors(path, content), {}
+    except CheckpointError as error:
+        raise LoraError(error.message, error.hint) from error
 
 
 def read_loras(planned: Iterable[PlannedLora], skip: Sequence[str] = ()) -> list[tuple[Lora, LoraSpec]]:

@@ -75,15 +75,16 @@ def text(path):
     path.write_text("<!DOCTYPE html><html>404</html>")
 
 
+AGAIN = "download it again"
 DAMAGES = {
-    "empty": (lambda p: p.write_bytes(b""), "is empty"),
-    "one byte": (lambda p: p.write_bytes(b"\x01"), "no whole safetensors"),
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), "no whole safetensors"),
-    "header cut": (lambda p: p.write_bytes(p.read_bytes()[:100]), "no whole safetensors"),
-    "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 16), "no safetensors"),
-    "huge header": (huge_header, "no safetensors"),
-    "a web page": (text, "no safetensors"),
-    "no tensors": (lambda p: save_file({}, p), "holds no tensors"),
+    "empty": (lambda p: p.write_bytes(b""), "is empty", AGAIN),
+    "one byte": (lambda p: p.write_bytes(b"\x01"), "ends within its header", AGAIN),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), " bytes", AGAIN),
+    "header cut": (lambda p: p.write_bytes(p.read_bytes()[:100]), "ends within its header", AGAIN),
+    "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 16), "no whole safetensors", "get the weights"),
+    "huge header": (huge_header, "no whole safetensors", "get the weights"),
+    "a web page": (text, "it is a web page", "download the file itself"),
+    "no tensors": (lambda p: save_file({}, p), "holds no tensors", "give the LoRA's own file"),
 }
 
 
@@ -91,10 +92,9 @@ DAMAGES = {
 def test_damaged(refuse, sdxl_loras, tmp_path, damage):
     path = tmp_path / "lora.safetensors"
     path.write_bytes(sdxl_loras["kohya"].read_bytes())
-    change, told = DAMAGES[damage]
+    change, *told = DAMAGES[damage]
     change(path)
-    whole = told in ("no safetensors", "holds no tensors")
-    refuse([path, told, "give the LoRA's own file" if whole else "download it again"], path)
+    refuse([path, *told], path)
 
 
 class Malice:
