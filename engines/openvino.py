@@ -21,6 +21,7 @@ from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
+from lcm_compile.system.decimal_point import decimal_point
 from lcm_compile.system.processor import instruction_set, threads
 from lcm_compile.targets import GpuTarget
 
@@ -82,7 +83,8 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
         model = ov.Core().read_model(graph.path)
         model.set_rt_info(graph.precision.value, LABEL)
         kept = [unsqueeze_to_reshape(node) for node in list(purely_fp32_nodes(model))]
-        ov.save_model(model, path, compress_to_fp16=False)
+        with decimal_point():  # otherwise it would write numbers that it can't read
+            ov.save_model(model, path, compress_to_fp16=False)
         keep_fp32(path, {node.get_friendly_name() for node in kept})
     except RuntimeError as error:
         raise BackendError(
