@@ -82,7 +82,7 @@ DAMAGES = {
     "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-7]), " bytes", AGAIN),
     "header cut": (lambda p: p.write_bytes(p.read_bytes()[:100]), "ends within its header", AGAIN),
     "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 16), "no whole safetensors", "get the weights"),
-    "huge header": (huge_header, "no whole safetensors", "get the weights"),
+    "huge header": (huge_header, "ends within its header", AGAIN),
     "a web page": (text, "it is a web page", "download the file itself"),
     "no tensors": (lambda p: save_file({}, p), "holds no tensors", "give the LoRA's own file"),
 }
