@@ -72,6 +72,7 @@ def build(
         return
     for plan in plans:
         note_reasons(plan)
+    note_memory(plans)
     with BuildProgress() as progress:
         try:
             built = build_plans(plans, force, progress)
@@ -135,6 +136,21 @@ def check_additions(plans: Sequence[Plan]) -> None:
         from lcm_compile.builder.prepare import LoraFiles, check_fit
 
         check_fit(missed, LoraFiles(missed))
+
+
+def note_memory(plans: Sequence[Plan]) -> None:
+    """Warns if a build takes more memory than this machine or container has left: it may be killed."""
+    from lcm_compile.builder.estimate import estimate_plan
+    from lcm_compile.output.console import note, size_text
+    from lcm_compile.output.reports import lacks_memory
+
+    costs = [estimate_plan(plan) for plan in plans if not plan.hit]
+    most = max(costs, key=lambda cost: cost.memory_bytes, default=None)
+    if most and (lack := lacks_memory(most)):
+        note(
+            f"warning: the build takes about {size_text(most.memory_bytes)} of memory, and {lack}",
+            always=True,
+        )
 
 
 def show_plans(plans: Sequence[Plan], as_json: bool) -> None:

@@ -33,6 +33,7 @@ from lcm_compile.commands.training_options import follow, print_size, training_o
 @training_options(steps=1000, rank=64, batch=12)
 def distill(out: Path | None, resume: bool, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Teach a base to draw in a few steps, with a new LCM-LoRA."""
+    from lcm_compile.output.console import note
     from lcm_compile.training.adapters import ADAPTED
     from lcm_compile.training.count import count_full, count_lora
     from lcm_compile.training.distill import DistillSpec
@@ -47,4 +48,4 @@ def distill(out: Path | None, resume: bool, dry_run: bool, as_json: bool, **opti
     written = "checkpoint" if spec.full else "lcm_lora"
     base = f"{out} --gpu cpu --no-lcm" if spec.full else f"{spec.base} --gpu cpu --lcm-lora {out}"
     next_command = f"lcm-compile build --base {base}"
-    follow(start(spec, out, resume), out, "distilling", written, next_command, as_json)
+    follow(start(spec, out, resume, note), out, "distilling", written, next_command, as_json)

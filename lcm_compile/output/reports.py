@@ -47,10 +47,15 @@ def estimate_rows(cost: Estimate) -> list[tuple[str, str]]:
     """Returns the rows of a plan's table that show its estimated disk space, memory and time."""
     rows = [("disk", f"{size_text(cost.bundle_bytes)}, and {size_text(cost.disk_bytes)} while it is built")]
     time = f"about {time_text(cost.seconds)} on 2 cores"
-    memory, available = size_text(cost.memory_bytes), available_memory()
-    if available is not None and available < cost.memory_bytes:
-        memory += f", and only {size_text(available)} are available here"
-    return [*rows, ("memory", memory), ("time", time)]
+    memory = size_text(cost.memory_bytes)
+    return [*rows, ("memory", ", and ".join(filter(None, (memory, lacks_memory(cost))))), ("time", time)]
+
+
+def lacks_memory(cost: Estimate) -> str:
+    """Returns what this machine or container has left if it is less memory than a build takes, else ""."""
+    available = available_memory()
+    enough = available is None or available >= cost.memory_bytes
+    return "" if enough else f"only {size_text(available or 0)} are available here"
 
 
 def time_text(seconds: float) -> str:

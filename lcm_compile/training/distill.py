@@ -80,10 +80,13 @@ class DistillSpec(TrainSpec):
             raise UsageError(f"guidance-min {self.guidance_min} is above guidance-max {self.guidance_max}")
 
 
-def distill(spec: DistillSpec, out: Path, resume: bool = False) -> Generator[Progress, None, Path]:
+def distill(
+    spec: DistillSpec, out: Path, resume: bool = False, tell: Callable[[str], None] = lambda _: None
+) -> Generator[Progress, None, Path]:
     """Distils a base into an LCM-LoRA or a complete LCM. Yields after every step, and finally returns `out`.
 
-    The request is checked before this returns, and weights are loaded at the first step. `out` is written
+    The request is checked before this returns, and weights are loaded at the first step. `tell` is called
+    with each remark about how the base was read. `out` is written
     after the last step; until then a state file next to it lets `resume` continue the training.
     Raises UsageError if a setting or a path is wrong, CheckpointError if the base can't be read or is an LCM
     already, and LcmCompileError if the pictures or the state can't be read. A step raises LcmCompileError if
@@ -96,6 +99,8 @@ def distill(spec: DistillSpec, out: Path, resume: bool = False) -> Generator[Pro
     check_out(out, folder=spec.full)
     checkpoint = open_checkpoint(spec.base)
     check_teacher(checkpoint, spec.skip)
+    for remark in checkpoint.notes:
+        tell(remark)
     machine = find_machine(spec.mixed_precision)
     data = open_data(spec.data or DEMO, *checkpoint.default_size, spec.seed)
     state = open_state(out, resume, settings_of(spec, checkpoint, machine, data=data.digest()))

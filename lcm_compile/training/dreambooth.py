@@ -98,7 +98,8 @@ def train_lora(
     """Trains a LoRA on the pictures of a folder. Yields after every step, and finally returns `out`.
 
     The request is checked before this returns. Missing class pictures are drawn before this returns too, and
-    `tell` is called with a line of text before each. `resume` and the errors are those of `distill`.
+    `tell` is called with a line of text before each, and with each remark about how the base was read.
+    `resume` and the errors are those of `distill`.
     """
     if spec.data is None:
         raise UsageError("no pictures to train on", "give a folder of pictures to --data")
@@ -110,6 +111,8 @@ def train_lora(
             f"{checkpoint.base} is an LCM: its UNet takes the guidance scale",
             "train on the base that it was distilled from",
         )
+    for remark in checkpoint.notes:
+        tell(remark)
     machine = find_machine(spec.mixed_precision)
     height, width = checkpoint.default_size
     data = open_data(spec.data, height, width, spec.seed, spec.prompt)
