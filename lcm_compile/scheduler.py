@@ -26,8 +26,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """The scheduler settings of a checkpoint that LCM sampling uses. Names and defaults are diffusers'.
+    """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of LCMScheduler.
 
+    The last three are None if the checkpoint has none; then each sampler has a default of its own.
     Raises ValueError if LCM can't sample with the settings.
     """
 
@@ -42,6 +43,9 @@ class SchedulerSettings:
     prediction_type: str = "epsilon"
     timestep_scaling: float = 10.0
     rescale_betas_zero_snr: bool = False
+    timestep_spacing: str | None = None
+    steps_offset: int | None = None
+    set_alpha_to_one: bool | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -155,7 +159,7 @@ class LcmStep:
     +, * and, for `clip`, the method clip are used.
     """
 
-    timestep: int
+    timestep: float
     x0_latent: float
     x0_output: float
     c_skip: float

@@ -16,7 +16,7 @@ from lcm_compile import _HOMES
 ROOT = Path(__file__).parent.parent
 
 # The files that lie in no folder and that every folder may import, as it may `system`.
-GROUND = {"errors", "version", "precisions", "graphs", "targets", "spec", "scheduler"}
+GROUND = {"errors", "version", "precisions", "graphs", "targets", "spec", "scheduler", "samplers"}
 # The folders that each folder may import besides itself.
 MAY_IMPORT = {
     "system": set(),

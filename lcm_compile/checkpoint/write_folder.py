@@ -28,8 +28,9 @@ def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
     kind = "LCMScheduler" if lcm else checkpoint.scheduler_config.get("_class_name", "PNDMScheduler")
     if lcm:
         with quiet_libraries():
-            settings = checkpoint.scheduler.to_dict()
-            diffusers.LCMScheduler(**settings).save_pretrained(folder / "scheduler")
+            settings = checkpoint.scheduler.to_dict().items()
+            known = {name: value for name, value in settings if value is not None}
+            diffusers.LCMScheduler(**known).save_pretrained(folder / "scheduler")
     else:
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(checkpoint.scheduler_config), indent=2))

@@ -47,6 +47,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--negative-prompt", help="What the picture should not show; needs guidance above 1."
             ),
             click.option(
+                "--sampler",
+                default="lcm",
+                show_default=True,
+                help="lcm; or, for a bundle without an LCM-LoRA, ddim, euler or euler-a.",
+            ),
+            click.option(
                 "--steps", type=int, default=4, show_default=True, help="Denoising steps, 1 or more."
             ),
             click.option(

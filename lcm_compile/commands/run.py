@@ -232,6 +232,7 @@ def draw_pictures(
                     {"path": str(path), "seed": request.seed, "index": index}
                     for path, index in zip(paths, indices, strict=True)
                 ],
+                "sampler": request.sampler,
                 "steps": request.steps,
                 "guidance_scale": request.guidance_scale,
                 "engine": str(bundle.folder),
@@ -310,7 +311,14 @@ def note_remarks(bundle: EngineBundle, request: Request) -> None:
     from lcm_compile.output.reports import loss_lines
 
     scale, manifest = request.guidance_scale, bundle.manifest
-    if takes_guidance(manifest.stages):
+    full_lcm = takes_guidance(manifest.stages)
+    if request.sampler != "lcm":
+        if full_lcm or any(lora["role"] == "lcm" for lora in manifest.loras):
+            name = bundle.folder.name
+            note(f"hint: {name} is made for --sampler lcm; {request.sampler} needs one of build --no-lcm")
+        elif scale <= 1:
+            note("hint: a base without an LCM-LoRA needs guidance; try --guidance-scale 7 and --steps 25")
+    elif full_lcm:
         if request.negative_prompt:
             note("hint: --negative-prompt does nothing here: a full LCM has no second pass to read it")
     elif scale > GUIDANCE_HINT:

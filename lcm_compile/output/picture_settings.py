@@ -19,6 +19,7 @@ from xml.sax.saxutils import quoteattr
 
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.pipeline.request import Request
+from lcm_compile.samplers import SAMPLERS
 from lcm_compile.system.dataclass_json import from_json
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def parameters(origin: Origin, width: int, height: int) -> str:
     request = origin.request
     values = {
         "Steps": request.steps,
-        "Sampler": "LCM",
+        "Sampler": SAMPLERS[request.sampler].label,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         "Size": f"{width}x{height}",

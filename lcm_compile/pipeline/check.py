@@ -10,7 +10,8 @@ from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import DRAW, STAGES, StageContract
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
-from lcm_compile.scheduler import COEFFICIENTS, lcm_timesteps
+from lcm_compile.samplers import schedule
+from lcm_compile.scheduler import COEFFICIENTS
 
 
 def check_stages(bundle: EngineBundle) -> None:
@@ -72,7 +73,7 @@ def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[st
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
     """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
-    lcm_timesteps(request.steps, bundle.manifest.pipeline.scheduler)
+    schedule(request.sampler, request.steps, bundle.manifest.pipeline.scheduler)
     for stage in bundle.manifest.stages:
         if stage.contract.name == DRAW:
             check_whole_loop(stage.contract, request)

@@ -19,7 +19,7 @@ from lcm_compile.errors import BackendError
 from lcm_compile.pipeline.loop import Arrays, Loop, Runners, conditions_of
 from lcm_compile.scheduler import LcmStep
 
-Kind = tuple[int, bool]  # the number of steps, and whether a second pass guides the picture
+Kind = tuple[str, int, bool]  # the sampler, the number of steps, and whether a second pass guides
 KINDS_KEPT = 8  # kinds of pictures whose graphs are kept
 # The status of a picture: whether it was drawn with CUDA graphs, and why not.
 USED = "used"

@@ -38,7 +38,8 @@ from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.prompts import Prompts, Text
 from lcm_compile.pipeline.request import Request, draw_seed
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
-from lcm_compile.scheduler import LcmStep, lcm_steps
+from lcm_compile.samplers import schedule
+from lcm_compile.scheduler import LcmStep
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,6 +91,7 @@ class Pipeline(ABC):
         prompt: str,
         *,
         negative_prompt: str | None = None,
+        sampler: str = "lcm",
         steps: int = 4,
         guidance_scale: float | None = None,
         seed: int | None = None,
@@ -103,7 +105,8 @@ class Pipeline(ABC):
         """
         seed = draw_seed() if seed is None else seed
         scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-        drawing = self.draw(Request(prompt, seed, negative_prompt, steps, scale, num_images))
+        request = Request(prompt, seed, negative_prompt, steps, scale, num_images, sampler=sampler)
+        drawing = self.draw(request)
         if text := warning_of_one_colour(drawing.pictures):
             warnings.warn(text, stacklevel=2)
         return drawing.images()
@@ -197,14 +200,15 @@ class LcmPipeline(Pipeline):
 
     def passes(self, request: Request, show: Show) -> Progress:
         """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
-        steps = lcm_steps(request.steps, self.settings.scheduler)
+        plan = schedule(request.sampler, request.steps, self.settings.scheduler)
+        steps = plan.steps
         guided = self.needs_second_pass(request)
         batches = list(batches_of(request, self.settings.shape.batch))
         passes = Passes(
             (1 + guided) * (1 + ("context" in self.runners)), len(batches), len(steps) * (1 + guided)
         )
         clock = Clock(self.runners["encode"], STAGES)
-        graphs = self.find_graphs(steps, guided)
+        graphs = self.find_graphs(request.sampler, steps, guided)
         clock.lap("")
 
         texts = []
@@ -220,7 +224,7 @@ class LcmPipeline(Pipeline):
         noise = NoiseStream(request.seed, (request.num_images, *self.latent_shape()))
         pictures = Pictures(clock, show)
         for rows, kept in batches:
-            latent = self.put(noise[0][rows])
+            latent = self.put(plan.first(noise[0][rows]))
             for i in range(len(steps)):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise[i + 1][rows]) if i + 1 < len(steps) else None
@@ -261,7 +265,7 @@ class LcmPipeline(Pipeline):
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
             return graphs.begin([text.arrays for text in texts], guidance)
-        timesteps = [float(step.timestep) for step in steps]
+        timesteps = [step.timestep for step in steps]
         conditions = [self.prompts.conditions(text, timesteps) for text in texts]
         return Loop(self.runners, steps, put_coefficients(self.runners, steps), conditions, guidance)
 
@@ -278,7 +282,7 @@ class LcmPipeline(Pipeline):
     def _graphs(self) -> CudaGraphs:
         return CudaGraphs(self.runners)
 
-    def find_graphs(self, steps: Sequence[LcmStep], guided: bool) -> CapturedLoop | None:
+    def find_graphs(self, sampler: str, steps: Sequence[LcmStep], guided: bool) -> CapturedLoop | None:
         """Returns the CUDA graphs for pictures of these steps, or None if they are drawn without."""
         if not self.cuda_graph:
             self._graphs.use_own(False)
@@ -286,11 +290,11 @@ class LcmPipeline(Pipeline):
 
         def make(capturer: Capturer) -> CapturedLoop:
             coefficients = put_coefficients(self.runners, steps)
-            times = put_timesteps(self.runners, [float(step.timestep) for step in steps])
+            times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
             return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts)
 
-        return self._graphs.find((len(steps), guided), make)
+        return self._graphs.find((sampler, len(steps), guided), make)
 
     def graph_status(self, graphs: CapturedLoop | None) -> str:
         """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""

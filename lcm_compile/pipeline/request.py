@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from lcm_compile.errors import UsageError
+from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.samplers import SAMPLERS
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Request:
 
     A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros. A `guidance_scale` of 1
     is none; a full LCM's own default is `Pipeline.settings.guidance_scale`. All `num_images` share one stream
-    of noise. With an `index`, only that picture of them is drawn, counted from 0.
+    of noise. With an `index`, only that picture of them is drawn, counted from 0. `sampler` is one of
+    `samplers.SAMPLERS`; LCM-LoRAs and full LCMs are made for `lcm`.
     """
 
     prompt: str
@@ -27,6 +29,7 @@ class Request:
     guidance_scale: float = 1.0
     num_images: int = 1
     index: int | None = None
+    sampler: str = "lcm"
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, list | tuple):
@@ -44,6 +47,8 @@ class Request:
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise UsageError(f"guidance scale must be a number, not {shown(scale)}")
         object.__setattr__(self, "guidance_scale", float(scale))
+        if self.sampler not in SAMPLERS:
+            raise unknown_name("sampler", str(self.sampler), SAMPLERS)
         if self.num_images < 1:
             raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
         if not 0.0 <= self.guidance_scale < float("inf"):

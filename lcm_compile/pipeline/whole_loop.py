@@ -14,7 +14,7 @@ from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
-from lcm_compile.scheduler import lcm_steps
+from lcm_compile.samplers import Schedule, schedule
 
 NO_CUDA_GRAPH = "not used: one engine draws the complete picture"
 STAGED = "build without --whole-loop; such a bundle can draw it"
@@ -54,10 +54,11 @@ class WholeLoopPipeline(Pipeline):
         runner = self.runners[DRAW]
         check_whole_loop(runner.contract, request)
         clock = Clock(runner, (DRAW,))
-        given, cut = self.inputs_for(request)
+        plan = schedule(request.sampler, request.steps, self.settings.scheduler)
+        given, cut = self.inputs_for(request, plan)
         draws, _, *latent = inputs_of(runner.contract)["noise"].shape
         stream = NoiseStream(request.seed, (request.num_images, *latent))
-        noise = np.stack([stream[i] for i in range(draws)])
+        noise = np.stack([plan.first(stream[0]), *(stream[i] for i in range(1, draws))])
         clock.lap("")
         pictures = Pictures(clock, show)
         batches = list(batches_of(request, self.settings.shape.batch))
@@ -69,13 +70,12 @@ class WholeLoopPipeline(Pipeline):
             yield i, len(batches)
         return Drawing(pictures.all(), {**clock.ms(), "load": self.load_ms}, cut, NO_CUDA_GRAPH)
 
-    def inputs_for(self, request: Request) -> tuple[dict[str, Any], str]:
+    def inputs_for(self, request: Request, plan: Schedule) -> tuple[dict[str, Any], str]:
         """Returns the inputs without the noise, on the device, and the end of the prompt that did not fit."""
         runner = self.runners[DRAW]
         arrays, cut = self.prompts.tokens(request.prompt)
-        steps = lcm_steps(request.steps, self.settings.scheduler)
-        arrays["timesteps"] = np.asarray([step.timestep for step in steps], np.float32)
-        arrays["coefficients"] = np.asarray([step.coefficients for step in steps], np.float32)
+        arrays["timesteps"] = np.asarray([step.timestep for step in plan.steps], np.float32)
+        arrays["coefficients"] = np.asarray([step.coefficients for step in plan.steps], np.float32)
         if "guidance" in inputs_of(runner.contract):
             arrays["guidance"] = np.asarray([request.guidance_scale - 1], np.float32)
         return {name: runner.to_device(array) for name, array in arrays.items()}, cut

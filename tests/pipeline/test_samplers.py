@@ -1,0 +1,93 @@
+"""Pictures of the ordinary samplers, against diffusers with its own schedulers and the same weights."""
+
+from __future__ import annotations
+
+import json
+
+import factories
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers_reference import reference
+from PIL import Image
+
+from lcm_compile import BuildSpec, LoraSpec, build, load
+from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.drawing import eight_bits
+from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
+
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler-a": EulerAncestralDiscreteScheduler,
+}
+FLOOR = 60  # dB
+
+
+@pytest.fixture(scope="module")
+def sd15_bundle(sd15_checkpoint, tmp_path_factory):
+    spec = BuildSpec(str(sd15_checkpoint), no_lcm=True, backend="torchscript")
+    return build(spec, tmp_path_factory.mktemp("ordinary") / "bundle").folder
+
+
+@pytest.fixture(params=["sd15", "sdxl"])
+def pair(request, sd15_bundle, sdxl_bundle, sd15_checkpoint, sdxl_checkpoint):
+    """A bundle without an LCM-LoRA, and diffusers' pipeline of the same base."""
+    if request.param == "sd15":
+        return sd15_bundle, reference(sd15_checkpoint)
+    return sdxl_bundle, reference(sdxl_checkpoint)
+
+
+@pytest.mark.parametrize(("steps", "scale"), [(4, 1.0), (25, 7.5)])
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_pictures_are_those_of_diffusers(pair, sampler, steps, scale):
+    bundle, theirs = pair
+    theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
+    drawn = theirs(
+        "a red star",
+        negative_prompt="blue",
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        num_images_per_prompt=2,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+    ).images
+    with load(bundle) as ours:
+        pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 2, sampler=sampler)).pictures
+    for mine, other in zip(pictures, eight_bits(drawn), strict=True):
+        assert psnr_db(other, mine) >= FLOOR
+
+
+def test_one_graph_for_the_complete_picture(sd15_checkpoint, sd15_bundle, tmp_path):
+    spec = BuildSpec(str(sd15_checkpoint), no_lcm=True, backend="onnxruntime", whole_loop=True)
+    with load(build(spec, tmp_path / "bundle")) as ours, load(sd15_bundle) as staged:
+        for sampler in SCHEDULERS:
+            one, other = (p("a red star", seed=7, sampler=sampler)[0] for p in (ours, staged))
+            assert psnr_db(np.asarray(one), np.asarray(other)) >= FLOOR
+
+
+def test_run_tells_the_sampler(sd15_bundle, command, refused, tmp_path):
+    words = ["run", "a star", "--bundle", sd15_bundle, "--seed", 7, "--out", tmp_path / "a.png"]
+    _, out, err = command(*words, "--sampler", "euler-a", "--json")
+    assert json.loads(out)["sampler"] == "euler-a" and "needs guidance" in err
+    assert "Sampler: Euler a" in Image.open(tmp_path / "a.png").text["parameters"]
+    first = Image.open(tmp_path / "a.png").tobytes()
+    command("run", "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
+    assert Image.open(tmp_path / "b.png").tobytes() == first
+    refused(2, ["no sampler 'eulr'", "euler"], *words, "--sampler", "eulr")
+    refused(2, "from 1 to 50", *words, "--steps", 51)
+    refused(2, "from 1 to 1000", *words, "--sampler", "ddim", "--steps", 1001)
+    with pytest.raises(UsageError, match="sampler"):
+        Request("a star", 1, sampler=None)
+
+
+def test_a_bundle_with_an_lcm_lora_is_told_to_be_for_lcm(sd15_checkpoint, command, tmp_path):
+    lora = factories.write_lora(reference(sd15_checkpoint), tmp_path / "lcm.safetensors", "kohya")
+    spec = BuildSpec(str(sd15_checkpoint), lcm_lora=LoraSpec(str(lora)), backend="torchscript")
+    bundle = build(spec, tmp_path / "bundle").folder
+    _, _, err = command(
+        "run", "a star", "--bundle", bundle, "--sampler", "euler", "--out", tmp_path / "a.png"
+    )
+    assert "made for --sampler lcm" in err and err.count("hint") == 1
