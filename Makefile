@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo gate proof test test-sample test-slow check clean
+.PHONY: bench demo findings gate proof test test-sample test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
@@ -48,6 +48,13 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[rtx,dev]' -c constraints.txt
 	touch $@
+
+# Runs every script of findings/ and tells at the end which no longer hold. Outside CI: they need a network.
+findings:
+	@changed=; for script in findings/*.sh; do \
+		echo "== $$script"; sh $$script || changed="$$changed $$script"; \
+	done; \
+	if [ -n "$$changed" ]; then echo "No longer so:$$changed"; exit 1; fi; echo "All still so."
 
 clean:
 	rm -rf .venv build *.egg-info demo.png
