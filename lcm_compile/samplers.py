@@ -51,9 +51,15 @@ def schedule(sampler: str, num_steps: int, settings: SchedulerSettings) -> Sched
         most = settings.num_train_timesteps
         if not 1 <= num_steps <= most:
             raise UsageError(f"steps must be from 1 to {most}, not {num_steps}")
-        if settings.clip is not None:
+        clips = settings.clip is not None or (sampler == "ddim" and settings.clip_sample is None)
+        if clips:
+            has = (
+                "no clip_sample, for which DDIMScheduler takes true"
+                if settings.clip is None
+                else "clip_sample"
+            )
             raise UsageError(
-                f"the sampler {sampler} can't draw with a base whose scheduler has clip_sample",
+                f"the sampler {sampler} can't clip, and the config of the base's scheduler has {has}",
                 "--sampler lcm, or clip_sample false in scheduler/scheduler_config.json and a new build",
             )
     return SAMPLERS[sampler].schedule(num_steps, settings)

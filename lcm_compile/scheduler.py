@@ -28,7 +28,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class SchedulerSettings:
     """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of LCMScheduler.
 
-    The last three are None if the checkpoint has none; then each sampler has a default of its own.
+    `clip_sample` and the last three are None if the checkpoint has none; each sampler has its own default then.
     Raises ValueError if LCM can't sample with the settings.
     """
 
@@ -38,7 +38,7 @@ class SchedulerSettings:
     beta_schedule: str = "scaled_linear"
     trained_betas: tuple[float, ...] | None = None
     original_inference_steps: int = 50
-    clip_sample: bool = False
+    clip_sample: bool | None = None
     clip_sample_range: float = 1.0
     prediction_type: str = "epsilon"
     timestep_scaling: float = 10.0

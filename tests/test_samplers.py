@@ -75,6 +75,8 @@ def test_what_can_not_be_drawn():
         with pytest.raises(UsageError, match="clip_sample"):
             schedule(sampler, 4, SchedulerSettings(clip_sample=True))
         with pytest.raises(UsageError, match="timestep_spacing is 'odd'"):
-            schedule(sampler, 4, SchedulerSettings(timestep_spacing="odd"))
+            schedule(sampler, 4, SchedulerSettings(clip_sample=False, timestep_spacing="odd"))
+    with pytest.raises(UsageError, match="no clip_sample"):
+        schedule("ddim", 4, SchedulerSettings())
     with pytest.raises(UsageError, match="begin at timestep 1000"):
         schedule("euler", 1000, SchedulerSettings(timestep_spacing="leading", steps_offset=1))

@@ -71,17 +71,21 @@ def read_settings(folder: Path, unet: Mapping[str, Any] | None = None) -> Settin
     return Settings(configs, scheduler, zeros, notes)
 
 
+# The scheduler's settings that StableDiffusionPipeline corrects where a config has them.
+CORRECTED = {"clip_sample": False, "steps_offset": 1}
+
+
 def corrected(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the UNet's and the scheduler's configs as diffusers' StableDiffusionPipeline corrects them.
 
-    It never clips x̂0, takes a steps_offset of 1, and takes 64 for a sample size below 64 in a config that
-    diffusers before 0.9 wrote. StableDiffusionXLPipeline and LatentConsistencyModelPipeline correct nothing.
+    Also, a sample size below 64 in a config that diffusers before 0.9 wrote becomes 64.
+    StableDiffusionXLPipeline and LatentConsistencyModelPipeline correct nothing.
     """
     size, version = unet.get("sample_size"), re.match(r"0\.(\d+)", str(unet.get("_diffusers_version", "")))
     old = version is not None and int(version[1]) < 9
     sample_size = 64 if old and isinstance(size, int) and size < 64 else size
-    offset = {"steps_offset": 1} if "steps_offset" in scheduler else {}
-    return {**unet, "sample_size": sample_size}, {**scheduler, **offset, "clip_sample": False}
+    own = {name: value for name, value in CORRECTED.items() if name in scheduler}
+    return {**unet, "sample_size": sample_size}, {**scheduler, **own}
 
 
 # The settings that the shapes in graphs depend on, each with the lengths that its list of positive integers
