@@ -28,8 +28,8 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 class SchedulerSettings:
     """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of LCMScheduler.
 
-    `clip_sample` and the last three are None if the checkpoint has none; each sampler has its own default then.
-    Raises ValueError if LCM can't sample with the settings.
+    `clip_sample` and the last three are None if the checkpoint has none; then each sampler has a default of
+    its own. Raises ValueError if LCM can't sample with the settings.
     """
 
     num_train_timesteps: int = 1000

@@ -162,9 +162,13 @@ def read_as_the_web_ui(text):
     return prompt, negative, dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', last))
 
 
+OPENED = []  # sd-parsers 0.6 remembers pictures by their addresses, which must not be used again
+
+
 def read_by_sd_parsers(path):
     parsers = pytest.importorskip("sd_parsers")
-    found = parsers.ParserManager().parse(path)
+    OPENED.append(Image.open(path))
+    found = parsers.ParserManager().parse(OPENED[-1])
     (sampler,) = found.samplers
     texts = [[prompt.value for prompt in prompts] for prompts in (sampler.prompts, sampler.negative_prompts)]
     told = sampler.parameters

@@ -34,7 +34,7 @@ FLOOR = 60  # dB
 
 @pytest.fixture(scope="module")
 def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
-    """Bases whose scheduler does not clip, as the published ones, and a bundle of each without an LCM-LoRA."""
+    """Bases whose scheduler does not clip, like the published ones, and a bundle of each without LCM."""
     folder = tmp_path_factory.mktemp("ordinary")
     made = {}
     for name, checkpoint in (("sd15", sd15_checkpoint), ("sdxl", sdxl_checkpoint)):
