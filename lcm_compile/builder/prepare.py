@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,8 +195,11 @@ def cast_stages(
     """
     names, components = MODEL_STAGES[model]
     checkpoint = plan.checkpoint
-    modules = {name: load_component(checkpoint, name) for name in components if name in checkpoint.components}
-    merge_loras(modules, loras.read())
+    modules = {
+        name: load_component(checkpoint, name, partial(merge_into, name, loras))
+        for name in components
+        if name in checkpoint.components
+    }
     before_rewrites = first_call(plan, names[-1], modules, rehearsal, recordings.reference)
     shapes = (plan.shape, plan.proof_shape)
     modules = rewrite_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
@@ -222,6 +226,11 @@ def cast_stages(
         to_precision(stage.module, precision.floats, kept)
         install_layers(stage.module, quantized)
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
+
+
+def merge_into(name: str, loras: LoraFiles, module: nn.Module) -> None:
+    """Merges LoRAs into the component `name`. Raises LoraError if one does not fit."""
+    merge_loras({name: module}, loras.read())
 
 
 def calibrate(

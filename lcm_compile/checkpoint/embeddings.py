@@ -207,24 +207,45 @@ def words_in(path: Path, data: Any) -> Mapping[str, Vectors]:
 def add_tokens(tokenizer_json: str, embeddings: list[Embedding]) -> str:
     """Returns a tokenizer's JSON with the tokens of textual inversions added to its vocabulary.
 
-    Raises CheckpointError if a word is there already.
+    Raises CheckpointError if prompts could not tell a word from another word or token.
     """
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json)
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for embedding in embeddings:
-        known = [
-            token
-            for token in (embedding.word, f"{embedding.word}_1")
-            if tokenizer.token_to_id(token) is not None
-        ]
-        if known:
-            raise CheckpointError(
-                f"the textual inversion {embedding.word!r}: the tokenizer has the token {known[0]!r} already",
-                "give the word another name: --embedding FILE:NAME",
-            )
+        word = embedding.word
+        # The token after the word's last one would be read as one more of its vectors.
+        for token in (*embedding.tokens, f"{word}_{embedding.count}"):
+            if tokenizer.token_to_id(token) is not None:
+                raise clash(word, f"the tokenizer has the token {token!r} already")
+        if (before := token_before(word)) in added:
+            raise clash(word, f"it would be read as one more vector of a word, after its token {before!r}")
         tokenizer.add_tokens([AddedToken(token, normalized=True) for token in embedding.tokens])
+        added.update(embedding.tokens)
+    names = {id: token.content for id, token in tokenizer.get_added_tokens_decoder().items()}
+    for embedding in embeddings:
+        ids = tokenizer.encode(embedding.word, add_special_tokens=False).ids
+        read = [names.get(id, str(tokenizer.id_to_token(id))) for id in ids]
+        if read != [embedding.word]:
+            raise clash(embedding.word, f"prompts with it are read as {first_few([*map(repr, read)])}")
     return tokenizer.to_str()
+
+
+def token_before(token: str) -> str | None:
+    """Returns the token before one in a word of several: WORD of WORD_1, WORD_1 of WORD_2; else None."""
+    found = re.fullmatch(r"(.+)_([1-9]\d*)", token, re.DOTALL)
+    if found is None:
+        return None
+    number = int(found[2])
+    return found[1] if number == 1 else f"{found[1]}_{number - 1}"
+
+
+def clash(word: str, why: str) -> CheckpointError:
+    """Returns the error for a word that can't be added to a tokenizer."""
+    return CheckpointError(
+        f"the textual inversion {word!r}: {why}", "give the word another name: --embedding FILE:NAME"
+    )
 
 
 def add_rows(

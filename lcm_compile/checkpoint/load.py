@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     import torch
 
 
-def load_component(checkpoint: Checkpoint, name: str) -> torch.nn.Module:
+def load_component(
+    checkpoint: Checkpoint, name: str, change: Callable[[torch.nn.Module], None] | None = None
+) -> torch.nn.Module:
     """Returns one component in fp32, in eval mode and without gradients.
 
-    Raises CheckpointError if its weights are damaged or do not fit its config.
+    `change` is called with the base's own weights, before the rows of textual inversions are added to them.
+    Raises CheckpointError if the weights are damaged or do not fit their config.
     """
     component = checkpoint.components[name]
     with quiet_libraries():
         module = stored_component(component) if component.files else random_component(checkpoint, name)
+        if change is not None:
+            change(module)
         if checkpoint.embeddings and name in checkpoint.text_encoders:
             tokenizer = load_tokenizer(checkpoint, name.replace("text_encoder", "tokenizer"))
             add_rows(module, name, tokenizer.json, read_embeddings(checkpoint))

@@ -66,9 +66,7 @@ def merged(checkpoint: Checkpoint, name: str, loras: list[tuple[Lora, LoraSpec]]
 
     Raises CheckpointError if its weights are damaged.
     """
-    module = load_component(checkpoint, name)
-    merge_loras({name: module}, loras)
-    return module
+    return load_component(checkpoint, name, lambda module: merge_loras({name: module}, loras))
 
 
 def write_folder(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import factories
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.checkpoint.open import open_base
+from lcm_compile.errors import CheckpointError
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import EmbeddingSpec
@@ -187,6 +190,65 @@ def test_all_vectors_of_a_word_with_capitals(base_of, tmp_path):
     checkpoint = with_embedding(base_of("sd15"), tmp_path / "EasyWord.safetensors")
     for prompt in ("a EasyWord star", "a easyword star"):
         assert_close(our_texts(checkpoint, prompt), lower)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        # In diffusers too, a prompt's "fox" stands for fox, fox_1, fox_2 and so on, as far as they are there.
+        ([("fox", 1), ("fox_1", 1)], "'fox_1': it would be read as one more vector"),
+        ([("fox", 2), ("fox_2", 1)], "'fox_2': it would be read as one more vector"),
+        ([("fox_1", 1), ("fox", 1)], "'fox': the tokenizer has the token 'fox_1' already"),
+        ([("fox_2", 1), ("fox", 3)], "'fox': the tokenizer has the token 'fox_2' already"),
+        # CLIP's tokenizer reads prompts in lower case.
+        ([("Fox", 1), ("fox", 2)], "prompts with it are read as"),
+        ([("<zed>", 2), ("<ZED>", 2)], "prompts with it are read as"),
+    ],
+)
+def test_words_that_prompts_cannot_tell_apart_are_refused(base_of, tmp_path, words, told):
+    named = []
+    for number, (word, count) in enumerate(words):
+        save_file(vectors("sd15", count, seed=number), path := tmp_path / f"{number}.safetensors")
+        named.append(f"{path}:{word}")
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        load_tokenizer(with_embedding(base_of("sd15"), *named), "tokenizer")
+
+
+def test_numbered_words_that_prompts_can_tell_apart(base_of, tmp_path):
+    base, places = base_of("sd15"), {"fox_1": 2, "fox_3": 1, "cat": 3, "dog_01": 1, "dog": 1}
+    pipe, named = reference(base), []
+    for number, (word, count) in enumerate(places.items()):
+        found = vectors("sd15", count, seed=number)
+        save_file(found, path := tmp_path / f"{number}.safetensors")
+        pipe.load_textual_inversion({"clip_l": found["clip_l"]}, word)
+        named.append(f"{path}:{word}")
+    checkpoint = with_embedding(base, *named)
+    for prompt in ("red fox_1", "fox_3", "a cat", "dog_01", "a dog star"):
+        assert_close(our_texts(checkpoint, prompt), texts(pipe, prompt))
+
+
+def test_a_lora_of_the_table_of_tokens(base_of, command, tmp_path):
+    """It changes the base's own rows, and the words' rows come after them."""
+    base, found = base_of("sd15"), vectors("sd15", 3)
+    path = save_as("ComfyUI", tmp_path, found)
+    pipe = reference(base)
+    with torch.no_grad():
+        table = pipe.text_encoder.get_input_embeddings().weight
+        moved = torch.randn(table.shape, generator=torch.Generator().manual_seed(4))
+        table += moved
+    key = "text_encoders.clip_l.transformer.text_model.embeddings.token_embedding.diff"
+    save_file({key: moved}, lora := tmp_path / "lora.safetensors")
+    pipe.load_textual_inversion({"clip_l": found["clip_l"]}, WORD)
+    theirs = texts(pipe, PROMPT)
+    words = ["--base", base, "--no-lcm", "--lora", lora, "--embedding", f"{path}:{WORD}"]
+    code, _, err = command("fuse", *words, "--precision", "fp32", "--out", tmp_path / "fused")
+    assert code == 0, err
+    assert_close(our_texts(open_checkpoint(str(tmp_path / "fused")), PROMPT), theirs)
+    words += ["--gpu", "cpu", "--backend", "torchscript", "--out", tmp_path / "bundle"]
+    code, _, err = command("build", *words)
+    assert code == 0, err
+    with load(tmp_path / "bundle") as ours:
+        assert min(Pair(ours, pipe, 64, 64).psnr(PROMPT)) >= FLOOR
 
 
 def test_fuse_writes_a_folder_that_diffusers_reads_the_words_of(base_of, command, tmp_path):
