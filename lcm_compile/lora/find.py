@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from lcm_compile.lora.peft_folder import CONFIG, WEIGHTS, lora_files_of
 from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import user_path
+
+# The LoRA's file in a folder or a repository that diffusers wrote: the first that is there is read.
+LORA_FILES = (LCM_LORA_FILE, "pytorch_lora_weights.bin")
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,12 @@ def find_in_folder(folder: Path, source: str) -> Path:
 
     `source` is the LoRA's name in the error. Raises LoraError if the folder holds neither.
     """
-    if (folder / LCM_LORA_FILE).is_file():
-        return folder / LCM_LORA_FILE
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+    for name in LORA_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    if not all(file.is_file() for file in lora_files_of(folder)):
         raise LoraError(
-            f"{source} is a folder with neither {LCM_LORA_FILE} nor PEFT's {CONFIG} and {WEIGHTS}",
+            f"{source} is a folder with neither {LCM_LORA_FILE} nor PEFT's {CONFIG} and {WEIGHTS[0]}",
             "give the LoRA's .safetensors file",
         )
     return folder
@@ -93,7 +98,7 @@ def find_on_hub(repository: str, file: str) -> Path:
     An empty `file` means the usual names. Raises LoraError if the repository or the file can't be had.
     """
     try:
-        folder = fetch(repository, [file] if file else [LCM_LORA_FILE, CONFIG, WEIGHTS])
+        folder = fetch(repository, [file] if file else usual_files)
     except ConnectionError as error:
         raise LoraError(
             f"LoRA {repository} is neither a path nor in the hub cache, and can't be downloaded: {error}",
@@ -107,6 +112,12 @@ def find_on_hub(repository: str, file: str) -> Path:
             f"https://huggingface.co/{repository}/tree/main lists its files",
         )
     return folder / file
+
+
+def usual_files(names: Sequence[str]) -> list[str]:
+    """Returns which of a hub repository's files may be its LoRA: pickles only if there is nothing else."""
+    found = [[name for name in usual if name in names][:1] for usual in (LORA_FILES, [CONFIG], WEIGHTS)]
+    return [name for one in found for name in one]
 
 
 def find_lcm_lora(family: Family | None, base: str) -> Path:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # the first that is there is read
 PREFIX = "base_model.model."  # of every key
 # The component that each class of model is, by the class's name in the config.
 COMPONENTS = {
@@ -27,7 +27,10 @@ MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 
 def lora_files_of(path: Path) -> list[Path]:
     """Returns the files that hold a LoRA, given by its file or its PEFT folder. The weights come last."""
-    return [path / CONFIG, path / WEIGHTS] if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    weights = [path / name for name in WEIGHTS]
+    return [path / CONFIG, next((file for file in weights if file.is_file()), weights[0])]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ FLAT_PREFIXES = {
 }
 # The beginnings of keys with dotted module names, by component. Keys without any are the UNet's.
 COMPONENTS = {
-    "unet": r"(?:lora_)?unet|diffusion_model",
+    "unet": r"(?:lora_)?unet|(?:model\.)?diffusion_model",
     "text_encoder_2": r"text_encoder_2|lora_te2|(?:text_encoders\.|lora_)?clip_g(?:\.transformer)?",
     "text_encoder": r"text_encoder|lora_te1?|(?:text_encoders\.|lora_)?clip_[lh](?:\.transformer)?",
 }

@@ -11,18 +11,22 @@ from typing import Any
 
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.checkpoint import single_file, weight_files
-from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, LCM_LORA_FILE, detect_family
+from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, UsageError
-from lcm_compile.lora.find import find_lora
+from lcm_compile.lora.find import LORA_FILES, find_lora
 from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.spec import LoraSpec
 from lcm_compile.system.files import user_path
 
 # The file that a folder must hold → the kind of the folder.
-FOLDERS = {MANIFEST: "bundle", "model_index.json": "checkpoint", LCM_LORA_FILE: "lora", CONFIG: "lora"}
-# The start of the UNet's keys in a complete checkpoint in one file.
-SINGLE_FILE = "model.diffusion_model."
+FOLDERS = {
+    MANIFEST: "bundle",
+    "model_index.json": "checkpoint",
+    **dict.fromkeys((*LORA_FILES, CONFIG), "lora"),
+}
+# The key of the UNet's first weight in a complete checkpoint in one file.
+SINGLE_FILE = f"{single_file.UNET}input_blocks.0.0.weight"
 
 # The shape and type of each tensor, by its key.
 Header = dict[str, tuple[list[int], str]]
@@ -74,7 +78,7 @@ def kind_of(name: str, path: Path) -> str:
         raise BundleError(
             f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
         )
-    return "single file" if any(key.startswith(SINGLE_FILE) for key in read_header(path)) else "lora"
+    return "single file" if SINGLE_FILE in read_header(path) else "lora"
 
 
 def read_header(path: Path) -> Header:

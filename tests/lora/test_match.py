@@ -216,6 +216,12 @@ def comfy(name):
     return dotted_original(name)[0], ".lora_down.weight", ".lora_up.weight"
 
 
+def whole_checkpoint(name):
+    """The names of a checkpoint in one file, as scripts that take the difference of two write them."""
+    stem = comfy(name)[0].replace("text_encoders.clip_l.", "clip_l.")
+    return stem.replace("diffusion_model.", "model.diffusion_model."), ".lora_down.weight", ".lora_up.weight"
+
+
 def omi(name):
     """OneTrainer's OMI layout."""
     stem = (
@@ -272,6 +278,7 @@ LAYOUTS = {
     "a compiled block": compiled_part,
     "kohya, compiled": compiled_kohya,
     "ComfyUI": comfy,
+    "a whole checkpoint's": whole_checkpoint,
     "OMI": omi,
     "OneTrainer": onetrainer,
     "diffusers": diffusers,

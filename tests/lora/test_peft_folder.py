@@ -8,8 +8,11 @@ import shutil
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
 from factories import fuse_loras, load_modules
-from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.builder.plan import make_plan
@@ -81,6 +84,26 @@ def test_a_folder_is_what_peft_makes_of_it(sdxl_checkpoint, tmp_path, name):
     fuse_loras(modules.named(), [(read_lora(find_lora(spec)), spec)])
     torch.testing.assert_close(output(component, model), expected, rtol=1e-4, atol=1e-5)
     assert (before - expected).abs().max() > 1e-2
+
+
+def test_a_folder_of_pickles(sdxl_checkpoint, folder, tmp_path):
+    """As PEFT and diffusers write them with safe_serialization=False, under the names that they read."""
+    model = modules_of(sdxl_checkpoint).unet
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model), folder)
+    adapted.save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path / "diffusers", unet_lora_layers=layers, safe_serialization=False
+    )
+    expected = load_file(folder / "adapter_model.safetensors")
+    assert sorted(p.name for p in (tmp_path / "diffusers").iterdir()) == ["pytorch_lora_weights.bin"]
+    for name in ("pickled", "diffusers"):
+        found = read_lora(find_lora(LoraSpec(str(tmp_path / name))))
+        assert len(found.layers) == len(expected) / 2
+        for layer in found.layers:
+            down = expected[f"base_model.model.{layer.module}.lora_A.weight"]
+            assert torch.equal(layer.update.factors["down"], down)
+    assert {layer.update.alpha for layer in read_lora(tmp_path / "pickled").layers} == {1, 5, 6}
 
 
 @pytest.fixture

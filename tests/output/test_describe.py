@@ -68,6 +68,17 @@ def test_the_family_is_told(inspected, tmp_path, family, text):
     assert ("text_encoder" in blocks) == text
 
 
+def test_a_lora_with_the_names_of_a_whole_checkpoint(inspected, tmp_path):
+    tensors = {
+        f"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.{end}.weight": torch.ones(
+            shape
+        )
+        for end, shape in (("lora_down", (1, 320)), ("lora_up", (320, 1)))
+    }
+    data = inspected(factories.save_tensors(tensors, tmp_path / "lora.safetensors"))
+    assert (data["kinds"], data["made_for"].split()[0]) == ({"LoRA": 1}, "sd15")
+
+
 def test_a_lora_of_few_blocks_may_be_for_either(inspected, tmp_path):
     path = family_lora("sdxl", tmp_path / "lora.safetensors", only="down_blocks.1.attentions.0")
     data = inspected(path)
