@@ -20,7 +20,7 @@ from lcm_compile.system.dataclass_json import from_json
 SIGMA_DATA = 0.5  # the standard deviation of the data that the boundary scalings assume
 # How diffusers names the schedulers of models whose noisy latents are not √ᾱ·x0 + √(1 − ᾱ)·ε. Their configs
 # would be read without an error, and the pictures would be noise.
-OTHER_NOISE = ("EDM", "FlowMatch")
+OTHER_NOISE = ("EDM", "FlowMatch", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMStochastic")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -94,7 +94,7 @@ class SchedulerSettings:
         if kind.startswith(OTHER_NOISE) or config.get("use_flow_sigmas"):
             raise ValueError(
                 f"the model was trained for {kind or 'use_flow_sigmas'}, which adds noise by another rule "
-                "than LCM does (EDM or flow matching)"
+                "than LCM does (EDM, flow matching or another)"
             )
         if config.get("thresholding"):
             raise ValueError("LCM can't sample latents with dynamic thresholding; set thresholding to false")

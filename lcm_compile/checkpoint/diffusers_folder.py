@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,12 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
                 raise CheckpointError(
                     f"{folder / name}/config.json: {key} is {value!r}", f"correct {key}, or {HINT}"
                 )
+    scaling = configs["vae"].get("scaling_factor", 1)
+    if type(scaling) not in (int, float) or not 0 < scaling < math.inf:
+        raise CheckpointError(
+            f"{folder / 'vae'}/config.json: scaling_factor is {scaling!r}",
+            f"correct scaling_factor, or {HINT}",
+        )
     foreign = [key for key in FOREIGN if configs["unet"].get(key) not in (None, "text_time")]
     if foreign:
         raise CheckpointError(

@@ -132,6 +132,11 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
         if any(key.removeprefix(UNET).startswith(start) for key in shapes):
             raise CheckpointError(f"{path} is {kind}; Stable Diffusion 1, 2 and XL bases are known", hint)
     if not under(UNET, shapes):
+        if under("model_ema.", shapes):
+            raise CheckpointError(
+                f"{path} holds its UNet only as training's averaged weights (model_ema.)",
+                "get the file with the weights under their own names, which is for drawing",
+            )
         if under(VAE, shapes) or under("decoder.", shapes):
             raise CheckpointError(f"{path} is a VAE alone", f"--vae {path}, with a --base")
         raise CheckpointError(
@@ -266,13 +271,16 @@ def with_statements(
 # The settings of a noise schedule that a file may state, with diffusers' defaults.
 SCHEDULE_DEFAULTS = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 # What trainers call what a UNet predicts, and diffusers' name.
-PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", **dict.fromkeys(("v", "v_prediction"), "v_prediction")}
+PREDICTIONS = {
+    **dict.fromkeys(("epsilon", "eps"), "epsilon"),
+    **dict.fromkeys(("v", "vpred", "vprediction", "velocity"), "v_prediction"),
+}
 
 
 def metadata_prediction(metadata: Mapping[str, str]) -> str | None:
     """Returns what a UNet predicts by the metadata of the SAI model spec, or None if that does not say it."""
     told = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key") or ""
-    return PREDICTIONS.get(told.lower())
+    return PREDICTIONS.get(re.sub(r"[\W_]", "", told.lower()))
 
 
 def stated_schedule(shapes: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:

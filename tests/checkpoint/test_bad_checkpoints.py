@@ -204,6 +204,8 @@ def test_with_a_folder_missing(refuse, base, folder):
         ("unet", "cross_attention_dim", -1),
         ("unet", "block_out_channels", "wide"),
         ("vae", "block_out_channels", []),
+        ("vae", "scaling_factor", "0.18215"),
+        ("vae", "scaling_factor", 0),
         ("text_encoder_2", "projection_dim", 1.5),
         ("text_encoder", "hidden_size", "x"),
         ("scheduler", "prediction_type", "flow"),

@@ -104,6 +104,7 @@ REFUSED = {
     "no noise": ({"beta_start": 0.0, "beta_end": 0.0, "rescale_betas_zero_snr": True}, "NaN"),
     "EDM": ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDMDPMSolverMultistepScheduler"),
     "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+    "VE": ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler"),
     "flow sigmas": ({"use_flow_sigmas": True}, "flow matching"),
     "thresholding": ({"thresholding": True}, "thresholding"),
 }

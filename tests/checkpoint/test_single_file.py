@@ -239,6 +239,10 @@ def test_without_tokenizers_both_ways_out_are_named(tmp_path):
 REFUSED = {
     "a LoRA": ({"lora_unet_x.lora_down.weight": (4, 4)}, "--lora"),
     "a VAE alone": ({"first_stage_model.decoder.conv_in.weight": (4, 4)}, "--vae"),
+    "training's averaged weights": (
+        {"model_ema.diffusion_modelinput_blocks00weight": (8, 4, 3, 3), "first_stage_model.decoder.x": (4,)},
+        "for drawing",
+    ),
     "an inpainting model": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "--base"),
     "an SDXL refiner": ({"conditioner.embedders.0.model.ln_final.bias": (4,)}, "--base"),
     "a Stable Diffusion 3": (

@@ -57,8 +57,10 @@ def config_saying(base, to, **scheduler):
             True,
             ["is v_prediction", "zero_snr is True"],
         ),
-        ({}, {SPEC: "v"}, {}, V, False, ["is v_prediction"]),
-        ({}, {SPEC: "v_prediction"}, {}, V, False, ["is v_prediction"]),
+        *(
+            ({}, {SPEC: name}, {}, V, False, ["is v_prediction"])
+            for name in ("v", "V", "v_prediction", "v-prediction", "vpred")
+        ),
         ({}, {"modelspec.predict_key": "v"}, {}, V, False, ["is v_prediction"]),
         ({"ztsnr": EMPTY}, {SPEC: "v"}, {}, V, True, ["is v_prediction", "zero_snr is True"]),
         ({"ztsnr": EMPTY}, {}, {"prediction_type": V}, V, True, ["zero_snr is True"]),
