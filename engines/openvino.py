@@ -217,7 +217,8 @@ class OpenVinoRunner(Runner):
         for i, array in enumerate(outputs.values()):
             request.set_output_tensor(i, self._tensor(array, shared_memory=True))
         request.infer()
-        self._idle.append(request)
+        if self._model is not None:  # another thread may have closed this meanwhile
+            self._idle.append(request)
         return outputs
 
     def readable(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:

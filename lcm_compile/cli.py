@@ -7,6 +7,7 @@ it runs, so that `--help` imports little more than click.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import io
@@ -42,7 +43,8 @@ def main() -> NoReturn:
     """Runs the command, and exits with its code. Every error becomes a message on stderr and an exit code."""
     replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # paths are printed as the bytes that were given
+        codecs.register_error("path-bytes", path_bytes)
+        sys.stdout.reconfigure(errors="path-bytes")
     share_quota()
     try:
         cli.main(prog_name="lcm-compile", standalone_mode=False)
@@ -92,6 +94,20 @@ def replace_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
+
+
+def path_bytes(error: UnicodeError) -> tuple[bytes, int]:
+    """Encodes what the encoding of stdout lacks as in the names of files, so that a printed path names one.
+
+    What these lack too is written as an escape, such as \\u2026.
+    """
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    try:
+        return os.fsencode(text), error.end
+    except UnicodeEncodeError:
+        return text.encode("ascii", "backslashreplace"), error.end
 
 
 def drop_unprinted() -> None:

@@ -67,11 +67,16 @@ def parameters(origin: Origin, width: int, height: int) -> str:
         "Version": origin.software,
     }
     last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())
-    prompts = [request.prompt, *([f"\0{request.negative_prompt}"] if request.negative_prompt else [])]
-    text = re.sub(r"(?m)(?<=Negative prompt):|(?<=^Steps):", "", "\n".join(prompts))
-    text = text.replace("\0", "Negative prompt: ")
+    text = without_names(request.prompt)
+    if request.negative_prompt:
+        text += f"\nNegative prompt: {without_names(request.negative_prompt)}"
     # A text that begins with a brace is JSON to some readers. All of them strip blanks.
     return f"{' ' * text.startswith('{')}{text}\n{last}"
+
+
+def without_names(prompt: str) -> str:
+    """Returns a prompt without what readers take for names of settings, and without NUL, which ends texts."""
+    return re.sub(r"(?m)(?<=Negative prompt):|(?<=^Steps):", "", prompt).replace("\0", " ")
 
 
 def plain(value: str) -> str:

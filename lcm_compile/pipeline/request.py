@@ -49,16 +49,21 @@ class Request:
         object.__setattr__(self, "guidance_scale", float(scale))
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
-        if self.num_images < 1:
-            raise UsageError(f"the number of images must be 1 or more, not {self.num_images}")
-        if not 0.0 <= self.guidance_scale < float("inf"):
-            raise UsageError(f"guidance scale must be 0 or more, not {self.guidance_scale}")
+        if not 1 <= self.num_images <= MOST_IMAGES:
+            raise UsageError(
+                f"the number of images must be from 1 to {MOST_IMAGES}, not {self.num_images}",
+                "draw more by several calls with other seeds",
+            )
+        if not 0.0 <= self.guidance_scale <= MOST_GUIDANCE:
+            raise UsageError(f"guidance scale must be from 0 to {MOST_GUIDANCE}, not {self.guidance_scale}")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
         if self.index is not None and not 0 <= self.index < self.num_images:
             raise UsageError(f"picture {self.index} is not one of 0 to {self.num_images - 1}")
 
 
+MOST_IMAGES = 10_000  # the noise of all of them is in memory
+MOST_GUIDANCE = 1_000_000  # far above what draws a picture, and far below what overflows fp32
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
     "seed": "seed",

@@ -7,6 +7,7 @@ import contextlib
 import io
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -91,11 +92,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 PARTIAL = ".part"  # the ending of temporary files
+NAME_BYTES = 200  # of a path's name in that of its temporary files, which may have 255
 
 
 def partial_prefix(path: Path) -> str:
     """Returns how the names of all temporary files for `path` begin. The writer's process id follows."""
-    return f".{path.name.lstrip('.')}."
+    name = os.fsencode(path.name.lstrip("."))[:NAME_BYTES]
+    return f".{name.decode(sys.getfilesystemencoding(), 'ignore')}."
 
 
 def remove_partial(path: Path) -> None:

@@ -36,6 +36,15 @@ def test_closed_and_full_streams(sdxl_bundle, words):
     assert shell(f"{line} | true").stderr == ""
 
 
+@pytest.mark.parametrize("coding", ["ascii", "latin-1"])
+def test_a_path_is_printed_whatever_stdout_can_encode(sdxl_bundle, tmp_path, coding):
+    words = ["-m", "lcm_compile", "run", "赤い star", "--engine", sdxl_bundle, "--steps", "1", "--seed", "1"]
+    env = {**os.environ, "PYTHONIOENCODING": coding}
+    done = subprocess.run([sys.executable, *words], capture_output=True, env=env, cwd=tmp_path)
+    assert (done.returncode, done.stdout.decode()) == (0, "赤い-star-1.png\n"), done.stderr
+    assert (tmp_path / "赤い-star-1.png").is_file()
+
+
 def test_an_error_that_cannot_be_printed_keeps_its_exit_code():
     assert shell(f"{LCM} run --stepz 4 2> /dev/full").returncode == 2
     assert shell(f"{LCM} inspect no/such/bundle 2> /dev/full").returncode == 1

@@ -206,6 +206,7 @@ READERS = [
         ("{red|blue} star", ""),
         ("a star\nof two lines", "no ring\nno cross"),
         ("a star. Negative prompt: none", "Negative prompt: a"),
+        ("a\0star", "no\0ring"),
         ("a star\nSteps: 30, Sampler: Euler, Seed: 1, CFG scale: 7", None),
     ],
 )
@@ -215,7 +216,7 @@ def test_other_programs_read_the_settings(tmp_path, read, ending, prompt, negati
     save_picture(Image.new("RGB", (96, 64)), path, asdict(origin), parameters(origin, 96, 64))
     positive, other, values = read(path)
     shown = [
-        re.sub("(Negative prompt|^Steps):", r"\1", text or "", flags=re.MULTILINE)
+        re.sub("(Negative prompt|^Steps):", r"\1", text or "", flags=re.MULTILINE).replace("\0", " ")
         for text in (prompt, negative)
     ]
     assert [positive, other] == shown

@@ -112,6 +112,13 @@ def test_what_a_killed_process_left_goes_and_a_running_ones_stays(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [running.name, "folder"]
 
 
+@pytest.mark.parametrize("name", ["n" * 251 + ".png", "赤" * 83 + ".x.png"])
+def test_the_longest_names_can_be_written(tmp_path, name):
+    assert len(os.fsencode(name)) == 255
+    write_atomically(tmp_path / name, "text")
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "text"
+
+
 def test_files_have_the_permissions_that_the_user_gives(tmp_path):
     before = os.umask(0o022)
     try:
