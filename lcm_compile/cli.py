@@ -7,13 +7,17 @@ it runs, so that `--help` imports little more than click.
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import contextlib
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -41,6 +45,8 @@ NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose wher
 
 def main() -> NoReturn:
     """Runs the command, and exits with its code. Every error becomes a message on stderr and an exit code."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     replace_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         codecs.register_error("path-bytes", path_bytes)
@@ -84,6 +90,17 @@ def main() -> NoReturn:
     finally:
         drop_unprinted()
     sys.exit(0)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt for Ctrl-C, but never within the steps of an import: it waits for their end.
+
+    Python would leave its lock of all imports held, and a thread that loads an engine would wait for ever.
+    """
+    if frame is not None and frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        threading.Timer(0.01, _thread.interrupt_main).start()
+    else:
+        signal.default_int_handler(number, frame)
 
 
 def replace_closed_streams() -> None:

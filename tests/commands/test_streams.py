@@ -155,3 +155,31 @@ def test_ctrl_c_in_a_second_build_tells_the_first_bundle(command, sdxl_checkpoin
     code, out, err = command(*words)
     assert (code, out) == (130, "") and f"these bundles are complete: {tmp_path / 'cpu'}\n" in err
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["cpu"]
+
+
+def test_ctrl_c_within_an_import_leaves_no_lock_behind():
+    """The signal comes while the main thread waits for the lock of imports, as while engines load."""
+    script = """
+import _imp, os, signal, threading, time
+from lcm_compile import cli
+
+def import_slowly():
+    _imp.acquire_lock()
+    holds.set()
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.3)
+    _imp.release_lock()
+
+signal.signal(signal.SIGINT, cli.interrupt)
+holds = threading.Event()
+threading.Thread(target=import_slowly).start()
+holds.wait()
+try:
+    import wave
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("interrupted", _imp.lock_held())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "interrupted False\n"
