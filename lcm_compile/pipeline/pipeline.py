@@ -84,7 +84,8 @@ class Pipeline(ABC):
         self._process = os.getpid()
         self._closed = False
         self._turn = Turn()
-        self._computing = threading.Lock()  # held during a pass of exclusive engines
+        # Held during a pass of exclusive engines, which may call `show`, and that may close the pipeline.
+        self._computing = threading.RLock()
 
     def __call__(
         self,

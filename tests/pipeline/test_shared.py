@@ -121,6 +121,19 @@ def test_a_second_picture_within_a_thread_is_refused_where_it_would_wait_for_its
         assert kept.tb is not None
 
 
+def test_a_picture_that_is_shown_may_close_its_pipeline(fixed):
+    closing = fixed()
+
+    def draw():
+        with pytest.raises(UsageError, match="is closed"):
+            closing.draw(Request("a star", 1), show=lambda pictures: closing.close())
+
+    thread = threading.Thread(target=draw, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_two_pictures_in_turn_within_a_thread(bundle):
     one, other = Request("a red star", 1), Request("a blue star", 2)
     with load(bundle) as pipeline:
