@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.hub import SECONDS
 
 ONLINE = {"HF_HUB_OFFLINE": "0"}
@@ -66,27 +69,29 @@ def test_a_network_that_never_answers_is_given_up(tmp_path):
     assert SECONDS <= 10
 
 
-def cached(cache, repository, *files):
-    """A repository in a hub cache, with these files; returns the folder of its snapshot."""
+def cached(cache, repository, *files, channels=32):
+    """A repository in a hub cache, with these files; returns the folder of its snapshot.
+
+    Each LoRA among them changes one layer of a UNet whose first block has so many channels.
+    """
     folder = cache / "hub" / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("b" * 40)
     for path, text in [(folder / "refs/main", "b" * 40), *((snapshot / file, file) for file in files)]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+        if path.suffix == ".safetensors":
+            name = "lora_unet_time_embedding_linear_1"
+            down, up = torch.ones(1, channels), torch.ones(4 * channels, 1)
+            save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, path)
     return snapshot
 
 
 @pytest.fixture
 def looks_like_sdxl(sdxl_checkpoint, tmp_path):
-    """A folder whose UNet config has SDXL's signature."""
+    """A folder whose UNet config is SDXL's."""
     folder = shutil.copytree(sdxl_checkpoint, tmp_path / "base")
     path = folder / "unet/config.json"
-    config = json.loads(path.read_text()) | {
-        "cross_attention_dim": 2048,
-        "transformer_layers_per_block": [1, 2, 10],
-        "block_out_channels": [320, 640, 1280],
-    }
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(json.loads(path.read_text()) | FAMILIES["sdxl"].models["unet"]))
     return folder
 
 
@@ -99,7 +104,7 @@ def test_the_lcm_lora_of_a_family(looks_like_sdxl, tmp_path):
     for told in ("latent-consistency/lcm-lora-sdxl", "--lcm-lora", "--no-lcm"):
         assert told in err
     file = "pytorch_lora_weights.safetensors"
-    path = cached(tmp_path / "hf", "latent-consistency/lcm-lora-sdxl", file) / file
+    path = cached(tmp_path / "hf", "latent-consistency/lcm-lora-sdxl", file, channels=320) / file
     done, err, _ = cli(*words, **environment)
     assert done.returncode == 0, err
     assert json.loads(done.stdout)["loras"] == [
@@ -154,12 +159,12 @@ def test_a_lora_by_its_hub_id(planned, tmp_path):
 def test_a_path_wins_over_a_hub_id(planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = "pytorch_lora_weights.safetensors", "style.safetensors"
-    cached(tmp_path / "hf", "owner/name", *names)
+    theirs = cached(tmp_path / "hf", "owner/name", *names)
     folder = tmp_path / "owner/name"
     folder.mkdir(parents=True)
     for text in ("owner/name:style.safetensors", "owner/missing.safetensors", "./owner/nobody"):
         assert f"LoRA {text} does not exist" in planned(text)
-    (folder / names[0]).write_text("mine")
+    shutil.copy(theirs / names[0], folder / names[0])
     assert planned("owner/name:0.5") == (str(Path("owner/name", names[0])), 0.5)
-    Path("owner/name:style.safetensors").write_text("mine")
+    shutil.copy(theirs / names[1], "owner/name:style.safetensors")
     assert planned("owner/name:style.safetensors:2") == ("owner/name:style.safetensors", 2.0)
