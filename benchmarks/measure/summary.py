@@ -124,7 +124,7 @@ def print_report(report: BenchmarkReport) -> None:
     benchmark, environment = report.benchmark, report.environment
     precisions = ", ".join(sorted(set(benchmark.precisions.values())))
     print(f"{benchmark.spec.base} {benchmark.shape}, {benchmark.backend}, {precisions}")
-    print(f"{environment.device}, {environment.threads} threads\n")
+    print(textwrap.fill(f"{environment.device}, {environment.threads} threads", 80) + "\n")
     print_table(
         ("", "median", "p90", "p99", "of limit", "engine"),
         [latency_row(case) for case in report.cases if case.samples_ms],

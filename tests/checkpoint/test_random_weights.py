@@ -70,7 +70,7 @@ def test_what_is_built_is_labelled(small, command, tmp_path):
     assert "miss" in command("build", *words[:3], "random:4", *words[4:], "--dry-run")[1]
     code, _, err = command("run", "a star", "--engine", tmp_path / "b", "--out", tmp_path / "star.png")
     assert code == 0 and "random:3 weights" in err
-    assert Image.open(tmp_path / "star.png").text["weights"] == "random:3"
+    assert json.loads(Image.open(tmp_path / "star.png").text["lcm-compile"])["weights"] == "random:3"
     assert "random:3" in command("inspect", tmp_path / "b")[1]
 
 
