@@ -180,6 +180,12 @@ def words_in(path: Path, data: Any) -> Mapping[str, Vectors]:
         words[named if isinstance(named, str) else ""] = {"": next(iter(params.values()), None)}
     elif content and content.keys() <= ENCODERS.keys():
         words[""] = {ENCODERS[key]: tensor for key, tensor in content.items()}
+    elif content.keys() & ENCODERS.keys():
+        others = first_few([str(key) for key in content if key not in ENCODERS])
+        raise CheckpointError(
+            f"the textual inversion {path} is for other text encoders: it has vectors for {others}",
+            "use one that was trained on Stable Diffusion 1, 2 or XL",
+        )
     elif bundled := [match for key in content if (match := IN_LORA.fullmatch(str(key)))]:
         for match in bundled:
             encoder = ENCODERS.get(match["encoder"] or "", "")

@@ -307,6 +307,7 @@ def bad_files(folder):
     yield {"emb_params": torch.full((2, 32), torch.nan)}, ["NaN"]
     yield {"emb_params": torch.zeros(0, 32)}, ["0 vectors"]
     yield {"<a>": random, "<b>": random.clone()}, ["2 textual inversions", "'<a>'", ":<a>"]
+    yield {"clip_l": random, "t5xxl": torch.randn(2, 64)}, ["other text encoders", "t5xxl"]
     yield {"lora_unet_x.lora_down.weight": torch.randn(4, 32, 3, 3)}, ["no textual inversion", "--lora"]
     yield {"bundle_emb.one.clip_l": random, "bundle_emb.two.clip_l": random.clone()}, ["'one', 'two'", ":one"]
 

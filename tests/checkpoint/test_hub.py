@@ -156,6 +156,22 @@ def test_a_lora_by_its_hub_id(planned, tmp_path):
     assert "some.one/else is neither a path nor in the hub cache" in err and "HF_HOME" in err
 
 
+def test_a_textual_inversion_by_its_hub_id(sdxl_checkpoint, tmp_path):
+    """The usual file or a named one; what is not there is named."""
+    snapshot = cached(tmp_path / "hf", "some.one/cat", "README.md")
+    for name in ("learned_embeds.safetensors", "cat.safetensors"):
+        save_file({"clip_l": torch.ones(2, 32), "clip_g": torch.ones(2, 48)}, snapshot / name)
+    words = ["build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--dry-run", "--json"]
+    environment = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    asked = ["some.one/cat", "some.one/cat:cat.safetensors:kitty"]
+    done, err, _ = cli(*words, "--embedding", asked[0], "--embedding", asked[1], **environment)
+    assert done.returncode == 0, err
+    assert json.loads(done.stdout)["embeddings"] == asked
+    for missing, told in (("some.one/cat:dog.pt", "has no dog.pt"), ("some.one/dog", "can't be downloaded")):
+        done, err, _ = cli(*words, "--embedding", missing, **environment)
+        assert done.returncode == 1 and told in err and "Traceback" not in err
+
+
 def test_a_path_wins_over_a_hub_id(planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = "pytorch_lora_weights.safetensors", "style.safetensors"
