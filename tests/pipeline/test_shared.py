@@ -20,7 +20,7 @@ from lcm_compile.pipeline.request import Request
 
 THREADS = 4
 DRAWN = {True: 500, False: 100}  # by whether the bundle has an engine for each stage
-# One graph has the same runners, so one backend stands for all. Compiling takes minutes, however small a model.
+# One graph has the same runners, so one backend stands for all. Compiling takes minutes for any model.
 BUNDLES = [
     "onnxruntime",
     "openvino",
