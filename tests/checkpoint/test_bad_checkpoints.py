@@ -122,7 +122,7 @@ def web_page(path):
         (truncated_early, ["within its header", "download it again"]),
         (empty, ["is empty", "download it again"]),
         (garbage, "no whole safetensors file"),
-        (under_another_name, "a pickle under another name"),
+        (under_another_name, "it is a pickle"),
         (pointer, "git lfs pull"),
         (web_page, "a web page"),
         (without_a_weight, ["lacks 1 weights (conv_in.weight)", "saved together"]),
