@@ -26,7 +26,6 @@ from PIL import Image
 
 from lcm_compile import build, load
 from lcm_compile.benchmarks.quality import features
-from lcm_compile.benchmarks.quality.euler import Draw, euler_sampler
 from lcm_compile.benchmarks.quality.figures import write_figures
 from lcm_compile.benchmarks.quality.rows import PARTS, Row, requests, rows_of
 from lcm_compile.benchmarks.quality.tables import name_of, percent, report
@@ -94,13 +93,13 @@ def shown_path(key: str) -> Path:
     return home() / "proof" / f"{key}.png"
 
 
-def draw_row(row: Row, draw: Draw) -> features.Pictures:
+def draw_row(row: Row, pipeline: Pipeline) -> features.Pictures:
     """Draws all pictures of a row. Shape (n, height, width, 3)."""
     asked = requests(row)
     pictures = []
     with Bar(f"{row.label}, {row.steps}") as bar:
         for i, request in enumerate(asked):
-            pictures.append(draw(request))
+            pictures.append(pipeline.draw(request).pictures[0])
             bar.update(i + 1, len(asked))
     return np.stack(pictures)
 
@@ -156,9 +155,9 @@ def measure_rows(rows: Iterable[Row], known: Mapping[str, Record]) -> Iterator[t
         if key not in known or not shown_path(key).is_file():
             missing.setdefault(row.spec, []).append(row)
     for spec, waiting in missing.items():
-        with samplers_of(spec) as samplers:
+        with opened(spec) as pipeline:
             for row in waiting:
-                pictures = draw_row(row, samplers[row.sampler])
+                pictures = draw_row(row, pipeline)
                 path = shown_path(row_key(row))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.concatenate(list(pictures[:SHOWN]), 1)).save(path)
@@ -172,31 +171,26 @@ def time_rows(rows: Sequence[Row]) -> dict[str, list[float]]:
     alike.
     """
     seconds: dict[str, list[float]] = {row_key(row): [] for row in rows}
-    with ExitStack() as opened:
-        samplers = {spec: opened.enter_context(samplers_of(spec)) for spec in {row.spec for row in rows}}
-        bar = opened.enter_context(Bar("timing"))
+    with ExitStack() as stack:
+        pipelines = {spec: stack.enter_context(opened(spec)) for spec in {row.spec for row in rows}}
+        bar = stack.enter_context(Bar("timing"))
         for turn in range(ROUNDS + 1):
             for row in rows:
                 asked = requests(row)
                 start = time.perf_counter()
-                samplers[row.spec][row.sampler](asked[turn % len(asked)])
+                pipelines[row.spec].draw(asked[turn % len(asked)])
                 seconds[row_key(row)].append(round(time.perf_counter() - start, 5))
             bar.update(turn, ROUNDS)
     return {key: samples[1:] for key, samples in seconds.items()}  # the first round warms up
 
 
 @contextmanager
-def samplers_of(spec: BuildSpec) -> Iterator[dict[str, Draw]]:
-    """Builds a spec and yields the samplers that draw with its engines: `lcm` and `euler`."""
+def opened(spec: BuildSpec) -> Iterator[Pipeline]:
+    """Builds a spec and yields the pipeline of its bundle."""
     with BuildProgress() as progress:
         bundle = build(spec, report=progress)
     with load(bundle) as pipeline:
-        yield {"euler": euler_sampler(bundle, pipeline), "lcm": lcm_sampler(pipeline)}
-
-
-def lcm_sampler(pipeline: Pipeline) -> Draw:
-    """Returns the function that draws a picture with this project's LCM loop."""
-    return lambda request: pipeline.draw(request).pictures[0]
+        yield pipeline
 
 
 @click.command()

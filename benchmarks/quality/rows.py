@@ -148,7 +148,12 @@ def requests(row: Row) -> list[Request]:
     """Returns the requests for a row's pictures, always in the same order and with the same seeds."""
     return [
         Request(
-            text + STYLE * row.zebra, seed, contrary(text) if row.negative else None, row.steps, row.guidance
+            text + STYLE * row.zebra,
+            seed,
+            contrary(text) if row.negative else None,
+            row.steps,
+            row.guidance,
+            sampler=row.sampler,
         )
         for text, seed in proof_prompts(row.count)
     ]

@@ -13,7 +13,6 @@ from PIL import Image
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.quality import proof
 from lcm_compile.benchmarks.quality import rows as row_table
-from lcm_compile.benchmarks.quality.euler import euler_sampler
 from lcm_compile.benchmarks.quality.rows import Row, contrary, rows_of
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo.world import is_held_out, parse_caption, proof_prompts
@@ -39,7 +38,7 @@ def test_euler_pictures_equal_diffusers(guidance, negative):
     ).images[0]
     bundle = build(BuildSpec("demo", no_lcm=True))
     with load(bundle) as pipeline:
-        drawn = euler_sampler(bundle, pipeline)(Request(prompt, 5, negative, 8, guidance))
+        drawn = pipeline.draw(Request(prompt, 5, negative, 8, guidance, sampler="euler")).pictures[0]
     assert psnr_db(eight_bits(wanted), drawn) > 50
 
 
