@@ -89,8 +89,9 @@ def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
     Returns for each LoRA what the bundle records about it. Raises LoraError if one does not fit, and
     CheckpointError if a textual inversion does not.
     """
-    for name in plan.checkpoint.tokenizers:
-        load_tokenizer(plan.checkpoint, name)
+    if plan.checkpoint.embeddings:
+        for name in plan.checkpoint.tokenizers:
+            load_tokenizer(plan.checkpoint, name)
     modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
     return check_loras(modules, loras.read())
 

@@ -6,7 +6,7 @@ This needs no torch: `load` reads the weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lcm_compile.checkpoint.checkpoint import MODELS, Checkpoint, Component
 from lcm_compile.checkpoint.diffusers_folder import (
     FULL_FIRST,
     HALF_FIRST,
+    Settings,
     Variants,
     find_component,
     needed_files,
@@ -52,17 +53,23 @@ def open_checkpoint(
         return open_unet(base, path, variants)
     settings = read_settings(path)
     components = {
-        name: replace(find_component(path / name, name, variants), config=config)
-        for name, config in settings.configs.items()
+        name: find_component(path / name, name, variants)
+        for name in settings.configs
         if own_vae or name != "vae"
     }
     components |= {n: Component(n, c) for n, c in settings.configs.items() if n not in components}
-    family = detect_family(settings.configs["unet"])
+    return of_settings(base, path, settings, components)
+
+
+def of_settings(
+    base: str, folder: Path, settings: Settings, components: Mapping[str, Component]
+) -> Checkpoint:
+    """Returns the base of a folder's settings, whose configs hold for its components."""
     return Checkpoint(
         base,
-        path,
-        family,
-        components,
+        folder,
+        detect_family(settings.configs["unet"]),
+        {name: replace(components[name], config=config) for name, config in settings.configs.items()},
         settings.scheduler,
         settings.zero_negative_prompt,
         notes=settings.notes,
@@ -90,15 +97,7 @@ def open_unet(base: str, folder: Path, variants: Variants) -> Checkpoint:
         name: unet if name == "unet" else find_component(path / name, name, variants)
         for name in settings.configs
     }
-    return Checkpoint(
-        base,
-        path,
-        family,
-        components,
-        settings.scheduler,
-        settings.zero_negative_prompt,
-        notes=settings.notes,
-    )
+    return of_settings(base, path, settings, components)
 
 
 def is_unet_alone(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from lcm_compile.errors import CheckpointError, first_few
 from lcm_compile.scheduler import SchedulerSettings
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+FIRST = f"{UNET}input_blocks.0.0.weight"  # every complete checkpoint has it, and no LoRA
 # The first text encoder of SD1.x is OpenAI's CLIP, that of SD2.x is OpenCLIP's; SDXL has one of each.
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 CLIP_XL, OPEN_CLIP_XL = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -113,8 +114,7 @@ def under(prefix: str, keys: Iterable[str]) -> bool:
 def refuse_others(path: Path, shapes: Shapes) -> None:
     """Raises CheckpointError if a file is no text-to-image base of these architectures."""
     hint = "give a complete checkpoint's file or folder to --base"
-    first = f"{UNET}input_blocks.0.0.weight"
-    if first not in shapes and any(
+    if FIRST not in shapes and any(
         re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$|\.oft_blocks$|\.on_input$|\.a1\.weight$", key)
         for key in shapes
     ):
@@ -144,7 +144,7 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
             f"(it has {first_few([*shapes])})",
             hint,
         )
-    takes = shapes.get(first, (0, 0))[1]
+    takes = shapes.get(FIRST, (0, 0))[1]
     if takes != 4:
         tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model", 9: "an inpainting model"}
         raise CheckpointError(

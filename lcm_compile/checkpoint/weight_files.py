@@ -44,21 +44,22 @@ def read_header(path: Path) -> tuple[Shapes, Mapping[str, str]]:
         raise unreadable(path, error) from error
 
 
-def read_types(path: Path) -> dict[str, str]:
-    """Returns the types of a file's tensors by key, under safetensors' names for them, such as F16.
+def read_layout(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Returns the shapes and types of a file's tensors by key; a type is safetensors' name for it, as F16.
 
     Raises CheckpointError if the file can't be read.
     """
     from safetensors import SafetensorError, safe_open
 
     if is_pickle(path):
-        tensors = read_pickle(path)
         return {
-            k: str(t.dtype).removeprefix("torch.").upper().replace("LOAT", "") for k, t in tensors.items()
+            key: (tuple(t.shape), str(t.dtype).removeprefix("torch.").upper().replace("LOAT", ""))
+            for key, t in read_pickle(path).items()
         }
     try:
         with safe_open(path, framework="numpy") as handle:
-            return {key: handle.get_slice(key).get_dtype() for key in handle.keys()}  # noqa: SIM118
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise unreadable(path, error) from error
 

@@ -13,7 +13,7 @@ from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.checkpoint import single_file, weight_files
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
-from lcm_compile.errors import BundleError, UsageError
+from lcm_compile.errors import BundleError, CheckpointError, UsageError
 from lcm_compile.lora.find import LORA_FILES, find_lora
 from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.spec import LoraSpec
@@ -25,11 +25,6 @@ FOLDERS = {
     "model_index.json": "checkpoint",
     **dict.fromkeys((*LORA_FILES, CONFIG), "lora"),
 }
-# The key of the UNet's first weight in a complete checkpoint in one file.
-SINGLE_FILE = f"{single_file.UNET}input_blocks.0.0.weight"
-
-# The shape and type of each tensor, by its key.
-Header = dict[str, tuple[list[int], str]]
 
 
 def describe(name: str, base: str | None, lora_skip: Sequence[str] = ()) -> dict[str, Any]:
@@ -78,19 +73,12 @@ def kind_of(name: str, path: Path) -> str:
         raise BundleError(
             f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
         )
-    return "single file" if SINGLE_FILE in read_header(path) else "lora"
-
-
-def read_header(path: Path) -> Header:
-    """Returns the header of a safetensors file, without loading tensors; {} for any other file."""
-    from safetensors import SafetensorError, safe_open
-
+    if weight_files.is_pickle(path):
+        return "lora"
     try:
-        with safe_open(path, framework="np") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {key: (tensor.get_shape(), tensor.get_dtype()) for key, tensor in slices.items()}
-    except (SafetensorError, OSError):
-        return {}
+        return "single file" if single_file.FIRST in weight_files.read_header(path)[0] else "lora"
+    except CheckpointError:  # a LoRA's hub id, or a file of which read_lora says what is wrong
+        return "lora"
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -112,9 +100,8 @@ def describe_component(component: Component) -> dict[str, Any]:
     """Returns a component's parameters and most common type. Raises CheckpointError if it is damaged."""
     parameters: Counter[str] = Counter()
     for path in component.weight_files:
-        types = weight_files.read_types(path)
-        for key, shape in weight_files.read_header(path)[0].items():
-            parameters[types[key]] += math.prod(shape)
+        for shape, dtype in weight_files.read_layout(path).values():
+            parameters[dtype] += math.prod(shape)
     return {
         "name": component.name,
         "parameters": sum(parameters.values()),
@@ -131,7 +118,7 @@ def describe_single_file(path: Path) -> dict[str, Any]:
     shapes, metadata = weight_files.read_header(path)
     single_file.refuse_others(path, shapes)
     family = detect_family(single_file.unet_shape(shapes))
-    types = {key: dtype for key, (_, dtype) in read_header(path).items()}
+    types = {key: dtype for key, (_, dtype) in weight_files.read_layout(path).items()}
     components = []
     for name, prefix in single_file.models_in(shapes).items():
         own = [key for key in shapes if key.startswith(prefix)]
