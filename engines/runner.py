@@ -51,6 +51,10 @@ class Runner(ABC):
             raise closed(f"the {self.contract.name} engine")
         return engine
 
+    def kept(self, output: Array) -> Array:
+        """Returns an output as an array that the next call leaves as it is: a copy if need be."""
+        return output + 0 if self.exclusive else output
+
     def to_device(self, array: np.ndarray) -> Array:
         """Returns the array on the device where this engine computes; on a CPU, the same array."""
         return array

@@ -43,11 +43,11 @@ class Loop:
         inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **self.coefficients[i]}
         given = step({**inputs, **self.conditions[0][i]})
         if len(self.conditions) > 1:
-            output = given["prediction"] + 0  # the runner may reuse its output memory
+            output = step.kept(given["prediction"])
             plain = step({**inputs, **self.conditions[1][i]})["prediction"]
             return lcm_step(latent, plain + self.scale * (output - plain), fresh)
         if "next_latent" in given:
-            return given["next_latent"] + 0
+            return step.kept(given["next_latent"])
         return lcm_step(latent, given["prediction"], fresh)
 
     def decode(self, latent: Array) -> Array:
@@ -101,6 +101,7 @@ def conditions_of(runners: Runners, text: Arrays, times: Sequence[Array], keep: 
     at: list[Array] = []
     for some in times:
         arrays = context({**text, "timesteps": some})
-        shared = shared or {n: array + 0 if keep else array for n, array in arrays.items() if n != "times"}
-        at += [arrays["times"][i] + 0 for i in range(len(some))]
+        kept = context.kept if keep else lambda array: array
+        shared = shared or {name: kept(array) for name, array in arrays.items() if name != "times"}
+        at += [context.kept(arrays["times"][i]) for i in range(len(some))]
     return [{**shared, "time": time} for time in at]

@@ -82,9 +82,8 @@ class Prompts:
     def _encode(self, prompt: str) -> tuple[Arrays, str]:
         runner = self._runners["encode"]
         tokens, cut = self.tokens(prompt)
-        # Copies, because the runner may reuse its output memory for the negative prompt.
         arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
-        return {name: array + 0 for name, array in arrays.items()}, cut
+        return {name: runner.kept(array) for name, array in arrays.items()}, cut
 
     def _zeros(self) -> Arrays:
         """Returns text states of zeros, which SDXL takes if there is no prompt."""
