@@ -1,8 +1,8 @@
-"""The LCM scheduler: the timesteps of a picture drawn in N steps, and the arithmetic of each step.
+"""The scheduler settings of a checkpoint, and what every sampler and training take from them.
 
-It follows Luo et al. 2023, "Latent Consistency Models", section 4 and appendix. The schedule, the rounding
-and the defaults are those of diffusers' LCMScheduler. It uses NumPy and plain floats, so that running needs
-no torch.
+The timesteps, the rounding and the defaults are those of diffusers' LCMScheduler, which follows Luo et al.
+2023, "Latent Consistency Models", section 4 and appendix. It uses NumPy and plain floats, so that running
+needs no torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,27 @@ SIGMA_DATA = 0.5  # the standard deviation of the data that the boundary scaling
 # How diffusers names the schedulers of models whose noisy latents are not √ᾱ·x0 + √(1 − ᾱ)·ε. Their configs
 # would be read without an error, and the pictures would be noise.
 OTHER_NOISE = ("EDM", "FlowMatch", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMStochastic")
+# Settings that space σ by rules that no sampler here has, each with the values that change nothing.
+OTHER_SPACINGS = {
+    "use_exponential_sigmas": (None, False),
+    "use_beta_sigmas": (None, False),
+    "use_lu_lambdas": (None, False),
+    "interpolation_type": (None, "linear"),
+    "timestep_type": (None, "discrete"),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "lambda_min_clipped": (None, -math.inf),
+}
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
 class SchedulerSettings:
-    """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of LCMScheduler.
+    """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of its classes.
 
-    `clip_sample` and the last three are None if the checkpoint has none; then each sampler has a default of
-    its own. Raises ValueError if LCM can't sample with the settings.
+    Those that may be None are so if the checkpoint has none; then each sampler has a default of its own.
+    `other_spacings` names the settings of σ's spacing that no sampler here follows. Raises ValueError if LCM
+    can't sample with the settings.
     """
 
     num_train_timesteps: int = 1000
@@ -46,6 +58,12 @@ class SchedulerSettings:
     timestep_spacing: str | None = None
     steps_offset: int | None = None
     set_alpha_to_one: bool | None = None
+    use_karras_sigmas: bool = False
+    final_sigmas_type: str = "zero"
+    solver_type: str = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    other_spacings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -99,7 +117,9 @@ class SchedulerSettings:
         if config.get("thresholding"):
             raise ValueError("LCM can't sample latents with dynamic thresholding; set thresholding to false")
         known = {field.name for field in fields(cls)}
-        return from_json(cls, {k: v for k, v in config.items() if k in known and v is not None})
+        other = [name for name, usual in OTHER_SPACINGS.items() if config.get(name) not in usual]
+        found = {k: v for k, v in config.items() if k in known and v is not None}
+        return from_json(cls, {"other_spacings": other, **found})
 
 
 def alphas_cumprod(settings: SchedulerSettings) -> np.ndarray:
@@ -139,50 +159,6 @@ def boundary_scalings(timestep: int, timestep_scaling: float = 10.0) -> tuple[fl
     return c_skip, c_out
 
 
-# The fields of LcmStep that a graph of a step takes as its input `coefficients`, in this order.
-COEFFICIENTS = ("x0_latent", "x0_output", "c_skip", "c_out", "denoised_scale", "noise_scale")
-
-
-@dataclass(frozen=True)
-class LcmStep:
-    """One denoising step as plain numbers.
-
-    Calling it returns the next latent:
-
-    x̂0 = x0_latent·latent + x0_output·output
-    next = sqrt(ᾱ_prev)·(c_skip·latent + c_out·x̂0) + sqrt(1 − ᾱ_prev)·noise
-
-    `denoised_scale` is sqrt(ᾱ_prev) and `noise_scale` is sqrt(1 − ᾱ_prev). On the last step ᾱ_prev is 1 and
-    there is no noise, so `noise` may be None. `clip` is the absolute value that x̂0 is clipped to, or None.
-
-    `latent`, `output` (the UNet's prediction) and `noise` are arrays of one shape and of any library: only
-    +, * and, for `clip`, the method clip are used.
-    """
-
-    timestep: float
-    x0_latent: float
-    x0_output: float
-    c_skip: float
-    c_out: float
-    denoised_scale: float
-    noise_scale: float
-    clip: float | None = None
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """The numbers that a graph of a step takes, in the order of COEFFICIENTS."""
-        return tuple(getattr(self, name) for name in COEFFICIENTS)
-
-    def __call__(self, latent: Any, output: Any, noise: Any) -> Any:
-        x0 = latent * self.x0_latent + output * self.x0_output
-        if self.clip is not None:
-            x0 = x0.clip(-self.clip, self.clip)
-        denoised = x0 * self.c_out + latent * self.c_skip
-        if noise is None:
-            return denoised
-        return denoised * self.denoised_scale + noise * self.noise_scale
-
-
 def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
     """Returns the timesteps of a picture drawn in `num_steps`, from noisy to clean.
 
@@ -195,34 +171,3 @@ def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
     origin = np.arange(1, most + 1)[::-1] * skip - 1
     indices = np.floor(np.linspace(0, most, num=num_steps, endpoint=False)).astype(np.int64)
     return [int(t) for t in origin[indices]]
-
-
-def x0_coefficients(prediction_type: str, root_alpha: float, root_beta: float) -> tuple[float, float]:
-    """Returns (a, b) for x̂0 = a·latent + b·output, where latent = √ᾱ·x0 + √(1 − ᾱ)·ε.
-
-    `root_alpha` is √ᾱ and `root_beta` is √(1 − ᾱ).
-    """
-    if prediction_type == "epsilon":
-        return 1 / root_alpha, -root_beta / root_alpha
-    if prediction_type == "v_prediction":
-        return root_alpha, -root_beta
-    return 0.0, 1.0
-
-
-def lcm_steps(num_steps: int, settings: SchedulerSettings) -> list[LcmStep]:
-    """Returns the steps of a picture drawn in `num_steps`, from noisy to clean.
-
-    Raises UsageError as lcm_timesteps does.
-    """
-    alphas = alphas_cumprod(settings)
-    timesteps = lcm_timesteps(num_steps, settings)
-    steps = []
-    for i, t in enumerate(timesteps):
-        root_alpha, root_beta = math.sqrt(alphas[t]), math.sqrt(1 - alphas[t])
-        x0_latent, x0_output = x0_coefficients(settings.prediction_type, root_alpha, root_beta)
-        last = i == len(timesteps) - 1
-        alpha_prev = 1.0 if last else float(alphas[timesteps[i + 1]])
-        c_skip, c_out = boundary_scalings(t, settings.timestep_scaling)
-        scales = math.sqrt(alpha_prev), math.sqrt(1 - alpha_prev)
-        steps.append(LcmStep(t, x0_latent, x0_output, c_skip, c_out, *scales, settings.clip))
-    return steps

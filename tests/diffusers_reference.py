@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    TCDScheduler,
+)
 
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
+
+sde = partial(DPMSolverMultistepScheduler.from_config, algorithm_type="sde-dpmsolver++")
+# What makes the scheduler of each sampler from a config.
+SCHEDULERS = {
+    "lcm": LCMScheduler.from_config,
+    "tcd": TCDScheduler.from_config,
+    "ddim": DDIMScheduler.from_config,
+    "euler": EulerDiscreteScheduler.from_config,
+    "euler-karras": partial(EulerDiscreteScheduler.from_config, use_karras_sigmas=True),
+    "euler-a": EulerAncestralDiscreteScheduler.from_config,
+    "dpm++2m": DPMSolverMultistepScheduler.from_config,
+    "dpm++2m-karras": partial(DPMSolverMultistepScheduler.from_config, use_karras_sigmas=True),
+    "dpm++2m-sde": sde,
+    "dpm++2m-sde-karras": partial(sde, use_karras_sigmas=True),
+}
 
 # The PSNR in dB that fp32 engines must reach.
 FLOOR = 65.0

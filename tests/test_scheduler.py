@@ -6,13 +6,8 @@ import torch
 from diffusers import LCMScheduler
 
 from lcm_compile.errors import UsageError
-from lcm_compile.scheduler import (
-    SchedulerSettings,
-    alphas_cumprod,
-    boundary_scalings,
-    lcm_steps,
-    lcm_timesteps,
-)
+from lcm_compile.samplers import schedule
+from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod, boundary_scalings, lcm_timesteps
 
 CONFIGS = {
     "sdxl": {"steps_offset": 1, "set_alpha_to_one": False},
@@ -61,14 +56,14 @@ def test_every_step_of_a_picture(config, num_steps):
     """The next latent from the same latent, model output and noise, in float64 on our side."""
     theirs = diffusers_scheduler(config)
     theirs.set_timesteps(num_steps)
-    steps = lcm_steps(num_steps, SchedulerSettings.from_dict(theirs.config))
+    steps = schedule("lcm", num_steps, SchedulerSettings.from_dict(theirs.config)).steps
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     output = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     for i, step in enumerate(steps):
         generator = torch.Generator().manual_seed(i)
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)).numpy()
         expected = theirs.step(output, theirs.timesteps[i], latent, generator, return_dict=False)[0].numpy()
-        actual = step(latent.double().numpy(), output.double().numpy(), noise)
+        actual, _ = step(latent.double().numpy(), output.double().numpy(), noise)
         np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-5)
 
 
@@ -81,12 +76,12 @@ def test_coefficients_at_every_usable_timestep(name):
         scheduler = LCMScheduler(**CONFIGS[name], original_inference_steps=original)
         settings = SchedulerSettings.from_dict(scheduler.config)
         scheduler.set_timesteps(original)
-        for step in lcm_steps(original, settings):
+        for step in schedule("lcm", original, settings).steps:
             scheduler._step_index = None
             _, denoised = scheduler.step(output, torch.tensor(step.timestep), latent, return_dict=False)
-            x0 = 0.7 * step.x0_latent + -0.4 * step.x0_output
-            ours = step.c_out * x0 + step.c_skip * 0.7
-            assert ours == pytest.approx(denoised.item(), rel=3e-5, abs=1e-6)
+            ours, _ = step(0.7, -0.4)
+            size = (1 - step.noise_scale**2) ** 0.5  # of a picture in the next latent
+            assert ours / size == pytest.approx(denoised.item(), rel=3e-5, abs=1e-6)
 
 
 def test_four_steps_of_sd15_and_sdxl():

@@ -5,6 +5,7 @@ Every version of diffusers and transformers since 2023 opens what is written her
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -28,9 +29,10 @@ def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
     kind = "LCMScheduler" if lcm else checkpoint.scheduler_config.get("_class_name", "PNDMScheduler")
     if lcm:
         with quiet_libraries():
+            known = inspect.signature(diffusers.LCMScheduler).parameters
             settings = checkpoint.scheduler.to_dict().items()
-            known = {name: value for name, value in settings if value is not None}
-            diffusers.LCMScheduler(**known).save_pretrained(folder / "scheduler")
+            given = {name: value for name, value in settings if name in known and value is not None}
+            diffusers.LCMScheduler(**given).save_pretrained(folder / "scheduler")
     else:
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(checkpoint.scheduler_config), indent=2))

@@ -11,7 +11,7 @@ from lcm_compile.graphs import DRAW, STAGES, StageContract
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.samplers import schedule
-from lcm_compile.scheduler import COEFFICIENTS
+from lcm_compile.samplers.step import COEFFICIENTS
 
 
 def check_stages(bundle: EngineBundle) -> None:
@@ -34,16 +34,17 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    given |= {"latent": latent, "noise": latent, "coefficients": (len(COEFFICIENTS),)}
+    given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
+    made = {"prediction": latent, "next_latent": latent, "x0": latent}
     wanted += [
         (takes["step"], select(given, takes["step"])),
-        (gives["step"], select({"prediction": latent, "next_latent": latent}, gives["step"])),
+        (gives["step"], select(made, gives["step"])),
         (takes["decode"], {"latent": latent}),
         (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
     ]
-    complete = "prediction" in gives["step"] and ("next_latent" in gives["step"]) == (
-        "noise" in takes["step"]
-    )
+    arithmetic = [name in gives["step"] for name in ("next_latent", "x0")]
+    arithmetic += [name in takes["step"] for name in ("noise", "previous_x0", "coefficients")]
+    complete = "prediction" in gives["step"] and len(set(arithmetic)) == 1
     timed = "time" in takes["step"] or "timestep" in takes["step"]
     for has, needs in wanted:
         if has != needs or not complete or not timed or latent[:1] != (shape.batch,):
@@ -73,7 +74,7 @@ def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[st
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
     """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
-    schedule(request.sampler, request.steps, bundle.manifest.pipeline.scheduler)
+    schedule(request.sampler, request.steps, bundle.manifest.pipeline.scheduler, request.eta)
     for stage in bundle.manifest.stages:
         if stage.contract.name == DRAW:
             check_whole_loop(stage.contract, request)

@@ -16,10 +16,11 @@ import numpy as np
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import BackendError
-from lcm_compile.pipeline.loop import Arrays, Loop, Runners, conditions_of
-from lcm_compile.scheduler import LcmStep
+from lcm_compile.pipeline.loop import Arrays, Loop, Runners, State, conditions_of
+from lcm_compile.samplers.step import Step
 
-Kind = tuple[str, int, bool]  # the sampler, the number of steps, and whether a second pass guides
+# The steps, whether a second pass guides, and the share of guidance rescale.
+Kind = tuple[tuple[Step, ...], bool, float]
 KINDS_KEPT = 8  # kinds of pictures whose graphs are kept
 # The status of a picture: whether it was drawn with CUDA graphs, and why not.
 USED = "used"
@@ -43,10 +44,11 @@ class CapturedLoop:
         self,
         capturer: Capturer,
         runners: Runners,
-        steps: Sequence[LcmStep],
+        steps: Sequence[Step],
         coefficients: Sequence[Arrays],
         times: Sequence[Array],
         texts: Sequence[Arrays],
+        rescale: float = 0.0,
     ) -> None:
         """Captures the loop. `texts` are one or two dicts of arrays that this object owns and overwrites."""
         step = runners["step"]
@@ -59,16 +61,19 @@ class CapturedLoop:
         # Each call of the context overwrites the output of the one before. So it is copied if there are
         # several.
         keep = len(texts) * len(times) > 1
-        last = len(steps) - 1
+        fresh = [self._fresh if one.noise_scale else None for one in steps]
+
+        def loop_of(conditions: list[list[Arrays]]) -> Loop:
+            return Loop(runners, steps, coefficients, conditions, self._scale, rescale)
 
         def context() -> list[list[Arrays]]:
             return [conditions_of(runners, text, times, keep) for text in texts]
 
         def draw() -> Array:
-            loop, latent = Loop(runners, steps, coefficients, context(), self._scale), self._latent
+            loop, state = loop_of(context()), (self._latent, None)
             for i in range(len(steps)):
-                latent = loop.step(i, latent, None if i == last else self._fresh)
-            return loop.decode(latent) + 0
+                state = loop.step(i, state, fresh[i])
+            return loop.decode(state[0]) + 0
 
         expected = runners["decode"].to_host(capturer.warm_up(draw))
         self._launch_context: Callable[[], None] = lambda: None
@@ -77,25 +82,25 @@ class CapturedLoop:
         else:
             conditions = context()
         # Both are kept, because the graphs read their arrays at every launch.
-        self._loop, self._times = Loop(runners, steps, coefficients, conditions, self._scale), times
-        self._steps: list[tuple[Callable[[], None], Array]] = []
-        latent = self._latent
+        self._loop, self._times = loop_of(conditions), times
+        self._steps: list[tuple[Callable[[], None], State]] = []
+        state: State = (self._latent, None)
         for i in range(len(steps)):
-            fresh = None if i == last else self._fresh
-            launch, latent = capturer.capture(partial(self._loop.step, i, latent, fresh))
-            self._steps.append((launch, latent))
-        self._launch_decode, self._picture = capturer.capture(partial(self._loop.decode, latent))
+            launch, state = capturer.capture(partial(self._loop.step, i, state, fresh[i]))
+            self._steps.append((launch, state))
+        self._launch_decode, self._picture = capturer.capture(partial(self._loop.decode, state[0]))
         self._check(noise, expected)
 
     def _check(self, noise: np.ndarray, expected: np.ndarray) -> None:
         """Raises BackendError unless the graphs draw `expected` from `noise`, after another picture."""
-        runners, last = self._loop.runners, len(self._steps) - 1
+        runners, steps = self._loop.runners, self._loop.steps
         for arrays in (-noise, noise):
             latent, fresh = (runners["step"].to_device(array) for array in arrays)
             self.begin(self._texts, self._scale)
-            for i in range(len(self._steps)):
-                latent = self.step(i, latent, None if i == last else fresh)
-            drawn = runners["decode"].to_host(self.decode(latent))
+            state: State = (latent, None)
+            for i, step in enumerate(steps):
+                state = self.step(i, state, fresh if step.noise_scale else None)
+            drawn = runners["decode"].to_host(self.decode(state[0]))
         difference = np.abs(drawn.astype(np.float32) - expected.astype(np.float32)).mean()
         if not difference <= MOST_DIFFERENCE * (255 if expected.dtype == np.uint8 else 1):
             raise BackendError("its CUDA graphs draw another picture than the engines do without them")
@@ -109,15 +114,15 @@ class CapturedLoop:
         self._launch_context()
         return self
 
-    def step(self, i: int, latent: Array, fresh: Array | None) -> Array:
-        """Returns the latent after step i; valid until step i is run again. See Loop.step."""
+    def step(self, i: int, state: State, fresh: Array | None) -> State:
+        """Returns the state after step i; valid until step i is run again. See Loop.step."""
         if i == 0:  # later steps read what the step before wrote
-            self._latent.copy_(latent)
+            self._latent.copy_(state[0])
         if fresh is not None:
             self._fresh.copy_(fresh)
-        launch, latent = self._steps[i]
+        launch, after = self._steps[i]
         launch()
-        return latent
+        return after
 
     def decode(self, latent: Array) -> Array:
         """Returns the picture; it is valid until the next one is drawn."""

@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from lcm_compile.engines.runner import Array, Runner
-from lcm_compile.scheduler import LcmStep
+from lcm_compile.samplers.step import Step
 
 Arrays = dict[str, Any]
 Runners = Mapping[str, Runner]
+# The latent (b, c, h, w), and the x̂0 of the step before it, None before the first step.
+State = tuple[Array, Array | None]
 
 
 @dataclass(frozen=True)
@@ -25,34 +27,61 @@ class Loop:
 
     `conditions` has a list for the prompt and, if a second pass guides the picture by `scale` (1,), another
     for the negative prompt. Each list has an entry for each step: the inputs of the step stage for this text.
-    `coefficients` has an entry for each step as well, empty if the step stage takes none.
+    `coefficients` has an entry for each step as well, empty if the step stage takes none. `rescale` is the
+    share of guidance rescale: see guided.
     """
 
     runners: Runners
-    steps: Sequence[LcmStep]
+    steps: Sequence[Step]
     coefficients: Sequence[Arrays]
     conditions: Sequence[Sequence[Arrays]]
     scale: Array
+    rescale: float = 0.0
 
-    def step(self, i: int, latent: Array, fresh: Array | None) -> Array:
-        """Returns the latent (b, c, h, w) after step i, in new memory.
+    def step(self, i: int, state: State, fresh: Array | None) -> State:
+        """Returns the state after step i, in memory of its own.
 
-        `fresh` is the noise to add, of the latent's shape, or None for the last step.
+        `fresh` is the noise to add, of the latent's shape, or None if the step adds none.
         """
-        lcm_step, step = self.steps[i], self.runners["step"]
-        inputs = {"latent": latent, "noise": latent if fresh is None else fresh, **self.coefficients[i]}
+        sampler_step, step = self.steps[i], self.runners["step"]
+        latent, previous = state
+        inputs = {
+            "latent": latent,
+            # Where there is none, any finite array will do: its coefficient is 0.
+            "noise": latent if fresh is None else fresh,
+            "previous_x0": latent if previous is None else previous,
+            **self.coefficients[i],
+        }
         given = step({**inputs, **self.conditions[0][i]})
         if len(self.conditions) > 1:
             output = step.kept(given["prediction"])
             plain = step({**inputs, **self.conditions[1][i]})["prediction"]
-            return lcm_step(latent, plain + self.scale * (output - plain), fresh)
+            return sampler_step(latent, guided(output, plain, self.scale, self.rescale), fresh, previous)
         if "next_latent" in given:
-            return step.kept(given["next_latent"])
-        return lcm_step(latent, given["prediction"], fresh)
+            return step.kept(given["next_latent"]), step.kept(given["x0"])
+        return sampler_step(latent, given["prediction"], fresh, previous)
 
     def decode(self, latent: Array) -> Array:
         """Returns the pictures (b, height, width, 3), valid until the next call of the decoder."""
         return self.runners["decode"]({"latent": latent})["picture"]
+
+
+def guided(output: Array, plain: Array, scale: Array, rescale: float) -> Array:
+    """Returns the UNet's output for a prompt, guided away from the `plain` one (classifier-free guidance).
+
+    A share `rescale` of the result gets the standard deviation that each picture's `output` has, as in Lin et
+    al. 2023 (arXiv 2305.08891), section 3.4.
+    """
+    result = plain + scale * (output - plain)
+    if rescale == 0:
+        return result
+    axes = (1, 2, 3)
+
+    def deviation(array: Array) -> Array:
+        centred = array - array.mean(axes, keepdims=True)
+        return (centred * centred).mean(axes, keepdims=True) ** 0.5
+
+    return result * (rescale * (deviation(output) / deviation(result)) + (1 - rescale))
 
 
 def reads_text(runners: Runners) -> Runner:
@@ -78,8 +107,8 @@ def put_timesteps(runners: Runners, timesteps: Sequence[float]) -> list[Array]:
     return [runner.to_device(row) for row in np.asarray(padded, np.float32).reshape(-1, at_once)]
 
 
-def put_coefficients(runners: Runners, steps: Sequence[LcmStep]) -> list[Arrays]:
-    """Returns the coefficients input for each step, or {} if the step stage has no LCM arithmetic.
+def put_coefficients(runners: Runners, steps: Sequence[Step]) -> list[Arrays]:
+    """Returns the coefficients input for each step, or {} if the step stage has no arithmetic.
 
     Each has its own memory, because TensorRT needs every address to be a multiple of 256.
     """

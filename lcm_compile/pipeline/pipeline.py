@@ -33,13 +33,13 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
-from lcm_compile.pipeline.loop import Loop, put_coefficients, put_timesteps, takes
+from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.prompts import Prompts, Text
 from lcm_compile.pipeline.request import Request, draw_seed
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
-from lcm_compile.scheduler import LcmStep
+from lcm_compile.samplers.step import Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -201,7 +201,7 @@ class LcmPipeline(Pipeline):
 
     def passes(self, request: Request, show: Show) -> Progress:
         """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
-        plan = schedule(request.sampler, request.steps, self.settings.scheduler)
+        plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         steps = plan.steps
         guided = self.needs_second_pass(request)
         batches = list(batches_of(request, self.settings.shape.batch))
@@ -209,7 +209,7 @@ class LcmPipeline(Pipeline):
             (1 + guided) * (1 + ("context" in self.runners)), len(batches), len(steps) * (1 + guided)
         )
         clock = Clock(self.runners["encode"], STAGES)
-        graphs = self.find_graphs(request.sampler, steps, guided)
+        graphs = self.find_graphs(steps, guided, request.guidance_rescale)
         clock.lap("")
 
         texts = []
@@ -217,7 +217,7 @@ class LcmPipeline(Pipeline):
             texts.append(self.prompts.text(prompt, scale))
             clock.lap("encode")
             yield passes.add(1)
-        loop = self.open_loop(texts, steps, request.guidance_scale, graphs)
+        loop = self.open_loop(texts, steps, request, graphs)
         clock.lap("context")
         if "context" in self.runners:
             yield passes.add(len(texts))
@@ -225,17 +225,17 @@ class LcmPipeline(Pipeline):
         noise = NoiseStream(request.seed, (request.num_images, *self.latent_shape()))
         pictures = Pictures(clock, show)
         for rows, kept in batches:
-            latent = self.put(plan.first(noise[0][rows]))
-            for i in range(len(steps)):
+            state: State = (self.put(plan.first(noise[0][rows])), None)
+            for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
-                fresh = self.put(noise[i + 1][rows]) if i + 1 < len(steps) else None
+                fresh = self.put(noise[i + 1][rows]) if step.noise_scale else None
                 clock.lap("")
-                latent = loop.step(i, latent, fresh)
+                state = loop.step(i, state, fresh)
                 clock.lap("step")
                 yield passes.add(1 + guided)
-            picture = self.runners["decode"].to_host(loop.decode(latent))
+            picture = self.runners["decode"].to_host(loop.decode(state[0]))
             clock.lap("decode")
-            pictures.add(picture, kept, self.runners["step"].to_host(latent))
+            pictures.add(picture, kept, self.runners["step"].to_host(state[0]))
             yield passes.add(1)
         ms = {**clock.ms(), "load": self.load_ms}
         return Drawing(pictures.all(), ms, texts[0].cut, self.graph_status(graphs))
@@ -259,16 +259,17 @@ class LcmPipeline(Pipeline):
         return prompts
 
     def open_loop(
-        self, texts: Sequence[Text], steps: Sequence[LcmStep], scale: float, graphs: CapturedLoop | None
+        self, texts: Sequence[Text], steps: Sequence[Step], request: Request, graphs: CapturedLoop | None
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
-        guidance = self.put(np.asarray([scale], np.float32))
+        scale = self.put(np.asarray([request.guidance_scale], np.float32))
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], guidance)
+            return graphs.begin([text.arrays for text in texts], scale)
         timesteps = [step.timestep for step in steps]
         conditions = [self.prompts.conditions(text, timesteps) for text in texts]
-        return Loop(self.runners, steps, put_coefficients(self.runners, steps), conditions, guidance)
+        coefficients = put_coefficients(self.runners, steps)
+        return Loop(self.runners, steps, coefficients, conditions, scale, request.guidance_rescale)
 
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape (c, h, w) of the latent of one picture."""
@@ -283,7 +284,7 @@ class LcmPipeline(Pipeline):
     def _graphs(self) -> CudaGraphs:
         return CudaGraphs(self.runners)
 
-    def find_graphs(self, sampler: str, steps: Sequence[LcmStep], guided: bool) -> CapturedLoop | None:
+    def find_graphs(self, steps: tuple[Step, ...], guided: bool, rescale: float) -> CapturedLoop | None:
         """Returns the CUDA graphs for pictures of these steps, or None if they are drawn without."""
         if not self.cuda_graph:
             self._graphs.use_own(False)
@@ -293,9 +294,9 @@ class LcmPipeline(Pipeline):
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
-            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts)
+            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale)
 
-        return self._graphs.find((sampler, len(steps), guided), make)
+        return self._graphs.find((steps, guided, rescale), make)
 
     def graph_status(self, graphs: CapturedLoop | None) -> str:
         """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""

@@ -19,7 +19,9 @@ class Request:
     A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros. A `guidance_scale` of 1
     is none; a full LCM's own default is `Pipeline.settings.guidance_scale`. All `num_images` share one stream
     of noise. With an `index`, only that picture of them is drawn, counted from 0. `sampler` is one of
-    `samplers.SAMPLERS`; LCM-LoRAs and full LCMs are made for `lcm`.
+    `samplers.SAMPLERS`; LCM-LoRAs and full LCMs are made for `lcm`. `eta` is the share of noise that TCD and
+    DDIM add again in each step, from 0 to 1, None for the sampler's own. `guidance_rescale`, from 0 to 1, is
+    the share of the guided prediction whose contrast is brought back to the unguided one's.
     """
 
     prompt: str
@@ -30,6 +32,8 @@ class Request:
     num_images: int = 1
     index: int | None = None
     sampler: str = "lcm"
+    eta: float | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         if isinstance(self.prompt, list | tuple):
@@ -43,10 +47,9 @@ class Request:
         for name, called in WHOLE_NUMBERS.items():
             if name != "index" or self.index is not None:
                 object.__setattr__(self, name, whole_number(getattr(self, name), called))
-        scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise UsageError(f"guidance scale must be a number, not {shown(scale)}")
-        object.__setattr__(self, "guidance_scale", float(scale))
+        for name, (called, most) in NUMBERS.items():
+            if name != "eta" or self.eta is not None:
+                object.__setattr__(self, name, number(getattr(self, name), called, most))
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
         if not 1 <= self.num_images <= MOST_IMAGES:
@@ -54,8 +57,6 @@ class Request:
                 f"the number of images must be from 1 to {MOST_IMAGES}, not {self.num_images}",
                 "draw more by several calls with other seeds",
             )
-        if not 0.0 <= self.guidance_scale <= MOST_GUIDANCE:
-            raise UsageError(f"guidance scale must be from 0 to {MOST_GUIDANCE}, not {self.guidance_scale}")
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
         if self.index is not None and not 0 <= self.index < self.num_images:
@@ -64,6 +65,12 @@ class Request:
 
 MOST_IMAGES = 10_000  # the noise of all of them is in memory
 MOST_GUIDANCE = 1_000_000  # far above what draws a picture, and far below what overflows fp32
+# The fields that are numbers from 0, with their names in messages and the largest values.
+NUMBERS = {
+    "guidance_scale": ("guidance scale", MOST_GUIDANCE),
+    "guidance_rescale": ("guidance rescale", 1),
+    "eta": ("eta", 1),
+}
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
     "seed": "seed",
@@ -81,6 +88,15 @@ def whole_number(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise UsageError(f"{name} must be a whole number, not {shown(value)}") from None
+
+
+def number(value: Any, name: str, most: int) -> float:
+    """Returns a number of any library as a float. Raises UsageError unless it is from 0 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{name} must be a number, not {shown(value)}")
+    if not 0.0 <= (found := float(value)) <= most:
+        raise UsageError(f"{name} must be from 0 to {most}, not {found}")
+    return found
 
 
 def check_text(text: Any, name: str) -> None:

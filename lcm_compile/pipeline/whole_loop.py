@@ -14,7 +14,8 @@ from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches
 from lcm_compile.pipeline.noise import NoiseStream
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
-from lcm_compile.samplers import Schedule, schedule
+from lcm_compile.samplers import schedule
+from lcm_compile.samplers.step import Schedule
 
 NO_CUDA_GRAPH = "not used: one engine draws the complete picture"
 STAGED = "build without --whole-loop; such a bundle can draw it"
@@ -54,7 +55,7 @@ class WholeLoopPipeline(Pipeline):
         runner = self.runners[DRAW]
         check_whole_loop(runner.contract, request)
         clock = Clock(runner, (DRAW,))
-        plan = schedule(request.sampler, request.steps, self.settings.scheduler)
+        plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         given, cut = self.inputs_for(request, plan)
         draws, _, *latent = inputs_of(runner.contract)["noise"].shape
         stream = NoiseStream(request.seed, (request.num_images, *latent))

@@ -9,7 +9,7 @@ from functools import cache
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.scheduler import COEFFICIENTS
+from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.spec import BuildSpec, Shape
 
 # Each model, with the stages that are made of it and the components that it consists of. The pipeline runs
@@ -124,10 +124,16 @@ def step_contract(
     outputs: tuple[TensorSpec, ...] = (TensorSpec("prediction", latent, "float32", predicted),)
     if with_scheduler:
         inputs += (
-            TensorSpec("noise", latent, "float32", "the noise that the step adds to the denoised latent"),
+            TensorSpec("noise", latent, "float32", "the noise that the step adds"),
+            TensorSpec(
+                "previous_x0", latent, "float32", "the x0 of the step before, for samplers that use it"
+            ),
             TensorSpec("coefficients", (len(COEFFICIENTS),), "float32", NUMBERS),
         )
-        outputs += (TensorSpec("next_latent", latent, "float32", "the latent of the next step"),)
+        outputs += (
+            TensorSpec("next_latent", latent, "float32", "the latent of the next step"),
+            TensorSpec("x0", latent, "float32", "the clean latent that the UNet foresees"),
+        )
     return StageContract("step", inputs, outputs)
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.graphs import StageContract
-from lcm_compile.scheduler import LcmStep
+from lcm_compile.samplers.step import COEFFICIENTS
+from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import draw_contract, make_contracts
 from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
@@ -76,7 +77,7 @@ def make_stage(
     if contract.name == "context":
         module = ContextStage(modules["context"], shape, names)
     elif contract.name == "step":
-        module = Step(modules["unet"], shape, names, checkpoint.scheduler.clip)
+        module = Step(modules["unet"], shape, names)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif "text_encoder_2" in modules:
@@ -109,12 +110,14 @@ class Draw(nn.Module):
         given |= self.call("encode", given)
         given |= self.call("context", given)
         noises = given["noise"]
-        latent = noises[0]
+        latent = x0 = noises[0]
         for i, numbers in enumerate(given["coefficients"]):
             # The last step adds no noise: the coefficient of its noise is 0, so any finite noise will do.
             noise = noises[(i + 1) % len(noises)]
-            own = {"latent": latent, "noise": noise, "time": given["times"][i], "coefficients": numbers}
-            latent = self.call("step", {**given, **own})["next_latent"]
+            own = {"latent": latent, "noise": noise, "previous_x0": x0}
+            own |= {"time": given["times"][i], "coefficients": numbers}
+            after = self.call("step", {**given, **own})
+            latent, x0 = after["next_latent"], after["x0"]
         return self.call("decode", {"latent": latent})["picture"]
 
     def call(self, name: str, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -200,25 +203,24 @@ class ContextStage(nn.Module):
 
 
 class Step(nn.Module):
-    """Runs the UNet, and then the LCM step if it has `coefficients`. It casts fp32 inputs for the UNet."""
+    """Runs the UNet, and then a sampler's step if it has `coefficients`. It casts its inputs for the UNet."""
 
-    def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str], clip: float | None) -> None:
+    def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str]) -> None:
         super().__init__()
         self.unet = unet
         self.inputs = inputs
-        self.clip = clip
         self.size_ids = size_ids(shape)
 
-    def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = dict(zip(self.inputs, arrays, strict=True))
         latent = given["latent"]
         arguments = self.context_arguments(given) if "time" in given else self.arguments(given)
         prediction = self.unet(latent.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
             return prediction
-        numbers: list[Any] = [0, *given["coefficients"].unbind(), self.clip]
-        step = LcmStep(*numbers)
-        return prediction, step(latent, prediction, given["noise"])
+        numbers: dict[str, Any] = dict(zip(COEFFICIENTS, given["coefficients"].unbind(), strict=True))
+        step = SamplerStep(timestep=0, **numbers)
+        return prediction, *step(latent, prediction, given["noise"], given["previous_x0"])
 
     def context_arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
         """Returns the UNet's arguments besides the latent, if its context was moved to the context stage."""

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import factories
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-)
-from diffusers_reference import reference
+from diffusers import DiffusionPipeline
+from diffusers_reference import SCHEDULERS, reference
 from PIL import Image
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
@@ -23,27 +17,20 @@ from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
+from lcm_compile.samplers import SAMPLERS
 
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler-a": EulerAncestralDiscreteScheduler,
-}
 FLOOR = 60  # dB
 
 
 @pytest.fixture(scope="module")
 def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
-    """Bases whose scheduler does not clip, like the published ones, and a bundle of each without LCM."""
-    folder = tmp_path_factory.mktemp("ordinary")
-    made = {}
-    for name, checkpoint in (("sd15", sd15_checkpoint), ("sdxl", sdxl_checkpoint)):
-        base = shutil.copytree(checkpoint, folder / f"{name}-base")
-        path = base / "scheduler/scheduler_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
-        backend = "torchscript" if name == "sd15" else "onnxruntime"
-        spec = BuildSpec(str(base), no_lcm=True, backend=backend)
-        made[name] = build(spec, folder / name).folder, base
+    """A bundle of each base without an LCM-LoRA, and the base."""
+    folder, made = tmp_path_factory.mktemp("ordinary"), {}
+    for name, base, backend in (
+        ("sd15", sd15_checkpoint, "torchscript"),
+        ("sdxl", sdxl_checkpoint, "onnxruntime"),
+    ):
+        made[name] = build(BuildSpec(str(base), no_lcm=True, backend=backend), folder / name).folder, base
     return made
 
 
@@ -55,10 +42,10 @@ def pair(request, ordinary):
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(4, 1.0), (25, 7.5)])
-@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_pictures_are_those_of_diffusers(pair, sampler, steps, scale):
     bundle, theirs = pair
-    theirs.scheduler = SCHEDULERS[sampler].from_config(theirs.scheduler.config)
+    theirs.scheduler = SCHEDULERS[sampler](theirs.scheduler.config)
     drawn = theirs(
         "a red star",
         negative_prompt="blue",

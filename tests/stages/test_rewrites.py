@@ -20,7 +20,7 @@ from lcm_compile.export.onnx_graph import onnx_from_stage
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
-from lcm_compile.scheduler import lcm_steps
+from lcm_compile.samplers import schedule
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.contracts import CONTEXT_STEPS, make_contracts
 from lcm_compile.stages.rewrites import Upsampling, doublings
@@ -62,7 +62,7 @@ def test_context_and_step_are_diffusers_unet_and_scheduler(checkpoint, shape):
     opened = open_checkpoint(str(checkpoint))
     stages = shaped(checkpoint, shape)
     generator = torch.Generator().manual_seed(0)
-    steps = lcm_steps(4, opened.scheduler)
+    steps = schedule("lcm", 4, opened.scheduler).steps
     contracts = stages["context"].contract, stages["step"].contract
     given = {
         spec.name: torch.randn(spec.shape, generator=generator)

@@ -1,0 +1,72 @@
+"""The samplers: the timesteps of a picture, the arithmetic of each step, and the scale of the first noise.
+
+Each is the scheduler of diffusers of its name, made from the same config. Latents are always the model's
+input, √ᾱ·x0 + √(1 − ᾱ)·ε. Schedulers that count noise in σ = √((1 − ᾱ)/ᾱ) keep latents of √(σ² + 1) times
+that size, and the steps here have that factor in their numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from lcm_compile.errors import UsageError
+from lcm_compile.samplers.consistency import lcm, tcd
+from lcm_compile.samplers.ddim import ddim
+from lcm_compile.samplers.dpm_solver import dpm_solver_2m
+from lcm_compile.samplers.euler import euler, euler_ancestral
+from lcm_compile.samplers.step import Schedule
+from lcm_compile.scheduler import SchedulerSettings
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A sampler: its name in A1111's web UI, and what gives its schedule for a number of steps.
+
+    `schedule` is called with the number of steps, the settings and η, which only matters if `takes_eta`.
+    `in_sigmas` says that the settings of σ's spacing count.
+    """
+
+    label: str
+    schedule: Callable[[int, SchedulerSettings, float | None], Schedule]
+    takes_eta: bool = False
+    in_sigmas: bool = False
+
+
+SAMPLERS = {
+    "lcm": Sampler("LCM", lcm),
+    "tcd": Sampler("TCD", tcd, takes_eta=True),
+    "ddim": Sampler("DDIM", ddim, takes_eta=True),
+    "euler": Sampler("Euler", euler, in_sigmas=True),
+    "euler-karras": Sampler("Euler Karras", partial(euler, use_karras=True), in_sigmas=True),
+    "euler-a": Sampler("Euler a", euler_ancestral, in_sigmas=True),
+    "dpm++2m": Sampler("DPM++ 2M", dpm_solver_2m, in_sigmas=True),
+    "dpm++2m-karras": Sampler("DPM++ 2M Karras", partial(dpm_solver_2m, use_karras=True), in_sigmas=True),
+    "dpm++2m-sde": Sampler("DPM++ 2M SDE", partial(dpm_solver_2m, sde=True), in_sigmas=True),
+    "dpm++2m-sde-karras": Sampler(
+        "DPM++ 2M SDE Karras", partial(dpm_solver_2m, use_karras=True, sde=True), in_sigmas=True
+    ),
+}
+
+
+def schedule(sampler: str, num_steps: int, settings: SchedulerSettings, eta: float | None = None) -> Schedule:
+    """Returns the schedule of a picture drawn in `num_steps`.
+
+    `sampler` is a name in SAMPLERS. `eta` is the share of noise that is added again in each step, from 0 to
+    1; None is the sampler's own. Raises UsageError if it can't draw in that many steps, with these settings
+    or with that share.
+    """
+    chosen = SAMPLERS[sampler]
+    if eta is not None and not chosen.takes_eta:
+        able = ", ".join(name for name, other in SAMPLERS.items() if other.takes_eta)
+        raise UsageError(f"the sampler {sampler} has no eta", f"only {able} have one")
+    if chosen.schedule not in (lcm, tcd) and not 1 <= num_steps <= settings.num_train_timesteps:
+        raise UsageError(f"steps must be from 1 to {settings.num_train_timesteps}, not {num_steps}")
+    if chosen.in_sigmas and settings.other_spacings:
+        raise UsageError(
+            f"the config of the base's scheduler has {' and '.join(settings.other_spacings)}, which the "
+            f"sampler {sampler} does not follow here",
+            "--sampler ddim; or take it out of scheduler/scheduler_config.json, and build again",
+        )
+    return chosen.schedule(num_steps, settings, eta)
