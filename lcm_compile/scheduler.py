@@ -40,8 +40,9 @@ class SchedulerSettings:
     """The scheduler settings of a checkpoint. Names are diffusers', and defaults are those of its classes.
 
     Those that may be None are so if the checkpoint has none; then each sampler has a default of its own.
-    `other_spacings` names the settings of σ's spacing that no sampler here follows. Raises ValueError if LCM
-    can't sample with the settings.
+    `other_spacings` names the settings of σ's spacing that no sampler here follows. `timesteps` are those
+    that LCM and TCD take for a picture of so many steps. Raises ValueError if LCM can't sample with the
+    settings.
     """
 
     num_train_timesteps: int = 1000
@@ -64,6 +65,7 @@ class SchedulerSettings:
     lower_order_final: bool = True
     euler_at_final: bool = False
     other_spacings: tuple[str, ...] = ()
+    timesteps: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -167,6 +169,8 @@ def lcm_timesteps(num_steps: int, settings: SchedulerSettings) -> list[int]:
     most = settings.original_inference_steps
     if not 1 <= num_steps <= most:
         raise UsageError(f"steps must be from 1 to {most}, not {num_steps}")
+    if settings.timesteps and len(settings.timesteps) == num_steps:
+        return list(settings.timesteps)
     skip = settings.num_train_timesteps // most
     origin = np.arange(1, most + 1)[::-1] * skip - 1
     indices = np.floor(np.linspace(0, most, num=num_steps, endpoint=False)).astype(np.int64)

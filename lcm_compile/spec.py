@@ -181,7 +181,8 @@ class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
 
     A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
-    for the checkpoint's own. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those
+    for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
+    `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those
     of file names, of LoRAs' keys to leave out. Raises UsageError for values that can't be right with any base
     or on any machine.
     """
@@ -190,6 +191,8 @@ class BuildSpec:
     gpu: str = "cpu"
     lcm_lora: LoraSpec | None = None
     no_lcm: bool = False
+    few_step: str | None = None
+    few_step_lora: LoraSpec | None = None
     loras: tuple[LoraSpec, ...] = ()
     embeddings: tuple[EmbeddingSpec, ...] = ()
     height: int | None = None
@@ -210,8 +213,14 @@ class BuildSpec:
                 raise unknown_name("rewrite", name, REWRITES)
             if self.whole_loop and name in WHOLE_LOOP_NEEDS:
                 raise UsageError(f"--whole-loop needs the rewrite {name}", f"drop --without {name}")
-        if self.no_lcm and self.lcm_lora:
-            raise UsageError("--lcm-lora and --no-lcm exclude each other", "drop one of the two")
+        if self.no_lcm and self.few_step_weights:
+            named = "--lcm-lora" if self.lcm_lora else "--few-step-lora"
+            raise UsageError(f"{named} and --no-lcm exclude each other", "drop one of the two")
+        if self.lcm_lora and (self.few_step_lora or self.few_step not in (None, "lcm")):
+            raise UsageError(
+                "--lcm-lora is an LCM-LoRA, and --few-step and --few-step-lora name another",
+                "give the file to --few-step-lora, and its method to --few-step",
+            )
         if self.weights and self.config:
             raise UsageError("--weights and --config exclude each other", "drop one of the two")
         if self.precision != "auto" and self.precision not in ASKED_PRECISIONS:
@@ -220,6 +229,11 @@ class BuildSpec:
         # The sides are checked before anything is loaded. A side that is not given is replaced with 8, which
         # is valid.
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
+
+    @property
+    def few_step_weights(self) -> LoraSpec | None:
+        """The few-step LoRA that is named, or None for the one that the method's table has."""
+        return self.few_step_lora or self.lcm_lora
 
     @property
     def rewrites(self) -> tuple[str, ...]:

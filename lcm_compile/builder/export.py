@@ -19,6 +19,7 @@ from lcm_compile.bundles.bundle import (
 )
 from lcm_compile.bundles.export_manifest import EXPORT, Export, ExportManifest
 from lcm_compile.bundles.manifest import (
+    FewStepWeights,
     Parity,
     PipelineSettings,
     StageFile,
@@ -29,10 +30,11 @@ from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.engines import find_backend
 from lcm_compile.export import EXPORTERS
+from lcm_compile.lora.few_step import defaults_of
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, picture_of, write_proof
 from lcm_compile.spec import BuildSpec, LoraProvenance
-from lcm_compile.stages.contracts import graph_contracts, make_contracts, models_of
+from lcm_compile.stages.contracts import CONTEXT_STEPS, graph_contracts, make_contracts, models_of
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.files import check_space
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
@@ -188,14 +190,19 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         file = f"tokenizers/{name}.json"
         (folder / file).write_text(tokenizer.json, encoding="utf-8")
         tokenizers.append(TokenizerSettings(tokens.name, file, tokenizer.max_length, tokenizer.pad_token_id))
-    sample = checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT
+    row, defaults = plan.few_step, defaults_of(plan.few_step, checkpoint)
+    if plan.spec.whole_loop:
+        guided = checkpoint.has_guidance_embedding
+        scale = defaults.guidance_scale if guided else 1.0
+        defaults = replace(defaults, steps=CONTEXT_STEPS, guidance_scale=scale)
     return PipelineSettings(
         plan.shape,
         checkpoint.scheduler,
         tuple(tokenizers),
         checkpoint.zero_negative_prompt,
-        sample,
-        checkpoint.default_guidance,
+        checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT,
+        **vars(defaults),
+        few_step=FewStepWeights(row.name, row.made_for, plan.few_step_licence) if row else None,
     )
 
 

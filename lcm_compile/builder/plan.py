@@ -25,10 +25,12 @@ from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import STAGES
 from lcm_compile.lora.bundled_words import with_bundled_words
-from lcm_compile.lora.find import PlannedLora, find_loras
+from lcm_compile.lora.few_step import FewStep, licence_of
+from lcm_compile.lora.find import PlannedLora, find_loras, plan_few_step
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import EIGHT_BITS, Precision
 from lcm_compile.spec import BuildSpec, Shape
+from lcm_compile.stages.contracts import CONTEXT_STEPS
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import TARGETS, GpuTarget, find_target
@@ -54,6 +56,7 @@ class ExportPlan:
     spec: BuildSpec
     checkpoint: Checkpoint
     loras: tuple[PlannedLora, ...]
+    few_step: FewStep | None
     shape: Shape
     proof_shape: Shape
     precisions: Mapping[str, Precision]
@@ -77,6 +80,12 @@ class ExportPlan:
         product = self.precisions["step"].product
         eight_bits = {"step": f"it multiplies in 8 bits, {product}"} if product in EIGHT_BITS else {}
         return {**self.checkpoint.lossy, **eight_bits}
+
+    @property
+    def few_step_licence(self) -> str | None:
+        """The licence of the few-step weights, or of a base that is such a model itself, if it is known."""
+        fused = [lora.spec.source for lora in self.loras if lora.role == "few-step"]
+        return next(filter(None, map(licence_of, (*fused, self.spec.base))), None)
 
     @property
     def calibration(self) -> tuple[Request, ...]:
@@ -147,6 +156,7 @@ class Plan:
                     for p in export.loras
                 ],
                 "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
+                "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
                 "whole_loop": export.spec.whole_loop,
                 "precisions": dict(export.precisions),
@@ -222,13 +232,22 @@ def plan_export(
     stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()
-    loras = find_loras(spec, checkpoint, digests)
-    checkpoint = with_bundled_words(checkpoint, loras, spec.lora_skip)
+    few_step = plan_few_step(spec, checkpoint)
+    if spec.whole_loop and few_step.row and CONTEXT_STEPS not in few_step.row.made_for:
+        raise UsageError(
+            f"--whole-loop draws in {CONTEXT_STEPS} steps, and {few_step.row.name} is not made for so many",
+            "drop --whole-loop",
+        )
+    loras = find_loras(spec, few_step, digests)
+    checkpoint = with_bundled_words(few_step.checkpoint, loras, spec.lora_skip)
     key = export_key(spec, checkpoint, loras, shape, precisions, graph_format, digests)
+    key["few-step method"] = few_step.row.name if few_step.row else "none"
     digests.save()
     checked = ENGINE if engine_runs else checked_graph(graph_format, precision)
     proof = proof_shape(checkpoint, shape, checked)
-    return ExportPlan(spec, checkpoint, loras, shape, proof, precisions, graph_format, checked, key)
+    return ExportPlan(
+        spec, checkpoint, loras, few_step.row, shape, proof, precisions, graph_format, checked, key
+    )
 
 
 def is_large(checkpoint: Checkpoint) -> bool:

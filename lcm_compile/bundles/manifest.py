@@ -55,11 +55,20 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
-class PipelineSettings:
-    """Everything that the LCM loop needs besides the stages' contracts.
+class FewStepWeights:
+    """A base's few-step weights: `METHOD:VARIANT`, the numbers of steps they are made for, their licence."""
 
-    With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place.
-    `sample_prompt` is drawn if no prompt is given, with `guidance_scale` if no scale is given.
+    name: str
+    made_for: tuple[int, ...]
+    licence: str | None = None
+
+
+@dataclass(frozen=True)
+class PipelineSettings:
+    """Everything that the loop needs besides the stages' contracts.
+
+    With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place. The
+    last fields are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
     """
 
     shape: Shape
@@ -68,6 +77,10 @@ class PipelineSettings:
     zero_negative_prompt: bool
     sample_prompt: str
     guidance_scale: float = 1.0
+    sampler: str = "lcm"
+    steps: int = 4
+    eta: float | None = None
+    few_step: FewStepWeights | None = None
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,29 @@ from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import SCHEDULER, TEXT_ENCODERS, Checkpoint, is_tiny
 from lcm_compile.checkpoint.load import load_tokenizer, quiet_libraries
+from lcm_compile.samplers import SAMPLERS
 
 
-def write_settings(checkpoint: Checkpoint, folder: Path, lcm: bool) -> None:
+def write_settings(checkpoint: Checkpoint, folder: Path, sampler: str | None) -> None:
     """Writes the settings of a checkpoint to a new folder.
 
-    With `lcm`, the scheduler is LCMScheduler with the base's noise schedule. Raises CheckpointError if a
-    tokenizer can't be read.
+    The scheduler is that of a sampler, with the base's settings, or for None the base's own. Raises
+    CheckpointError if a tokenizer can't be read.
     """
     import diffusers
 
     folder.mkdir(exist_ok=True)
     for name in checkpoint.tokenizers:
         write_tokenizer(checkpoint, name, folder / name)
-    kind = "LCMScheduler" if lcm else checkpoint.scheduler_config.get("_class_name", "PNDMScheduler")
-    if lcm:
+    kind = checkpoint.scheduler_config.get("_class_name", "PNDMScheduler")
+    if sampler is not None:
+        kind = SAMPLERS[sampler].scheduler
         with quiet_libraries():
-            known = inspect.signature(diffusers.LCMScheduler).parameters
+            scheduler = getattr(diffusers, kind)
+            known = inspect.signature(scheduler).parameters
             settings = checkpoint.scheduler.to_dict().items()
             given = {name: value for name, value in settings if name in known and value is not None}
-            diffusers.LCMScheduler(**given).save_pretrained(folder / "scheduler")
+            scheduler(**given).save_pretrained(folder / "scheduler")
     else:
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(checkpoint.scheduler_config), indent=2))

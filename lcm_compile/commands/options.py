@@ -105,7 +105,21 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="PATH[:W]",
                 help="An LCM-LoRA and its weight; by default the family's own.",
             ),
-            click.option("--no-lcm", is_flag=True, help="Fuse no LCM-LoRA; use it if the base is an LCM."),
+            click.option(
+                "--few-step",
+                metavar="METHOD[:VARIANT]",
+                help="lcm, dmd2, lightning, hyper, tcd, pcm, flash or turbo: how few steps draw a picture.",
+            ),
+            click.option(
+                "--few-step-lora",
+                metavar="PATH[:W]",
+                help="That method's LoRA and its weight; by default the one published for the family.",
+            ),
+            click.option(
+                "--no-lcm",
+                is_flag=True,
+                help="Fuse no few-step LoRA: for ordinary pictures, or if the base has one already.",
+            ),
             click.option(
                 "--lora",
                 "loras",
@@ -128,7 +142,12 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def base_settings(
-    *, lcm_lora: str | None, loras: tuple[str, ...], embeddings: tuple[str, ...], **others: Any
+    *,
+    lcm_lora: str | None,
+    few_step_lora: str | None,
+    loras: tuple[str, ...],
+    embeddings: tuple[str, ...],
+    **others: Any,
 ) -> dict[str, Any]:
     """Returns options as the fields of a BuildSpec.
 
@@ -142,6 +161,7 @@ def base_settings(
 
     return {
         "lcm_lora": LoraSpec.parse(lcm_lora) if lcm_lora is not None else None,
+        "few_step_lora": LoraSpec.parse(few_step_lora) if few_step_lora is not None else None,
         "loras": tuple(LoraSpec.parse(lora) for lora in loras),
         "embeddings": tuple(EmbeddingSpec.parse(embedding) for embedding in embeddings),
         **others,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lcm_compile.checkpoint.families import LCM_LORA_FILE, Family
+from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.families import LCM_LORA_FILE
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.hub import REPOSITORY, fetch
+from lcm_compile.checkpoint.single_file import UNET
+from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.errors import LoraError
+from lcm_compile.lora.few_step import FewStep, few_step_of
 from lcm_compile.lora.peft_folder import CONFIG, WEIGHTS, lora_files_of
 from lcm_compile.spec import LORA_SUFFIXES, BuildSpec, LoraSpec
 from lcm_compile.system.cache import Digests
@@ -25,27 +29,101 @@ LORA_FILES = (LCM_LORA_FILE, "pytorch_lora_weights.bin")
 class PlannedLora:
     """A LoRA that will be fused: its file or folder, its weights, and the sha256 of its content."""
 
-    role: str  # "lcm" or "style"
+    role: str  # "few-step" or "style"
     spec: LoraSpec
     path: Path
     sha256: str
 
 
-def find_loras(spec: BuildSpec, checkpoint: Checkpoint, digests: Digests) -> tuple[PlannedLora, ...]:
-    """Returns the LoRAs of a build: the LCM-LoRA (the given one or the family's), then the styles in order.
+@dataclass(frozen=True)
+class FewStepPlan:
+    """The checkpoint as a few-step method draws with it, the method's row, and the LoRA that is fused for it.
 
-    No family's LCM-LoRA is added for a full LCM, for random weights, or with `no_lcm`. Raises LoraError if a
-    LoRA can't be found or downloaded.
+    The checkpoint has the method's settings of the scheduler, and its UNet if the weights are a complete one.
     """
-    found: list[tuple[str, LoraSpec, Path]] = []
-    if spec.lcm_lora:
-        found.append(("lcm", spec.lcm_lora, find_lora(spec.lcm_lora)))
-    elif not (spec.no_lcm or checkpoint.has_guidance_embedding or checkpoint.random_seed is not None):
-        path = find_lcm_lora(checkpoint.family, spec.base)
-        assert checkpoint.family is not None
-        found.append(("lcm", LoraSpec(checkpoint.family.lcm_lora or str(path)), path))
+
+    checkpoint: Checkpoint
+    row: FewStep | None = None
+    lora: tuple[LoraSpec, Path] | None = None
+
+
+def find_loras(spec: BuildSpec, few_step: FewStepPlan, digests: Digests) -> tuple[PlannedLora, ...]:
+    """Returns the LoRAs of a build: the few-step LoRA, if there is one, then the styles in order.
+
+    Raises LoraError if a LoRA can't be found or downloaded.
+    """
+    found = [("few-step", *few_step.lora)] if few_step.lora else []
     found += [("style", lora, find_lora(lora)) for lora in spec.loras]
     return tuple(PlannedLora(role, lora, path, lora_digest(path, digests)) for role, lora, path in found)
+
+
+def plan_few_step(spec: BuildSpec, checkpoint: Checkpoint) -> FewStepPlan:
+    """Returns how a spec's pictures are drawn in few steps.
+
+    Raises UsageError if there is no such method, LoraError if its weights can't be found or downloaded, and
+    CheckpointError if they can't be read.
+    """
+    row = few_step_of(spec, checkpoint)
+    lora = few_step_weights(spec, checkpoint, row)
+    if row is None and lora is None:
+        return FewStepPlan(checkpoint)
+    changes = row.scheduler if row else {}
+    changed = replace(checkpoint, scheduler_config={**checkpoint.scheduler_config, **changes})
+    if lora is None:
+        return FewStepPlan(changed, row)
+    path = find_few_step_file(lora, spec)
+    if (prefix := unet_prefix(path)) is None:
+        return FewStepPlan(changed, row, (lora, path))
+    unet = Component("unet", checkpoint.unet, (path,), prefix=prefix)
+    return FewStepPlan(replace(changed, components={**changed.components, "unet": unet}), row)
+
+
+def few_step_weights(spec: BuildSpec, checkpoint: Checkpoint, row: FewStep | None) -> LoraSpec | None:
+    """Returns a spec's few-step weights: those that it names, or its method's for the family, or None.
+
+    The method's own are not added to a full LCM or to random weights, or with `no_lcm`. Raises LoraError if
+    the method has none for the family.
+    """
+    if spec.few_step_weights or spec.no_lcm:
+        return spec.few_step_weights
+    if row is None or row.method == "turbo" or checkpoint.random_seed is not None:
+        return None
+    family = checkpoint.family
+    if source := family and row.source(family.name):
+        return LoraSpec(source)
+    other = "name one with --few-step-lora FILE, or give --no-lcm if the base has it already, or needs none"
+    if family is None:
+        raise LoraError(
+            f"no {row.method} LoRA is known for {spec.base}: its UNet belongs to no known family", other
+        )
+    raise LoraError(f"no {row.name} LoRA is published for {family.description.split(',')[0]}", other)
+
+
+def find_few_step_file(lora: LoraSpec, spec: BuildSpec) -> Path:
+    """Returns the file of few-step weights. Raises LoraError as find_lora does."""
+    try:
+        return find_lora(lora)
+    except LoraError as error:
+        if spec.few_step_weights:
+            raise
+        raise LoraError(
+            str(error), "name another with --few-step-lora FILE, or --no-lcm to fuse none"
+        ) from error
+
+
+def unet_prefix(path: Path) -> str | None:
+    """Returns what a complete UNet's keys begin with in a file, or None if the file holds no such UNet.
+
+    Raises CheckpointError if the file can't be read.
+    """
+    if path.is_dir():
+        return None
+    keys, _ = read_header(path)
+    return next((prefix for prefix in ("", UNET) if f"{prefix}{UNET_KEYS[prefix]}" in keys), None)
+
+
+# A weight that every UNet has, by the prefix of its names: diffusers' names, and the original's.
+UNET_KEYS = {"": "conv_in.weight", UNET: "input_blocks.0.0.weight"}
 
 
 def lora_digest(path: Path, digests: Digests) -> str:
@@ -72,7 +150,10 @@ def find_lora(spec: LoraSpec) -> Path:
         or repository.endswith(LORA_SUFFIXES)
         or user_path(repository).exists()
     ):
-        raise LoraError(f"LoRA {spec.source} does not exist", "check the path given to --lora or --lcm-lora")
+        raise LoraError(
+            f"LoRA {spec.source} does not exist",
+            "check the path given to --lora, --lcm-lora or --few-step-lora",
+        )
     return find_on_hub(repository, file)
 
 
@@ -118,27 +199,3 @@ def usual_files(names: Sequence[str]) -> list[str]:
     """Returns which of a hub repository's files may be its LoRA: pickles only if there is nothing else."""
     found = [[name for name in usual if name in names][:1] for usual in (LORA_FILES, [CONFIG], WEIGHTS)]
     return [name for one in found for name in one]
-
-
-def find_lcm_lora(family: Family | None, base: str) -> Path:
-    """Returns the file of a family's LCM-LoRA, downloaded if the hub cache lacks it.
-
-    `base` is the base's name in the error. Raises LoraError if there is none, or if it can't be downloaded.
-    """
-    other = "name one with --lcm-lora FILE, or give --no-lcm if the base is an LCM already"
-    if family is None:
-        raise LoraError(f"no LCM-LoRA is known for {base}: its UNet belongs to no known family", other)
-    if family.lcm_lora is None:
-        raise LoraError(f"no LCM-LoRA is published for {family.description.split(',')[0]}", other)
-    path = Path(family.lcm_lora)
-    if not path.is_absolute():
-        try:
-            path = fetch(family.lcm_lora, [LCM_LORA_FILE]) / LCM_LORA_FILE
-        except ConnectionError as error:
-            raise LoraError(
-                f"the LCM-LoRA {family.lcm_lora} is not in the hub cache and can't be downloaded: {error}",
-                other,
-            ) from error
-    if not path.is_file():
-        raise LoraError(f"the LCM-LoRA {path} is missing", other)
-    return path

@@ -17,7 +17,7 @@ from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
 from lcm_compile.lora.bundled_words import with_bundled_words
-from lcm_compile.lora.find import find_loras
+from lcm_compile.lora.find import find_loras, plan_few_step
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.spec import BuildSpec, LoraProvenance, LoraSpec
@@ -37,14 +37,15 @@ def fuse(
     The output appears complete or not at all.
 
     If `out` ends in .safetensors, it becomes one file in the original layout. Otherwise it becomes a new
-    diffusers folder, whose scheduler is LCMScheduler if the result is an LCM. `precision` is `fp16` or
+    diffusers folder, whose scheduler is the few-step method's or a full LCM's. `precision` is `fp16` or
     `fp32`. Raises UsageError, CheckpointError or LoraError if that can't be done.
     """
     as_file = out.suffix == FILE_ENDING
     check_out(out, folder=not as_file)
     checkpoint = open_base(spec, half=precision == "fp16")
-    planned = find_loras(spec, checkpoint, Digests())
-    checkpoint = with_bundled_words(checkpoint, planned, spec.lora_skip)
+    few_step = plan_few_step(spec, checkpoint)
+    planned = find_loras(spec, few_step, Digests())
+    checkpoint = with_bundled_words(few_step.checkpoint, planned, spec.lora_skip)
     loras = read_loras(planned, spec.lora_skip)
     with quiet_libraries():
         empty = {name: empty_module(component) for name, component in checkpoint.components.items()}
@@ -56,8 +57,9 @@ def fuse(
         if as_file:
             write_file(part, checkpoint, empty, loras, precision, watch)
         else:
-            lcm = checkpoint.has_guidance_embedding or any(p.role == "lcm" for p in planned)
-            write_folder(part, checkpoint, loras, precision, lcm, watch)
+            sampler = "lcm" if checkpoint.has_guidance_embedding else None
+            sampler = few_step.row.sampler if few_step.row else sampler
+            write_folder(part, checkpoint, loras, precision, sampler, watch)
     return checkpoint, provenance
 
 
@@ -74,11 +76,11 @@ def write_folder(
     checkpoint: Checkpoint,
     loras: list[tuple[Lora, LoraSpec]],
     precision: str,
-    lcm: bool,
+    sampler: str | None,
     watch: Stopwatch,
 ) -> None:
-    """Writes a diffusers folder. With `lcm`, its scheduler is LCMScheduler, else the base's."""
-    write_settings(checkpoint, part, lcm)
+    """Writes a diffusers folder. Its scheduler is that of a sampler, or the base's for None."""
+    write_settings(checkpoint, part, sampler)
     for name in checkpoint.components:
         with watch.task(f"write {name}"), quiet_libraries():
             save_model(name, merged(checkpoint, name, loras).to(dtype_of(precision)), part / name)

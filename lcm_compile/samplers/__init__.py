@@ -22,30 +22,34 @@ from lcm_compile.scheduler import SchedulerSettings
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: its name in A1111's web UI, and what gives its schedule for a number of steps.
+    """A sampler: its name in A1111's web UI, diffusers' class, and what gives its schedule.
 
     `schedule` is called with the number of steps, the settings and η, which only matters if `takes_eta`.
     `in_sigmas` says that the settings of σ's spacing count.
     """
 
     label: str
+    scheduler: str
     schedule: Callable[[int, SchedulerSettings, float | None], Schedule]
     takes_eta: bool = False
     in_sigmas: bool = False
 
 
+EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 SAMPLERS = {
-    "lcm": Sampler("LCM", lcm),
-    "tcd": Sampler("TCD", tcd, takes_eta=True),
-    "ddim": Sampler("DDIM", ddim, takes_eta=True),
-    "euler": Sampler("Euler", euler, in_sigmas=True),
-    "euler-karras": Sampler("Euler Karras", partial(euler, use_karras=True), in_sigmas=True),
-    "euler-a": Sampler("Euler a", euler_ancestral, in_sigmas=True),
-    "dpm++2m": Sampler("DPM++ 2M", dpm_solver_2m, in_sigmas=True),
-    "dpm++2m-karras": Sampler("DPM++ 2M Karras", partial(dpm_solver_2m, use_karras=True), in_sigmas=True),
-    "dpm++2m-sde": Sampler("DPM++ 2M SDE", partial(dpm_solver_2m, sde=True), in_sigmas=True),
+    "lcm": Sampler("LCM", "LCMScheduler", lcm),
+    "tcd": Sampler("TCD", "TCDScheduler", tcd, takes_eta=True),
+    "ddim": Sampler("DDIM", "DDIMScheduler", ddim, takes_eta=True),
+    "euler": Sampler("Euler", EULER, euler, in_sigmas=True),
+    "euler-karras": Sampler("Euler Karras", EULER, partial(euler, use_karras=True), in_sigmas=True),
+    "euler-a": Sampler("Euler a", "EulerAncestralDiscreteScheduler", euler_ancestral, in_sigmas=True),
+    "dpm++2m": Sampler("DPM++ 2M", DPM, dpm_solver_2m, in_sigmas=True),
+    "dpm++2m-karras": Sampler(
+        "DPM++ 2M Karras", DPM, partial(dpm_solver_2m, use_karras=True), in_sigmas=True
+    ),
+    "dpm++2m-sde": Sampler("DPM++ 2M SDE", DPM, partial(dpm_solver_2m, sde=True), in_sigmas=True),
     "dpm++2m-sde-karras": Sampler(
-        "DPM++ 2M SDE Karras", partial(dpm_solver_2m, use_karras=True, sde=True), in_sigmas=True
+        "DPM++ 2M SDE Karras", DPM, partial(dpm_solver_2m, use_karras=True, sde=True), in_sigmas=True
     ),
 }
 

@@ -42,7 +42,7 @@ def save_checkpoint(weights: Weights, checkpoint: Checkpoint, out: Path) -> None
     The folder is written completely or not at all. Raises LcmCompileError if it can't be written.
     """
     with replacing_output(out) as partial, quiet_libraries():
-        write_settings(checkpoint, partial, lcm=True)
+        write_settings(checkpoint, partial, "lcm")
         unet = empty_unet(with_guidance(checkpoint.unet))
         unet.load_state_dict(weights, assign=True)
         save_model("unet", unet, partial / "unet")
