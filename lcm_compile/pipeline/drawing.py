@@ -1,4 +1,4 @@
-"""The result of a request: its pictures, which are checked for NaN, and the time that each stage took."""
+"""The result of requests: their pictures, which are checked for NaN, and the time that each stage took."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def show_nothing(pictures: np.ndarray) -> None:
 
 @dataclass
 class Drawing:
-    """The result of a request: 8-bit pictures (n, height, width, 3), and milliseconds by stage.
+    """The result of requests: 8-bit pictures (n, height, width, 3), and milliseconds by stage.
 
     `ms` has a number for each stage, a list for "step", the host's "total", and "load", the time that loading
-    took. `cut` is the end of the prompt that did not fit. `cuda_graph` is "used" if the stages were launched
-    as CUDA graphs on a GPU, or says why they were not.
+    took. `cut` is the longest end of a prompt that did not fit. `cuda_graph` is "used" if the stages were
+    launched as CUDA graphs on a GPU, or says why they were not.
     """
 
     pictures: np.ndarray
@@ -77,23 +77,22 @@ class Clock:
         return {**stages, "total": (self._end - self._start) * 1000}
 
 
-def batches_of(request: Request, batch: int) -> Iterator[tuple[np.ndarray, slice]]:
-    """Yields the indices (batch,) of the pictures of each call of the engines, and which of them are kept.
+def batches_of(pictures: Sequence[Request], batch: int) -> Iterator[tuple[Sequence[Request], slice]]:
+    """Yields the `batch` pictures of each call of the engines, and which of them are kept.
 
-    The last index is repeated if fewer than `batch` pictures are left.
+    If fewer are left, the last is repeated. A picture alone has the place that it has among all of its seed,
+    because an engine may compute its places with other orders of sums.
     """
-    last = request.num_images - 1
-    for first in range(0, request.num_images, batch):
-        kept = range(first, min(first + batch, last + 1))
-        if request.index is not None:
-            kept = range(max(first, request.index), min(kept.stop, request.index + 1))
-        if kept:
-            rows = np.minimum(np.arange(first, first + batch), last)
-            yield rows, slice(kept.start - first, kept.stop - first)
+    before = (pictures[0].index or 0) % batch if len(pictures) == 1 else 0
+    for first in range(0, len(pictures), batch):
+        some = pictures[first : first + batch]
+        rows = [*[some[0]] * before, *some]
+        rows += [rows[-1]] * (batch - len(rows))
+        yield rows, slice(before, before + len(some))
 
 
 class Pictures:
-    """Collects the pictures of a request, and shows each batch as soon as it is drawn."""
+    """Collects the pictures of a drawing, and shows each batch as soon as it is drawn."""
 
     def __init__(self, clock: Clock, show: Show) -> None:
         self._clock = clock

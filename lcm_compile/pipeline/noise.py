@@ -9,8 +9,11 @@ a multiple of 16, the last 16 values are generated again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+
+from lcm_compile.pipeline.request import Request
 
 BLOCK = 16  # values that torch generates at a time
 
@@ -72,3 +75,25 @@ class NoiseStream:
         while len(self._draws) <= i:
             self._draws.append(self._noise(self._shape))
         return self._draws[i]
+
+
+class Noise:
+    """The noise of pictures (c, h, w) of any requests. Each request's own is that of its NoiseStream."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._shape = shape
+        self._streams: dict[tuple[int, int], NoiseStream] = {}  # by seed and number of pictures
+
+    def draw(self, i: int, pictures: Sequence[Request]) -> np.ndarray:
+        """Returns draw i for each of these pictures (b, c, h, w), as NoiseStream has it.
+
+        The streams of other pictures are forgotten, and would be drawn again from their start.
+        """
+        known, self._streams = self._streams, {}
+        rows = []
+        for picture in pictures:
+            key = (picture.seed, picture.num_images)
+            stream = known.get(key) or NoiseStream(picture.seed, (picture.num_images, *self._shape))
+            known[key] = self._streams[key] = stream
+            rows.append(stream[i][picture.index])
+        return np.stack(rows)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
+from itertools import pairwise
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -34,9 +35,9 @@ from lcm_compile.pipeline.drawing import (
     warning_of_one_colour,
 )
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
-from lcm_compile.pipeline.noise import NoiseStream
-from lcm_compile.pipeline.prompts import Prompts, Text
-from lcm_compile.pipeline.request import Request, draw_seed
+from lcm_compile.pipeline.noise import Noise
+from lcm_compile.pipeline.prompts import BatchPrompts, Prompts, Text
+from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 # Called with (passes done, passes in total).
 PassReport = Callable[[int, int], None]
+# The prompts of a batch, and the guidance scale that a full LCM reads.
+PromptKey = tuple[BatchPrompts, float]
 # Yields (passes done, passes in total), and returns the drawing.
 Progress = Generator[tuple[int, int], None, Drawing]
 
@@ -77,7 +80,7 @@ class Pipeline(ABC):
         """
         self.settings = settings
         self.runners = runners
-        self.prompts = Prompts(runners, tokenizers, settings.shape.batch, prompt_cache)
+        self.prompts = Prompts(runners, tokenizers, prompt_cache)
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
@@ -89,49 +92,78 @@ class Pipeline(ABC):
 
     def __call__(
         self,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
-        negative_prompt: str | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
         sampler: str = "lcm",
         steps: int = 4,
         guidance_scale: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         num_images: int = 1,
+        index: int | None = None,
     ) -> list[Image]:
-        """Draws a prompt and returns `num_images` PIL images; without a seed it takes a random one.
+        """Draws a prompt, or each prompt of a list, and returns PIL images.
 
-        Without a `guidance_scale` it takes the bundle's: 1, which is none, or that of a full LCM. Warns of a
-        picture of one colour. Raises UsageError if a value is out of range, and BackendError if the engines
-        return NaN.
+        Pictures share the calls of an engine of a batch, also those of different prompts. Lists may be
+        tuples, and of numbers also ranges and arrays. `Request` has the ranges of values.
+
+        prompt: What the picture shows. A list gives `num_images` pictures for each of its prompts, all of the
+            first before those of the second.
+        negative_prompt: What the pictures should not show, for all prompts, or a list with one for each. It
+            is read only with guidance above 1. None differs from "" for SDXL.
+        sampler: `lcm`, or another name of `samplers.SAMPLERS` for a bundle without an LCM-LoRA.
+        steps: Denoising steps.
+        guidance_scale: Strength of guidance; 1 is none. By default the bundle's: 1, or that of a full LCM.
+        seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
+            pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
+            has other noise than it has alone. A list has one seed for each picture, as a list of generators
+            has: each picture is the one that its prompt and seed give alone. For one prompt it draws as many
+            pictures as there are seeds.
+        num_images: The number of pictures of each prompt.
+        index: The only picture to draw of all those that the call without it draws from one seed, counted
+            from 0.
+
+        Warns of a picture of one colour. Raises UsageError if a value is out of range or lists do not fit
+        each other, and BackendError if the engines return NaN.
         """
-        seed = draw_seed() if seed is None else seed
-        scale = self.settings.guidance_scale if guidance_scale is None else guidance_scale
-        request = Request(prompt, seed, negative_prompt, steps, scale, num_images, sampler=sampler)
-        drawing = self.draw(request)
+        requests = requests_for(
+            seed=draw_seed() if seed is None else seed,
+            num_images=num_images,
+            index=index,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            sampler=sampler,
+            steps=steps,
+            guidance_scale=self.settings.guidance_scale if guidance_scale is None else guidance_scale,
+        )
+        drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
             warnings.warn(text, stacklevel=2)
         return drawing.images()
 
     def draw(
         self,
-        request: Request,
+        requests: Request | Sequence[Request],
         report: PassReport = lambda done, total: None,
         show: Show = show_nothing,
     ) -> Drawing:
-        """Draws a request and returns the drawing. Raises the same errors as calling the pipeline.
+        """Draws requests and returns the drawing. Raises the same errors as calling the pipeline.
+
+        The pictures of all requests share the calls of engines of a batch. So the requests must have the same
+        sampler, steps and guidance scale, and all or none of them a negative prompt.
 
         `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
         (n, height, width, 3) of each batch as soon as they are drawn.
         """
-        with closing(self.progress(request, show)) as progress:
+        with closing(self.progress(requests, show)) as progress:
             while True:
                 try:
                     report(*next(progress))
                 except StopIteration as stop:
                     return stop.value
 
-    def progress(self, request: Request, show: Show = show_nothing) -> Progress:
-        """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing.
+    def progress(self, requests: Request | Sequence[Request], show: Show = show_nothing) -> Progress:
+        """Draws requests. Yields (passes done, passes in total) after every stage; returns the drawing.
 
         On a GPU other threads wait until this generator has ended or is closed. Raises UsageError if the
         pipeline is closed or was loaded before this process was forked, or on a GPU if this thread has
@@ -140,7 +172,7 @@ class Pipeline(ABC):
         self.check_usable()
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
-            passes = self.passes(request, show)
+            passes = self.passes(pictures_of(requests), show)
             while True:
                 with self._computing if exclusive else nullcontext():
                     self.check_usable()
@@ -151,8 +183,11 @@ class Pipeline(ABC):
                 yield done
 
     @abstractmethod
-    def passes(self, request: Request, show: Show) -> Progress:
-        """Does what `progress` does, for one drawing at a time if the engines are exclusive."""
+    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+        """Does what `progress` does, for one drawing at a time if the engines are exclusive.
+
+        Each of the pictures is a request of one picture.
+        """
 
     @property
     def exclusive(self) -> bool:
@@ -199,63 +234,68 @@ class Pipeline(ABC):
 class LcmPipeline(Pipeline):
     """The pipeline of a bundle with an engine for each stage."""
 
-    def passes(self, request: Request, show: Show) -> Progress:
-        """Draws a request. Yields (passes done, passes in total) after every stage; returns the drawing."""
+    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+        """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
+        request = pictures[0]  # all are alike in what is read from it
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         steps = plan.steps
         guided = self.needs_second_pass(request)
-        batches = list(batches_of(request, self.settings.shape.batch))
-        passes = Passes(
-            (1 + guided) * (1 + ("context" in self.runners)), len(batches), len(steps) * (1 + guided)
-        )
+        batches = list(batches_of(pictures, self.settings.shape.batch))
+        wanted = [self.prompts_of(rows) for rows, _ in batches]
+        new = [set(now) - set(before) for before, now in pairwise([[], *wanted])]
+        stages = 2 if "context" in self.runners else 1
+        passes = Passes(stages * sum(map(len, new)), len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], STAGES)
         graphs = self.find_graphs(steps, guided, request.guidance_rescale)
         clock.lap("")
 
-        texts = []
-        for prompt, scale in self.prompts_of(request):
-            texts.append(self.prompts.text(prompt, scale))
-            clock.lap("encode")
-            yield passes.add(1)
-        loop = self.open_loop(texts, steps, request, graphs)
-        clock.lap("context")
-        if "context" in self.runners:
-            yield passes.add(len(texts))
-
-        noise = NoiseStream(request.seed, (request.num_images, *self.latent_shape()))
-        pictures = Pictures(clock, show)
-        for rows, kept in batches:
-            state: State = (self.put(plan.first(noise[0][rows])), None)
+        noise = Noise(self.latent_shape())
+        drawn = Pictures(clock, show)
+        texts: dict[PromptKey, Text] = {}
+        cut = ""
+        for (rows, kept), keys, added in zip(batches, wanted, new, strict=True):
+            if added:
+                known, texts = texts, {}
+                for key in keys:
+                    if key in added and key not in texts:
+                        known[key] = self.prompts.text(*key)
+                        clock.lap("encode")
+                        yield passes.add(1)
+                    texts[key] = known[key]
+                loop = self.open_loop([texts[key] for key in keys], steps, request, graphs)
+                clock.lap("context")
+                if "context" in self.runners:
+                    yield passes.add(len(added))
+                cut = max(cut, texts[keys[0]].cut, key=len)
+            state: State = (self.put(plan.first(noise.draw(0, rows))), None)
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
-                fresh = self.put(noise[i + 1][rows]) if step.noise_scale else None
+                fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
                 state = loop.step(i, state, fresh)
                 clock.lap("step")
                 yield passes.add(1 + guided)
             picture = self.runners["decode"].to_host(loop.decode(state[0]))
             clock.lap("decode")
-            pictures.add(picture, kept, self.runners["step"].to_host(state[0]))
+            drawn.add(picture, kept, self.runners["step"].to_host(state[0]))
             yield passes.add(1)
-        ms = {**clock.ms(), "load": self.load_ms}
-        return Drawing(pictures.all(), ms, texts[0].cut, self.graph_status(graphs))
+        return Drawing(drawn.all(), {**clock.ms(), "load": self.load_ms}, cut, self.graph_status(graphs))
 
     def needs_second_pass(self, request: Request) -> bool:
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""
         return request.guidance_scale > 1.0 and not takes(self.runners, "guidance")
 
-    def prompts_of(self, request: Request) -> list[tuple[str | None, float]]:
-        """Returns the prompts to encode, each with its guidance scale; the second is the negative prompt.
+    def prompts_of(self, rows: Sequence[Request]) -> list[PromptKey]:
+        """Returns the prompts to encode for a batch, with their guidance scale; the second are the negative.
 
-        A prompt that is None means conditioning of zeros.
+        Prompts that are None mean conditioning of zeros.
         """
-        scale = request.guidance_scale if takes(self.runners, "guidance") else 1.0
-        prompts: list[tuple[str | None, float]] = [(request.prompt, scale)]
-        if self.needs_second_pass(request):
-            negative = request.negative_prompt
-            if negative is None and not self.settings.zero_negative_prompt:
-                negative = ""
-            prompts.append((negative, 1.0))
+        first = rows[0]
+        scale = first.guidance_scale if takes(self.runners, "guidance") else 1.0
+        prompts: list[PromptKey] = [(tuple(row.prompt for row in rows), scale)]
+        if self.needs_second_pass(first):
+            zeros = first.negative_prompt is None and self.settings.zero_negative_prompt
+            prompts.append((None if zeros else tuple(row.negative_prompt or "" for row in rows), 1.0))
         return prompts
 
     def open_loop(
@@ -335,7 +375,7 @@ class Turn:
 
 
 class Passes:
-    """Counts the passes through the models: those of the prompts, then each batch's steps and decoding."""
+    """Counts the passes through the models: those of all prompts, and each batch's steps and decoding."""
 
     def __init__(self, prompts: int, batches: int, steps: int) -> None:
         self._total = prompts + batches * (steps + 1)

@@ -11,15 +11,16 @@ import numpy as np
 from lcm_compile.pipeline.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 
-PROMPTS_KEPT = 8  # prompts in the cache
+PROMPTS_KEPT = 8  # prompts, or different prompts of a batch, in the cache
+BatchPrompts = tuple[str, ...] | None  # a prompt for each picture of a batch, or none
 
 
 @dataclass
 class Text:
-    """The text states of a prompt, and the guidance scale if a stage takes it as an input.
+    """The text states of the prompts of a batch, and the guidance scale if a stage takes it as an input.
 
-    `cut` is the end of the prompt that did not fit. `conditions` are the timesteps that were last asked for,
-    and the inputs of the step for this text at each of them; threads replace both together.
+    `cut` is the longest end of a prompt that did not fit. `conditions` are the timesteps that were last asked
+    for, and the inputs of the step for this text at each of them; threads replace both together.
     """
 
     arrays: Arrays
@@ -28,27 +29,27 @@ class Text:
 
 
 class Prompts:
-    """Encodes prompts, one for each batch of pictures, and caches the texts of the last `kept` prompts.
+    """Encodes the prompts of a batch in one call, and caches the texts of the last `kept` batches.
 
     Several threads may use it at the same time.
     """
 
-    def __init__(
-        self, runners: Runners, tokenizers: Mapping[str, PromptTokenizer], batch: int, kept: int
-    ) -> None:
+    def __init__(self, runners: Runners, tokenizers: Mapping[str, PromptTokenizer], kept: int) -> None:
         self._runners = runners
         self.tokenizers = tokenizers
-        self._batch = batch
         self._kept = kept
-        self._texts: dict[tuple[str | None, float], Text] = {}  # the last used one is at the end
+        self._texts: dict[tuple[BatchPrompts, float], Text] = {}  # the last used one is at the end
         self._lock = threading.Lock()  # held while the texts change
 
-    def text(self, prompt: str | None, guidance_scale: float = 1.0) -> Text:
-        """Returns the text of a prompt, from the cache if it is there; None gives text states of zeros."""
-        key = (prompt, guidance_scale)
+    def text(self, prompts: BatchPrompts, guidance_scale: float = 1.0) -> Text:
+        """Returns the text of a prompt for each picture, from the cache if it is there.
+
+        None in the prompts' place gives text states of zeros.
+        """
+        key = (prompts, guidance_scale)
         text = self._texts.get(key)
         if text is None:
-            arrays, cut = self._encode(prompt) if prompt is not None else (self._zeros(), "")
+            arrays, cut = self._encode(prompts) if prompts is not None else (self._zeros(), "")
             text = Text({**arrays, **self._guidance(guidance_scale)}, cut)
         with self._lock:
             self._texts.pop(key, None)
@@ -70,18 +71,18 @@ class Prompts:
         """Returns new arrays of the shapes that a text has."""
         return {**self._zeros(), **self._guidance(1.0)}
 
-    def tokens(self, prompt: str) -> tuple[dict[str, np.ndarray], str]:
-        """Returns a prompt's ids (batch, tokens) for each tokenizer, and the end that did not fit."""
-        tokens, cuts = {}, []
+    def tokens(self, prompts: Sequence[str]) -> tuple[dict[str, np.ndarray], str]:
+        """Returns prompts' ids (batch, tokens) for each tokenizer, and the longest end that did not fit."""
+        tokens, cuts = {}, [""]
         for name, tokenizer in self.tokenizers.items():
-            ids, cut = tokenizer(prompt)
-            tokens[name] = np.ascontiguousarray(np.broadcast_to(ids, (self._batch, len(ids))))
-            cuts.append(cut)
-        return tokens, max(cuts, key=len, default="")
+            found = {prompt: tokenizer(prompt) for prompt in dict.fromkeys(prompts)}
+            tokens[name] = np.stack([found[prompt][0] for prompt in prompts])
+            cuts += [cut for _, cut in found.values()]
+        return tokens, max(cuts, key=len)
 
-    def _encode(self, prompt: str) -> tuple[Arrays, str]:
+    def _encode(self, prompts: Sequence[str]) -> tuple[Arrays, str]:
         runner = self._runners["encode"]
-        tokens, cut = self.tokens(prompt)
+        tokens, cut = self.tokens(prompts)
         arrays = runner({name: runner.to_device(ids) for name, ids in tokens.items()})
         return {name: runner.kept(array) for name, array in arrays.items()}, cut
 

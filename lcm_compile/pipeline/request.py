@@ -1,10 +1,12 @@
-"""A request to a pipeline: a prompt, a seed, and the settings of the picture."""
+"""Requests to a pipeline: a prompt, a seed, and the settings of the picture."""
 
 from __future__ import annotations
 
 import operator
 import secrets
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -14,14 +16,25 @@ from lcm_compile.samplers import SAMPLERS
 
 @dataclass(frozen=True)
 class Request:
-    """The settings of one call of the pipeline. Raises UsageError if a value is of no use or out of range.
+    """What to draw: pictures of one prompt and one seed. Raises UsageError if a value is out of range.
 
-    A `negative_prompt` of None differs from "": with None, SDXL conditions on zeros. A `guidance_scale` of 1
-    is none; a full LCM's own default is `Pipeline.settings.guidance_scale`. All `num_images` share one stream
-    of noise. With an `index`, only that picture of them is drawn, counted from 0. `sampler` is one of
-    `samplers.SAMPLERS`; LCM-LoRAs and full LCMs are made for `lcm`. `eta` is the share of noise that TCD and
-    DDIM add again in each step, from 0 to 1, None for the sampler's own. `guidance_rescale`, from 0 to 1, is
-    the share of the guided prediction whose contrast is brought back to the unguided one's.
+    prompt: What the pictures show, as Unicode text. What is over the tokenizer's tokens (77) is cut.
+    seed: The seed of the noise, from 0 to 2⁶⁴ − 1; torch's CPU generator makes it of the lower 32 bits.
+    negative_prompt: What the pictures should not show. It is read only if `guidance_scale` is above 1, and
+        by no full LCM. None, the default, differs from "" for SDXL, which then conditions on zeros.
+    steps: Denoising steps; 4 by default. From 1 to 50 with the sampler `lcm`, and to 1000 with others.
+    guidance_scale: The strength of guidance without a unit, from 0 to 1,000,000. 1, the default, is none, and
+        up to 2 suits LCM-LoRAs. Above 1 each step runs the UNet twice. A full LCM reads the scale as an
+        input; its own default is `Pipeline.settings.guidance_scale`.
+    num_images: The number of pictures, from 1 to 10,000; 1 by default. They share the seed's one stream of
+        noise, so the first of four is another picture than the seed's only one.
+    index: The only one of the `num_images` pictures to draw, counted from 0; None, the default, draws all.
+        It is the picture that it is among all of them.
+    sampler: A name of `samplers.SAMPLERS`; `lcm`, the default, is what LCM-LoRAs and full LCMs are made for.
+    eta: The share of noise that TCD and DDIM add again in each step, from 0 to 1. None, the default, is the
+        sampler's own: 0.3 for TCD and 0 for DDIM.
+    guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided one's,
+        from 0, the default, to 1.
     """
 
     prompt: str
@@ -36,11 +49,6 @@ class Request:
     guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.prompt, list | tuple):
-            raise UsageError(
-                f"the prompt is a list of {len(self.prompt)}, and one call draws one prompt",
-                "call the pipeline once for each prompt",
-            )
         check_text(self.prompt, "prompt")
         if self.negative_prompt is not None:
             check_text(self.negative_prompt, "negative prompt")
@@ -53,14 +61,116 @@ class Request:
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
         if not 1 <= self.num_images <= MOST_IMAGES:
-            raise UsageError(
-                f"the number of images must be from 1 to {MOST_IMAGES}, not {self.num_images}",
-                "draw more by several calls with other seeds",
-            )
+            raise too_many(self.num_images)
         if not 0 <= self.seed < 2**64:
             raise UsageError(f"seed must be from 0 to 2⁶⁴ − 1, not {self.seed}")
         if self.index is not None and not 0 <= self.index < self.num_images:
-            raise UsageError(f"picture {self.index} is not one of 0 to {self.num_images - 1}")
+            raise UsageError(
+                f"picture {self.index} is not one of 0 to {self.num_images - 1}",
+                "the number of images says of how many it is one",
+            )
+
+    def pictures(self) -> list[Request]:
+        """Returns a request for each picture alone."""
+        if self.index is not None:
+            return [self]
+        return [replace(self, index=index) for index in range(self.num_images)]
+
+
+def requests_for(
+    seed: int | Sequence[int], num_images: int = 1, index: int | None = None, **fields: Any
+) -> list[Request]:
+    """Returns a request for each picture of a call; `fields` are those of Request, and TEXTS may be lists.
+
+    Of prompts in a list each has `num_images` pictures, one prompt's after the other's. One seed is that of a
+    single stream of noise for all pictures of the call. Seeds in a list are one for each picture: each gives
+    the picture that it gives alone, and one prompt has as many pictures as there are seeds.
+
+    Raises UsageError if a list is empty, lists do not fit each other, or one prompt has a seed twice.
+    """
+    prompts = texts_of(fields)
+    each = Request(seed=0, num_images=num_images, **prompts[0]).num_images  # checked
+    seeds = listed(seed, "seed")
+    if seeds is None:
+        whole = Request(seed=seed, num_images=each * len(prompts), index=index, **prompts[0])  # type: ignore[arg-type]
+        return [replace(picture, **prompts[(picture.index or 0) // each]) for picture in whole.pictures()]
+
+    if index is not None:
+        raise UsageError(
+            "a list of seeds has one for each picture, and takes no index", "give the seed of that picture"
+        )
+    if len(prompts) == each == 1:
+        each = len(seeds)
+    if each * len(prompts) != len(seeds):
+        raise UsageError(
+            f"{len(seeds)} seeds for {each * len(prompts)} pictures: a list of seeds has one for each picture"
+        )
+    requests = [Request(seed=one, **prompts[i // each]) for i, one in enumerate(seeds)]
+    if len(prompts) == 1:
+        for one, times in Counter(request.seed for request in requests).items():
+            if times > 1:
+                raise UsageError(f"seed {one} is given {times} times, and gives the same picture each time")
+    return requests
+
+
+def texts_of(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the fields of a request for each prompt of a list, or for a single one.
+
+    Raises UsageError if another list of TEXTS has not a text for each of the prompts.
+    """
+    prompts = listed(fields.get("prompt"), "prompt")
+    if prompts is None:
+        return [dict(fields)]
+    each = [dict(fields) for _ in prompts]
+    for name, called in TEXTS.items():
+        texts = listed(fields.get(name), called)
+        if texts is None:
+            continue
+        if len(texts) != len(prompts):
+            raise UsageError(
+                f"{len(texts)} {called}s for {len(prompts)} prompts: a list must have one for each prompt"
+            )
+        for i, text in enumerate(texts):
+            check_text(text, f"list's {called} {i}")
+            each[i][name] = text
+    return each
+
+
+def pictures_of(requests: Request | Sequence[Request]) -> list[Request]:
+    """Returns a request for each picture of these requests, which are to be drawn together.
+
+    Raises UsageError if there are none or over MOST_IMAGES, or if they differ in what pictures that are drawn
+    together share.
+    """
+    requests = [requests] if isinstance(requests, Request) else list(requests)
+    if not requests:
+        raise UsageError("there is no request to draw")
+    for name, called in SHARED.items():
+        if len(values := {getattr(request, name) for request in requests}) > 1:
+            raise UsageError(
+                f"requests of one drawing must have the same {called}, not {', '.join(map(str, values))}",
+                "draw them one after another",
+            )
+    if len({request.negative_prompt is None for request in requests}) > 1:
+        raise UsageError(
+            "requests of one drawing must all have a negative prompt, or none of them", 'it may be ""'
+        )
+    pictures = [picture for request in requests for picture in request.pictures()]
+    if len(pictures) > MOST_IMAGES:
+        raise too_many(len(pictures))
+    return pictures
+
+
+def listed(value: Any, name: str) -> list[Any] | None:
+    """Returns a list, a tuple, a range or an array of one dimension as a list, and None for all else.
+
+    Raises UsageError if it is empty, or has over MOST_IMAGES.
+    """
+    if not isinstance(value, list | tuple | range) and getattr(value, "ndim", 0) != 1:
+        return None
+    if not 1 <= len(value) <= MOST_IMAGES:
+        raise UsageError(f"a list of {name}s must have from 1 to {MOST_IMAGES}, not {len(value)}")
+    return list(value)
 
 
 MOST_IMAGES = 10_000  # the noise of all of them is in memory
@@ -71,6 +181,14 @@ NUMBERS = {
     "guidance_rescale": ("guidance rescale", 1),
     "eta": ("eta", 1),
 }
+TEXTS = {"prompt": "prompt", "negative_prompt": "negative prompt"}  # fields that calls take lists of
+SHARED = {
+    "sampler": "sampler",
+    "steps": "number of steps",
+    "guidance_scale": "guidance scale",
+    "eta": "eta",
+    "guidance_rescale": "guidance rescale",
+}
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
     "seed": "seed",
@@ -78,6 +196,14 @@ WHOLE_NUMBERS = {
     "num_images": "the number of images",
     "index": "the index of a picture",
 }
+
+
+def too_many(images: int) -> UsageError:
+    """Returns the error for a number of images that is out of range."""
+    return UsageError(
+        f"the number of images must be from 1 to {MOST_IMAGES}, not {images}",
+        "draw more by several calls with other seeds",
+    )
 
 
 def whole_number(value: Any, name: str) -> int:

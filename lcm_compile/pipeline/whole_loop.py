@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
 from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of
-from lcm_compile.pipeline.noise import NoiseStream
+from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import schedule
@@ -47,39 +47,46 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
 class WholeLoopPipeline(Pipeline):
     """The pipeline of a bundle with a single engine, which encodes the prompt in every call."""
 
-    def passes(self, request: Request, show: Show) -> Progress:
-        """Draws a request. Yields (calls done, calls in total) after every call; returns the drawing.
+    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+        """Draws pictures. Yields (calls done, calls in total) after every call; returns the drawing.
 
         Raises UsageError as check_whole_loop does, and BackendError if the engine returns NaN.
         """
-        runner = self.runners[DRAW]
-        check_whole_loop(runner.contract, request)
+        runner, request = self.runners[DRAW], pictures[0]  # all are alike in what is read from it
+        for picture in pictures:
+            check_whole_loop(runner.contract, picture)
         clock = Clock(runner, (DRAW,))
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
-        given, cut = self.inputs_for(request, plan)
+        given = self.settings_for(request, plan)
         draws, _, *latent = inputs_of(runner.contract)["noise"].shape
-        stream = NoiseStream(request.seed, (request.num_images, *latent))
-        noise = np.stack([plan.first(stream[0]), *(stream[i] for i in range(1, draws))])
-        clock.lap("")
-        pictures = Pictures(clock, show)
-        batches = list(batches_of(request, self.settings.shape.batch))
+        noise = Noise(tuple(latent))
+        drawn = Pictures(clock, show)
+        batches = list(batches_of(pictures, self.settings.shape.batch))
+        longest_cut = ""
         for i, (rows, kept) in enumerate(batches, 1):
-            own = runner.to_device(np.ascontiguousarray(noise[:, rows]))
-            picture = runner.to_host(runner({**given, "noise": own})["picture"])
+            tokens, cut = self.prompts.tokens([row.prompt for row in rows])
+            longest_cut = max(longest_cut, cut, key=len)
+            later = (noise.draw(j, rows) for j in range(1, draws))
+            own = np.stack([plan.first(noise.draw(0, rows)), *later])
+            inputs = {name: runner.to_device(array) for name, array in {**tokens, "noise": own}.items()}
+            clock.lap("")
+            result = runner.to_host(runner({**given, **inputs})["picture"])
             clock.lap(DRAW)
-            pictures.add(picture, kept)
+            drawn.add(result, kept)
             yield i, len(batches)
-        return Drawing(pictures.all(), {**clock.ms(), "load": self.load_ms}, cut, NO_CUDA_GRAPH)
+        ms = {**clock.ms(), "load": self.load_ms}
+        return Drawing(drawn.all(), ms, longest_cut, NO_CUDA_GRAPH)
 
-    def inputs_for(self, request: Request, plan: Schedule) -> tuple[dict[str, Any], str]:
-        """Returns the inputs without the noise, on the device, and the end of the prompt that did not fit."""
+    def settings_for(self, request: Request, plan: Schedule) -> dict[str, Any]:
+        """Returns the inputs that all batches share, on the device: all but the tokens and the noise."""
         runner = self.runners[DRAW]
-        arrays, cut = self.prompts.tokens(request.prompt)
-        arrays["timesteps"] = np.asarray([step.timestep for step in plan.steps], np.float32)
-        arrays["coefficients"] = np.asarray([step.coefficients for step in plan.steps], np.float32)
+        arrays = {
+            "timesteps": np.asarray([step.timestep for step in plan.steps], np.float32),
+            "coefficients": np.asarray([step.coefficients for step in plan.steps], np.float32),
+        }
         if "guidance" in inputs_of(runner.contract):
             arrays["guidance"] = np.asarray([request.guidance_scale - 1], np.float32)
-        return {name: runner.to_device(array) for name, array in arrays.items()}, cut
+        return {name: runner.to_device(array) for name, array in arrays.items()}
 
 
 def pipeline_class(runners: Mapping[str, Runner]) -> type[Pipeline]:

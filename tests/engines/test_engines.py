@@ -365,7 +365,7 @@ def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
     with load(bundle) as plain:
         expected = plain.draw(request).pictures
         with LcmPipeline(settings, runners, plain.prompts.tokenizers) as bound:
-            assert isinstance(bound.prompts.text("a star").arrays["hidden_states"], torch.Tensor)
+            assert isinstance(bound.prompts.text(("a star",)).arrays["hidden_states"], torch.Tensor)
             # Rounding alone: tensors of torch do the loop's arithmetic, not NumPy.
             assert psnr_db(expected, bound.draw(request).pictures) > 65
 
