@@ -39,6 +39,22 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(command)
 
 
+def read_seeds(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    """Returns seeds such as `7`, `1,2,3` or `1..8` as a list. Raises BadParameter if one is no number."""
+    from lcm_compile.output.grid import whole_numbers
+    from lcm_compile.pipeline.request import MOST_IMAGES
+
+    if text is None:
+        return None
+    seeds: list[int] = []
+    for word in text.split(","):
+        try:
+            seeds += whole_numbers(word, MOST_IMAGES)
+        except ValueError:
+            raise click.BadParameter(f"{word!r} is not a valid integer, nor a range such as 1..8") from None
+    return seeds
+
+
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that describe what to draw; each sets the field of Request of its name."""
     for option in reversed(
@@ -61,9 +77,14 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Strength of guidance; 1, the default but for full LCMs, is none; up to 2 suits LCM.",
             ),
             click.option(
-                "--seed", type=int, help="Seed of the noise; by default a random one, which is printed."
+                "--seed",
+                metavar="SEED[,SEED…]",
+                callback=read_seeds,
+                help="Seed of the noise, by default a random one, which is printed; 1,2,3 or 1..8 draws a "
+                "picture for each.",
             ),
             click.option("--num-images", type=int, default=1, show_default=True, help="Pictures to draw."),
+            click.option("--index", type=int, help="Draw only this one of --num-images, counted from 0."),
         )
     ):
         command = option(command)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.bundles.manifest import StageFile
     from lcm_compile.output.grid import Axis
+    from lcm_compile.output.images import Names
     from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
@@ -55,8 +56,9 @@ def run(
     folder: Path | None,
     base: str | None,
     gpu: str | None,
-    seed: int | None,
+    seed: list[int] | None,
     guidance_scale: float | None,
+    index: int | None,
     stdin: bool,
     grid: str | None,
     again: Path | None,
@@ -71,17 +73,20 @@ def run(
     """
     from lcm_compile.commands.find_bundle import find_bundle
     from lcm_compile.output.console import note
-    from lcm_compile.output.images import Names, picture_paths
+    from lcm_compile.output.images import Names
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
-    from lcm_compile.pipeline.request import Request, draw_seed
+    from lcm_compile.pipeline.request import Request, draw_seed, requests_for
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
     if again is not None:
         if stdin or grid is not None or is_given(context, "num_images"):
             raise click.UsageError("--again draws one picture: drop --stdin, --grid and --num-images")
-        given = {"prompt": prompt, "seed": seed, "guidance_scale": guidance_scale, **asked}
+        if seed is not None and len(seed) > 1:
+            raise click.UsageError("--again draws one picture: give it one --seed")
+        given = {"prompt": prompt, "guidance_scale": guidance_scale, "index": index, **asked}
+        given["seed"] = seed[0] if seed else None
         given = {name: value for name, value in given.items() if is_given(context, name)}
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
@@ -89,30 +94,58 @@ def run(
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
     scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-    request = Request(prompt, draw_seed() if seed is None else seed, guidance_scale=scale, **asked)
+    seeds = [draw_seed()] if seed is None else seed
+    asked |= {"prompt": prompt, "guidance_scale": scale}
     if grid is not None:
-        draw_sheet(bundle, request, grid, read_axes(context, grid), out, as_json)
+        axes = read_axes(context, grid)
+        if len(seeds) > 1:
+            listed = ",".join(map(str, seeds))
+            raise click.UsageError(f"several seeds are an axis of a sheet: --grid {grid},seed={listed}")
+        draw_sheet(bundle, Request(seed=seeds[0], **asked), grid, axes, out, as_json)
         return
-    check_request(bundle, request)
-    note_remarks(bundle, request)
+    requests = requests_for(seeds if len(seeds) > 1 else seeds[0], index=index, **asked)
+    check_request(bundle, requests[0])  # which differ in their seeds alone
+    note_remarks(bundle, requests[0])
     if stdin:
-        draw_lines(bundle, request, seed is None, out, as_json)
+        draw_lines(bundle, requests, seed is None, out, as_json)
         return
-    paths = picture_paths(out, Names().name(prompt, request.seed), request.num_images)
+    paths = paths_for(requests, Names(), out)
     if seed is None:
-        note(f"seed {request.seed}")
+        note(f"seed {requests[0].seed}")
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
-        draw_pictures(pipeline, bundle, request, paths, saved, as_json)
+        draw_pictures(pipeline, bundle, requests, paths, saved, as_json)
+
+
+def paths_for(
+    requests: Sequence[Request], names: Names, out: Path | None, others: bool = False
+) -> list[Path]:
+    """Returns the paths of pictures, each of one request, after making their folder.
+
+    Several pictures of one seed are numbered in a folder, which is in `out` if it holds `others` too. One
+    picture, and each of several seeds, is named after its prompt and seed. Raises UsageError if they can't be
+    written there.
+    """
+    from lcm_compile.output.images import paths_in, picture_paths
+
+    first = requests[0]
+    if len({request.seed for request in requests}) > 1:
+        own = [names.name(request.prompt, request.seed) for request in requests]
+        return paths_in(Path() if out is None else out, own)
+    name = names.name(first.prompt, first.seed)
+    if len(requests) < first.num_images:
+        name += f"-{first.index or 0:03d}"
+    place = out / name if others and out is not None and len(requests) > 1 else out
+    return picture_paths(place, name, len(requests))
 
 
 def draw_lines(
-    bundle: EngineBundle, request: Request, new_seeds: bool, out: Path | None, as_json: bool
+    bundle: EngineBundle, requests: Sequence[Request], new_seeds: bool, out: Path | None, as_json: bool
 ) -> None:
-    """Draws a picture for each line of stdin, which is its prompt; the rest is as in `request`.
+    """Draws these requests for each line of stdin, which is their prompt.
 
     `new_seeds` gives each prompt a random seed of its own. Raises UsageError if `out` is not a folder.
     """
-    from lcm_compile.output.images import Names, picture_paths
+    from lcm_compile.output.images import Names
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import draw_seed
     from lcm_compile.system.files import text_lines
@@ -123,11 +156,11 @@ def draw_lines(
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
         for line in text_lines(sys.stdin.buffer, "stdin"):
             if line.strip():
-                seed = draw_seed() if new_seeds else request.seed
-                own = replace(request, prompt=line.strip(), seed=seed)
-                name = names.name(own.prompt, seed)
-                place = out / name if out is not None and own.num_images > 1 else out
-                paths = picture_paths(place, name, own.num_images)
+                own = [replace(request, prompt=line.strip()) for request in requests]
+                if new_seeds:
+                    seed = draw_seed()
+                    own = [replace(request, seed=seed) for request in own]
+                paths = paths_for(own, names, out, others=True)
                 draw_pictures(pipeline, bundle, own, paths, saved, as_json, one_line=True)
 
 
@@ -162,7 +195,7 @@ def draw_again(
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
-        draw_pictures(pipeline, bundle, request, paths, saved, as_json)
+        draw_pictures(pipeline, bundle, [request], paths, saved, as_json)
 
 
 @contextlib.contextmanager
@@ -191,15 +224,15 @@ def telling_what_was_saved() -> Iterator[list[Path]]:
 def draw_pictures(
     pipeline: Pipeline,
     bundle: EngineBundle,
-    request: Request,
+    requests: Sequence[Request],
     paths: Sequence[Path],
     saved: list[Path],
     as_json: bool,
     one_line: bool = False,
 ) -> None:
-    """Draws one request into files, each as soon as it is drawn, and prints their paths.
+    """Draws requests of one picture each into files, each as soon as it is drawn, and prints their paths.
 
-    Each path is added to `saved` when its picture is there.
+    They differ in their seeds and indices alone. Each path is added to `saved` when its picture is there.
     """
     from PIL import Image
 
@@ -208,33 +241,33 @@ def draw_pictures(
     from lcm_compile.output.picture_settings import parameters
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
-    indices = [request.index] if request.index is not None else list(range(request.num_images))
-    places = zip(paths, indices, strict=True)
+    places = zip(paths, requests, strict=True)
 
     def save(pictures: np.ndarray) -> None:
         if warning := warning_of_one_colour(pictures):
             note(f"warning: {warning}", always=True)
         for picture in pictures:
-            path, index = next(places)
-            origin = origin_of(bundle, replace(request, index=index))
+            path, request = next(places)
+            origin = origin_of(bundle, request)
             image = Image.fromarray(picture)
             save_picture(image, path, asdict(origin), parameters(origin, *image.size))
             saved.append(path)
 
     with Bar("drawing") as bar:
-        drawing = pipeline.draw(request, bar.update, save)
+        drawing = pipeline.draw(requests, bar.update, save)
     warn_of_cut(bundle, drawing.cut)
     if as_json:
+        first = requests[0]
         print_json(
             {
-                "prompt": request.prompt,
+                "prompt": first.prompt,
                 "images": [
-                    {"path": str(path), "seed": request.seed, "index": index}
-                    for path, index in zip(paths, indices, strict=True)
+                    {"path": str(path), "seed": request.seed, "index": request.index}
+                    for path, request in zip(paths, requests, strict=True)
                 ],
-                "sampler": request.sampler,
-                "steps": request.steps,
-                "guidance_scale": request.guidance_scale,
+                "sampler": first.sampler,
+                "steps": first.steps,
+                "guidance_scale": first.guidance_scale,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
                 "cuda_graph": drawing.cuda_graph,
@@ -267,7 +300,7 @@ def read_axes(context: click.Context, grid: str) -> tuple[Axis, ...]:
     from lcm_compile.output.grid import FIELDS, parse_grid
 
     axes = parse_grid(grid)
-    for parameter in (*(FIELDS[axis.name] for axis in axes), "num_images"):
+    for parameter in (*(FIELDS[axis.name] for axis in axes), "num_images", "index"):
         if is_given(context, parameter):
             named = "PROMPT" if parameter == "prompt" else f"--{parameter.replace('_', '-')}"
             raise click.UsageError(f"{named} and --grid can't be given together: the grid sets it")

@@ -73,19 +73,21 @@ def parse_values(name: str, text: str) -> tuple[Any, ...]:
         return read_prompts(user_path(text))
     values: list[Any] = []
     for word in text.split(","):
-        ends = re.fullmatch(r"\s*(\d{1,20})\.\.(\d{1,20})\s*", word)
         try:
-            if ends and name != "guidance":
-                first, last = int(ends[1]), int(ends[2])
-                if not first <= last < first + MAX_CELLS:
-                    raise ValueError
-                values += range(first, last + 1)
-            else:
-                values.append(float(word) if name == "guidance" else int(word))
+            values += [float(word)] if name == "guidance" else whole_numbers(word, MAX_CELLS)
         except ValueError:
             hint = "--grid guidance=1,1.5,2" if name == "guidance" else f"--grid {name}=1..8 or {name}=1,2,4"
             raise UsageError(f"--grid {name}={text}: {word!r} is no value of {name}", hint) from None
     return tuple(values)
+
+
+def whole_numbers(word: str, most: int) -> range:
+    """Returns the numbers of `7` or `1..8`. Raises ValueError for all else, and for over `most` numbers."""
+    ends = re.fullmatch(r"\s*(\d{1,20})\.\.(\d{1,20})\s*", word)
+    first, last = (int(ends[1]), int(ends[2])) if ends else (int(word), int(word))
+    if not first <= last < first + most:
+        raise ValueError(word)
+    return range(first, last + 1)
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

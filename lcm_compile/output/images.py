@@ -7,7 +7,7 @@ import itertools
 import os
 import sys
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +69,20 @@ def picture_paths(out: Path | None, name: str, count: int) -> list[Path]:
     """
     if count == 1:
         return [one_path(out, f"{name}.png")]
-    folder = Path(name) if out is None else out
+    return paths_in(Path(name) if out is None else out, [f"{i:03d}" for i in range(count)])
+
+
+def paths_in(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Returns the paths of several pictures of these names, after making their folder.
+
+    Raises UsageError if the pictures can't be written there.
+    """
     if folder.suffix.lower() in FORMATS or folder.is_file():
         raise UsageError(
-            f"--out {folder} is a file name, and {count} pictures need a folder", "give a folder to --out"
+            f"--out {folder} is a file name, and {len(names)} pictures need a folder",
+            "give a folder to --out",
         )
-    paths = [folder / f"{i:03d}.png" for i in range(count)]
+    paths = [folder / f"{name}.png" for name in names]
     make_room(paths)
     return paths
 

@@ -105,7 +105,7 @@ def requests_for(
         raise UsageError(
             f"{len(seeds)} seeds for {each * len(prompts)} pictures: a list of seeds has one for each picture"
         )
-    requests = [Request(seed=one, **prompts[i // each]) for i, one in enumerate(seeds)]
+    requests = [Request(seed=one, index=0, **prompts[i // each]) for i, one in enumerate(seeds)]
     if len(prompts) == 1:
         for one, times in Counter(request.seed for request in requests).items():
             if times > 1:
