@@ -22,6 +22,8 @@ REWRITES = {
     "rgb8": "the decoder's graph ends in 8-bit RGB",
 }
 
+CHUNK_TOKENS = 77  # of a prompt: what CLIP's text encoders read at once
+MOST_CHUNKS = 10
 WHOLE_LOOP_NEEDS = ("context", "lcm-step")  # the rewrites without which the loop can't be one graph
 
 
@@ -182,9 +184,9 @@ class BuildSpec:
 
     A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
-    `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those
-    of file names, of LoRAs' keys to leave out. Raises UsageError for values that can't be right with any base
-    or on any machine.
+    `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
+    of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. Raises
+    UsageError for values that can't be right with any base or on any machine.
     """
 
     base: str
@@ -206,6 +208,7 @@ class BuildSpec:
     without: tuple[str, ...] = ()
     whole_loop: bool = False
     lora_skip: tuple[str, ...] = ()
+    prompt_tokens: int = CHUNK_TOKENS
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -225,6 +228,12 @@ class BuildSpec:
             raise UsageError("--weights and --config exclude each other", "drop one of the two")
         if self.precision != "auto" and self.precision not in ASKED_PRECISIONS:
             raise unknown_name("precision", self.precision, ("auto", *ASKED_PRECISIONS))
+        if self.prompt_tokens not in range(CHUNK_TOKENS, CHUNK_TOKENS * MOST_CHUNKS + 1, CHUNK_TOKENS):
+            raise UsageError(
+                f"prompt tokens must be a multiple of {CHUNK_TOKENS} up to {CHUNK_TOKENS * MOST_CHUNKS}, "
+                f"not {self.prompt_tokens}",
+                f"--prompt-tokens {2 * CHUNK_TOKENS} or {3 * CHUNK_TOKENS}",
+            )
         self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded. A side that is not given is replaced with 8, which
         # is valid.
@@ -250,6 +259,8 @@ class BuildSpec:
         inputs = {"rewrites": ", ".join(self.rewrites)}
         if self.lora_skip:
             inputs["LoRA keys left out"] = ", ".join(sorted({*self.lora_skip}))
+        if self.prompt_tokens != CHUNK_TOKENS:
+            inputs["prompt tokens"] = str(self.prompt_tokens)
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

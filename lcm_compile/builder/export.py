@@ -189,7 +189,8 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         tokenizer = load_tokenizer(checkpoint, name)
         file = f"tokenizers/{name}.json"
         (folder / file).write_text(tokenizer.json, encoding="utf-8")
-        tokenizers.append(TokenizerSettings(tokens.name, file, tokenizer.max_length, tokenizer.pad_token_id))
+        length, pad = tokenizer.max_length, tokenizer.pad_token_id
+        tokenizers.append(TokenizerSettings(tokens.name, file, length, pad, checkpoint.prompt_chunks))
     row, defaults = plan.few_step, defaults_of(plan.few_step, checkpoint)
     if plan.spec.whole_loop:
         guided = checkpoint.has_guidance_embedding

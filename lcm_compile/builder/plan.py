@@ -158,6 +158,7 @@ class Plan:
                 "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
                 "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
+                "prompt_tokens": export.spec.prompt_tokens,
                 "whole_loop": export.spec.whole_loop,
                 "precisions": dict(export.precisions),
             }

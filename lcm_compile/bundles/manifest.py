@@ -45,13 +45,19 @@ class StageFile:
 class TokenizerSettings:
     """One tokenizer: its file, the input of the `encode` stage that it fills, and how prompts are padded.
 
-    `max_length` counts tokens.
+    A prompt has `chunks` chunks of `max_length` tokens each.
     """
 
     input: str
     file: str
     max_length: int
     pad_token_id: int
+    chunks: int = 1
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of a padded prompt."""
+        return self.chunks * self.max_length
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ class Checkpoint:
     file, this is `file`, which holds the weights. With a `random_seed` there are no weight files: see
     random_weights. `scheduler_config` is the scheduler's config as it was found. `notes` are sentences for
     the user about how the base was read. `embeddings` are the textual inversions that `load` adds.
+    `prompt_chunks` says how many chunks of `text_length` tokens a prompt has.
     """
 
     base: str
@@ -89,6 +90,7 @@ class Checkpoint:
     file: Path | None = None
     notes: tuple[str, ...] = ()
     embeddings: tuple[PlannedEmbedding, ...] = ()
+    prompt_chunks: int = 1
 
     @property
     def scheduler(self) -> SchedulerSettings:
@@ -118,7 +120,7 @@ class Checkpoint:
         return [name.replace("text_encoder", "tokenizer") for name in self.text_encoders]
 
     def text_length(self, text_encoder: str) -> int:
-        """Returns the number of tokens of a padded prompt."""
+        """Returns the number of tokens that a text encoder reads at once."""
         return int(self.components[text_encoder].config.get("max_position_embeddings", 77))
 
     @property

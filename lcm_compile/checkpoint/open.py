@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.random_weights import open_random
 from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
-from lcm_compile.spec import BuildSpec
+from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
 
 
 def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
-    """Returns the base that a spec names, with the spec's VAE and textual inversions. Loads no weights.
+    """Returns the base that a spec names, with what the spec asks for besides LoRAs. Loads no weights.
 
     With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE or textual inversion
     has this name, and CheckpointError if one can't be downloaded or read, or if the VAE does not fit the
@@ -22,6 +24,7 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     else:
         checkpoint = open_random(spec.base, seed)
     checkpoint = with_embeddings(checkpoint, spec.embeddings)
+    checkpoint = replace(checkpoint, prompt_chunks=spec.prompt_tokens // CHUNK_TOKENS)
     return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
 
 

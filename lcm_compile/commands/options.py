@@ -203,6 +203,13 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Pictures that one call of an engine draws.",
             ),
             click.option(
+                "--prompt-tokens",
+                type=int,
+                default=77,
+                show_default=True,
+                help="Room for a prompt: 154 or 231 for two or three chunks of 77 tokens, or more.",
+            ),
+            click.option(
                 "--precision",
                 default="auto",
                 show_default=True,

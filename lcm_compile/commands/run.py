@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
+from lcm_compile.spec import CHUNK_TOKENS, MOST_CHUNKS
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -375,8 +376,10 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
 
     if cut:
         shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"
-        longest = bundle.manifest.pipeline.tokenizers[0].max_length
+        longest = bundle.manifest.pipeline.tokenizers[0].length
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
+        if longest < CHUNK_TOKENS * MOST_CHUNKS:
+            note(f"hint: build --prompt-tokens {longest + CHUNK_TOKENS} makes a bundle that reads more")
 
 
 def origin_of(bundle: EngineBundle, request: Request) -> Origin:

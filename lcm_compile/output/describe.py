@@ -169,6 +169,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "compute_capability": manifest.target.compute_capability,
         "backend": manifest.backend,
         "shape": vars(manifest.pipeline.shape),
+        "prompt_tokens": manifest.spec.prompt_tokens,
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],

@@ -29,7 +29,7 @@ def check_stages(bundle: EngineBundle) -> None:
     own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
     given = {**own, **gives["encode"]}
     wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (takes["encode"], {t.input: (shape.batch, t.max_length) for t in settings.tokenizers})
+        (takes["encode"], {t.input: (shape.batch, t.length) for t in settings.tokenizers})
     ]
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
@@ -56,7 +56,7 @@ def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
     settings = bundle.manifest.pipeline
     has = {s.name: s.shape for s in (*contract.inputs, *contract.outputs)}
     shape, noise = settings.shape, has.get("noise", ())
-    needs: dict[str, tuple[int, ...]] = {t.input: (shape.batch, t.max_length) for t in settings.tokenizers}
+    needs: dict[str, tuple[int, ...]] = {t.input: (shape.batch, t.length) for t in settings.tokenizers}
     needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], len(COEFFICIENTS))}
     needs |= {"noise": (*noise[:1], shape.batch, *noise[2:])}
     needs |= {"guidance": (1,)} if "guidance" in has else {}

@@ -140,7 +140,7 @@ def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, Promp
         path = folder / own.file
         try:
             json = path.read_text(encoding="utf-8")
-            tokenizers[own.input] = PromptTokenizer(json, own.max_length, own.pad_token_id)
+            tokenizers[own.input] = PromptTokenizer(json, own.max_length, own.pad_token_id, own.chunks)
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} can't be read: {error}", "build the bundle again") from error
     return tokenizers

@@ -76,8 +76,8 @@ class Prompts:
         tokens, cuts = {}, [""]
         for name, tokenizer in self.tokenizers.items():
             found = {prompt: tokenizer(prompt) for prompt in dict.fromkeys(prompts)}
-            tokens[name] = np.stack([found[prompt][0] for prompt in prompts])
-            cuts += [cut for _, cut in found.values()]
+            tokens[name] = np.stack([found[prompt].ids for prompt in prompts])
+            cuts += [read.cut for read in found.values()]
         return tokens, max(cuts, key=len)
 
     def _encode(self, prompts: Sequence[str]) -> tuple[Arrays, str]:

@@ -84,7 +84,7 @@ def token_specs(checkpoint: Checkpoint, shape: Shape) -> tuple[TensorSpec, ...]:
     return tuple(
         TensorSpec(
             "input_ids" if i == 0 else f"input_ids_{i + 1}",
-            (shape.batch, checkpoint.text_length(name)),
+            (shape.batch, checkpoint.prompt_chunks * checkpoint.text_length(name)),
             "int64",
             f"tokens of the {'first' if i == 0 else 'second'} tokenizer",
         )

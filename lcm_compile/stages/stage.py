@@ -81,9 +81,9 @@ def make_stage(
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif "text_encoder_2" in modules:
-        module = EncodeTwo(modules["text_encoder"], modules["text_encoder_2"])
+        module = EncodeTwo(modules["text_encoder"], modules["text_encoder_2"], checkpoint.prompt_chunks)
     else:
-        module = EncodeOne(modules["text_encoder"])
+        module = EncodeOne(modules["text_encoder"], checkpoint.prompt_chunks)
     return Stage(contract, module.eval())
 
 
@@ -131,32 +131,46 @@ class Draw(nn.Module):
 class EncodeOne(nn.Module):
     """Returns the last, normalised hidden states of the text encoder, for SD1.x and SD2.x."""
 
-    def __init__(self, text_encoder: nn.Module) -> None:
+    def __init__(self, text_encoder: nn.Module, chunks: int = 1) -> None:
         super().__init__()
         self.text_encoder = text_encoder
+        self.chunks = chunks
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        # (b, 77) → (b, 77, d)
-        return self.text_encoder(input_ids)[0].float()
+        # (b, chunks·77) → (b, chunks·77, d)
+        states = self.text_encoder(split_chunks(input_ids, self.chunks))[0]
+        return join_chunks(states, self.chunks).float()
 
 
 class EncodeTwo(nn.Module):
     """Returns the next-to-last hidden states of both encoders side by side, and the second's pooled text.
 
-    SDXL conditions on these.
+    SDXL conditions on these. The pooled text is the first chunk's.
     """
 
-    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module) -> None:
+    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module, chunks: int = 1) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
+        self.chunks = chunks
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
-        # (b, 77), (b, 77) → (b, 77, d1 + d2), (b, p)
-        one = self.text_encoder(input_ids, output_hidden_states=True)
-        two = self.text_encoder_2(input_ids_2, output_hidden_states=True)
+        # (b, chunks·77), (b, chunks·77) → (b, chunks·77, d1 + d2), (b, p)
+        one = self.text_encoder(split_chunks(input_ids, self.chunks), output_hidden_states=True)
+        two = self.text_encoder_2(split_chunks(input_ids_2, self.chunks), output_hidden_states=True)
         hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
-        return hidden.float(), two.text_embeds.float()
+        pooled = two.text_embeds.unflatten(0, (-1, self.chunks))[:, 0]
+        return join_chunks(hidden, self.chunks).float(), pooled.float()
+
+
+def split_chunks(input_ids: Tensor, chunks: int) -> Tensor:
+    """Returns the chunks of prompts (b, chunks·77) as rows of their own (b·chunks, 77)."""
+    return input_ids.unflatten(1, (chunks, -1)).flatten(0, 1)
+
+
+def join_chunks(states: Tensor, chunks: int) -> Tensor:
+    """Returns the states of chunks (b·chunks, 77, d) as those of prompts (b, chunks·77, d)."""
+    return states.unflatten(0, (-1, chunks)).flatten(1, 2)
 
 
 def guidance_embedding(guidance: Tensor, width: int) -> Tensor:

@@ -48,8 +48,8 @@ class Encoder:
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         self._device = device
         self._vae = open_vae(checkpoint, device)
-        encoders = [load_component(checkpoint, name) for name in checkpoint.text_encoders]
-        encode: nn.Module = EncodeTwo(*encoders) if len(encoders) == 2 else EncodeOne(*encoders)
+        one, *two = (load_component(checkpoint, name) for name in checkpoint.text_encoders)
+        encode: nn.Module = EncodeTwo(one, two[0]) if two else EncodeOne(one)
         self._encoder = encode.to(device)
         self._tokenizers = []
         for name in checkpoint.tokenizers:
@@ -63,7 +63,7 @@ class Encoder:
     def prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Returns the conditioning of prompts. SDXL's time_ids are those of uncropped pictures."""
         tokens = [
-            torch.from_numpy(np.stack([tokenizer(prompt)[0] for prompt in prompts]))
+            torch.from_numpy(np.stack([tokenizer(prompt).ids for prompt in prompts]))
             for tokenizer in self._tokenizers
         ]
         states: Any = self._encoder(*(ids.to(self._device) for ids in tokens))
