@@ -185,7 +185,8 @@ class BuildSpec:
     A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
-    of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. Raises
+    of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
+    the number of the text encoders' last layers that are skipped, as diffusers counts them. Raises
     UsageError for values that can't be right with any base or on any machine.
     """
 
@@ -209,6 +210,7 @@ class BuildSpec:
     whole_loop: bool = False
     lora_skip: tuple[str, ...] = ()
     prompt_tokens: int = CHUNK_TOKENS
+    clip_skip: int | None = None
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -234,6 +236,8 @@ class BuildSpec:
                 f"not {self.prompt_tokens}",
                 f"--prompt-tokens {2 * CHUNK_TOKENS} or {3 * CHUNK_TOKENS}",
             )
+        if self.clip_skip is not None and self.clip_skip < 0:
+            raise UsageError(f"clip skip must be 0 or more, not {self.clip_skip}")
         self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded. A side that is not given is replaced with 8, which
         # is valid.
@@ -261,6 +265,8 @@ class BuildSpec:
             inputs["LoRA keys left out"] = ", ".join(sorted({*self.lora_skip}))
         if self.prompt_tokens != CHUNK_TOKENS:
             inputs["prompt tokens"] = str(self.prompt_tokens)
+        if self.clip_skip:
+            inputs["clip skip"] = str(self.clip_skip)
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

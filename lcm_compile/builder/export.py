@@ -185,12 +185,22 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
     encode = make_contracts(checkpoint, plan.shape)["encode"]
     tokenizers = []
     (folder / "tokenizers").mkdir()
-    for name, tokens in zip(checkpoint.tokenizers, encode.inputs, strict=True):
+    for name, encoder, tokens in zip(
+        checkpoint.tokenizers, checkpoint.text_encoders, encode.inputs, strict=True
+    ):
         tokenizer = load_tokenizer(checkpoint, name)
         file = f"tokenizers/{name}.json"
         (folder / file).write_text(tokenizer.json, encoding="utf-8")
-        length, pad = tokenizer.max_length, tokenizer.pad_token_id
-        tokenizers.append(TokenizerSettings(tokens.name, file, length, pad, checkpoint.prompt_chunks))
+        tokenizers.append(
+            TokenizerSettings(
+                input=tokens.name,
+                file=file,
+                max_length=tokenizer.max_length,
+                pad_token_id=tokenizer.pad_token_id,
+                chunks=checkpoint.prompt_chunks,
+                width=checkpoint.components[encoder].config["hidden_size"],
+            )
+        )
     row, defaults = plan.few_step, defaults_of(plan.few_step, checkpoint)
     if plan.spec.whole_loop:
         guided = checkpoint.has_guidance_embedding

@@ -27,7 +27,17 @@ from lcm_compile.version import __version__
 NAME_LENGTH = 40  # how many characters of the base's name are in the name of a bundle's folder
 REASONS_SHOWN = 8
 # The inputs that a command line chooses, by the start of their names. They are listed first.
-ASKED = ("LoRA", "backend", "embedding", "precision", "prompt tokens", "shape", "target", "whole loop")
+ASKED = (
+    "LoRA",
+    "backend",
+    "clip skip",
+    "embedding",
+    "precision",
+    "prompt tokens",
+    "shape",
+    "target",
+    "whole loop",
+)
 PACKAGE = Path(__file__).parents[1]
 # Folders and files of the package that change no graph and no engine. Editing them does not change the key.
 SHAPES_NOTHING = {

@@ -159,6 +159,7 @@ class Plan:
                 "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
                 "prompt_tokens": export.spec.prompt_tokens,
+                "clip_skip": export.spec.clip_skip or 0,
                 "whole_loop": export.spec.whole_loop,
                 "precisions": dict(export.precisions),
             }

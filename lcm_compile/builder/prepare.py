@@ -112,10 +112,9 @@ def prepare_model(
     recordings, prepared = recordings.copy(), []
     for made in cast_stages(plan, model, loras, rehearsal, recordings):
         name = made.stage.name
-        full = make_stage(plan.checkpoint, contracts[name], made.modules, plan.shape)
+        full = make_stage(plan.checkpoint, contracts[name], made.modules)
         graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], graphs_in(rehearsal))
-        # The text encoders do not depend on the picture's size. The context does, through SDXL's size ids,
-        # although its contract does not show it.
+        # The text encoders' graph does not depend on the picture's size.
         if name != "encode" and has_twin(plan):
             twin = export_twin(made.stage, graph)
         done = Prepared(
@@ -207,7 +206,7 @@ def cast_stages(
     for name in names:
         if name not in rehearsal.contracts:
             continue
-        stage = make_stage(checkpoint, rehearsal.contracts[name], modules, plan.proof_shape)
+        stage = make_stage(checkpoint, rehearsal.contracts[name], modules)
         runner = rehearsal.runner_of(stage)
         with record_peaks(stage.module) as peaks:
             recordings.reference[name] = rehearsal.record(runner, recordings.reference)
@@ -260,6 +259,6 @@ def first_call(
 ) -> Call:
     """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
     plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
-    stage = make_stage(plan.checkpoint, plain.contracts[name], modules, plan.proof_shape)
+    stage = make_stage(plan.checkpoint, plain.contracts[name], modules)
     with rehearsal.runner_of(stage) as runner:
         return plain.record(runner, trace, most=1)[0]

@@ -45,7 +45,8 @@ class StageFile:
 class TokenizerSettings:
     """One tokenizer: its file, the input of the `encode` stage that it fills, and how prompts are padded.
 
-    A prompt has `chunks` chunks of `max_length` tokens each.
+    A prompt has `chunks` chunks of `max_length` tokens each. `width` is that of the text states which the
+    encoder gives for them, or 0 in a bundle that does not tell.
     """
 
     input: str
@@ -53,6 +54,7 @@ class TokenizerSettings:
     max_length: int
     pad_token_id: int
     chunks: int = 1
+    width: int = 0
 
     @property
     def length(self) -> int:

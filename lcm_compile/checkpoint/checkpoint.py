@@ -77,7 +77,8 @@ class Checkpoint:
     file, this is `file`, which holds the weights. With a `random_seed` there are no weight files: see
     random_weights. `scheduler_config` is the scheduler's config as it was found. `notes` are sentences for
     the user about how the base was read. `embeddings` are the textual inversions that `load` adds.
-    `prompt_chunks` says how many chunks of `text_length` tokens a prompt has.
+    `prompt_chunks` says how many chunks of `text_length` tokens a prompt has, and `clip_skip` how many of the
+    last layers of each text encoder are skipped.
     """
 
     base: str
@@ -91,6 +92,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     embeddings: tuple[PlannedEmbedding, ...] = ()
     prompt_chunks: int = 1
+    clip_skip: int = 0
 
     @property
     def scheduler(self) -> SchedulerSettings:

@@ -8,6 +8,7 @@ from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.random_weights import open_random
 from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
+from lcm_compile.errors import UsageError
 from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
 
 
@@ -15,8 +16,8 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     """Returns the base that a spec names, with what the spec asks for besides LoRAs. Loads no weights.
 
     With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE or textual inversion
-    has this name, and CheckpointError if one can't be downloaded or read, or if the VAE does not fit the
-    base.
+    has this name, or if there are too few layers to skip, and CheckpointError if one can't be downloaded or
+    read, or if the VAE does not fit the base.
     """
     seed = spec.random_seed
     if seed is None:
@@ -24,8 +25,26 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     else:
         checkpoint = open_random(spec.base, seed)
     checkpoint = with_embeddings(checkpoint, spec.embeddings)
-    checkpoint = replace(checkpoint, prompt_chunks=spec.prompt_tokens // CHUNK_TOKENS)
+    checkpoint = with_prompts(checkpoint, spec.prompt_tokens // CHUNK_TOKENS, spec.clip_skip or 0)
     return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
+
+
+def with_prompts(checkpoint: Checkpoint, chunks: int, clip_skip: int) -> Checkpoint:
+    """Returns the checkpoint with another way of encoding prompts.
+
+    Raises UsageError if a text encoder has fewer layers than would be skipped.
+    """
+    names = checkpoint.text_encoders
+    layers = {name: int(checkpoint.components[name].config.get("num_hidden_layers", 12)) for name in names}
+    fewest = min(names, key=layers.__getitem__)
+    most = layers[fewest] - (len(names) - 1)  # SDXL never reads the last layer
+    if clip_skip > most:
+        raise UsageError(
+            f"--clip-skip {clip_skip} is too many: {most} layers of the {fewest} of {checkpoint.base} can be "
+            "skipped",
+            "--clip-skip 1 skips as many as webui's Clip skip 2",
+        )
+    return replace(checkpoint, prompt_chunks=chunks, clip_skip=clip_skip)
 
 
 def with_safe_vae(checkpoint: Checkpoint) -> Checkpoint:

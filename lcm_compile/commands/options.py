@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,20 @@ def read_seeds(context: click.Context, parameter: click.Parameter, text: str | N
     return seeds
 
 
+def pair_option(name: str, form: str, text: str) -> Callable[..., Any]:
+    """Returns an option whose value is two whole numbers, in the form that `form` shows."""
+
+    def read(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int] | None:
+        if value is None:
+            return None
+        numbers = re.fullmatch(r"\s*(\d{1,9})\s*[x×,]\s*(\d{1,9})\s*", value)
+        if numbers is None:
+            raise click.BadParameter(f"{value!r} is not {form}, in pixels")
+        return int(numbers[1]), int(numbers[2])
+
+    return click.option(name, metavar=form, callback=read, help=f"{text}.")
+
+
 def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that describe what to draw; each sets the field of Request of its name."""
     for option in reversed(
@@ -62,6 +77,17 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--negative-prompt", help="What the picture should not show; needs guidance above 1."
             ),
+            click.option(
+                "--prompt-syntax",
+                default="plain",
+                show_default=True,
+                help="plain; or webui: (word:1.2), ((word)), [word], BREAK and escapes.",
+            ),
+            click.option("--prompt-2", help="What SDXL's second text encoder reads in PROMPT's place."),
+            click.option("--negative-prompt-2", help="And in the negative prompt's place."),
+            pair_option("--original-size", "HEIGHTxWIDTH", "The size that SDXL is told a picture had"),
+            pair_option("--crop", "TOP,LEFT", "Where SDXL is told it was cropped; by default at 0,0"),
+            pair_option("--target-size", "HEIGHTxWIDTH", "The size that SDXL is told to aim at"),
             click.option(
                 "--sampler",
                 default="lcm",
@@ -208,6 +234,11 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 default=77,
                 show_default=True,
                 help="Room for a prompt: 154 or 231 for two or three chunks of 77 tokens, or more.",
+            ),
+            click.option(
+                "--clip-skip",
+                type=int,
+                help="Last layers of the text encoders to skip; webui's Clip skip is 1 more.",
             ),
             click.option(
                 "--precision",

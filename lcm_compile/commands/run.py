@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GUIDANCE_HINT = 2.0  # a scale above it gets a hint
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
+HINTED = "lcm_compile.hinted"  # in the meta data of click's context
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 
 
@@ -242,6 +243,7 @@ def draw_pictures(
     from lcm_compile.output.picture_settings import parameters
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
+    note_syntax(requests[0])
     places = zip(paths, requests, strict=True)
 
     def save(pictures: np.ndarray) -> None:
@@ -321,6 +323,8 @@ def draw_sheet(
     asked = requests(axes, fixed)
     for request in asked:
         check_request(bundle, request)
+    for request in asked:
+        note_syntax(request)
     path = sheet_path(out, fixed.prompt)
     note_remarks(bundle, max(asked, key=lambda request: request.guidance_scale))
     with load(bundle) as pipeline, Bar("drawing") as bar:
@@ -363,6 +367,18 @@ def note_remarks(bundle: EngineBundle, request: Request) -> None:
         note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise", always=True)
     for line in loss_lines(manifest.lossy):
         note(line)
+
+
+def note_syntax(request: Request) -> None:
+    """Writes a hint to stderr if a prompt looks like another syntax's; a command writes one at most."""
+    from lcm_compile.output.console import note
+    from lcm_compile.pipeline.syntax import hint_of
+
+    told = click.get_current_context().meta
+    hints = [hint for prompt in request.prompts if (hint := hint_of(prompt))]
+    if hints and request.prompt_syntax == "plain" and HINTED not in told:
+        told[HINTED] = True
+        note(f"hint: {hints[0]}")
 
 
 def takes_guidance(stages: Iterable[StageFile]) -> bool:

@@ -170,6 +170,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "backend": manifest.backend,
         "shape": vars(manifest.pipeline.shape),
         "prompt_tokens": manifest.spec.prompt_tokens,
+        "clip_skip": manifest.spec.clip_skip or 0,
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],

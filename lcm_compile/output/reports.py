@@ -28,6 +28,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
             ("prompt tokens", str(export.spec.prompt_tokens)),
+            *((("clip skip", str(export.spec.clip_skip)),) if export.spec.clip_skip else ()),
             ("rewrites", ", ".join(export.spec.rewrites) or "none"),
             *((("graphs", "one for the complete picture"),) if export.spec.whole_loop else ()),
             *((f"precision of {stage}", precision) for stage, precision in export.precisions.items()),

@@ -8,6 +8,7 @@ from typing import Any
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import DRAW, STAGES, StageContract
+from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.samplers import schedule
@@ -27,7 +28,7 @@ def check_stages(bundle: EngineBundle) -> None:
     gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
     shape, latent = settings.shape, takes["step"].get("latent", ())
     own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
-    given = {**own, **gives["encode"]}
+    given = {**own, "time_ids": (shape.batch, 6), **gives["encode"]}
     wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (takes["encode"], {t.input: (shape.batch, t.length) for t in settings.tokenizers})
     ]
@@ -60,6 +61,7 @@ def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
     needs |= {"timesteps": noise[:1], "coefficients": (*noise[:1], len(COEFFICIENTS))}
     needs |= {"noise": (*noise[:1], shape.batch, *noise[2:])}
     needs |= {"guidance": (1,)} if "guidance" in has else {}
+    needs |= {"time_ids": (shape.batch, 6)} if "time_ids" in has else {}
     needs |= {"picture": (shape.batch, shape.height, shape.width, 3)}
     if has != needs or len(noise) != 5 or [s.name for s in contract.outputs] != ["picture"]:
         raise unfit_stages(bundle, has, needs)
@@ -74,10 +76,13 @@ def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[st
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
     """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
-    schedule(request.sampler, request.steps, bundle.manifest.pipeline.scheduler, request.eta)
-    for stage in bundle.manifest.stages:
-        if stage.contract.name == DRAW:
-            check_whole_loop(stage.contract, request)
+    manifest = bundle.manifest
+    schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
+    contracts = [stage.contract for stage in manifest.stages]
+    check_prompts(request, manifest.pipeline.tokenizers, contracts)
+    for contract in contracts:
+        if contract.name == DRAW:
+            check_whole_loop(contract, request)
 
 
 def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -36,7 +36,14 @@ from lcm_compile.pipeline.drawing import (
 )
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.noise import Noise
-from lcm_compile.pipeline.prompts import BatchPrompts, Prompts, Text
+from lcm_compile.pipeline.prompts import (
+    Condition,
+    Prompts,
+    Text,
+    check_prompts,
+    condition_of,
+    negative_condition_of,
+)
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
@@ -48,7 +55,6 @@ if TYPE_CHECKING:
 # Called with (passes done, passes in total).
 PassReport = Callable[[int, int], None]
 # The prompts of a batch, and the guidance scale that a full LCM reads.
-PromptKey = tuple[BatchPrompts, float]
 # Yields (passes done, passes in total), and returns the drawing.
 Progress = Generator[tuple[int, int], None, Drawing]
 
@@ -80,7 +86,7 @@ class Pipeline(ABC):
         """
         self.settings = settings
         self.runners = runners
-        self.prompts = Prompts(runners, tokenizers, prompt_cache)
+        self.prompts = Prompts(runners, tokenizers, settings, prompt_cache)
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
@@ -101,6 +107,12 @@ class Pipeline(ABC):
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
         index: int | None = None,
+        prompt_syntax: str = "plain",
+        prompt_2: str | None = None,
+        negative_prompt_2: str | None = None,
+        original_size: tuple[int, int] | None = None,
+        crop: tuple[int, int] | None = None,
+        target_size: tuple[int, int] | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -134,6 +146,12 @@ class Pipeline(ABC):
             negative_prompt=negative_prompt,
             sampler=sampler,
             steps=steps,
+            prompt_syntax=prompt_syntax,
+            prompt_2=prompt_2,
+            negative_prompt_2=negative_prompt_2,
+            original_size=original_size,
+            crop=crop,
+            target_size=target_size,
             guidance_scale=self.settings.guidance_scale if guidance_scale is None else guidance_scale,
         )
         drawing = self.draw(requests)
@@ -166,13 +184,17 @@ class Pipeline(ABC):
         """Draws requests. Yields (passes done, passes in total) after every stage; returns the drawing.
 
         On a GPU other threads wait until this generator has ended or is closed. Raises UsageError if the
-        pipeline is closed or was loaded before this process was forked, or on a GPU if this thread has
-        already begun another drawing.
+        pipeline is closed or was loaded before this process was forked, on a GPU if this thread has already
+        begun another drawing, or as check_prompts does.
         """
         self.check_usable()
+        pictures = pictures_of(requests)
+        contracts = [runner.contract for runner in self.runners.values()]
+        for asked in pictures:
+            check_prompts(asked, self.settings.tokenizers, contracts)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
-            passes = self.passes(pictures_of(requests), show)
+            passes = self.passes(pictures, show)
             while True:
                 with self._computing if exclusive else nullcontext():
                     self.check_usable()
@@ -241,7 +263,7 @@ class LcmPipeline(Pipeline):
         steps = plan.steps
         guided = self.needs_second_pass(request)
         batches = list(batches_of(pictures, self.settings.shape.batch))
-        wanted = [self.prompts_of(rows) for rows, _ in batches]
+        wanted = [self.conditions_of(rows) for rows, _ in batches]
         new = [set(now) - set(before) for before, now in pairwise([[], *wanted])]
         stages = 2 if "context" in self.runners else 1
         passes = Passes(stages * sum(map(len, new)), len(batches), len(steps) * (1 + guided))
@@ -251,14 +273,14 @@ class LcmPipeline(Pipeline):
 
         noise = Noise(self.latent_shape())
         drawn = Pictures(clock, show)
-        texts: dict[PromptKey, Text] = {}
+        texts: dict[Condition, Text] = {}
         cut = ""
         for (rows, kept), keys, added in zip(batches, wanted, new, strict=True):
             if added:
                 known, texts = texts, {}
                 for key in keys:
                     if key in added and key not in texts:
-                        known[key] = self.prompts.text(*key)
+                        known[key] = self.prompts.text(key)
                         clock.lap("encode")
                         yield passes.add(1)
                     texts[key] = known[key]
@@ -285,18 +307,13 @@ class LcmPipeline(Pipeline):
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""
         return request.guidance_scale > 1.0 and not takes(self.runners, "guidance")
 
-    def prompts_of(self, rows: Sequence[Request]) -> list[PromptKey]:
-        """Returns the prompts to encode for a batch, with their guidance scale; the second are the negative.
-
-        Prompts that are None mean conditioning of zeros.
-        """
-        first = rows[0]
-        scale = first.guidance_scale if takes(self.runners, "guidance") else 1.0
-        prompts: list[PromptKey] = [(tuple(row.prompt for row in rows), scale)]
+    def conditions_of(self, rows: Sequence[Request]) -> list[Condition]:
+        """Returns what each pass of a step is conditioned on; the second is that of the negative prompts."""
+        shape, first = self.settings.shape, rows[0]
+        conditions = [condition_of(rows, shape, None if takes(self.runners, "guidance") else 1.0)]
         if self.needs_second_pass(first):
-            zeros = first.negative_prompt is None and self.settings.zero_negative_prompt
-            prompts.append((None if zeros else tuple(row.negative_prompt or "" for row in rows), 1.0))
-        return prompts
+            conditions.append(negative_condition_of(rows, shape, self.settings.zero_negative_prompt))
+        return conditions
 
     def open_loop(
         self, texts: Sequence[Text], steps: Sequence[Step], request: Request, graphs: CapturedLoop | None

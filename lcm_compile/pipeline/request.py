@@ -11,7 +11,9 @@ from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
+from lcm_compile.spec import Shape
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Request:
         sampler's own: 0.3 for TCD and 0 for DDIM.
     guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided one's,
         from 0, the default, to 1.
+    prompt_syntax: How prompts are read, one of `syntax.SYNTAXES`: `plain`, the default, or `webui`, whose
+        brackets weight words.
+    prompt_2: What SDXL's second text encoder reads; None, the default, is the same as the first.
+    negative_prompt_2: The same for the negative prompt; it needs a `negative_prompt`.
+    original_size: The height and width in pixels of the picture that SDXL is told to draw a part of; None,
+        the default, is the picture's own size.
+    crop: The top and left of that part in pixels; None, the default, is 0 and 0.
+    target_size: The height and width in pixels that SDXL is told to aim at; None, the default, is the
+        picture's own size.
     """
 
     prompt: str
@@ -47,11 +58,30 @@ class Request:
     sampler: str = "lcm"
     eta: float | None = None
     guidance_rescale: float = 0.0
+    prompt_syntax: str = "plain"
+    prompt_2: str | None = None
+    negative_prompt_2: str | None = None
+    original_size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         check_text(self.prompt, "prompt")
-        if self.negative_prompt is not None:
-            check_text(self.negative_prompt, "negative prompt")
+        for name, called in OTHER_PROMPTS.items():
+            if getattr(self, name) is not None:
+                check_text(getattr(self, name), called)
+        if self.negative_prompt is None and self.negative_prompt_2 is not None:
+            raise UsageError(
+                "there is a second negative prompt but no first one",
+                'give a negative prompt too, which may be ""',
+            )
+        if self.prompt_syntax not in SYNTAXES:
+            raise unknown_name("prompt syntax", str(self.prompt_syntax), SYNTAXES)
+        for prompt in self.prompts:
+            read_prompt(prompt, self.prompt_syntax)
+        for name, least in PAIRS.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, pair(getattr(self, name), name.replace("_", " "), least))
         for name, called in WHOLE_NUMBERS.items():
             if name != "index" or self.index is not None:
                 object.__setattr__(self, name, whole_number(getattr(self, name), called))
@@ -75,6 +105,23 @@ class Request:
         if self.index is not None:
             return [self]
         return [replace(self, index=index) for index in range(self.num_images)]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts that are given."""
+        others = (getattr(self, name) for name in OTHER_PROMPTS)
+        return (self.prompt, *(prompt for prompt in others if prompt is not None))
+
+    def time_ids(self, shape: Shape) -> tuple[int, ...]:
+        """Returns the six numbers of pixels that SDXL is told, for pictures of a shape."""
+        size = shape.height, shape.width
+        return (*(self.original_size or size), *(self.crop or (0, 0)), *(self.target_size or size))
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether a prompt weights a word."""
+        pieces = (piece for prompt in self.prompts for piece in read_prompt(prompt, self.prompt_syntax))
+        return any(piece.weight != 1 for piece in pieces)
 
 
 def requests_for(
@@ -174,6 +221,7 @@ def listed(value: Any, name: str) -> list[Any] | None:
 
 
 MOST_IMAGES = 10_000  # the noise of all of them is in memory
+MOST_PIXELS = 1_000_000  # on a side; SDXL was trained with some thousands at most
 MOST_GUIDANCE = 1_000_000  # far above what draws a picture, and far below what overflows fp32
 # The fields that are numbers from 0, with their names in messages and the largest values.
 NUMBERS = {
@@ -181,13 +229,26 @@ NUMBERS = {
     "guidance_rescale": ("guidance rescale", 1),
     "eta": ("eta", 1),
 }
-TEXTS = {"prompt": "prompt", "negative_prompt": "negative prompt"}  # fields that calls take lists of
+# The prompts besides `prompt`, with their names in messages.
+OTHER_PROMPTS = {
+    "negative_prompt": "negative prompt",
+    "prompt_2": "second prompt",
+    "negative_prompt_2": "second negative prompt",
+}
+TEXTS = {"prompt": "prompt", **OTHER_PROMPTS}  # the fields that calls take lists of
+# What SDXL is told of sizes, each with the least value.
+PAIRS = {"original_size": 1, "crop": 0, "target_size": 1}
+# What pictures that are drawn together share, with the names in messages.
 SHARED = {
     "sampler": "sampler",
     "steps": "number of steps",
     "guidance_scale": "guidance scale",
     "eta": "eta",
     "guidance_rescale": "guidance rescale",
+    "prompt_syntax": "prompt syntax",
+    "original_size": "original size",
+    "crop": "crop",
+    "target_size": "target size",
 }
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
@@ -204,6 +265,18 @@ def too_many(images: int) -> UsageError:
         f"the number of images must be from 1 to {MOST_IMAGES}, not {images}",
         "draw more by several calls with other seeds",
     )
+
+
+def pair(value: Any, name: str, least: int) -> tuple[int, int]:
+    """Returns two numbers of pixels. Raises UsageError for all else, and if one is out of range."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise UsageError(f"{name} must be two whole numbers, vertical and horizontal, not {shown(value)}")
+    vertical, horizontal = (whole_number(number, name) for number in value)
+    if not least <= min(vertical, horizontal) <= max(vertical, horizontal) <= MOST_PIXELS:
+        raise UsageError(
+            f"{name} must be from {least} to {MOST_PIXELS} pixels, not {vertical} and {horizontal}"
+        )
+    return vertical, horizontal
 
 
 def whole_number(value: Any, name: str) -> int:

@@ -51,7 +51,7 @@ class PromptTokenizer:
         self._words = {tokens[0]: tokens for tokens in words_of(self._tokenizer)}
 
     def __call__(self, prompt: str, syntax: str = "plain") -> Tokens:
-        """Returns a prompt's tokens. Chunks that it does not fill are those of the empty prompt.
+        """Returns the tokens of a prompt in a syntax. Chunks that it does not fill are an empty prompt's.
 
         All vectors of a textual inversion are in one chunk, unless a chunk is too small for them, or the last
         one is: it holds those that fit. Raises UsageError as `read_prompt` does.

@@ -13,6 +13,7 @@ from lcm_compile.graphs import DRAW, StageContract, TensorSpec
 from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
+from lcm_compile.pipeline.prompts import Condition, condition_of, cut_of, ids_of, numbers_of
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Schedule
@@ -57,18 +58,19 @@ class WholeLoopPipeline(Pipeline):
             check_whole_loop(runner.contract, picture)
         clock = Clock(runner, (DRAW,))
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
-        given = self.settings_for(request, plan)
+        given = self.settings_for(condition_of(pictures[:1], self.settings.shape), plan)
         draws, _, *latent = inputs_of(runner.contract)["noise"].shape
         noise = Noise(tuple(latent))
         drawn = Pictures(clock, show)
         batches = list(batches_of(pictures, self.settings.shape.batch))
         longest_cut = ""
         for i, (rows, kept) in enumerate(batches, 1):
-            tokens, cut = self.prompts.tokens([row.prompt for row in rows])
-            longest_cut = max(longest_cut, cut, key=len)
+            tokens = self.prompts.tokens(condition_of(rows, self.settings.shape))
+            longest_cut = max(longest_cut, cut_of(tokens), key=len)
             later = (noise.draw(j, rows) for j in range(1, draws))
             own = np.stack([plan.first(noise.draw(0, rows)), *later])
-            inputs = {name: runner.to_device(array) for name, array in {**tokens, "noise": own}.items()}
+            arrays = {**ids_of(tokens), "noise": own}
+            inputs = {name: runner.to_device(array) for name, array in arrays.items()}
             clock.lap("")
             result = runner.to_host(runner({**given, **inputs})["picture"])
             clock.lap(DRAW)
@@ -77,15 +79,15 @@ class WholeLoopPipeline(Pipeline):
         ms = {**clock.ms(), "load": self.load_ms}
         return Drawing(drawn.all(), ms, longest_cut, NO_CUDA_GRAPH)
 
-    def settings_for(self, request: Request, plan: Schedule) -> dict[str, Any]:
+    def settings_for(self, asked: Condition, plan: Schedule) -> dict[str, Any]:
         """Returns the inputs that all batches share, on the device: all but the tokens and the noise."""
         runner = self.runners[DRAW]
         arrays = {
             "timesteps": np.asarray([step.timestep for step in plan.steps], np.float32),
             "coefficients": np.asarray([step.coefficients for step in plan.steps], np.float32),
         }
-        if "guidance" in inputs_of(runner.contract):
-            arrays["guidance"] = np.asarray([request.guidance_scale - 1], np.float32)
+        numbers = numbers_of(asked, self.settings.shape.batch)
+        arrays |= {name: numbers[name] for name in numbers if name in inputs_of(runner.contract)}
         return {name: runner.to_device(array) for name, array in arrays.items()}
 
 

@@ -21,6 +21,7 @@ MODEL_STAGES = {
 }
 # How many timesteps one call of the context stage takes. A picture of more steps calls it again.
 CONTEXT_STEPS = 4
+SIZES = "height and width of the original, top and left of the crop, and height and width aimed at, in pixels"
 NUMBERS = f"{', '.join(COEFFICIENTS[:-1])} and {COEFFICIENTS[-1]}"
 
 
@@ -38,7 +39,8 @@ def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> di
 def draw_contract(contracts: Mapping[str, StageContract]) -> StageContract:
     """Returns the contract of one graph that runs all stages for a picture of CONTEXT_STEPS steps."""
     inputs = {name: {spec.name: spec for spec in contract.inputs} for name, contract in contracts.items()}
-    conditions = [inputs["context"][name] for name in ("timesteps", "guidance") if name in inputs["context"]]
+    given = ("timesteps", "guidance", "time_ids")
+    conditions = [inputs["context"][name] for name in given if name in inputs["context"]]
     latent, coefficients = inputs["step"]["latent"], inputs["step"]["coefficients"]
     noise = TensorSpec(
         "noise",
@@ -49,8 +51,8 @@ def draw_contract(contracts: Mapping[str, StageContract]) -> StageContract:
     each = replace(
         coefficients, shape=(CONTEXT_STEPS, *coefficients.shape), meaning=f"for each step: {NUMBERS}"
     )
-    given = (*contracts["encode"].inputs, *conditions, noise, each)
-    return StageContract(DRAW, given, contracts["decode"].outputs)
+    everything = (*contracts["encode"].inputs, *conditions, noise, each)
+    return StageContract(DRAW, everything, contracts["decode"].outputs)
 
 
 def make_contracts(
@@ -66,6 +68,8 @@ def make_contracts(
     conditions = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
     if checkpoint.has_guidance_embedding:
         conditions += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
+    if len(text) > 1:
+        conditions += (TensorSpec("time_ids", (shape.batch, 6), "float32", SIZES),)
     if "context" in rewrites:
         timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
         keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])

@@ -1,7 +1,6 @@
 """Turns the modules of a checkpoint into the stages encode, context, step and decode, as static graphs.
 
-All float inputs and outputs of a stage are float32; inside, a stage computes in its own precision. Values
-that depend only on the shape of the picture (SDXL's size ids) are constants of the graph.
+All float inputs and outputs of a stage are float32; inside, a stage computes in its own precision.
 """
 
 from __future__ import annotations
@@ -65,25 +64,24 @@ def make_stages(
 ) -> list[Stage]:
     """Returns the stages of a base, in the order the pipeline runs them. `modules` have these rewrites."""
     contracts = make_contracts(checkpoint, shape, rewrites)
-    return [make_stage(checkpoint, contract, modules, shape) for contract in contracts.values()]
+    return [make_stage(checkpoint, contract, modules) for contract in contracts.values()]
 
 
-def make_stage(
-    checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module], shape: Shape
-) -> Stage:
+def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module]) -> Stage:
     """Returns the stage of a contract, made of modules that rewrite_modules returned."""
     names = [spec.name for spec in contract.inputs]
     module: nn.Module
     if contract.name == "context":
-        module = ContextStage(modules["context"], shape, names)
+        module = ContextStage(modules["context"], names)
     elif contract.name == "step":
-        module = Step(modules["unet"], shape, names)
+        module = Step(modules["unet"], names)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif "text_encoder_2" in modules:
-        module = EncodeTwo(modules["text_encoder"], modules["text_encoder_2"], checkpoint.prompt_chunks)
+        encoders = modules["text_encoder"], modules["text_encoder_2"]
+        module = EncodeTwo(*encoders, checkpoint.prompt_chunks, checkpoint.clip_skip)
     else:
-        module = EncodeOne(modules["text_encoder"], checkpoint.prompt_chunks)
+        module = EncodeOne(modules["text_encoder"], checkpoint.prompt_chunks, checkpoint.clip_skip)
     return Stage(contract, module.eval())
 
 
@@ -129,36 +127,48 @@ class Draw(nn.Module):
 
 
 class EncodeOne(nn.Module):
-    """Returns the last, normalised hidden states of the text encoder, for SD1.x and SD2.x."""
+    """Returns the last, normalised hidden states of the text encoder, for SD1.x and SD2.x.
 
-    def __init__(self, text_encoder: nn.Module, chunks: int = 1) -> None:
+    With a `clip_skip` they are those of so many layers before, normalised all the same.
+    """
+
+    def __init__(self, text_encoder: nn.Module, chunks: int = 1, clip_skip: int = 0) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.chunks = chunks
+        self.clip_skip = clip_skip
 
     def forward(self, input_ids: Tensor) -> Tensor:
         # (b, chunks·77) → (b, chunks·77, d)
-        states = self.text_encoder(split_chunks(input_ids, self.chunks))[0]
+        encoder: Any = self.text_encoder
+        text = encoder(split_chunks(input_ids, self.chunks), output_hidden_states=self.clip_skip > 0)
+        states = text.last_hidden_state
+        if self.clip_skip:
+            states = encoder.final_layer_norm(text.hidden_states[-1 - self.clip_skip])
         return join_chunks(states, self.chunks).float()
 
 
 class EncodeTwo(nn.Module):
     """Returns the next-to-last hidden states of both encoders side by side, and the second's pooled text.
 
-    SDXL conditions on these. The pooled text is the first chunk's.
+    SDXL conditions on these. The pooled text is the first chunk's. With a `clip_skip` the hidden states are
+    those of so many layers before.
     """
 
-    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module, chunks: int = 1) -> None:
+    def __init__(
+        self, text_encoder: nn.Module, text_encoder_2: nn.Module, chunks: int = 1, clip_skip: int = 0
+    ) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.text_encoder_2 = text_encoder_2
         self.chunks = chunks
+        self.layer = -2 - clip_skip
 
     def forward(self, input_ids: Tensor, input_ids_2: Tensor) -> tuple[Tensor, Tensor]:
         # (b, chunks·77), (b, chunks·77) → (b, chunks·77, d1 + d2), (b, p)
         one = self.text_encoder(split_chunks(input_ids, self.chunks), output_hidden_states=True)
         two = self.text_encoder_2(split_chunks(input_ids_2, self.chunks), output_hidden_states=True)
-        hidden = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+        hidden = torch.cat([one.hidden_states[self.layer], two.hidden_states[self.layer]], dim=-1)
         pooled = two.text_embeds.unflatten(0, (-1, self.chunks))[:, 0]
         return join_chunks(hidden, self.chunks).float(), pooled.float()
 
@@ -187,20 +197,13 @@ def guidance_embedding(guidance: Tensor, width: int) -> Tensor:
     return torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
 
 
-def size_ids(shape: Shape) -> Tensor:
-    """Returns SDXL's size ids (b, 6): original size, crop corner and target size, in pixels."""
-    return torch.tensor([[shape.height, shape.width, 0, 0, shape.height, shape.width]] * shape.batch).float()
-
-
 class ContextStage(nn.Module):
     """Computes the context of a prompt and timesteps: keys and values, then times, as in its contract."""
 
-    def __init__(self, context: nn.Module, shape: Shape, inputs: list[str]) -> None:
+    def __init__(self, context: nn.Module, inputs: list[str]) -> None:
         super().__init__()
         self.context = context
         self.inputs = inputs
-        # A plain tensor, not a buffer, so that casting the module to half precision does not change it.
-        self.size_ids = size_ids(shape)
 
     def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(self.inputs, arrays, strict=True))
@@ -208,7 +211,7 @@ class ContextStage(nn.Module):
         dtype = weight_type(context)
         added = guidance = None
         if "pooled" in given:
-            embedded = context.add_time_proj(self.size_ids.flatten()).reshape(len(self.size_ids), -1)
+            embedded = context.add_time_proj(given["time_ids"].flatten()).unflatten(0, (-1, 6)).flatten(1)
             added = torch.cat([given["pooled"], embedded], dim=-1).to(dtype)
         if "guidance" in given:
             guidance = guidance_embedding(given["guidance"], context.time_cond_width).to(dtype)
@@ -219,11 +222,10 @@ class ContextStage(nn.Module):
 class Step(nn.Module):
     """Runs the UNet, and then a sampler's step if it has `coefficients`. It casts its inputs for the UNet."""
 
-    def __init__(self, unet: nn.Module, shape: Shape, inputs: list[str]) -> None:
+    def __init__(self, unet: nn.Module, inputs: list[str]) -> None:
         super().__init__()
         self.unet = unet
         self.inputs = inputs
-        self.size_ids = size_ids(shape)
 
     def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = dict(zip(self.inputs, arrays, strict=True))
@@ -248,7 +250,7 @@ class Step(nn.Module):
         # Pooled text is joined with fp32 time embeddings in one Concat. ONNX Runtime and TensorRT refuse a
         # Concat of different types, so the text stays in fp32 up to there.
         if "pooled" in given:
-            options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": self.size_ids}
+            options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
         if "guidance" in given:
             embedding = guidance_embedding(given["guidance"], config.time_cond_proj_dim)
             options["timestep_cond"] = embedding.to(self.dtype)

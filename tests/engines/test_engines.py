@@ -25,6 +25,7 @@ from lcm_compile.engines import (
 )
 from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.pipeline.prompts import Condition
 from lcm_compile.pipeline.request import Request
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db, snr_db
@@ -365,7 +366,9 @@ def test_bound_arrays_draw_the_same_picture(sdxl_bundle):
     with load(bundle) as plain:
         expected = plain.draw(request).pictures
         with LcmPipeline(settings, runners, plain.prompts.tokenizers) as bound:
-            assert isinstance(bound.prompts.text(("a star",)).arrays["hidden_states"], torch.Tensor)
+            assert isinstance(
+                bound.prompts.text(Condition(("a star",))).arrays["hidden_states"], torch.Tensor
+            )
             # Rounding alone: tensors of torch do the loop's arithmetic, not NumPy.
             assert psnr_db(expected, bound.draw(request).pictures) > 65
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import factories
 import pytest
@@ -11,7 +12,8 @@ from diffusers_reference import FLOOR, reference
 from prompt_reference import encode, picture, psnr
 from safetensors.torch import save_file
 
-from lcm_compile import BuildSpec, build, load
+from lcm_compile import BuildSpec, load
+from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.pipeline.request import Request
@@ -26,16 +28,6 @@ EMPTY = [("", 1.0)]
 
 def chunks(*words_of_chunks):
     return [[(" ".join(own), 1.0)] for own in words_of_chunks]
-
-
-@pytest.fixture(scope="module", params=[("sdxl", "onnxruntime", 154), ("sd15", "torchscript", 231)], ids=str)
-def long(request, sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
-    """A bundle with room for several chunks, diffusers' pipeline, and the number of chunks."""
-    family, backend, tokens = request.param
-    base = {"sdxl": sdxl_checkpoint, "sd15": sd15_checkpoint}[family]
-    spec = BuildSpec(str(base), no_lcm=True, backend=backend, prompt_tokens=tokens, height=64, width=64)
-    with load(build(spec, tmp_path_factory.mktemp("long") / "bundle")) as ours:
-        yield ours, reference(base), tokens // 77
 
 
 @pytest.mark.parametrize("count", [1, 75, 76, 140])
@@ -64,14 +56,13 @@ def test_the_end_that_does_not_fit_is_told(long):
     assert ours.draw(Request(" ".join([*full, "circle", "on"]), 1)).cut == "circle on"
 
 
-def test_one_chunk_is_a_bundle_as_before(sdxl_checkpoint, sdxl_bundle, command, tmp_path):
-    words = ["build", "--base", sdxl_checkpoint, "--gpu", "cpu", "--no-lcm", "--backend", "onnxruntime"]
-    words += ["--out", sdxl_bundle, "--dry-run", "--json"]
-    plan = json.loads(command(*words, "--prompt-tokens", 77)[1])
-    assert plan["hit"] and plan["prompt_tokens"] == 77
-    plan = json.loads(command(*words, "--prompt-tokens", 154)[1])
-    assert not plan["hit"] and any("prompt tokens is new (154)" in reason for reason in plan["reasons"])
-    assert json.loads(command("inspect", sdxl_bundle, "--json")[1])["prompt_tokens"] == 77
+def test_the_room_is_part_of_the_key_and_of_what_is_told(long, sdxl_checkpoint, command):
+    ours, _, room = long
+    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime")
+    one, two = make_plan(spec), make_plan(replace(spec, prompt_tokens=154))
+    assert two.key == {**one.key, "prompt tokens": "154"}
+    assert (one.to_dict()["prompt_tokens"], two.to_dict()["prompt_tokens"]) == (77, 154)
+    assert json.loads(command("inspect", ours.folder, "--json")[1])["prompt_tokens"] == 77 * room
 
 
 @pytest.mark.parametrize("tokens", [0, 76, 100, 847, -77])

@@ -161,11 +161,9 @@ def as_tuple(value):
     return value if isinstance(value, tuple) else (value,)
 
 
-def test_size_ids_and_latent_scaling_stay_exact_in_half_precision(sdxl_checkpoint):
+def test_latent_scaling_stays_exact_in_half_precision(sdxl_checkpoint):
     opened = open_checkpoint(str(sdxl_checkpoint))
     stages = {s.name: s for s in make_stages(opened, load_modules(opened).named(), Shape(1, 1000, 1016))}
-    step = to_precision(stages["step"].module, "bf16")
-    assert step.size_ids.tolist() == [[1000, 1016, 0, 0, 1000, 1016]]
     decode = to_precision(stages["decode"].module, "fp16")
     assert decode.scale.unique().item() == pytest.approx(1 / 0.13025, rel=1e-6)
 

@@ -79,8 +79,7 @@ def test_context_and_step_are_diffusers_unet_and_scheduler(checkpoint, shape):
     unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
     options = {}
     if "pooled" in given:
-        ids = torch.tensor([[shape.height, shape.width, 0, 0, shape.height, shape.width]] * shape.batch)
-        options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": ids.float()}
+        options["added_cond_kwargs"] = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]}
     if "guidance" in given:
         from diffusers import LatentConsistencyModelPipeline as Pipeline
 
