@@ -13,7 +13,7 @@ from lcm_compile.errors import UsageError
 from lcm_compile.graphs import StageContract
 
 # An array that has `__dlpack__` and arithmetic: a NumPy array between CPU engines, a CUDA tensor between
-# GPU engines. The pipeline adds, multiplies and divides such arrays, takes means and powers of them, and clips.
+# GPU engines. The pipeline adds, multiplies, divides and clips such arrays, and takes means and powers of them.
 Array = Any
 
 Engine = TypeVar("Engine")
