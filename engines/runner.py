@@ -13,7 +13,7 @@ from lcm_compile.errors import UsageError
 from lcm_compile.graphs import StageContract
 
 # An array that has `__dlpack__` and arithmetic: a NumPy array between CPU engines, a CUDA tensor between
-# GPU engines. The pipeline adds, multiplies, divides and clips such arrays, and takes means and powers of them.
+# GPU engines. The pipeline computes with operators, `clip` and `mean` alone, which both have.
 Array = Any
 
 Engine = TypeVar("Engine")
