@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.checkpoint import single_file, weight_files
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
-from lcm_compile.lora.find import LORA_FILES, find_lora
+from lcm_compile.lora.find import LORA_FILES, find_lora, lora_digest
 from lcm_compile.lora.peft_folder import CONFIG
 from lcm_compile.spec import LoraSpec
+from lcm_compile.system.cache import Digests
 from lcm_compile.system.files import user_path
+
+if TYPE_CHECKING:
+    from lcm_compile.lora.read import Lora
 
 # The file that a folder must hold → the kind of the folder.
 FOLDERS = {
@@ -47,7 +52,8 @@ def describe(name: str, base: str | None, lora_skip: Sequence[str] = ()) -> dict
 
         lora = read_lora(find_lora(LoraSpec(name)), lora_skip)
         check_patterns([lora], lora_skip)
-        return describe_lora(lora, None if base is None else open_checkpoint(base))
+        report = describe_lora(lora, None if base is None else open_checkpoint(base))
+        return {**report, "few_step": describe_few_step(lora, name)}
     if kind == "demo":
         return describe_demo()
     if kind == "bundle":
@@ -79,6 +85,21 @@ def kind_of(name: str, path: Path) -> str:
         return "single file" if single_file.FIRST in weight_files.read_header(path)[0] else "lora"
     except CheckpointError:  # a LoRA's hub id, or a file of which read_lora says what is wrong
         return "lora"
+
+
+def describe_few_step(lora: Lora, name: str) -> dict[str, Any] | None:
+    """Returns which few-step method a LoRA of that name is of, and how it is built; None if it is of none."""
+    from lcm_compile.lora.few_step_method import VARIANTS, few_step_method
+
+    digests = Digests()
+    found = few_step_method(lora, lora_digest(lora.path, digests))
+    digests.save()
+    if found is None:
+        return None
+    variants = VARIANTS.get(found.method or "", ())
+    option = ":".join([found.method or "METHOD", *([found.variant or "VARIANT"] if variants else [])])
+    build = None if found.unsupported else f"--few-step {option} --few-step-lora {shlex.quote(name)}"
+    return {**asdict(found), "variants": list(variants), "build": build}
 
 
 def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def print_lora(data: Mapping[str, Any]) -> None:
         ("keys", f"{matched} match {data['matched_to']}" if data["matched_to"] else "match no known base"),
         *((f"{name} keys", found) for name in ("unmatched", "misshapen") if (found := listed(data[name]))),
         *((name.replace("_", " "), text) for name, text in data["metadata"].items()),
+        ("few-step method", few_step_text(data["few_step"]) if data["few_step"] else ""),
         ("embeddings", ", ".join(data["embeddings"])),
         ("likely triggers", ", ".join(f"{t['tag']} ({t['captions']})" for t in data["likely_triggers"])),
     ]
@@ -136,6 +137,24 @@ def print_lora(data: Mapping[str, Any]) -> None:
             for row in data["change"]
         ],
     )
+
+
+def few_step_text(found: Mapping[str, Any]) -> str:
+    """Returns the few-step method of a LoRA as text, with the options of `build` for it."""
+    if found["unsupported"]:
+        what = f"not supported: {found['unsupported']}"
+    elif found["variant"] == "lcm":
+        what = f"{found['method']}, like LCM"
+    elif found["variant"]:
+        steps, _, guided = found["variant"].partition("-")
+        what = f"{found['method']}, {steps} step{'' if steps == '1' else 's'}"
+        what += ", with guidance" if guided else ""
+    elif found["variants"]:
+        what = f"{found['method']}, its variant unknown ({', '.join(found['variants'])})"
+    else:
+        what = found["method"] or "one that is not known"
+    build = f"; build {found['build']}" if found["build"] else ""
+    return f"{what} ({found['sure']}: {found['because']}){build}"
 
 
 def print_checkpoint(data: Mapping[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import factories
 import pytest
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.original_unet_names import original_name, original_names
+from lcm_compile.lora import few_step_method
 from lcm_compile.lora.guess_base import empty_modules
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.2")
@@ -305,3 +309,67 @@ def test_refusals(refused, tmp_path, sdxl_checkpoint):
     folder = shutil.copytree(sdxl_checkpoint, tmp_path / "base")
     (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"short")
     refused(1, ["vae", "no whole safetensors file"], "inspect", folder)
+
+
+def test_the_few_step_method(command, inspected, tmp_path, monkeypatch):
+    """The options of `build` for it can be copied; a LoRA of no method has no such line."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("Hyper-SD15 8steps-CFG-lora.safetensors")
+    family_lora("sd15", path, only="mid_block.attentions.0.proj")
+    _, out, _ = command("inspect", path)
+    line = next(line for line in out.splitlines() if line.startswith("few-step method"))
+    assert line.split(maxsplit=2)[2] == (
+        "hyper, 8 steps, with guidance (likely: its name says so); "
+        "build --few-step hyper:8-cfg --few-step-lora 'Hyper-SD15 8steps-CFG-lora.safetensors'"
+    )
+    assert inspected(path)["few_step"] == {
+        "method": "hyper",
+        "variant": "8-cfg",
+        "sure": "likely",
+        "because": "its name says so",
+        "unsupported": None,
+        "variants": ["1", "2", "4", "8", "8-cfg", "12-cfg"],
+        "build": f"--few-step hyper:8-cfg --few-step-lora '{path}'",
+    }
+    style = path.rename("style.safetensors")
+    assert inspected(style)["few_step"] is None
+    assert "few-step" not in command("inspect", style)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "build"),
+    [
+        ("Hyper-SD15-1step-lora", "hyper, 1 step", "hyper:1"),
+        ("pcm_sd15_lcmlike_lora_converted", "pcm, like LCM", "pcm:lcm"),
+        ("lightning_lora_3step", "lightning, its variant unknown (2, 4, 8)", "lightning:VARIANT"),
+        ("AnimateLCM_lora", "not supported: AnimateLCM, which draws videos", None),
+    ],
+)
+def test_few_step_methods_in_words(command, tmp_path, monkeypatch, name, text, build):
+    monkeypatch.chdir(tmp_path)
+    family_lora("sd15", Path(f"{name}.safetensors"), only="mid_block.attentions.0.proj")
+    _, out, _ = command("inspect", f"{name}.safetensors")
+    options = f"; build --few-step {build} --few-step-lora {name}.safetensors" if build else ""
+    assert f" {text} (likely: its name says so){options}\n" in out
+
+
+def test_the_few_step_method_by_content(inspected, tmp_path, monkeypatch):
+    """A published file is known under any name."""
+    path = family_lora("sd15", tmp_path / "x.safetensors", only="mid_block.attentions.0.proj")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(few_step_method.PUBLISHED, digest, ("lightning", "4"))
+    found = inspected(path)["few_step"]
+    assert (found["method"], found["variant"], found["sure"]) == ("lightning", "4", "certain")
+
+
+def test_the_few_step_method_of_a_hub_id(inspected):
+    """Its files are named after their format; the repository's name tells the method."""
+    folder = Path(os.environ["HF_HOME"]) / "hub/models--h1t--TCD-SD15-LoRA"
+    commit = "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    family_lora("sd15", folder / "snapshots" / commit / "pytorch_lora_weights.safetensors", only="proj_in")
+    found = inspected("h1t/TCD-SD15-LoRA")["few_step"]
+    assert (found["method"], found["because"]) == ("tcd", "its repository's name says so")
+    assert found["build"] == "--few-step tcd --few-step-lora h1t/TCD-SD15-LoRA"
