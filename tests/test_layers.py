@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "bundles": {"engines"},
     "pipeline": {"bundles", "engines"},
     "proof": {"pipeline", "bundles", "engines", "stages"},
-    "training": {"pipeline", "stages", "checkpoint", "demo"},
+    "training": {"pipeline", "stages", "lora", "checkpoint", "demo"},
     "builder": {"proof", "pipeline", "bundles", "engines", "export", "stages", "lora", "checkpoint"},
     "output": {"builder", "pipeline", "bundles", "lora", "checkpoint"},
 }

@@ -24,7 +24,7 @@ ADAPTED = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 # The fields of a spec that hold paths.
-PATHS = ("base", "data", "prior_data")
+PATHS = ("base", "data", "prior_data", "lora")
 
 
 def add_lora(unet: Any, rank: int, modules: Sequence[str], seed: int) -> None:
@@ -96,14 +96,17 @@ def predict_without_lora(unet: Any, machine: Machine) -> Predict:
     return predict
 
 
-def kohya_tensors(adapters: Weights, rank: int) -> dict[str, Tensor]:
-    """Returns PEFT's weights under the keys of latent-consistency/lcm-lora-sdxl, with one α per module."""
+def kohya_tensors(adapters: Weights) -> dict[str, Tensor]:
+    """Returns PEFT's weights under the keys of latent-consistency/lcm-lora-sdxl, each module's α its rank."""
     tensors = {}
     for name, weight in adapters.items():
         module, _, side = name.removesuffix(".default.weight").rpartition(".")
         key = "lora_unet_" + module.replace(".", "_")
-        tensors[f"{key}.{'lora_down' if side == 'lora_A' else 'lora_up'}.weight"] = weight
-        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+        if side == "lora_A":
+            tensors[f"{key}.lora_down.weight"] = weight
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(weight)))
+        else:
+            tensors[f"{key}.lora_up.weight"] = weight
     return tensors
 
 

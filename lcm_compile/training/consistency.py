@@ -1,13 +1,19 @@
-"""The maths of latent consistency distillation (Luo et al. 2023, arXiv 2310.04378, section 4), in torch.
+"""The maths of latent consistency distillation and tuning, and of trajectory consistency, in torch.
 
-The loss makes the student consistent at two timesteps that are k apart. A frozen teacher makes the step from
-one to the other, and the target is a running mean of the student:
+Distillation (Luo et al. 2023, arXiv 2310.04378, section 4) makes the student consistent at two timesteps that
+are k apart. A frozen teacher makes the step from one to the other, and the target is a running mean of the
+student:
 
     ẑ_n = DDIM step from t_{n+k} to t_n of teacher(c) + w·(teacher(c) − teacher(∅)),
     loss = d(f_student(z_{n+k}, c, t_{n+k}), f_target(ẑ_n, c, t_n)),    f(z, c, t) = c_skip·z + c_out·ẑ0.
 
 d is `pseudo_huber`. w is the paper's guidance scale, the weight of the difference that guidance adds;
 diffusers' guidance_scale is 1 + w.
+
+Tuning (the same paper, section 4.4) has no teacher: z_n has the same z0 and the same noise as z_{n+k}.
+
+Trajectory consistency (Zheng et al. 2024, arXiv 2402.19159, section 4.1) compares where both lead at a random
+timestep s from 0 to t_n, and not only at 0. Its f(z, c, t, s) is the DDIM step from t to s.
 """
 
 from __future__ import annotations
@@ -57,6 +63,10 @@ class Solver:
         """
         return torch.arange(1, len(self.alphas) // self.skip + 1) * self.skip - 1
 
+    def earlier(self, timestep: Tensor) -> Tensor:
+        """Returns t_n for t_{n+k}: `skip` timesteps before, but not below 0."""
+        return (timestep - self.skip).clamp(min=0)
+
 
 def per_picture(values: Tensor) -> Tensor:
     """Reshapes (b,) to (b, 1, 1, 1), so that the values multiply latents."""
@@ -88,11 +98,21 @@ def clean_and_noise(
 
 
 def consistency(
-    predict: Predict, latent: Tensor, timestep: Tensor, cond: Conditioning, solver: Solver
+    predict: Predict,
+    latent: Tensor,
+    timestep: Tensor,
+    cond: Conditioning,
+    solver: Solver,
+    end: Tensor | None = None,
 ) -> Tensor:
-    """Returns f(z, c, t) = c_skip·z + c_out·ẑ0, which is z itself at t = 0."""
+    """Returns f(z, c, t) = c_skip·z + c_out·ẑ0, which is z itself at t = 0.
+
+    With `end`, the timesteps s (b,), returns the trajectory's f(z, c, t, s), which is z itself at t = s.
+    """
     output = predict(latent, timestep, cond)
-    clean, _ = clean_and_noise(latent, output, solver.alphas[timestep], solver.prediction_type)
+    clean, noise = clean_and_noise(latent, output, solver.alphas[timestep], solver.prediction_type)
+    if end is not None:
+        return add_noise(clean, noise, solver.alphas[end])
     return per_picture(solver.c_skip[timestep]) * latent + per_picture(solver.c_out[timestep]) * clean
 
 
@@ -108,12 +128,32 @@ def teacher_step(
     # ẑ0 and ε̂ are affine in the prediction, so guiding the prediction guides both of them.
     guided = with_prompt + per_picture(w) * (with_prompt - without)
     clean, noise = clean_and_noise(latent, guided, solver.alphas[timestep], solver.prediction_type)
-    return add_noise(clean, noise, solver.alphas[(timestep - solver.skip).clamp(min=0)])
+    return add_noise(clean, noise, solver.alphas[solver.earlier(timestep)])
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float = HUBER_C) -> Tensor:
     """Returns the mean of √((a − b)² + c²) − c."""
     return ((a - b).square() + c**2).sqrt().sub(c).mean()
+
+
+def consistency_loss(
+    student: Predict,
+    target: Predict,
+    latent: Tensor,
+    previous: Tensor,
+    timestep: Tensor,
+    cond: Conditioning,
+    solver: Solver,
+    end: Tensor | None = None,
+) -> Tensor:
+    """Returns the loss between z_{n+k} and z_n, with gradients for the student only.
+
+    `latent` is z_{n+k} and `previous` z_n, both (b, c, h, w), `timestep` is t_{n+k} (b,), and `end` is as in
+    `consistency`.
+    """
+    with torch.no_grad():
+        wanted = consistency(target, previous, solver.earlier(timestep), cond, solver, end)
+    return pseudo_huber(consistency(student, latent, timestep, cond, solver, end), wanted)
 
 
 def distillation_loss(
@@ -126,16 +166,32 @@ def distillation_loss(
     w: Tensor,
     pair: Conditioning,
     solver: Solver,
+    end: Tensor | None = None,
 ) -> Tensor:
     """Returns the loss of one batch, with gradients for the student only.
 
     `clean` (z0) and `noise` have shape (b, c, h, w), `timestep` and `w` (b,), and `pair` (2b, …) as in
-    `teacher_step`.
+    `teacher_step`. With `end` (b,) it is the loss of trajectory consistency.
     """
     prompts = {name: value[: len(clean)] for name, value in pair.items()}
     latent = add_noise(clean, noise, solver.alphas[timestep])
     with torch.no_grad():
         previous = teacher_step(teacher, latent, timestep, w, pair, solver)
-        earlier = (timestep - solver.skip).clamp(min=0)
-        wanted = consistency(target, previous, earlier, prompts, solver)
-    return pseudo_huber(consistency(student, latent, timestep, prompts, solver), wanted)
+    return consistency_loss(student, target, latent, previous, timestep, prompts, solver, end)
+
+
+def tuning_loss(
+    student: Predict,
+    target: Predict,
+    clean: Tensor,
+    noise: Tensor,
+    timestep: Tensor,
+    prompts: Conditioning,
+    solver: Solver,
+    end: Tensor | None = None,
+) -> Tensor:
+    """Returns the loss of one batch without a teacher, with shapes as in `distillation_loss`."""
+    latent, previous = (
+        add_noise(clean, noise, solver.alphas[t]) for t in (timestep, solver.earlier(timestep))
+    )
+    return consistency_loss(student, target, latent, previous, timestep, prompts, solver, end)

@@ -15,6 +15,7 @@ from torch import nn
 from lcm_compile.checkpoint.empty_modules import empty_unet
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
+from lcm_compile.training.finetune import check_tuning, open_lora
 from lcm_compile.training.full import with_guidance
 
 
@@ -43,6 +44,20 @@ def count_lora(base: str, rank: int, endings: Sequence[str]) -> Size:
     ]
     count = sum(adapter_size(module, rank) for module in adapted)
     return Size(base, parameters(unet), count, len(adapted), 2 * count)
+
+
+def count_tuning(base: str, lora: str | None, method: str) -> Size:
+    """Counts what `--finetune` trains: a LoRA on its base, or a full LCM.
+
+    Raises LoraError and UsageError as `check_tuning` and `open_lora` do.
+    """
+    checkpoint = open_checkpoint(base)
+    check_tuning(checkpoint, lora, method)
+    if lora is None:
+        return count_full(base)
+    layers = open_lora(lora, checkpoint, method).layers
+    count = sum(factor.numel() for layer in layers for factor in layer.update.factors.values())
+    return Size(base, parameters(empty_unet(checkpoint.unet)), count, len(layers), 2 * count)
 
 
 def count_full(base: str) -> Size:

@@ -20,8 +20,8 @@ GUIDANCE_WEIGHT = "time_embedding.cond_proj.weight"
 
 
 def with_guidance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a UNet's config with an input for the guidance embedding."""
-    return {**config, "time_cond_proj_dim": GUIDANCE_WIDTH}
+    """Returns a UNet's config with an input for the guidance embedding, which a full LCM's has already."""
+    return {**config, "time_cond_proj_dim": config.get("time_cond_proj_dim") or GUIDANCE_WIDTH}
 
 
 def student_of(teacher: Any) -> Any:

@@ -17,8 +17,9 @@ from lcm_compile.training.spec import Machine, TrainSpec
 
 DIGESTED = 65536  # bytes that are read from the end of each file
 # Settings that may differ when a training resumes: they change where and how it computes, not what it learns.
-# Instead `settings_of` compares digests of the base and the pictures, and the number of pictures per step.
-FREE = ("base", "data", "batch", "gradient_accumulation", "gradient_checkpointing", "save_every")
+# Instead `settings_of` compares digests of the base, the pictures and the LoRA, and the number of pictures
+# per step.
+FREE = ("base", "data", "lora", "batch", "gradient_accumulation", "gradient_checkpointing", "save_every")
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
 def settings_of(spec: TrainSpec, checkpoint: Checkpoint, machine: Machine, **data: str) -> dict[str, Any]:
     """Returns all settings that influence the losses, which --resume must find unchanged.
 
-    `data` are the digests of the pictures, by the name of their setting.
+    `data` are the digests of the pictures and of the LoRA, by the name of their setting.
     """
     return {
         **{name: value for name, value in vars(spec).items() if name not in FREE},

@@ -15,8 +15,13 @@ def alpha_bar() -> np.ndarray:
     return np.cumprod(1 - np.linspace(BETAS["beta_start"] ** 0.5, BETAS["beta_end"] ** 0.5, 1000) ** 2)
 
 
-def reference_loss(student, target, teacher, z0, noise, t, w, prompt, empty, kind, k) -> float:
-    """One picture's loss in float64, in Luo et al. 2023's own form: their ε̂, f, Ψ_DDIM and guided step."""
+def reference_loss(
+    student, target, teacher, z0, noise, t, w, prompt, empty, kind, k, end=None, tuning=False
+) -> float:
+    """One picture's loss in float64, in Luo et al. 2023's own form: their ε̂, f, Ψ_DDIM and guided step.
+
+    With `end` f is that of Zheng et al. 2024, formula 18: an exponential integrator in λ = log(α/σ).
+    """
     alpha, sigma = np.sqrt(alpha_bar()), np.sqrt(1 - alpha_bar())
     s = max(t - k, 0)
 
@@ -29,6 +34,9 @@ def reference_loss(student, target, teacher, z0, noise, t, w, prompt, empty, kin
 
     def f(function, z, t):
         z0_hat = (z - sigma[t] * epsilon(z, function(z, t, prompt), t)) / alpha[t]
+        if end is not None:
+            h = np.log(alpha[end] / sigma[end]) - np.log(alpha[t] / sigma[t])
+            return sigma[end] / sigma[t] * z - alpha[end] * (np.exp(-h) - 1) * z0_hat
         c_skip = 0.5**2 / ((10 * t) ** 2 + 0.5**2)
         c_out = 10 * t / np.sqrt((10 * t) ** 2 + 0.5**2)
         return c_skip * z + c_out * z0_hat
@@ -39,7 +47,9 @@ def reference_loss(student, target, teacher, z0, noise, t, w, prompt, empty, kin
         return ratio * z - sigma[s] * (sigma[t] / sigma[s] * ratio - 1) * eps - z
 
     z = alpha[t] * z0 + sigma[t] * noise
-    z_hat = z + (1 + w) * psi(z, prompt) - w * psi(z, empty)
+    z_hat = alpha[s] * z0 + sigma[s] * noise
+    if not tuning:
+        z_hat = z + (1 + w) * psi(z, prompt) - w * psi(z, empty)
     difference = f(student, z, t) - f(target, z_hat, s)
     return float(np.mean(np.sqrt(difference**2 + 0.001**2) - 0.001))
 
@@ -90,14 +100,17 @@ def with_lora(unet: UNet2DConditionModel, adapters: dict[str, torch.Tensor]) -> 
     return unet
 
 
-def reference_step(pipe, spec, numbers, networks, prediction) -> float:
-    """The loss on pictures of the demo world, with `networks(w)` as student, target and teacher."""
-    data = open_data("demo", 64, 64, spec.seed)
+def reference_step(pipe, spec, numbers, networks, prediction, data="demo") -> float:
+    """The loss on pictures of `data`, with `networks(w)` as student, target and teacher."""
+    data = open_data(str(data), 64, 64, spec.seed)
     latents, pairs = inputs_of(pipe, [data.sample(n) for n in numbers])
     timesteps = torch.arange(spec.skip - 1, 1000, spec.skip)
     drawn = distill.draw(spec, numbers, latents[0].shape, timesteps)
     losses = []
-    for z0, (prompt, empty), noise, t, w in zip(latents, pairs, *drawn, strict=True):
+    for z0, (prompt, empty), noise, t, w, s in zip(latents, pairs, *drawn, strict=True):
         picture = z0, noise.double().numpy(), int(t), float(w), prompt, empty
-        losses.append(reference_loss(*networks(w), *picture, prediction, spec.skip))
+        end = int(s) if spec.method == "tcd" else None
+        losses.append(
+            reference_loss(*networks(w), *picture, prediction, spec.skip, end, tuning=spec.finetune)
+        )
     return float(np.mean(losses))

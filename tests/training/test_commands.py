@@ -8,6 +8,7 @@ import shlex
 import pytest
 from runs import write_pictures
 
+from lcm_compile.lora.read import read_lora
 from lcm_compile.training import distill
 from lcm_compile.training.state import state_path
 
@@ -21,6 +22,15 @@ def test_distill(command, bases, tmp_path):
     code, told, err = command(*options, "--out", out, "--json", "--quiet")
     data = json.loads(told)
     assert (code, err, data["lcm_lora"], data["steps"], len(data["loss"])) == (0, "", str(out), 2, 2)
+
+
+def test_distill_by_tcd(command, bases, tmp_path):
+    out = tmp_path / "tcd.safetensors"
+    options = ("distill", "--base", bases["sd15"], "--data", "demo", "--rank", 2, "--batch", 1, "--steps", 1)
+    code, told, err = command(*options, "--method", "tcd", "--out", out)
+    assert (code, told.strip()) == (0, str(out))
+    assert f"build --base {bases['sd15']} --gpu cpu --few-step tcd --few-step-lora {out}" in err
+    assert json.loads(read_lora(out).metadata["lcm_compile"])["method"] == "tcd"
 
 
 def test_train_lora(command, bases, tmp_path):

@@ -31,7 +31,9 @@ def in_torch(function):
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("skip", [20, 100])
-def test_loss_is_the_papers(kind, skip):
+@pytest.mark.parametrize("ends", [None, (0, 5, 40, 300, 899)], ids=["lcm", "tcd"])
+@pytest.mark.parametrize("tuning", [False, True], ids=["distil", "finetune"])
+def test_loss_is_the_papers(kind, skip, ends, tuning):
     rng = np.random.default_rng(0)
     clean, noise = rng.normal(size=(2, 5, 4, 8, 8))
     timestep = np.array([skip - 1, 2 * skip - 1, 499, 799, 999])
@@ -39,13 +41,21 @@ def test_loss_is_the_papers(kind, skip):
     prompt, empty = rng.uniform(0.2, 1, (2, 5))
     networks = [network(shift) for shift in (0.0, 0.1, 0.5)]
     expected = [
-        reference_loss(*networks, *picture, kind, skip)
-        for picture in zip(clean, noise, timestep, w, prompt, empty, strict=True)
+        reference_loss(*networks, *picture, kind, skip, end, tuning)
+        for *picture, end in zip(clean, noise, timestep, w, prompt, empty, ends or [None] * 5, strict=True)
     ]
     solver = Solver.of(SchedulerSettings(**BETAS, prediction_type=kind), skip)
     pair = {"encoder_hidden_states": torch.from_numpy(np.concatenate([prompt, empty]))}
-    arrays = (torch.from_numpy(x) for x in (clean, noise, timestep, w))
-    loss = consistency.distillation_loss(*map(in_torch, networks), *arrays, pair, solver)
+    clean, noise, timestep, w = (torch.from_numpy(x) for x in (clean, noise, timestep, w))
+    student, target, teacher = map(in_torch, networks)
+    end = torch.tensor(ends) if ends else None
+    if tuning:
+        prompts = {name: t[:5] for name, t in pair.items()}
+        loss = consistency.tuning_loss(student, target, clean, noise, timestep, prompts, solver, end)
+    else:
+        loss = consistency.distillation_loss(
+            student, target, teacher, clean, noise, timestep, w, pair, solver, end
+        )
     assert float(loss) == pytest.approx(np.mean(expected), rel=1e-4)
 
 

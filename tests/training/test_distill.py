@@ -60,7 +60,7 @@ def test_three_networks_in_one_unet(bases, tmp_path):
         torch.testing.assert_close(predict_without_lora(unet, CPU)(*inputs), plain, rtol=0, atol=0)
     assert not torch.allclose(target, plain, atol=1e-3)
     # What is trained is what the file holds.
-    save_lora(kohya_tensors(other, 2), tmp_path / "lora.safetensors", {})
+    save_lora(kohya_tensors(other), tmp_path / "lora.safetensors", {})
     fused = load_component(open_checkpoint(str(bases["sd15"])), "unet")
     fuse_loras({"unet": fused}, [(read_lora(tmp_path / "lora.safetensors"), LoraSpec("lora"))])
     with torch.no_grad():
@@ -69,9 +69,10 @@ def test_three_networks_in_one_unet(bases, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "prediction"), [("sdxl", "epsilon"), ("v", "v_prediction")])
-def test_a_step_is_the_papers(kind, prediction, bases, tmp_path):
+@pytest.mark.parametrize("method", ["lcm", "tcd"])
+def test_a_step_is_the_papers(kind, prediction, method, bases, tmp_path):
     """The second step's loss, with the adapters that were kept after the first."""
-    spec = settings_for(bases[kind], steps=2, save_every=1)
+    spec = settings_for(bases[kind], steps=2, save_every=1, method=method)
     steps = distill.distill(spec, tmp_path / "lora.safetensors")
     next(steps)
     state = torch.load(state_path(tmp_path / "lora.safetensors"), weights_only=True)
