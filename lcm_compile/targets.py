@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lcm_compile.errors import unknown_name
+from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.precisions import Precision
 
 GIB = 1024**3
@@ -83,6 +83,10 @@ TARGETS: dict[str, GpuTarget] = {
 }
 
 
+# The names that people may give an Apple GPU.
+APPLE = ("mac", "macos", "apple", "mps", "metal", "coreml", "m1", "m2", "m3", "m4", "m5")
+
+
 def find_target(name: str) -> GpuTarget:
     """Returns the target with this name. Raises UsageError if there is none.
 
@@ -95,4 +99,9 @@ def find_target(name: str) -> GpuTarget:
     for target in TARGETS.values():
         if plain(target.name) == plain(name):
             return target
+    if plain(name) in APPLE:
+        raise UsageError(
+            "no backend builds engines for Apple's GPUs",
+            "on a Mac, --gpu cpu builds for its processor; docs/build.md says what to expect there",
+        )
     raise unknown_name("target", name, TARGETS, "lcm-compile targets")

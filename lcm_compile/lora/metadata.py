@@ -23,13 +23,23 @@ METADATA = {
 
 
 def describe_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Returns the fields of METADATA that a file's metadata has, as printable text."""
+    """Returns the fields of METADATA and the method that a file's metadata has, as printable text."""
     fields = {}
     for name, keys in METADATA.items():
         text = next((printable(metadata[key]) for key in keys if metadata.get(key, "None") != "None"), "")
         if text:
             fields[name] = text
+    if method := method_of(metadata):
+        fields["distilled_by"] = method
     return fields
+
+
+def method_of(metadata: Mapping[str, str]) -> str | None:
+    """Returns the method by which `distill` made a LoRA, such as `tcd`; None if its metadata names none."""
+    try:
+        return printable(json.loads(metadata["lcm_compile"])["method"]) or None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
 
 
 def printable(text: str) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
 from collections.abc import Iterator
 
-LC_NUMERIC_MASK = 1 << 1  # locale.h on Linux
+LC_NUMERIC_MASK = 1 << (4 if sys.platform == "darwin" else 1)  # locale.h of macOS, and of Linux
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.errors import LoraError, UsageError
 from lcm_compile.lora.find import find_lora
 from lcm_compile.lora.merge import match_layers
+from lcm_compile.lora.metadata import method_of
 from lcm_compile.lora.read import Lora, read_lora
 from lcm_compile.spec import LoraSpec
 
@@ -55,14 +54,6 @@ def open_lora(source: str, checkpoint: Checkpoint, method: str) -> Lora:
     if made is not None and made != method:
         raise UsageError(f"{lora.path} was distilled by --method {made}", f"tune it with --method {made}")
     return lora
-
-
-def method_of(metadata: Mapping[str, str]) -> str | None:
-    """Returns the method that a LoRA's metadata names, or None if it names none."""
-    try:
-        return str(json.loads(metadata["lcm_compile"])["method"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def add_adapters_of(unet: Any, lora: Lora) -> None:

@@ -35,6 +35,8 @@ def build(sdxl_checkpoint):
         ("--base", "~nobody/model", "'~nobody/model'"),
         ("--gpu", "a10q", ["Did you mean 'a10'?", "lcm-compile targets"]),
         ("--gpu", "", "Known: cpu, t4"),
+        ("--gpu", "mac", ["Apple's GPUs", "--gpu cpu"]),
+        ("--gpu", "MPS", ["Apple's GPUs", "--gpu cpu"]),
         ("--backend", "tensorrt-rxt", ["Did you mean 'tensorrt-rtx'?", "lcm-compile doctor"]),
         ("--precision", "fp61", "Did you mean 'fp16'?"),
         ("--height", 0, "height must be a positive multiple of 8, not 0"),
