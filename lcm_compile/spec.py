@@ -221,6 +221,11 @@ class BuildSpec:
         if self.no_lcm and self.few_step_weights:
             named = "--lcm-lora" if self.lcm_lora else "--few-step-lora"
             raise UsageError(f"{named} and --no-lcm exclude each other", "drop one of the two")
+        if self.few_step_lora and self.few_step is None:
+            raise UsageError(
+                f"--few-step-lora {self.few_step_lora.source} is given without its method",
+                f"add --few-step METHOD; lcm-compile inspect {self.few_step_lora.source} may tell it",
+            )
         if self.lcm_lora and (self.few_step_lora or self.few_step not in (None, "lcm")):
             raise UsageError(
                 "--lcm-lora is an LCM-LoRA, and --few-step and --few-step-lora name another",

@@ -90,6 +90,18 @@ class PipelineSettings:
     eta: float | None = None
     few_step: FewStepWeights | None = None
 
+    def drawing(
+        self, sampler: str | None, steps: int | None, guidance_scale: float | None, eta: float | None
+    ) -> dict[str, Any]:
+        """Returns these as the fields of a request, with the defaults in place of None."""
+        own = sampler in (None, self.sampler)
+        return {
+            "sampler": self.sampler if sampler is None else sampler,
+            "steps": self.steps if steps is None else steps,
+            "guidance_scale": self.guidance_scale if guidance_scale is None else guidance_scale,
+            "eta": self.eta if own and eta is None else eta,
+        }
+
 
 @dataclass(frozen=True)
 class Parity:

@@ -223,3 +223,6 @@ class Checkpoint:
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
+# What `fuse` notes in the scheduler's config, or without the _ in a file's metadata: the few-step weights
+# that it fused, as METHOD:VARIANT. Diffusers leaves settings alone that begin with _.
+FUSED_FEW_STEP = "_lcm_compile_few_step"

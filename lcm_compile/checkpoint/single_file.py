@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
+from lcm_compile.checkpoint.checkpoint import FUSED_FEW_STEP, Checkpoint, Component
 from lcm_compile.checkpoint.diffusers_folder import Settings, read_settings
 from lcm_compile.checkpoint.families import Family, detect_family
 from lcm_compile.checkpoint.hub import fetch
@@ -58,6 +58,8 @@ def open_file(base: str, path: Path, config: Path | None, own_vae: bool = True) 
     refuse_others(path, shapes)
     family = detect_family(unet_shape(shapes))
     folder, settings = settings_of(path, family, config, shapes, metadata)
+    if fused := metadata.get(FUSED_FEW_STEP.removeprefix("_")):
+        settings = replace(settings, scheduler={**settings.scheduler, FUSED_FEW_STEP: fused})
     prefixes = models_in(shapes)
     for name in settings.configs:
         if name not in prefixes and (own_vae or name != "vae"):

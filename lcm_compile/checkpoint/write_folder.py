@@ -11,16 +11,25 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.checkpoint.checkpoint import SCHEDULER, TEXT_ENCODERS, Checkpoint, is_tiny
+from lcm_compile.checkpoint.checkpoint import (
+    FUSED_FEW_STEP,
+    SCHEDULER,
+    TEXT_ENCODERS,
+    Checkpoint,
+    is_tiny,
+)
 from lcm_compile.checkpoint.load import load_tokenizer, quiet_libraries
 from lcm_compile.samplers import SAMPLERS
+from lcm_compile.scheduler import SchedulerSettings
 
 
-def write_settings(checkpoint: Checkpoint, folder: Path, sampler: str | None) -> None:
+def write_settings(
+    checkpoint: Checkpoint, folder: Path, sampler: str | None, few_step: str | None = None
+) -> None:
     """Writes the settings of a checkpoint to a new folder.
 
-    The scheduler is that of a sampler, with the base's settings, or for None the base's own. Raises
-    CheckpointError if a tokenizer can't be read.
+    The scheduler is that of a sampler, with the base's settings, or for None the base's own. `few_step` are
+    the few-step weights that are fused. Raises CheckpointError if a tokenizer can't be read.
     """
     import diffusers
 
@@ -31,16 +40,26 @@ def write_settings(checkpoint: Checkpoint, folder: Path, sampler: str | None) ->
     if sampler is not None:
         kind = SAMPLERS[sampler].scheduler
         with quiet_libraries():
-            scheduler = getattr(diffusers, kind)
-            known = inspect.signature(scheduler).parameters
-            settings = checkpoint.scheduler.to_dict().items()
-            given = {name: value for name, value in settings if name in known and value is not None}
-            scheduler(**given).save_pretrained(folder / "scheduler")
+            make_scheduler(sampler, checkpoint.scheduler).save_pretrained(folder / "scheduler")
+        if few_step is not None:
+            config = json.loads((folder / SCHEDULER).read_text())
+            (folder / SCHEDULER).write_text(json.dumps({**config, FUSED_FEW_STEP: few_step}, indent=2))
     else:
         (folder / SCHEDULER).parent.mkdir()
         (folder / SCHEDULER).write_text(json.dumps(dict(checkpoint.scheduler_config), indent=2))
     index = {"_diffusers_version": diffusers.__version__, **index_of(checkpoint, kind)}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def make_scheduler(sampler: str, settings: SchedulerSettings) -> Any:
+    """Returns diffusers' scheduler of a sampler, with these settings."""
+    import diffusers
+
+    chosen = SAMPLERS[sampler]
+    scheduler = getattr(diffusers, chosen.scheduler)
+    known = inspect.signature(scheduler).parameters
+    values = {**settings.to_dict(), **chosen.options}
+    return scheduler(**{name: value for name, value in values.items() if name in known and value is not None})
 
 
 def index_of(checkpoint: Checkpoint, scheduler: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lcm_compile.commands.options import base_options, base_settings, graph_opti
 from lcm_compile.errors import Interrupted
 
 if TYPE_CHECKING:
-    from lcm_compile.builder.plan import Plan
+    from lcm_compile.builder.plan import ExportPlan, Plan
     from lcm_compile.bundles.bundle import EngineBundle
 
 
@@ -62,10 +62,12 @@ def build(
         refuse_model_options(context)
     plans = make_plans(graphs, gpus, backend, out, force, model)
     if (export := plans[0].export) and not plans[0].hit:
-        from lcm_compile.output.reports import loss_lines
+        from lcm_compile.output.reports import licence_line, loss_lines
 
-        for remark in (*export.checkpoint.notes, *loss_lines(export.lossy)):
-            note(remark)
+        remarks = *export.checkpoint.notes, *loss_lines(export.lossy), licence_line(export)
+        for remark in (*remarks, *other_methods(export)):
+            if remark:
+                note(remark)
     if dry_run:
         check_additions(plans)
         show_plans(plans, as_json)
@@ -85,6 +87,31 @@ def build(
         if followed.hit and not plan.hit:
             note(f"hit: another process built it; {'; '.join(followed.reasons)}")
     show_bundles(built, progress.seconds, as_json)
+
+
+def other_methods(export: ExportPlan) -> list[str]:
+    """Returns a warning for each LoRA that is of another few-step method than it is fused as, by its looks.
+
+    Raises LoraError if a LoRA can't be read.
+    """
+    from lcm_compile.lora.few_step_method import few_step_method
+    from lcm_compile.lora.read import read_lora
+
+    found = []
+    fused_as = export.few_step.method if export.few_step else None
+    for planned in export.loras:
+        looks = few_step_method(read_lora(planned.path, export.spec.lora_skip), planned.sha256)
+        if looks is None or looks.sure == "possible":
+            continue
+        option = ":".join(filter(None, (looks.method, looks.variant)))
+        if looks.unsupported:
+            found.append(f"warning: {planned.spec.source} is {looks.unsupported} ({looks.because})")
+        elif planned.role == "style" or looks.method != fused_as:
+            found.append(
+                f"warning: {planned.spec.source} is a {looks.method} LoRA ({looks.because}); "
+                f"--few-step {option} --few-step-lora {planned.spec.source} fuses it as one"
+            )
+    return found
 
 
 def is_built(plan: Plan) -> bool:

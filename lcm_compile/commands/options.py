@@ -90,17 +90,23 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             pair_option("--target-size", "HEIGHTxWIDTH", "The size that SDXL is told to aim at"),
             click.option(
                 "--sampler",
-                default="lcm",
-                show_default=True,
-                help="lcm; or, for a bundle without an LCM-LoRA, ddim, euler or euler-a.",
+                help="lcm, tcd, ddim, euler, euler-karras, euler-a, dpm++2m, dpm++2m-karras, dpm++2m-sde or "
+                "dpm++2m-sde-karras; by default the bundle's.",
             ),
-            click.option(
-                "--steps", type=int, default=4, show_default=True, help="Denoising steps, 1 or more."
-            ),
+            click.option("--steps", type=int, help="Denoising steps, 1 or more; by default the bundle's."),
             click.option(
                 "--guidance-scale",
                 type=float,
-                help="Strength of guidance; 1, the default but for full LCMs, is none; up to 2 suits LCM.",
+                help="Strength of guidance, by default the bundle's; 1 is none, and up to 2 suits LCM.",
+            ),
+            click.option(
+                "--guidance-rescale",
+                type=float,
+                default=0.0,
+                help="Bring this share, 0 to 1, of a guided picture's contrast back.",
+            ),
+            click.option(
+                "--eta", type=float, help="Share of noise, 0 to 1, that tcd and ddim add again in each step."
             ),
             click.option(
                 "--seed",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +21,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from lcm_compile.bundles.bundle import EngineBundle
-    from lcm_compile.bundles.manifest import StageFile
     from lcm_compile.output.grid import Axis
     from lcm_compile.output.images import Names
     from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
 
-GUIDANCE_HINT = 2.0  # a scale above it gets a hint
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 HINTED = "lcm_compile.hinted"  # in the meta data of click's context
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
@@ -59,7 +57,10 @@ def run(
     base: str | None,
     gpu: str | None,
     seed: list[int] | None,
+    sampler: str | None,
+    steps: int | None,
     guidance_scale: float | None,
+    eta: float | None,
     index: int | None,
     stdin: bool,
     grid: str | None,
@@ -87,7 +88,8 @@ def run(
             raise click.UsageError("--again draws one picture: drop --stdin, --grid and --num-images")
         if seed is not None and len(seed) > 1:
             raise click.UsageError("--again draws one picture: give it one --seed")
-        given = {"prompt": prompt, "guidance_scale": guidance_scale, "index": index, **asked}
+        given = {"prompt": prompt, "sampler": sampler, "steps": steps, "index": index, **asked}
+        given |= {"guidance_scale": guidance_scale, "eta": eta}
         given["seed"] = seed[0] if seed else None
         given = {name: value for name, value in given.items() if is_given(context, name)}
         draw_again(again, given, folder, base, gpu, out, as_json)
@@ -95,9 +97,8 @@ def run(
     bundle = find_bundle(folder, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
-    scale = settings.guidance_scale if guidance_scale is None else guidance_scale
     seeds = [draw_seed()] if seed is None else seed
-    asked |= {"prompt": prompt, "guidance_scale": scale}
+    asked |= {"prompt": prompt, **settings.drawing(sampler, steps, guidance_scale, eta)}
     if grid is not None:
         axes = read_axes(context, grid)
         if len(seeds) > 1:
@@ -346,23 +347,12 @@ def draw_sheet(
 def note_remarks(bundle: EngineBundle, request: Request) -> None:
     """Writes hints for a better picture to stderr, and warnings of what limits the bundle's quality."""
     from lcm_compile.output.console import note
+    from lcm_compile.output.hints import drawing_hints
     from lcm_compile.output.reports import loss_lines
 
-    scale, manifest = request.guidance_scale, bundle.manifest
-    full_lcm = takes_guidance(manifest.stages)
-    if request.sampler != "lcm":
-        if full_lcm or any(lora["role"] == "lcm" for lora in manifest.loras):
-            name = bundle.folder.name
-            note(f"hint: {name} is made for --sampler lcm; {request.sampler} needs one of build --no-lcm")
-        elif scale <= 1:
-            note("hint: a base without an LCM-LoRA needs guidance; try --guidance-scale 7 and --steps 25")
-    elif full_lcm:
-        if request.negative_prompt:
-            note("hint: --negative-prompt does nothing here: a full LCM has no second pass to read it")
-    elif scale > GUIDANCE_HINT:
-        note(f"hint: LCM works best with guidance from 1 to 2; {scale:g} may oversaturate the picture")
-    elif request.negative_prompt and scale <= 1:
-        note("hint: --negative-prompt does nothing at guidance 1; try --guidance-scale 1.5")
+    manifest = bundle.manifest
+    for hint in drawing_hints(manifest, request, bundle.folder.name):
+        note(f"hint: {hint}")
     if weights := manifest.spec.weights:
         note(f"warning: {bundle.folder.name} has {weights} weights: its pictures are noise", always=True)
     for line in loss_lines(manifest.lossy):
@@ -379,11 +369,6 @@ def note_syntax(request: Request) -> None:
     if hints and request.prompt_syntax == "plain" and HINTED not in told:
         told[HINTED] = True
         note(f"hint: {hints[0]}")
-
-
-def takes_guidance(stages: Iterable[StageFile]) -> bool:
-    """Returns whether one of the stages reads the guidance scale, as those of a full LCM do."""
-    return any(tensor.name == "guidance" for stage in stages for tensor in stage.contract.inputs)
 
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
@@ -406,4 +391,12 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
     name = Path(spec.base).name
     for ending in WEIGHT_FILES:
         name = name.removesuffix(ending)
-    return Origin(request, bundle.digest, name, f"lcm-compile {__version__}", spec.weights)
+    weights = bundle.manifest.pipeline.few_step
+    return Origin(
+        request,
+        bundle.digest,
+        name,
+        f"lcm-compile {__version__}",
+        spec.weights,
+        weights.name if weights else None,
+    )

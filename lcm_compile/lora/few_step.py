@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lcm_compile.checkpoint.checkpoint import Checkpoint
+from lcm_compile.checkpoint.checkpoint import FUSED_FEW_STEP, Checkpoint
 from lcm_compile.checkpoint.families import DEMO_FOLDER, LCM_LORA_FILE
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.samplers import SAMPLERS
@@ -246,10 +246,16 @@ def find_few_step(name: str, family: str | None) -> FewStep:
     return max(fitting, key=lambda row: (family in row.families, not row.families))
 
 
+def variants_of(method: str) -> tuple[str, ...]:
+    """Returns the variants of a method that are LoRAs, the default first."""
+    return tuple(row.variant for row in FEW_STEP if row.method == method and row.weights)
+
+
 def few_step_of(spec: BuildSpec, checkpoint: Checkpoint) -> FewStep | None:
     """Returns how a spec's pictures are drawn in few steps, or None for an ordinary base or a full LCM.
 
-    A base whose own scheduler is LCM's or TCD's, as `fuse` writes it, draws with it. Raises UsageError as
+    A base in which `fuse` noted its few-step weights, or whose own scheduler is LCM's or TCD's, draws as they
+    do. Raises UsageError as
     find_few_step does, or if the base is a full LCM and another method is asked for.
     """
     family = checkpoint.family.name if checkpoint.family else None
@@ -262,13 +268,15 @@ def few_step_of(spec: BuildSpec, checkpoint: Checkpoint) -> FewStep | None:
         return None
     if spec.few_step is not None:
         return find_few_step(spec.few_step, family)
+    if fused := checkpoint.scheduler_config.get(FUSED_FEW_STEP):
+        return find_few_step(str(fused), family)
     if not spec.no_lcm:
         return find_few_step("lcm", family)
-    own = str(checkpoint.scheduler_config.get("_class_name"))
-    return find_few_step({"LCMScheduler": "lcm", "TCDScheduler": "tcd"}[own], family) if own in OWN else None
+    own = OWN.get(str(checkpoint.scheduler_config.get("_class_name")))
+    return find_few_step(own, family) if own else None
 
 
-OWN = ("LCMScheduler", "TCDScheduler")
+OWN = {"LCMScheduler": "lcm", "TCDScheduler": "tcd"}  # the methods with a scheduler of their own
 # An ordinary base: the sampler for those whose own scheduler is none of SAMPLERS, and the steps of a picture.
 ORDINARY_SAMPLER, ORDINARY_STEPS = "euler", 25
 ORDINARY_GUIDANCE = {"sd15": 7.5, "sdxl": 5.0}  # the defaults of diffusers' pipelines, by architecture

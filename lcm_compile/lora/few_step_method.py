@@ -11,18 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from lcm_compile.lora.few_step import METHODS, variants_of
 from lcm_compile.lora.find import LORA_FILES
 from lcm_compile.lora.metadata import describe_metadata
 from lcm_compile.lora.peft_folder import WEIGHTS
 from lcm_compile.lora.read import Lora
 
-# The variants of each method: for how many steps a file is made (`-cfg`: with guidance), or PCM's `lcm`,
-# which draws as an LCM. The files of methods without variants draw in any small number of steps.
+# The variants of each method's LoRAs, empty where there is one alone.
 VARIANTS: Mapping[str, tuple[str, ...]] = {
-    "lightning": ("2", "4", "8"),
-    "hyper": ("1", "2", "4", "8", "8-cfg", "12-cfg"),
-    "pcm": ("2", "4", "8", "16", "4-cfg", "8-cfg", "16-cfg", "lcm"),
-    **dict.fromkeys(("lcm", "dmd2", "tcd", "flash", "turbo"), ()),
+    method: variants if len(variants := variants_of(method)) > 1 else () for method in METHODS
 }
 # The sha256 of published files, with the method and the variant.
 PUBLISHED: Mapping[str, tuple[str, str | None]] = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.checkpoint import FUSED_FEW_STEP, Component
 from lcm_compile.checkpoint.families import LCM_LORA_FILE
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.checkpoint.hub import REPOSITORY, fetch
@@ -81,12 +81,14 @@ def plan_few_step(spec: BuildSpec, checkpoint: Checkpoint) -> FewStepPlan:
 def few_step_weights(spec: BuildSpec, checkpoint: Checkpoint, row: FewStep | None) -> LoraSpec | None:
     """Returns a spec's few-step weights: those that it names, or its method's for the family, or None.
 
-    The method's own are not added to a full LCM or to random weights, or with `no_lcm`. Raises LoraError if
-    the method has none for the family.
+    The method's own are not added to a base that has few-step weights already or random ones, or with
+    `no_lcm`. Raises LoraError if the method has none for the family.
     """
     if spec.few_step_weights or spec.no_lcm:
         return spec.few_step_weights
-    if row is None or row.method == "turbo" or checkpoint.random_seed is not None:
+    if row is None or row.method == "turbo" or FUSED_FEW_STEP in checkpoint.scheduler_config:
+        return None
+    if checkpoint.random_seed is not None:
         return None
     family = checkpoint.family
     if source := family and row.source(family.name):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lcm_compile.checkpoint.checkpoint import Checkpoint
+from lcm_compile.checkpoint.checkpoint import FUSED_FEW_STEP, Checkpoint
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component, quiet_libraries
 from lcm_compile.checkpoint.open import open_base
@@ -17,6 +17,7 @@ from lcm_compile.checkpoint.write_folder import save_model, write_settings
 from lcm_compile.checkpoint.write_single_file import original_weights
 from lcm_compile.errors import UsageError
 from lcm_compile.lora.bundled_words import with_bundled_words
+from lcm_compile.lora.few_step import FewStep
 from lcm_compile.lora.find import find_loras, plan_few_step
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
@@ -55,11 +56,9 @@ def fuse(
     watch = Stopwatch(report)
     with replacing_output(out) as part:
         if as_file:
-            write_file(part, checkpoint, empty, loras, precision, watch)
+            write_file(part, checkpoint, empty, loras, precision, few_step.row, watch)
         else:
-            sampler = "lcm" if checkpoint.has_guidance_embedding else None
-            sampler = few_step.row.sampler if few_step.row else sampler
-            write_folder(part, checkpoint, loras, precision, sampler, watch)
+            write_folder(part, checkpoint, loras, precision, few_step.row, watch)
     return checkpoint, provenance
 
 
@@ -76,11 +75,14 @@ def write_folder(
     checkpoint: Checkpoint,
     loras: list[tuple[Lora, LoraSpec]],
     precision: str,
-    sampler: str | None,
+    few_step: FewStep | None,
     watch: Stopwatch,
 ) -> None:
-    """Writes a diffusers folder. Its scheduler is that of a sampler, or the base's for None."""
-    write_settings(checkpoint, part, sampler)
+    """Writes a diffusers folder. Its scheduler is the few-step method's, a full LCM's, or else the base's."""
+    if few_step is not None:
+        write_settings(checkpoint, part, few_step.sampler, few_step.name)
+    else:
+        write_settings(checkpoint, part, "lcm" if checkpoint.has_guidance_embedding else None)
     for name in checkpoint.components:
         with watch.task(f"write {name}"), quiet_libraries():
             save_model(name, merged(checkpoint, name, loras).to(dtype_of(precision)), part / name)
@@ -92,6 +94,7 @@ def write_file(
     empty: Mapping[str, torch.nn.Module],
     loras: list[tuple[Lora, LoraSpec]],
     precision: str,
+    few_step: FewStep | None,
     watch: Stopwatch,
 ) -> None:
     """Writes one file: first the header, from the shapes in `empty`, then the tensors of one model at a time.
@@ -119,6 +122,7 @@ def write_file(
     scheduler = checkpoint.scheduler
     prediction = PREDICTIONS.get(scheduler.prediction_type)
     metadata = {"modelspec.prediction_type": prediction} if prediction else {}
+    metadata |= {FUSED_FEW_STEP.removeprefix("_"): few_step.name} if few_step else {}
     # Empty tensors by whose keys ComfyUI, Forge and webui tell what a UNet predicts, and from which noise on.
     marks = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.rescale_betas_zero_snr}
     shapes = {key: torch.Size([0]) for key, told in marks.items() if told} | shapes

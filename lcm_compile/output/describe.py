@@ -192,6 +192,10 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "shape": vars(manifest.pipeline.shape),
         "prompt_tokens": manifest.spec.prompt_tokens,
         "clip_skip": manifest.spec.clip_skip or 0,
+        "few_step": asdict(weights) if (weights := manifest.pipeline.few_step) else None,
+        "draws_by_default": {
+            name: getattr(manifest.pipeline, name) for name in ("sampler", "steps", "guidance_scale", "eta")
+        },
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],

@@ -39,7 +39,8 @@ XMP = (
 class Origin:
     """What drew a picture: the request, with the picture's index, and the bundle's digest.
 
-    `model` is the name of the base, without a path. `weights` says that they are random.
+    `model` is the name of the base, without a path. `weights` says that they are random. `few_step` are its
+    few-step weights, as METHOD:VARIANT.
     """
 
     request: Request
@@ -47,6 +48,7 @@ class Origin:
     model: str
     software: str
     weights: str | None = None
+    few_step: str | None = None
 
 
 def parameters(origin: Origin, width: int, height: int) -> str:
@@ -64,6 +66,7 @@ def parameters(origin: Origin, width: int, height: int) -> str:
         "Size": f"{width}x{height}",
         "Model hash": origin.bundle[:10],
         "Model": origin.model,
+        **({"Few-step weights": origin.few_step} if origin.few_step else {}),
         "Version": origin.software,
     }
     last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lcm_compile.builder.estimate import Estimate
-from lcm_compile.builder.plan import Plan
+from lcm_compile.builder.plan import ExportPlan, Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
+from lcm_compile.lora.few_step import is_non_commercial
 from lcm_compile.output.console import print_table, size_text
 from lcm_compile.system.limits import available_memory
 
@@ -23,6 +24,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             ("base", f"{export.checkpoint.location} ({export.checkpoint.architecture})"),
             ("vae", export.checkpoint.components["vae"].location),
             *((f"lossy {stage}", why) for stage, why in export.lossy.items()),
+            ("few-step method", few_step_line(export)),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
@@ -43,6 +45,21 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]
     print_table(("", "plan"), rows)
+
+
+def few_step_line(export: ExportPlan) -> str:
+    """Returns a plan's few-step method and the licence of its weights in words."""
+    if export.few_step is None:
+        return "a full LCM" if export.checkpoint.has_guidance_embedding else "none: an ordinary base"
+    licence = f", licence {export.few_step_licence}" if export.few_step_licence else ""
+    return f"{export.few_step.name}{licence}"
+
+
+def licence_line(export: ExportPlan) -> str | None:
+    """Returns a line on few-step weights that must not be used commercially, or None."""
+    if not is_non_commercial(export.few_step_licence):
+        return None
+    return f"licence: the few-step weights are {export.few_step_licence}, not for commercial use"
 
 
 def estimate_rows(cost: Estimate) -> list[tuple[str, str]]:

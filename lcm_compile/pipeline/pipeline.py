@@ -101,9 +101,11 @@ class Pipeline(ABC):
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        sampler: str = "lcm",
-        steps: int = 4,
+        sampler: str | None = None,
+        steps: int | None = None,
         guidance_scale: float | None = None,
+        eta: float | None = None,
+        guidance_rescale: float = 0.0,
         seed: int | Sequence[int] | None = None,
         num_images: int = 1,
         index: int | None = None,
@@ -123,9 +125,13 @@ class Pipeline(ABC):
             first before those of the second.
         negative_prompt: What the pictures should not show, for all prompts, or a list with one for each. It
             is read only with guidance above 1. None differs from "" for SDXL.
-        sampler: `lcm`, or another name of `samplers.SAMPLERS` for a bundle without an LCM-LoRA.
+        sampler: A name of `samplers.SAMPLERS`.
         steps: Denoising steps.
-        guidance_scale: Strength of guidance; 1 is none. By default the bundle's: 1, or that of a full LCM.
+        guidance_scale: Strength of guidance; 1 is none.
+        eta: The share of noise that the samplers `tcd` and `ddim` add again in each step, from 0 to 1.
+            These four are by default the bundle's own: those of its few-step weights, or of an ordinary base.
+        guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided
+            one's, from 0 to 1.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -144,15 +150,14 @@ class Pipeline(ABC):
             index=index,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            sampler=sampler,
-            steps=steps,
+            **self.settings.drawing(sampler, steps, guidance_scale, eta),
+            guidance_rescale=guidance_rescale,
             prompt_syntax=prompt_syntax,
             prompt_2=prompt_2,
             negative_prompt_2=negative_prompt_2,
             original_size=original_size,
             crop=crop,
             target_size=target_size,
-            guidance_scale=self.settings.guidance_scale if guidance_scale is None else guidance_scale,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):

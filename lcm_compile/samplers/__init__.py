@@ -7,9 +7,10 @@ that size, and the steps here have that factor in their numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from lcm_compile.errors import UsageError
 from lcm_compile.samplers.consistency import lcm, tcd
@@ -25,7 +26,8 @@ class Sampler:
     """A sampler: its name in A1111's web UI, diffusers' class, and what gives its schedule.
 
     `schedule` is called with the number of steps, the settings and η, which only matters if `takes_eta`.
-    `in_sigmas` says that the settings of σ's spacing count.
+    `in_sigmas` says that the settings of σ's spacing count. `options` are the settings of diffusers' class
+    that make it this sampler.
     """
 
     label: str
@@ -33,24 +35,35 @@ class Sampler:
     schedule: Callable[[int, SchedulerSettings, float | None], Schedule]
     takes_eta: bool = False
     in_sigmas: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+def euler_sampler(label: str, karras: bool = False) -> Sampler:
+    """Returns Euler's sampler, with Karras' σ or those of the timesteps."""
+    options = {"use_karras_sigmas": True} if karras else {}
+    method = partial(euler, use_karras=karras)
+    return Sampler(label, "EulerDiscreteScheduler", method, in_sigmas=True, options=options)
+
+
+def dpm_sampler(label: str, karras: bool = False, sde: bool = False) -> Sampler:
+    """Returns DPM-Solver++'s sampler for the ODE or the SDE, with Karras' σ or those of the timesteps."""
+    options: dict[str, Any] = {"use_karras_sigmas": True} if karras else {}
+    options |= {"algorithm_type": "sde-dpmsolver++"} if sde else {}
+    method = partial(dpm_solver_2m, use_karras=karras, sde=sde)
+    return Sampler(label, "DPMSolverMultistepScheduler", method, in_sigmas=True, options=options)
+
+
 SAMPLERS = {
     "lcm": Sampler("LCM", "LCMScheduler", lcm),
     "tcd": Sampler("TCD", "TCDScheduler", tcd, takes_eta=True),
     "ddim": Sampler("DDIM", "DDIMScheduler", ddim, takes_eta=True),
-    "euler": Sampler("Euler", EULER, euler, in_sigmas=True),
-    "euler-karras": Sampler("Euler Karras", EULER, partial(euler, use_karras=True), in_sigmas=True),
+    "euler": euler_sampler("Euler"),
+    "euler-karras": euler_sampler("Euler Karras", karras=True),
     "euler-a": Sampler("Euler a", "EulerAncestralDiscreteScheduler", euler_ancestral, in_sigmas=True),
-    "dpm++2m": Sampler("DPM++ 2M", DPM, dpm_solver_2m, in_sigmas=True),
-    "dpm++2m-karras": Sampler(
-        "DPM++ 2M Karras", DPM, partial(dpm_solver_2m, use_karras=True), in_sigmas=True
-    ),
-    "dpm++2m-sde": Sampler("DPM++ 2M SDE", DPM, partial(dpm_solver_2m, sde=True), in_sigmas=True),
-    "dpm++2m-sde-karras": Sampler(
-        "DPM++ 2M SDE Karras", DPM, partial(dpm_solver_2m, use_karras=True, sde=True), in_sigmas=True
-    ),
+    "dpm++2m": dpm_sampler("DPM++ 2M"),
+    "dpm++2m-karras": dpm_sampler("DPM++ 2M Karras", karras=True),
+    "dpm++2m-sde": dpm_sampler("DPM++ 2M SDE", sde=True),
+    "dpm++2m-sde-karras": dpm_sampler("DPM++ 2M SDE Karras", karras=True, sde=True),
 }
 
 

@@ -116,7 +116,15 @@ def test_the_name_of_a_published_file(style, tmp_path, name):
 OTHER_NAMES = (
     *("watercolour_sd15", "style_rank64", "sdxl_16dim_v2", "turbo_lcm", "turbo_lcm_lora"),
     *("lightning_storm_style", "sdxl_lightning_storm_style", "hyperrealistic_4steps", "hyper_detailed"),
-    *("flash_photography", "turbocharged", "lightning_1500steps", "dmd2_lightning_4step", "calcmap", "sd35"),
+    *(
+        "flash_photography",
+        "turbocharged",
+        "lightning_1500steps",
+        "dmd2_lightning_4step",
+        "dmd2_turbo",
+        "calcmap",
+        "sd35",
+    ),
     *("sdxl_lightning_4step_lora/style", "lcm/watercolour"),
 )
 
