@@ -21,7 +21,6 @@ from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Ca
 from lcm_compile.benchmarks.measure.rivals import (
     RIVALS,
     SELF,
-    STEPS,
     Setup,
     check_rivals,
     draw_with_bundle,
@@ -31,7 +30,7 @@ from lcm_compile.benchmarks.measure.timing import ProgressReport, silent
 from lcm_compile.benchmarks.measure.work import Work, count_work
 from lcm_compile.benchmarks.measure.worker import ColdStart, Maker, Sample, Worker, cold_run, cold_start
 from lcm_compile.bundles.bundle import EngineBundle
-from lcm_compile.bundles.manifest import StageFile
+from lcm_compile.bundles.manifest import BundleManifest, StageFile
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.graphs import DRAW
@@ -39,13 +38,13 @@ from lcm_compile.output.reports import loss_lines
 from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import picture_floor
+from lcm_compile.stages.contracts import CONTEXT_STEPS
 from lcm_compile.system.processor import physical_cores
 
 PICTURE = "picture"
 # The cases that are measured in new processes. Every case besides these and PICTURE is a stage.
 COLD = ("cold start", "load", "first picture")
 COLD_STARTS = 3  # how often each program is started cold by default
-PASSES = {"step": STEPS}  # how often a stage runs for one picture, for stages that run more than once
 
 
 @dataclass
@@ -140,11 +139,12 @@ def contest(
     others = {name: other for name, other in rivals.items() if other is not None}
     work, notes = counted(bundle)
     precision = manifest.stages[0].precision.floats  # the same in all stages
-    setup = Setup(manifest.pipeline.shape, precision, physical_cores(), not manifest.target.is_cpu)
+    settings = manifest.pipeline
+    setup = Setup(settings.shape, precision, physical_cores(), not manifest.target.is_cpu, settings)
     # A tiny autoencoder is the user's choice for speed. Rivals keep the base's own VAE, so that the
     # comparison includes what this choice gains.
     spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
-    with makers(rivals, spec, setup, lambda activity: report(activity, 0, 1)) as made:
+    with makers(rivals, spec, manifest.backend, setup, lambda activity: report(activity, 0, 1)) as made:
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
         yield Contest(bundle, others, drawers, setup.threads, work, tuple(notes))
 
@@ -189,14 +189,26 @@ def counted(bundle: EngineBundle) -> tuple[dict[str, Work], list[str]]:
     manifest = bundle.manifest
     try:
         work = count_work(open_base(manifest.spec, half=True), manifest.pipeline.shape)
-        return {DRAW: picture_work(work)} if manifest.spec.whole_loop else work, []
+        return {DRAW: picture_work(work, manifest)} if manifest.spec.whole_loop else work, []
     except LcmCompileError as error:
         return {}, [f"the work could not be counted, because that needs the base's config: {error.message}"]
 
 
-def picture_work(work: Mapping[str, Work]) -> Work:
+def passes_of(stage: str, manifest: BundleManifest) -> int:
+    """Returns how often a stage runs for one picture of those that the bundle draws by default."""
+    settings = manifest.pipeline
+    takes = {spec.name for one in manifest.stages for spec in one.contract.inputs}
+    guided = settings.guidance_scale > 1 and "guidance" not in takes
+    if stage == "step":
+        return settings.steps * (1 + guided)
+    if stage == "context":
+        return -(-settings.steps // CONTEXT_STEPS) * (1 + guided)
+    return 1 + guided if stage == "encode" else 1
+
+
+def picture_work(work: Mapping[str, Work], manifest: BundleManifest) -> Work:
     """Returns the work of all stages as one graph, which reads the step's weights again at every step."""
-    passes = [stage for name, stage in work.items() for _ in range(PASSES.get(name, 1))]
+    passes = [stage for name, stage in work.items() for _ in range(passes_of(name, manifest))]
     return sum(passes[1:], passes[0])
 
 
@@ -299,7 +311,7 @@ def stage_case(
         for program, samples in measured.samples.items()
         if name in samples[0].drawn.stages
     }
-    passes, batches = PASSES.get(name, 1), other_batches(measured.samples)
+    passes, batches = passes_of(name, bundle.manifest), other_batches(measured.samples)
     return Case(
         name,
         times.pop(SELF, ()),
@@ -309,6 +321,7 @@ def stage_case(
         flop=None if work is None else passes * work.flop,
         weight_bytes=None if work is None else passes * work.weights * PRODUCT_BYTES[stage.precision.product],
         limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
+        passes=passes,
     )
 
 

@@ -29,8 +29,8 @@ def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
     """Returns each program's worst PSNR in dB to diffusers' picture, over the first LEAST_ROUNDS rounds.
 
     Every run has these rounds. Programs with another batch are left out, because they draw other pictures
-    from the same seed. Rivals without the LCM-LoRA are left out too. Returns nothing if REFERENCE was not
-    measured.
+    from the same seed. Rivals without the few-step LoRA are left out too. Returns nothing if REFERENCE was
+    not measured.
     """
     if REFERENCE not in samples:
         return {}
@@ -40,5 +40,5 @@ def parities(samples: Mapping[str, Sequence[Sample]]) -> dict[str, float]:
     return {
         name: round(min(psnr_db(reference[i], drawn[i].drawn.pictures, 255.0) for i in compared), 2)
         for name, drawn in samples.items()
-        if name not in (REFERENCE, *others) and (name not in RIVALS or RIVALS[name].lcm)
+        if name not in (REFERENCE, *others) and (name not in RIVALS or RIVALS[name].few_step)
     }

@@ -58,8 +58,9 @@ class Case:
     the least time that this device could take for it.
 
     `groups` holds how many consecutive samples each process took, if several processes took them.
-    `environment` is where the samples were taken, if that differs from the report's environment. Raises
-    ValueError if there are no samples, if one is not above zero, or if rivals or groups do not match them.
+    `environment` is where the samples were taken, if that differs from the report's environment. `passes` is
+    how often the stage ran for a sample. Raises ValueError if there are no samples, if one is not above zero,
+    or if rivals or groups do not match them.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Case:
     limit_ms: float | None = None
     groups: tuple[int, ...] = ()
     environment: Environment | None = None
+    passes: int = 1
 
     def __post_init__(self) -> None:
         sides = {"": self.samples_ms, **{f" of {name}": r.samples_ms for name, r in self.rivals.items()}}

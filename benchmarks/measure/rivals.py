@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,16 +21,15 @@ import numpy as np
 
 from lcm_compile.benchmarks.measure.worker import Draw, Drawn, Maker
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
-from lcm_compile.bundles.manifest import MANIFEST
+from lcm_compile.bundles.manifest import MANIFEST, PipelineSettings
+from lcm_compile.checkpoint.checkpoint import SCHEDULER
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.spec import BuildSpec, Shape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-STEPS = 4  # denoising steps of ours and of every rival with the LCM-LoRA
-EULER_STEPS = 25  # denoising steps of the rival without it
-EULER_GUIDANCE = 7.5  # its guidance scale
+EULER = {"sampler": "euler", "steps": 25, "guidance_scale": 7.5, "eta": None}  # ordinary pictures
 SELF = "ours"  # the name of the measured bundle, where rivals have theirs
 INSTALL_OPENVINO = "pip install openvino"
 
@@ -38,57 +38,71 @@ INSTALL_OPENVINO = "pip install openvino"
 class Setup:
     """The settings that all rivals share.
 
-    `precision` is the floating-point type of the bundle's engines: "fp32", "fp16" or "bf16".
+    `precision` is the floating-point type of the bundle's engines: "fp32", "fp16" or "bf16". `pipeline` has
+    what the bundle draws with by default.
     """
 
     shape: Shape
     precision: str
     threads: int
     gpu: bool
+    pipeline: PipelineSettings
+
+    @property
+    def drawing(self) -> dict[str, Any]:
+        """The sampler, the steps, the guidance scale and η of the bundle's pictures."""
+        return self.pipeline.drawing(None, None, None, None)
 
 
 @dataclass(frozen=True)
 class Rival:
     """A way to run a diffusers pipeline. `load(folder, setup)` loads it and returns the function that draws.
 
-    `lcm` says whether the LCM-LoRA is fused, so that the rival draws the same picture as ours. `starts_cold`
+    `few_step` says whether the few-step LoRA is fused, so that the rival draws our picture. `starts_cold`
     is false for a rival that would have to compile in each new process, which nobody does in practice; cold
-    starts leave it out, and so does the memory, because its peak includes the compiler.
+    starts leave it out, and so does the memory, because its peak includes the compiler. `compiled` says that
+    the folder that it draws with is a bundle of ours, of the base without few-step weights.
     """
 
     load: Callable[[Path, Setup], Draw]
-    lcm: bool = True
+    few_step: bool = True
     starts_cold: bool = True
+    compiled: bool = False
 
 
-def draw_with_bundle(folder: Path) -> Draw:
-    """Draws with a bundle. Its prompt cache is off, because diffusers encodes every prompt too."""
+def draw_with_bundle(folder: Path, drawing: Mapping[str, Any] | None = None) -> Draw:
+    """Draws with a bundle, by default as it does by default.
+
+    Its prompt cache is off, because diffusers encodes every prompt too.
+    """
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request
 
     pipeline = load(folder, prompt_cache=0)
     batch = pipeline.settings.shape.batch
+    how = drawing or pipeline.settings.drawing(None, None, None, None)
 
     def draw(prompt: str, seed: int) -> Drawn:
-        drawing = pipeline.draw(Request(prompt, seed, steps=STEPS, num_images=batch))
-        times = {name: ms for name, ms in drawing.ms.items() if name not in ("total", "load")}
+        drawn = pipeline.draw(Request(prompt, seed, num_images=batch, **how))
+        times = {name: ms for name, ms in drawn.ms.items() if name not in ("total", "load")}
         stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in times.items()}
-        return Drawn(drawing.pictures, stages, drawing.cuda_graph)
+        return Drawn(drawn.pictures, stages, drawn.cuda_graph)
 
     return draw
 
 
 def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
-    """Loads a diffusers pipeline with the LCM sampler. `dtype` is the name of a torch dtype."""
+    """Loads a diffusers pipeline with the bundle's sampler. `dtype` is the name of a torch dtype."""
     import torch
-    from diffusers import DiffusionPipeline, LCMScheduler
+    from diffusers import DiffusionPipeline
 
     from lcm_compile.checkpoint.load import quiet_libraries
+    from lcm_compile.checkpoint.write_folder import make_scheduler
 
     torch.set_num_threads(setup.threads)
     with quiet_libraries():
         pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = make_scheduler(setup.pipeline.sampler, setup.pipeline.scheduler)
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "watermark"):
         pipe.watermark = None
@@ -96,24 +110,30 @@ def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
 
 
 def draw_with_diffusers(
-    pipe: DiffusionPipeline, setup: Setup, steps: int = STEPS, guidance: float = 1.0
+    pipe: DiffusionPipeline, setup: Setup, drawing: Mapping[str, Any] | None = None
 ) -> Draw:
     """Returns the function that draws with a loaded pipeline. On a processor it times the stages too."""
     import torch
 
     # On a GPU the host runs ahead of the computation, so that its clock can't time single stages.
     stages = {} if setup.gpu else time_stages(pipe)
+    how = drawing or setup.drawing
+    timesteps, options = setup.pipeline.scheduler.timesteps, {}
+    if timesteps and len(timesteps) == how["steps"] and drawing is None:
+        options["timesteps"] = list(timesteps)
 
     def draw(prompt: str, seed: int) -> Drawn:
         stages.update(dict.fromkeys(stages, 0.0))
         images = pipe(
             prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=how["steps"],
+            guidance_scale=how["guidance_scale"],
+            eta=how["eta"] or 0.0,
             num_images_per_prompt=setup.shape.batch,
             generator=torch.Generator("cpu").manual_seed(seed),
             height=setup.shape.height,
             width=setup.shape.width,
+            **options,
         ).images
         return Drawn(np.stack([np.asarray(image) for image in images]), dict(stages))
 
@@ -183,12 +203,17 @@ def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
 
 
 def draw_by_euler(folder: Path, setup: Setup) -> Draw:
-    """Draws in EULER_STEPS guided steps of Euler's sampler, eagerly."""
+    """Draws ordinary pictures eagerly: see EULER."""
     from diffusers import EulerDiscreteScheduler
 
     pipe = open_diffusers(folder, "float16" if setup.gpu else "float32", setup)
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    return draw_with_diffusers(pipe, setup, EULER_STEPS, EULER_GUIDANCE)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(json.loads((folder / SCHEDULER).read_text()))
+    return draw_with_diffusers(pipe, setup, EULER)
+
+
+def draw_by_compiled_euler(folder: Path, setup: Setup) -> Draw:
+    """Draws ordinary pictures with a bundle of the base without few-step weights: see EULER."""
+    return draw_with_bundle(folder, EULER)
 
 
 RIVALS = {
@@ -200,20 +225,24 @@ RIVALS = {
     "compile": Rival(draw_compiled, starts_cold=False),
     # OpenVINO's export of the pipeline.
     "openvino": Rival(draw_with_openvino, starts_cold=False),
-    # Diffusers without the LCM-LoRA, 25 steps at guidance 7.5.
-    "euler-25": Rival(draw_by_euler, lcm=False),
+    # Diffusers without the few-step LoRA, 25 steps at guidance 7.5.
+    "euler-25": Rival(draw_by_euler, few_step=False),
+    # The same pictures from engines of ours, which are built if there are none yet.
+    "euler-25-engine": Rival(draw_by_compiled_euler, few_step=False, compiled=True),
 }
 
 
 def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, EngineBundle | None]:
     """Checks the rivals' names, and returns each once, with its bundle or None if it is one of RIVALS.
 
-    Raises UsageError if a rival is neither in RIVALS nor a bundle's folder, if that bundle has another height
-    or width, or if the rival can't draw what this bundle draws. Raises BackendError if the bundle is for a
-    GPU and none works here.
+    Next to `euler-25` the same pictures are drawn by engines. Raises UsageError if a rival is neither in
+    RIVALS nor a bundle's folder, if that bundle has another height or width, or if the rival can't draw what
+    this bundle draws. Raises BackendError if the bundle is for a GPU and none works here.
     """
     manifest = bundle.manifest
     found: dict[str, EngineBundle | None] = {}
+    if "euler-25" in names:
+        names = (*names, "euler-25-engine")
     for name in names:
         if name in RIVALS:
             found[name] = None
@@ -230,7 +259,7 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
                 "compare bundles of the same height and width",
             )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
-    if "euler-25" in found and "guidance" in inputs:
+    if "guidance" in inputs and any(name in RIVALS and not RIVALS[name].few_step for name in found):
         raise UsageError(
             f"{manifest.spec.base} is a full LCM, and Euler's sampler can't draw with it",
             "leave out --against euler-25",
@@ -256,7 +285,11 @@ def no_gpu() -> str | None:
 
 @contextlib.contextmanager
 def makers(
-    names: Mapping[str, EngineBundle | None], spec: BuildSpec, setup: Setup, report: Callable[[str], None]
+    names: Mapping[str, EngineBundle | None],
+    spec: BuildSpec,
+    backend: str,
+    setup: Setup,
+    report: Callable[[str], None],
 ) -> Iterator[dict[str, Maker]]:
     """Yields how each rival is loaded, by name.
 
@@ -273,19 +306,39 @@ def makers(
                 made[name] = Maker(draw_with_bundle, (bundle.folder,))
                 continue
             rival = RIVALS[name]
-            if rival.lcm not in folders:
+            if rival.compiled:
+                report("build engines without few-step weights")
+                made[name] = Maker(rival.load, (build_ordinary(spec, backend), setup))
+                continue
+            if rival.few_step not in folders:
                 report("fuse the rivals' weights")
-                folders[rival.lcm] = fuse_for(spec, rival.lcm, Path(work) / f"lcm-{rival.lcm}", setup.gpu)
-            made[name] = Maker(rival.load, (folders[rival.lcm], setup))
+                place = Path(work) / ("few-step" if rival.few_step else "ordinary")
+                folders[rival.few_step] = fuse_for(spec, rival.few_step, place, setup.gpu)
+            made[name] = Maker(rival.load, (folders[rival.few_step], setup))
         yield made
 
 
-def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
+def ordinary(spec: BuildSpec) -> BuildSpec:
+    """Returns a spec without its few-step weights."""
+    return replace(spec, lcm_lora=None, few_step=None, few_step_lora=None, no_lcm=True)
+
+
+def build_ordinary(spec: BuildSpec, backend: str) -> Path:
+    """Returns the folder of a spec's bundle without few-step weights, built if it is not there.
+
+    Raises what `build` raises.
+    """
+    from lcm_compile.builder.build import build
+
+    return build(replace(ordinary(spec), backend=backend, whole_loop=False)).folder
+
+
+def fuse_for(spec: BuildSpec, few_step: bool, folder: Path, gpu: bool) -> Path:
     """Returns a diffusers folder of the spec's base with its LoRAs fused.
 
-    With `lcm` false, the LCM-LoRA is left out and only the styles are fused. If there is nothing to fuse and
-    the base is a diffusers folder, that folder is returned; else the weights are written to `folder`. Raises
-    what `fuse` raises.
+    Without `few_step`, the few-step LoRA is left out and only the styles are fused. If there is nothing to
+    fuse and the base is a diffusers folder, that folder is returned; else the weights are written to
+    `folder`. Raises what `fuse` raises.
     """
     plain = spec.no_lcm and not spec.loras and spec.vae == spec.base
     if plain and (Path(spec.base) / "model_index.json").is_file():
@@ -293,6 +346,6 @@ def fuse_for(spec: BuildSpec, lcm: bool, folder: Path, gpu: bool) -> Path:
     from lcm_compile.lora.fuse import fuse
     from lcm_compile.system.child_process import call_in_child
 
-    wanted = spec if lcm or spec.random_seed is not None else replace(spec, lcm_lora=None, no_lcm=True)
+    wanted = spec if few_step or spec.random_seed is not None else ordinary(spec)
     call_in_child(fuse, wanted, folder, "fp16" if gpu else "fp32")  # whose end frees the memory
     return folder

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from lcm_compile.benchmarks.gate.statistics import fewest_samples
-from lcm_compile.benchmarks.measure.bench import COLD, PASSES, PICTURE
+from lcm_compile.benchmarks.measure.bench import COLD, PICTURE
 from lcm_compile.benchmarks.measure.report import BenchmarkReport, Case
 from lcm_compile.benchmarks.measure.rivals import SELF
 from lcm_compile.benchmarks.measure.timing import quantile, ratios
@@ -143,9 +143,8 @@ def print_report(report: BenchmarkReport) -> None:
 def latency_row(case: Case) -> tuple[str, ...]:
     """Returns a case's row of the first table: its name, quantiles, share of the limit, and engine size."""
     latency = Latency.of(case)
-    passes = PASSES.get(case.name, 1)
     return (
-        case.name if passes == 1 else f"{case.name} × {passes}",
+        case.name if case.passes == 1 else f"{case.name} × {case.passes}",
         ms_text(latency.median),
         *("" if ms is None else ms_text(ms) for ms in (latency.p90, latency.p99)),
         "" if latency.share is None else f"{latency.share:.0%}",
