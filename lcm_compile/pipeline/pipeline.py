@@ -268,10 +268,10 @@ class LcmPipeline(Pipeline):
         steps = plan.steps
         guided = self.needs_second_pass(request)
         batches = list(batches_of(pictures, self.settings.shape.batch))
-        wanted = [self.conditions_of(rows) for rows, _ in batches]
-        new = [set(now) - set(before) for before, now in pairwise([[], *wanted])]
+        prompts = list(pairwise([[], *(self.conditions_of(rows) for rows, _ in batches)]))
+        encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
-        passes = Passes(stages * sum(map(len, new)), len(batches), len(steps) * (1 + guided))
+        passes = Passes(stages * encoded, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], STAGES)
         graphs = self.find_graphs(steps, guided, request.guidance_rescale)
         clock.lap("")
@@ -280,20 +280,19 @@ class LcmPipeline(Pipeline):
         drawn = Pictures(clock, show)
         texts: dict[Condition, Text] = {}
         cut = ""
-        for (rows, kept), keys, added in zip(batches, wanted, new, strict=True):
-            if added:
-                known, texts = texts, {}
-                for key in keys:
-                    if key in added and key not in texts:
-                        known[key] = self.prompts.text(key)
-                        clock.lap("encode")
-                        yield passes.add(1)
-                    texts[key] = known[key]
-                loop = self.open_loop([texts[key] for key in keys], steps, request, graphs)
+        for (rows, kept), (before, now) in zip(batches, prompts, strict=True):
+            new = [key for key in dict.fromkeys(now) if key not in before]
+            for key in new:
+                texts[key] = self.prompts.text(key)
+                clock.lap("encode")
+                yield passes.add(1)
+            if now != before:
+                texts = {key: texts[key] for key in now}
+                loop = self.open_loop([texts[key] for key in now], steps, request, graphs)
                 clock.lap("context")
                 if "context" in self.runners:
-                    yield passes.add(len(added))
-                cut = max(cut, texts[keys[0]].cut, key=len)
+                    yield passes.add(len(new))
+                cut = max(cut, texts[now[0]].cut, key=len)
             state: State = (self.put(plan.first(noise.draw(0, rows))), None)
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.

@@ -132,6 +132,14 @@ def test_guided_prompts_are_those_of_diffusers(open_pair, name, negative):
     assert calls["encode"] == batches + encoded and calls["step"] == 8 * batches
 
 
+def test_a_prompt_may_be_the_negative_of_the_next(open_pair):
+    ours, theirs, calls = open_pair("alone")
+    pairs = {"prompt": ["a star", "a ring", "a ring"], "negative_prompt": ["a ring", "a star", "a ring"]}
+    images = ours(seed=3, guidance_scale=1.5, **pairs)
+    assert_diffusers_draws(images, theirs, seed=3, guidance_scale=1.5, **pairs)
+    assert calls["encode"] == 2
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd15", "one graph"])
 @pytest.mark.parametrize("seed", [5, [5, 6, 7, 8, 9, 4]])
 def test_several_pictures_of_each_prompt(open_pair, name, seed):
