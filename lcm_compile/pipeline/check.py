@@ -32,6 +32,9 @@ def check_stages(bundle: EngineBundle) -> None:
     wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (takes["encode"], {t.input: (shape.batch, t.length) for t in settings.tokenizers})
     ]
+    if all(widths := [tokenizer.width for tokenizer in settings.tokenizers]):
+        text = gives["encode"].get("hidden_states", ())
+        wanted.append(({"hidden_states": text[-1:]}, {"hidden_states": (sum(widths),)}))
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}

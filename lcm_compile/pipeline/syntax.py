@@ -33,7 +33,7 @@ TAG = re.compile(r"<(?P<kind>lora|lyco|hypernet):(?P<name>[^:<>]+)(?::(?P<rest>[
 EDITED = re.compile(r"(?<!\\):\s*[.\d]+\s*$|(?<!\\)\|")  # inside square brackets: [from:to:when] and [a|b]
 # What is seldom in a prompt that is meant as plain text.
 TYPICAL = re.compile(
-    rf"\(\([^()]*\)\)|\([^()]*:\s*[+-]?[.\d]+\s*\)|\\[()\[\]]|\bBREAK\b|{TAG.pattern.replace('?P<', '?P<_')}"
+    r"\(\([^()]*\)\)|\([^()]*:\s*[+-]?[.\d]+\s*\)|\\[()\[\]]|\bBREAK\b|<(?:lora|lyco|hypernet):"
 )
 PLAIN = "leave --prompt-syntax webui out to read the prompt as plain text"
 

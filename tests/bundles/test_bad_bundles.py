@@ -111,6 +111,8 @@ def change(bundle, at, value):
         ("pipeline.shape.height", 100_000_000, "do not fit"),
         ("pipeline.shape.width", 0, "width"),
         ("pipeline.tokenizers.0.max_length", 10**9, "do not fit"),
+        ("pipeline.tokenizers.0.chunks", 2, "do not fit"),
+        ("pipeline.tokenizers.0.width", 31, "do not fit"),
         ("pipeline.tokenizers.0.input", "words", "do not fit"),
         ("pipeline.scheduler.prediction_type", "flow", "flow"),
         ("pipeline.scheduler.num_train_timesteps", 0, "timesteps"),
