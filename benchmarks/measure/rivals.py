@@ -24,7 +24,7 @@ from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import MANIFEST, PipelineSettings
 from lcm_compile.checkpoint.checkpoint import SCHEDULER
 from lcm_compile.errors import BackendError, UsageError, unknown_name
-from lcm_compile.spec import BuildSpec, Shape
+from lcm_compile.spec import CHUNK_TOKENS, BuildSpec, Shape
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -258,6 +258,13 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
                 f"{name} draws {other_shape}, and {bundle.folder} draws {shape}",
                 "compare bundles of the same height and width",
             )
+    spec, others = manifest.spec, [name for name, other in found.items() if other is None]
+    if others and (spec.clip_skip or spec.prompt_tokens != CHUNK_TOKENS):
+        raise UsageError(
+            f"{others[0]} reads {CHUNK_TOKENS} tokens with all layers of the text encoders, and this bundle was "
+            f"built with {spec.prompt_tokens} tokens and clip skip {spec.clip_skip or 0}",
+            f"leave out --against {others[0]}, or compare bundles",
+        )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
     if "guidance" in inputs and any(name in RIVALS and not RIVALS[name].few_step for name in found):
         raise UsageError(

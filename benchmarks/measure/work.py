@@ -66,10 +66,11 @@ def empty(*shape: int) -> Any:
 
 
 def count_text(module: Any, checkpoint: Checkpoint, name: str, shape: Shape) -> Work:
-    """Returns the work of one text encoder on tokens of shape (batch, length)."""
+    """Returns the work of one text encoder on tokens of shape (batch · chunks, length)."""
     import torch
 
-    tokens = empty(shape.batch, checkpoint.text_length(name)).to(torch.int64)
+    chunks = shape.batch * checkpoint.prompt_chunks
+    tokens = empty(chunks, checkpoint.text_length(name)).to(torch.int64)
     return count(module, lambda: module(tokens))
 
 
@@ -77,7 +78,7 @@ def count_unet(unet: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
     """Returns the work of one pass of the UNet on latents of shape (batch, channels, height, width)."""
     config, batch = checkpoint.unet, shape.batch
     height, width = (side // checkpoint.vae_factor for side in (shape.height, shape.width))
-    length = checkpoint.text_length(checkpoint.text_encoders[0])
+    length = checkpoint.prompt_chunks * checkpoint.text_length(checkpoint.text_encoders[0])
     options: dict[str, Any] = {}
     if "text_encoder_2" in checkpoint.components:
         pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import factories
@@ -15,7 +16,9 @@ from torch._dynamo.utils import counters
 from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.benchmarks.measure import rivals
 from lcm_compile.benchmarks.measure.rivals import RIVALS, Setup, makers
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.engines import openvino
+from lcm_compile.errors import UsageError
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import Shape
@@ -167,3 +170,14 @@ def compute_nothing_in_torch(pipe):
 
 def test_euler_25_is_the_base_without_the_lora_in_25_guided_steps(rival, theirs):
     assert psnr_db(theirs["euler"], rival("euler-25")(PROMPT, SEED).pictures) >= SAME
+
+
+@pytest.mark.parametrize(("option", "value"), [("prompt_tokens", 154), ("clip_skip", 1)])
+def test_rivals_that_read_prompts_otherwise_are_refused(sdxl_bundle, option, value):
+    bundle = open_bundle(sdxl_bundle)
+    assert rivals.check_rivals(("eager",), bundle) == {"eager": None}
+    spec = replace(bundle.manifest.spec, **{option: value})
+    other = replace(bundle, manifest=replace(bundle.manifest, spec=spec))
+    with pytest.raises(UsageError, match=f"eager reads 77 tokens.*{value}"):
+        rivals.check_rivals(("eager",), other)
+    assert list(rivals.check_rivals((str(sdxl_bundle),), other)) == [str(sdxl_bundle)]
