@@ -261,8 +261,8 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
     spec, others = manifest.spec, [name for name, other in found.items() if other is None]
     if others and (spec.clip_skip or spec.prompt_tokens != CHUNK_TOKENS):
         raise UsageError(
-            f"{others[0]} reads {CHUNK_TOKENS} tokens with all layers of the text encoders, and this bundle was "
-            f"built with {spec.prompt_tokens} tokens and clip skip {spec.clip_skip or 0}",
+            f"{others[0]} reads {CHUNK_TOKENS} tokens with all layers of the text encoders, and this bundle "
+            f"{spec.prompt_tokens} tokens with clip skip {spec.clip_skip or 0}",
             f"leave out --against {others[0]}, or compare bundles",
         )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}
