@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lcm_compile.pipeline.request import Request
 
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
-HINTED = "lcm_compile.hinted"  # in the meta data of click's context
+TOLD = "lcm_compile.told"  # in the meta data of click's context
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 
 
@@ -364,11 +364,17 @@ def note_syntax(request: Request) -> None:
     from lcm_compile.output.console import note
     from lcm_compile.pipeline.syntax import hint_of
 
-    told = click.get_current_context().meta
     hints = [hint for prompt in request.prompts if (hint := hint_of(prompt))]
-    if hints and request.prompt_syntax == "plain" and HINTED not in told:
-        told[HINTED] = True
+    if hints and request.prompt_syntax == "plain" and is_first("hint of a syntax"):
         note(f"hint: {hints[0]}")
+
+
+def is_first(what: str) -> bool:
+    """Returns whether the running command asks for the first time whether this is the first."""
+    told = click.get_current_context().meta.setdefault(TOLD, set())
+    first = what not in told
+    told.add(what)
+    return first
 
 
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
@@ -379,7 +385,7 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
         shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"
         longest = bundle.manifest.pipeline.tokenizers[0].length
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
-        if longest < CHUNK_TOKENS * MOST_CHUNKS:
+        if longest < CHUNK_TOKENS * MOST_CHUNKS and is_first("hint of more tokens"):
             note(f"hint: build --prompt-tokens {longest + CHUNK_TOKENS} makes a bundle that reads more")
 
 

@@ -165,7 +165,7 @@ def test_an_unknown_syntax():
 
 
 def test_on_the_command_line(long, command, refused, tmp_path):
-    ours, *_ = long
+    ours, _, room = long
     words = ["run", "--bundle", ours.folder, "--seed", 3, "--out", tmp_path / "a.png"]
     code, _, err = command(*words, "a (red:1.3) star")
     assert code == 0 and err.count("hint: ") == 1 and "--prompt-syntax webui" in err
@@ -180,6 +180,8 @@ def test_on_the_command_line(long, command, refused, tmp_path):
         "run", "--bundle", ours.folder, "--again", tmp_path / "a.png", "--out", tmp_path / "b.png"
     )
     assert code == 0 and (tmp_path / "b.png").read_bytes() == weighted
+    code, _, err = command(*words, "red " * 300)
+    assert code == 0 and f"build --prompt-tokens {77 * (room + 1)}" in err
     code, _, err = command(*words, "a star <lora:x:0.6>")
     assert code == 0 and err.count("hint: ") == 1 and "build --lora x.safetensors:0.6" in err
     refused(
