@@ -43,4 +43,5 @@ def fuse(out: Path, precision: str, **base: Any) -> None:
     ):
         note(remark)
     # The absolute path, because a bare name may be that of a family.
-    note(f"lcm-compile build --base {out.resolve()} --no-lcm --gpu … builds engines of it")
+    ordinary = " --no-lcm" if base["no_lcm"] and base["few_step"] is None else ""
+    note(f"lcm-compile build --base {out.resolve()}{ordinary} --gpu … builds engines of it")
