@@ -83,14 +83,16 @@ def sd15_checkpoint(tmp_path_factory):
 def sdxl_bundle(sdxl_checkpoint, tmp_path_factory):
     """The folder of a plain SDXL bundle for ONNX Runtime on this CPU. Copy it before changing it."""
     out = tmp_path_factory.mktemp("bundle") / "sdxl"
-    return build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime"), out).folder
+    return build(
+        BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime"), out
+    ).folder
 
 
 @pytest.fixture(scope="session")
 def a10_bundle(sdxl_checkpoint, tmp_path_factory):
     """A plain SDXL bundle for an A10, built without one."""
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True)
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm")
     return build(spec, tmp_path_factory.mktemp("a10") / "b")
 
 

@@ -131,7 +131,7 @@ cli.main(["run", "a star", "--engine", {str(sdxl_bundle)!r}, "--out", {str(tmp_p
 def test_running_a_torchscript_bundle_loads_no_diffusers(sdxl_checkpoint, tmp_path):
     from lcm_compile import BuildSpec, build
 
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript")
     bundle = build(spec, tmp_path / "bundle").folder
     loaded = modules_after(f"from lcm_compile import load; load({str(bundle)!r})('a star', seed=1)")
     assert "torch" in loaded

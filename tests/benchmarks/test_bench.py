@@ -268,7 +268,12 @@ def test_a_bundle_is_a_rival(command, fused_bundle, tmp_path):
 @pytest.mark.slow
 def test_a_bundle_of_another_batch_is_compared_by_the_picture(command, sdxl_checkpoint, tmp_path):
     one, two = (
-        build(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript", batch=batch), path)
+        build(
+            BuildSpec(
+                base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", batch=batch
+            ),
+            path,
+        )
         for batch, path in ((1, tmp_path / "one"), (2, tmp_path / "two"))
     )
     save = tmp_path / "report.json"
@@ -442,7 +447,7 @@ def test_bad_requests_are_refused_before_anything_is_measured(refused, fused_bun
 
 def test_a_bundle_of_another_size_is_no_rival(refused, sdxl_checkpoint, fused_bundle, tmp_path):
     other = tmp_path / "other"
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, width=32, backend="torchscript")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", width=32, backend="torchscript")
     build(spec, other)
     refused(2, ("1×64×32", "1×64×64"), "bench", fused_bundle, "--against", other)
 

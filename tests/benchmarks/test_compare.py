@@ -405,7 +405,9 @@ def test_without_new_the_baselines_benchmark_runs_in_several_processes(
 ):
     """For real, against another bundle: what each process gave becomes a group, and nothing has changed."""
     monkeypatch.setattr(run_again, "PROCESSES", 2)
-    plain = BuildSpec(str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime", without=("qkv",))
+    plain = BuildSpec(
+        str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime", without=("qkv",)
+    )
     other = build(plain, tmp_path / "other")
     base = tmp_path / "base.json"
     words = ("bench", sdxl_bundle, "--against", other.folder, "--runs", 1, "--save", base)
@@ -423,7 +425,7 @@ def measured_on(sdxl_checkpoint, tmp_path):
     """A baseline that says on what it was measured, whose spec left that to `auto`."""
 
     def save(backend, step, **asked):
-        spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, **asked)
+        spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm", **asked)
         precisions = {"encode": "fp32", "context": "fp32", "step": step, "decode": "fp32"}
         benchmark = Benchmark(spec, (), 3, 0.0, backend=backend, precisions=precisions)
         path = tmp_path / "base.json"

@@ -213,7 +213,7 @@ def noted(sdxl_checkpoint, tmp_path_factory):
     work, told = tmp_path_factory.mktemp("work"), {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_COMPILE_HOME", str(work / "home"))
-        patch.setitem(gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True))
+        patch.setitem(gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm"))
         patch.setattr(gpu_items, "RUNS", 3)
         gpu_items.write_weights(lambda **found: told.update(found), "cpu", work, "tiny")
         gpu_items.build_model(lambda **found: told.update(found), "cpu", work, TINY)

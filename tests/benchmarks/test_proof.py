@@ -36,7 +36,7 @@ def test_euler_pictures_equal_diffusers(guidance, negative):
         generator=torch.Generator("cpu").manual_seed(5),
         output_type="np",
     ).images[0]
-    bundle = build(BuildSpec("demo", no_lcm=True))
+    bundle = build(BuildSpec("demo", no_lcm=True, few_step="lcm"))
     with load(bundle) as pipeline:
         drawn = pipeline.draw(Request(prompt, 5, negative, 8, guidance, sampler="euler")).pictures[0]
     assert psnr_db(eight_bits(wanted), drawn) > 50

@@ -22,7 +22,7 @@ def size(folder):
 
 def test_parameters_are_those_of_the_models(sdxl_checkpoint):
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_checkpoint, add_watermarker=False)
-    plan = make_plan(BuildSpec(str(sdxl_checkpoint), no_lcm=True))
+    plan = make_plan(BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm"))
     for name, component in plan.export.checkpoint.components.items():
         assert parameters(component) == sum(p.numel() for p in getattr(pipe, name).parameters()), name
 
@@ -107,7 +107,7 @@ def test_room_is_looked_for_for_all_targets_of_a_command(
 @pytest.fixture(scope="module")
 def graphs(sdxl_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "graphs"
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, precision="fp32"), folder)
+    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"), folder)
     return folder
 
 

@@ -109,7 +109,11 @@ def test_pictures_are_those_of_diffusers(base_of, tmp_path, family):
     base, found = base_of(family), vectors(family, 4)
     path = save_as("ComfyUI" if family == "sdxl" else "webui", tmp_path, found)
     spec = BuildSpec(
-        str(base), no_lcm=True, embeddings=(EmbeddingSpec(str(path), WORD),), backend="onnxruntime"
+        str(base),
+        no_lcm=True,
+        few_step="lcm",
+        embeddings=(EmbeddingSpec(str(path), WORD),),
+        backend="onnxruntime",
     )
     with load(build(spec, tmp_path / "bundle")) as ours:
         pair = Pair(ours, with_vectors(base, family, found), 64, 64)

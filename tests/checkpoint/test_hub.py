@@ -108,7 +108,7 @@ def test_the_lcm_lora_of_a_family(looks_like_sdxl, tmp_path):
     done, err, _ = cli(*words, **environment)
     assert done.returncode == 0, err
     assert json.loads(done.stdout)["loras"] == [
-        {"role": "lcm", "path": str(path), "weight": 1.0, "strengths": {}}
+        {"role": "few-step", "path": str(path), "weight": 1.0, "strengths": {}}
     ]
 
 

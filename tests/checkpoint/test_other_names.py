@@ -47,14 +47,14 @@ def test_without_a_vae_but_with_one_given(base, tmp_path, form):
     if form == "file":
         vae = tmp_path / "vae.safetensors"
         save_file({k.removeprefix("first_stage_model."): v for k, v in inside.items()}, vae)
-    spec = BuildSpec(base=str(file), config=str(folder), no_lcm=True, vae=str(vae))
+    spec = BuildSpec(base=str(file), config=str(folder), no_lcm=True, few_step="lcm", vae=str(vae))
     assert_same(make_plan(spec).export.checkpoint, folder)
 
 
 def test_a_folder_without_its_vaes_weights_but_with_another_given(base, tmp_path):
     folder = shutil.copytree(base[0], tmp_path / "base")
     (folder / VAE_FILE).unlink()
-    spec = BuildSpec(base=str(folder), no_lcm=True, vae=str(base[0]))
+    spec = BuildSpec(base=str(folder), no_lcm=True, few_step="lcm", vae=str(base[0]))
     assert_same(make_plan(spec).export.checkpoint, base[0])
 
 
@@ -104,7 +104,7 @@ def test_a_vaes_attention_in_the_original_layout(base, tmp_path, names, matrices
         renamed = {k.removeprefix(start): v for k, v in renamed.items() if k.startswith(start)}
     save_file(renamed, file)
     if own_file:
-        spec = BuildSpec(base=str(folder), no_lcm=True, vae=str(file))
+        spec = BuildSpec(base=str(folder), no_lcm=True, few_step="lcm", vae=str(file))
         assert_same(make_plan(spec).export.checkpoint, folder, "vae")
     else:
         assert_same(open_checkpoint(str(file), str(folder)), folder, "vae")
@@ -125,7 +125,9 @@ def test_a_vaes_attention_in_a_folder_of_old(base, tmp_path, form):
         opened = open_checkpoint(str(folder))
     else:
         vae = folder / (VAE_FILE if form == "vae file" else "vae")
-        opened = make_plan(BuildSpec(base=str(base[0]), no_lcm=True, vae=str(vae))).export.checkpoint
+        opened = make_plan(
+            BuildSpec(base=str(base[0]), no_lcm=True, few_step="lcm", vae=str(vae))
+        ).export.checkpoint
     found = load_component(opened, "vae").state_dict()
     assert theirs.keys() == found.keys()
     assert all(torch.equal(weight, found[key]) for key, weight in theirs.items())

@@ -305,7 +305,9 @@ def test_weights_that_do_not_fit_their_config(bases, tmp_path, damage):
     elif damage == "has another shape of":
         tensors[key] = weight[:, :3].contiguous()
     save_file(tensors, tmp_path / "damaged.safetensors")
-    spec = BuildSpec(base=str(tmp_path / "damaged.safetensors"), config=str(folder), no_lcm=True)
+    spec = BuildSpec(
+        base=str(tmp_path / "damaged.safetensors"), config=str(folder), no_lcm=True, few_step="lcm"
+    )
     with pytest.raises(CheckpointError, match=f"unet of .*it {damage} 1 weights"):
         build(spec, tmp_path / "out")
     assert not (tmp_path / "out").exists()

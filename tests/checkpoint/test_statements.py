@@ -111,7 +111,9 @@ def test_zero_snr_of_a_file_that_predicts_noise_is_refused(sdxl_checkpoint, orig
 def test_the_picture_is_diffusers_with_what_the_file_says(sdxl_checkpoint, original, tmp_path):
     file = tmp_path / "model.safetensors"
     save_file(original | {"v_pred": EMPTY, "ztsnr": EMPTY}, file)
-    spec = BuildSpec(base=str(file), config=str(sdxl_checkpoint), no_lcm=True, backend="torchscript")
+    spec = BuildSpec(
+        base=str(file), config=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript"
+    )
     pipe = StableDiffusionXLPipeline.from_pretrained(sdxl_checkpoint)
     zero = {"prediction_type": V, "rescale_betas_zero_snr": True}
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, **zero)
@@ -140,7 +142,7 @@ def test_fuse_writes_the_marks_that_other_programs_read(sdxl_checkpoint, tmp_pat
     base = factories.write_sdxl(tmp_path / "base")
     path = base / "scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | scheduler))
-    fuse(BuildSpec(base=str(base), no_lcm=True), tmp_path / "one.safetensors", "fp16")
+    fuse(BuildSpec(base=str(base), no_lcm=True, few_step="lcm"), tmp_path / "one.safetensors", "fp16")
     with safe_open(tmp_path / "one.safetensors", "pt") as handle:
         assert {key for key in ("v_pred", "ztsnr") if key in handle.keys()} == marks  # noqa: SIM118
         assert handle.metadata()[SPEC] == ("v" if marks else "epsilon")

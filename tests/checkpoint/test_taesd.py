@@ -56,7 +56,7 @@ def write_tiny(folder, factor=8, seed=7):
 
 
 def spec_of(base, vae, **more):
-    return BuildSpec(base=str(base), no_lcm=True, vae=str(vae), **more)
+    return BuildSpec(base=str(base), no_lcm=True, few_step="lcm", vae=str(vae), **more)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,8 @@ def test_fused_into_a_folder_it_is_diffusers_own(sd15_checkpoint, command, tmp_p
     assert all(torch.equal(weight, stored[key]) for key, weight in vae.state_dict().items())
     # That folder is a base like any other, and its bundle is called lossy too.
     bundle = build(
-        BuildSpec(str(tmp_path / "fused"), no_lcm=True, backend="torchscript"), tmp_path / "bundle"
+        BuildSpec(str(tmp_path / "fused"), no_lcm=True, few_step="lcm", backend="torchscript"),
+        tmp_path / "bundle",
     )
     assert bundle.manifest.lossy
     with load(bundle) as ours:

@@ -21,7 +21,7 @@ FP16_VAE = FAMILIES["sdxl"].fp16_vae
 
 
 def base_of(checkpoint, vae, **more):
-    return BuildSpec(base=str(checkpoint), no_lcm=True, vae=vae and str(vae), **more)
+    return BuildSpec(base=str(checkpoint), no_lcm=True, few_step="lcm", vae=vae and str(vae), **more)
 
 
 @pytest.mark.parametrize(

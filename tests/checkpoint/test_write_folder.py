@@ -46,7 +46,7 @@ def folders(sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
     assert not (saved / "tokenizer/vocab.json").exists()
     bases = {"sdxl": sdxl_checkpoint, "sd15": sd15_checkpoint, "of-saved": saved}
     for name, base in bases.items():
-        fuse(BuildSpec(base=str(base), no_lcm=True), to / name, "fp32")
+        fuse(BuildSpec(base=str(base), no_lcm=True, few_step="lcm"), to / name, "fp32")
     return {"demo": Path(FAMILIES["demo"].base), **{name: to / name for name in bases}}
 
 

@@ -27,6 +27,7 @@ def pairs(request, sdxl_checkpoint, tmp_path_factory):
     spec = BuildSpec(
         str(sdxl_checkpoint),
         no_lcm=True,
+        few_step="lcm",
         height=32,
         width=32,
         backend="torchscript",

@@ -197,7 +197,9 @@ def test_the_key_holds_the_instruction_set(tmp_path):
 @pytest.mark.parametrize(("precision", "floor"), [("fp32", 65), ("bf16", 25)])
 def test_a_bundle_draws_what_diffusers_draws(sdxl_checkpoint, tmp_path, precision, floor):
     """About a minute of compiling for each precision."""
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="aotinductor", precision=precision)
+    spec = BuildSpec(
+        base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="aotinductor", precision=precision
+    )
     bundle = build(spec, tmp_path / "bundle")
     theirs = DiffusionPipeline.from_pretrained(sdxl_checkpoint)
     theirs.scheduler = LCMScheduler.from_config(theirs.scheduler.config)

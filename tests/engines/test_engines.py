@@ -66,7 +66,7 @@ def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle)
 def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
     """ONNX Runtime's CPU provider has no bf16 kernels."""
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, precision="bf16")
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", precision="bf16")
     manifest = build(spec, tmp_path / "bundle").manifest
     if gpu.gpu_here() is None:
         assert {f.checked for f in manifest.parity.values()} == {"torch module that was exported"}
@@ -216,7 +216,7 @@ except BackendError as error:
 
 @pytest.fixture(scope="module")
 def torchscript_bundle(sdxl_checkpoint, tmp_path_factory):
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript")
     return build(spec, tmp_path_factory.mktemp("ts") / "bundle")
 
 
@@ -250,7 +250,9 @@ def test_runners_take_numpy_and_dlpack(name, request):
 
 
 def test_torchscript_computes_in_bf16(sdxl_checkpoint, tmp_path):
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="torchscript", precision="bf16")
+    spec = BuildSpec(
+        base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", precision="bf16"
+    )
     figures = build(spec, tmp_path / "bundle").manifest.parity
     assert all(30 <= f.db < 80 for f in figures.values())
 

@@ -15,7 +15,8 @@ locale.setlocale(locale.LC_ALL, "de_DE.UTF-8")
 from pathlib import Path
 from lcm_compile import BuildSpec, build, load
 base, backend, out = sys.argv[1:]
-bundle = build(BuildSpec(base=base, no_lcm=True, backend=backend), Path(out))  # compares it with torch
+spec = BuildSpec(base=base, no_lcm=True, few_step="lcm", backend=backend)
+bundle = build(spec, Path(out))  # compares it with torch
 load(bundle)("a red star")
 assert locale.localeconv()["decimal_point"] == ","
 """

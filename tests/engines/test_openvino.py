@@ -29,7 +29,7 @@ COMPUTES_BF16 = openvino.cannot_compute(Precision.BF16) is None
 
 @pytest.fixture(scope="module")
 def openvino_bundle(sdxl_checkpoint, tmp_path_factory):
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="openvino")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="openvino")
     return build(spec, tmp_path_factory.mktemp("openvino") / "bundle")
 
 
@@ -59,7 +59,9 @@ def test_a_bundle_draws_what_diffusers_draws(openvino_bundle, sdxl_checkpoint):
 @pytest.mark.skipif(not COMPUTES_BF16, reason="this processor does not compute in bf16")
 def test_it_computes_in_bf16(sdxl_checkpoint, tmp_path):
     """But for the sinusoids of timesteps: with those in bf16, the step misses its floor."""
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="openvino", precision="bf16")
+    spec = BuildSpec(
+        base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="openvino", precision="bf16"
+    )
     bundle = build(spec, tmp_path / "bundle")
     assert all(30 <= bundle.manifest.parity[name].db < 80 for name in ("encode", "step", "decode"))
     stage = bundle.manifest.stages[-1]

@@ -22,7 +22,7 @@ def bundle(request, sdxl_checkpoint, tmp_path_factory):
     if request.param == "onnxruntime":
         return request.getfixturevalue("sdxl_bundle")
     pytest.importorskip("openvino")
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend=request.param)
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend=request.param)
     return build(spec, tmp_path_factory.mktemp(request.param) / "bundle").folder
 
 

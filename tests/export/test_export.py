@@ -19,14 +19,14 @@ from lcm_compile.pipeline.request import Request
 
 @pytest.fixture(scope="module")
 def base(sdxl_checkpoint):
-    return BuildSpec(base=str(sdxl_checkpoint), no_lcm=True)
+    return BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm")
 
 
 @pytest.fixture(scope="module")
 def graphs(base, tmp_path_factory):
     """An export in fp32. Copy it before changing it."""
     folder = tmp_path_factory.mktemp("export") / "graphs"
-    export.export(BuildSpec(base=base.base, no_lcm=True, precision="fp32"), folder)
+    export.export(BuildSpec(base=base.base, no_lcm=True, few_step="lcm", precision="fp32"), folder)
     return folder
 
 

@@ -97,7 +97,7 @@ def test_the_file_is_the_folder_to_diffusers_and_to_build(fused, tmp_path):
 def test_a_build_of_it_draws_what_the_build_with_loras_draws(fused, tmp_path):
     _, spec, folder, _, _ = fused
     pictures = []
-    for number, each in enumerate((spec, BuildSpec(base=str(folder), no_lcm=True))):
+    for number, each in enumerate((spec, BuildSpec(base=str(folder), no_lcm=True, few_step="lcm"))):
         bundle = build(BuildSpec(**{**vars(each), "backend": "torchscript"}), tmp_path / str(number))
         with load(bundle) as pipeline:
             pictures.append(np.asarray(pipeline("a large red star", seed=3)[0]).astype(int))

@@ -121,7 +121,9 @@ def edited(folder, **changes):
 
 def test_both_files_are_in_the_key(sdxl_checkpoint, folder, tmp_path):
     def key(of):
-        return make_plan(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, loras=(LoraSpec(str(of)),))).key
+        return make_plan(
+            BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", loras=(LoraSpec(str(of)),))
+        ).key
 
     first = key(folder)
     moved = shutil.copytree(folder, tmp_path / "moved")

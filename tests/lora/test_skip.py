@@ -77,6 +77,7 @@ def test_what_is_left_out_is_in_the_key_the_manifest_and_the_command(base, with_
     spec = BuildSpec(
         base=str(base),
         no_lcm=True,
+        few_step="lcm",
         loras=(LoraSpec(str(path)),),
         lora_skip=("bundle_emb.*", "*extra_0*"),
         backend="onnxruntime",

@@ -148,7 +148,7 @@ def test_a_block_that_the_base_lacks(refused, sdxl_checkpoint, sd15_checkpoint, 
 
 
 def test_the_key_holds_strengths_and_not_their_spelling(sdxl_checkpoint, lora):
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True)
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm")
 
     def key(text):
         return make_plan(replace(spec, loras=(LoraSpec.parse(f"{lora}{text}"),))).key

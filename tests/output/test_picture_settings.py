@@ -33,7 +33,12 @@ def pixels(path):
 def pairs(request, sdxl_checkpoint, tmp_path_factory):
     """A bundle that draws two pictures at a time."""
     spec = BuildSpec(
-        base=str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime", batch=2, whole_loop=request.param
+        base=str(sdxl_checkpoint),
+        no_lcm=True,
+        few_step="lcm",
+        backend="onnxruntime",
+        batch=2,
+        whole_loop=request.param,
     )
     return build(spec, tmp_path_factory.mktemp("pairs") / "b").folder
 

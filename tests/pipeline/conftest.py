@@ -13,7 +13,9 @@ def long(request, sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
     """A bundle with room for several chunks, diffusers' pipeline, and the number of chunks."""
     family, backend, tokens = request.param
     base = {"sdxl": sdxl_checkpoint, "sd15": sd15_checkpoint}[family]
-    spec = BuildSpec(str(base), no_lcm=True, backend=backend, prompt_tokens=tokens, height=64, width=64)
+    spec = BuildSpec(
+        str(base), no_lcm=True, few_step="lcm", backend=backend, prompt_tokens=tokens, height=64, width=64
+    )
     bundle = build(spec, tmp_path_factory.mktemp("long") / "bundle")
     with load(bundle) as ours:
         ours.folder = bundle.folder

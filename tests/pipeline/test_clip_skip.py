@@ -17,7 +17,7 @@ PROMPT = "a large red star on white"
 
 @pytest.mark.parametrize("skip", [1, 2])
 def test_sdxl_is_diffusers(sdxl_checkpoint, tmp_path, skip):
-    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, backend="torchscript", clip_skip=skip)
+    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", clip_skip=skip)
     theirs = reference(sdxl_checkpoint)
     states = theirs.encode_prompt(PROMPT, clip_skip=skip, do_classifier_free_guidance=False)
     with load(build(spec, tmp_path / "bundle")) as ours:

@@ -40,6 +40,7 @@ def bundles(sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
             spec = BuildSpec(
                 str(base),
                 no_lcm=True,
+                few_step="lcm",
                 height=SIDE,
                 width=SIDE,
                 batch=batch,

@@ -58,7 +58,7 @@ def test_the_end_that_does_not_fit_is_told(long):
 
 def test_the_room_is_part_of_the_key_and_of_what_is_told(long, sdxl_checkpoint, command):
     ours, _, room = long
-    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime")
+    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime")
     one, two = make_plan(spec), make_plan(replace(spec, prompt_tokens=154))
     assert two.key == {**one.key, "prompt tokens": "154"}
     assert (one.to_dict()["prompt_tokens"], two.to_dict()["prompt_tokens"]) == (77, 154)

@@ -37,7 +37,13 @@ def bundle(request, sd15_checkpoint, tmp_path_factory):
     if backend == "aotinductor" and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     spec = BuildSpec(
-        str(sd15_checkpoint), no_lcm=True, height=32, width=32, backend=backend, whole_loop=bool(comma)
+        str(sd15_checkpoint),
+        no_lcm=True,
+        few_step="lcm",
+        height=32,
+        width=32,
+        backend=backend,
+        whole_loop=bool(comma),
     )
     return build(spec, tmp_path_factory.mktemp(backend) / "bundle")
 

@@ -40,7 +40,10 @@ def theirs(sdxl_checkpoint):
 
 
 def build_sdxl(checkpoint, folder, **options):
-    return build(BuildSpec(str(checkpoint), no_lcm=True, backend="torchscript", **options), folder / "bundle")
+    return build(
+        BuildSpec(str(checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", **options),
+        folder / "bundle",
+    )
 
 
 @pytest.fixture(scope="module", params=[(), ("context", "lcm-step")], ids=["context", "no context"])
@@ -147,7 +150,7 @@ def test_sd15_has_neither(sd15_bundle, refused, words, told):
 
 @pytest.fixture(scope="module")
 def sd15_bundle(sd15_checkpoint, tmp_path_factory):
-    spec = BuildSpec(str(sd15_checkpoint), no_lcm=True, backend="torchscript")
+    spec = BuildSpec(str(sd15_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript")
     return build(spec, tmp_path_factory.mktemp("sd15") / "bundle").folder
 
 

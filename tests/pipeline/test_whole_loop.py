@@ -237,7 +237,9 @@ def test_8_bits_for_a_gpu_that_is_not_here_are_proved_by_a_twin(sd15_checkpoint,
     monkeypatch.setattr(plan, "TWIN_LATENT", 4)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
     monkeypatch.setattr("lcm_compile.builder.export.call_in_child", lambda function, *args: function(*args))
-    spec = BuildSpec(str(sd15_checkpoint), gpu="a10", no_lcm=True, precision="int8", whole_loop=True)
+    spec = BuildSpec(
+        str(sd15_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", precision="int8", whole_loop=True
+    )
     manifest = build(spec, tmp_path / "b").manifest
     [stage] = manifest.stages
     assert stage.precision == "int8+fp16" and "step" in manifest.lossy

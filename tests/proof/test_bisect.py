@@ -27,14 +27,14 @@ from lcm_compile.proof.bisect import bisect
 def graphs(sdxl_checkpoint, tmp_path_factory):
     """The graphs that sdxl_bundle was built from."""
     out = tmp_path_factory.mktemp("graphs") / "fp32"
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, precision="fp32"), out)
+    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"), out)
     return out
 
 
 @pytest.fixture(scope="module")
 def half_graphs(sdxl_checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("graphs") / "fp16"
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, precision="fp16"), out)
+    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp16"), out)
     return out
 
 
@@ -203,7 +203,10 @@ def test_a_twin_stands_in_for_a_large_model(sdxl_checkpoint, monkeypatch, tmp_pa
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
     for name in ("export", "build"):
         monkeypatch.setattr(f"lcm_compile.builder.{name}.caller", lambda is_large: lambda f, *args: f(*args))
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, precision="fp32"), tmp_path / "graphs")
+    export(
+        BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"),
+        tmp_path / "graphs",
+    )
     _, built = factories.build_from(tmp_path / "graphs", "cpu", "onnxruntime", tmp_path / "b")
     assert built.manifest.proof.shape.height == 32
     assert [name for name, _ in bisect(built)] == ["encode"]

@@ -30,7 +30,7 @@ def large(monkeypatch):
 
 def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True)
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm")
     manifest = build(spec, tmp_path / "b").manifest
     assert manifest.pipeline.shape.height == 64 and manifest.proof.shape.height == 32
     told = {name: figure.checked.endswith("of a twin of 1×32×32") for name, figure in manifest.parity.items()}
@@ -56,7 +56,7 @@ def test_the_twin_reads_the_very_weights_of_the_graph(large, sdxl_checkpoint, tm
     monkeypatch.setattr(prepare, "export_twin", export_twin)
     pytest.importorskip("tensorrt_rtx")
     with pytest.raises(ParityError, match=r"step.*twin"):
-        build(BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True), tmp_path / "b")
+        build(BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm"), tmp_path / "b")
     assert seen["step"] < 0.5
     assert not (tmp_path / "b").exists()
 
@@ -65,7 +65,7 @@ def test_stages_made_in_processes_of_their_own_are_the_same(
     sdxl_checkpoint, sdxl_bundle, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, backend="onnxruntime")
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime")
     bundle = build(spec, tmp_path / "b")
     before, _ = read_manifest(sdxl_bundle)
     files = {name: bundle.manifest.files[name] for name in before.files if not name.startswith("proof/")}
@@ -95,7 +95,7 @@ def test_a_process_that_is_killed_is_told():
 @pytest.mark.parametrize("batch, replayed", [(1, {"encode"}), (2, set())])
 def test_a_small_proof_of_engines_that_run_here(large, command, sdxl_checkpoint, tmp_path, batch, replayed):
     """What is of another size or number than the engines take is not replayed; the picture is drawn."""
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, batch=batch)
+    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", batch=batch)
     bundle = build_quickly(spec, tmp_path / "b", lambda **found: None)
     assert bundle.manifest.proof.shape == Shape(1, 32, 32)
     assert verify(bundle).keys() == replayed

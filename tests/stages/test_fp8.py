@@ -168,7 +168,7 @@ def test_rtx_builds_products_of_fp8(graphs, tmp_path):
 def test_rtx_builds_it_beside_bf16(sdxl_checkpoint, tmp_path):
     """What nothing here computes is checked as the module that was exported."""
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(str(sdxl_checkpoint), gpu="4090", no_lcm=True, precision="fp8+bf16")
+    spec = BuildSpec(str(sdxl_checkpoint), gpu="4090", no_lcm=True, few_step="lcm", precision="fp8+bf16")
     manifest = build(spec, tmp_path / "b").manifest
     step = next(stage for stage in manifest.stages if stage.contract.name == "step")
     assert step.precision == "fp8+bf16" and step.quantized_layers

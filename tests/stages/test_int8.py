@@ -227,7 +227,7 @@ def test_a_bad_scale_is_refused(sdxl_checkpoint, tmp_path, monkeypatch, refused)
 
 def test_rtx_builds_it_for_an_a10(sdxl_checkpoint, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(str(sdxl_checkpoint), gpu="a10", no_lcm=True, precision="int8")
+    spec = BuildSpec(str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", precision="int8")
     manifest = build(spec, tmp_path / "b").manifest
     step = next(stage for stage in manifest.stages if stage.contract.name == "step")
     assert step.precision == "int8+fp16" and step.quantized_layers

@@ -171,8 +171,8 @@ def test_a_unet_that_no_context_can_be_taken_from_is_told_the_way_out(tmp_path, 
 @pytest.mark.parametrize("name", REWRITES)
 def test_each_rewrite_can_be_left_out(name, sd15_checkpoint, tmp_path):
     """The bundle is another one, and draws the same picture with and without guidance, in 4 and 6 steps."""
-    base = BuildSpec(base=str(sd15_checkpoint), no_lcm=True)
-    whole, part = build(base), build(BuildSpec(base=base.base, no_lcm=True, without=(name,)))
+    base = BuildSpec(base=str(sd15_checkpoint), no_lcm=True, few_step="lcm")
+    whole, part = build(base), build(BuildSpec(base=base.base, no_lcm=True, few_step="lcm", without=(name,)))
     assert whole.manifest.key != part.manifest.key and f"--without {name}" in part.manifest.spec.command()
     stages = [stage.contract for stage in whole.manifest.stages], [s.contract for s in part.manifest.stages]
     assert (stages[0] == stages[1]) == (name in ("qkv", "upsampling"))
@@ -193,7 +193,7 @@ def test_an_unknown_rewrite_is_told(refused):
 def test_a_rewrite_that_is_not_exact_is_not_published(sd15_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("lcm_compile.stages.rewrites.corner_kernel", lambda weight, *_: weight[..., :2, :2])
     with pytest.raises(ParityError, match="rewritten for LCM, the model's prediction"):
-        build(BuildSpec(base=str(sd15_checkpoint), no_lcm=True), tmp_path / "b")
+        build(BuildSpec(base=str(sd15_checkpoint), no_lcm=True, few_step="lcm"), tmp_path / "b")
     assert not (tmp_path / "b").exists()
 
 

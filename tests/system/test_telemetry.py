@@ -31,7 +31,7 @@ main()
 BUILD = """
 from lcm_compile import BuildSpec, build
 from lcm_compile.system.child_process import call_in_child
-call_in_child(build, BuildSpec(base={base!r}, no_lcm=True, backend="onnxruntime"), {out!r})
+call_in_child(build, BuildSpec(base={base!r}, no_lcm=True, few_step="lcm", backend="onnxruntime"), {out!r})
 """
 
 

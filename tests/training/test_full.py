@@ -86,7 +86,7 @@ def test_diffusers_draws_the_same_picture(lcm, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     assert isinstance(pipe.scheduler, LCMScheduler)
     assert UNet2DConditionModel.from_pretrained(lcm / "unet").config.time_cond_proj_dim == 256
-    spec = BuildSpec(base=str(lcm), no_lcm=True, backend="torchscript")
+    spec = BuildSpec(base=str(lcm), no_lcm=True, few_step="lcm", backend="torchscript")
     with load(build(spec, tmp_path / "bundle")) as ours:
         pictures = {}
         for scale in (1.0, 9.0):
