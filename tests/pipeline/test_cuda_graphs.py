@@ -228,6 +228,19 @@ def test_pictures_are_those_drawn_without(case, engine, tape, request):
 
 
 @pytest.mark.parametrize(("case", "engine"), KINDS)
+def test_prompts_that_share_a_drawing(case, engine, tape, request):
+    folder = folder_for(case, request)
+    plain = pipeline_of(folder, engine, cuda_graph=False)
+    pipeline = pipeline_of(folder, engine, prompt_cache=0)
+    texts = [(STAR, RING), (RING, STAR), (RING, STAR), ("two stars", "")]
+    requests = [Request(text, seed, other, **GUIDED) for seed, (text, other) in enumerate(texts)]
+    for asked in (requests[:1], requests, requests[::-1]):
+        drawing, expected = pipeline.draw(asked), plain.draw(asked)
+        np.testing.assert_array_equal(drawing.pictures, expected.pictures)
+        assert drawing.cuda_graph == (FIRST if asked == requests[:1] else USED)
+
+
+@pytest.mark.parametrize(("case", "engine"), KINDS)
 def test_every_launch_has_the_same_memory(case, engine, tape, request):
     pipeline = pipeline_of(folder_for(case, request), engine)
     for seed in range(2):

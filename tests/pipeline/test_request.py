@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
 
 from lcm_compile import load
 from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
+
+
+def test_each_field_is_described():
+    described = inspect.getdoc(Request).splitlines()
+    for field in fields(Request):
+        assert any(line.startswith(f"{field.name}: ") for line in described), field.name
+    described = inspect.getdoc(Pipeline.__call__).splitlines()
+    for name in list(inspect.signature(Pipeline.__call__).parameters)[1:]:
+        assert any(line.startswith(f"{name}: ") for line in described), name
 
 
 def test_numbers_of_other_libraries():
