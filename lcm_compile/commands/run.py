@@ -14,7 +14,6 @@ from click.core import ParameterSource
 
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
-from lcm_compile.spec import CHUNK_TOKENS, MOST_CHUNKS
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -380,6 +379,7 @@ def is_first(what: str) -> bool:
 def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
     """Warns of the end of a prompt that did not fit, even with --quiet, because it changes the picture."""
     from lcm_compile.output.console import note
+    from lcm_compile.spec import CHUNK_TOKENS, MOST_CHUNKS
 
     if cut:
         shown = cut if len(cut) <= CUT_SHOWN else f"{cut[:CUT_SHOWN]}…"
