@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from diffusers_reference import SCHEDULERS
 
 from lcm_compile.errors import UsageError
 from lcm_compile.samplers import SAMPLERS, schedule
-from lcm_compile.scheduler import SchedulerSettings
+from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
@@ -108,6 +110,43 @@ def test_latents_with_noise_added_again(sampler, config, eta):
     noise = torch.randn(6, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     for mine, latent in latents_of(sampler, SchedulerSettings.from_dict(config), 5, eta, noise, theirs):
         np.testing.assert_allclose(mine, latent, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_timestep_in_float64(sampler, prediction):
+    """A picture of a step at each timestep of training, with the same noise schedule on both sides."""
+    config = {**BETAS, "prediction_type": prediction, "timestep_spacing": "trailing"}
+    if sampler == "euler-a" and prediction == "sample":
+        pytest.skip("diffusers has no such Euler ancestral")
+    count = 400 if "karras" in sampler else 1000
+    config["original_inference_steps"] = count
+    theirs, settings = SCHEDULERS[sampler](config), SchedulerSettings.from_dict(config)
+    theirs.alphas_cumprod = torch.from_numpy(alphas_cumprod(settings)).double()
+    theirs.set_timesteps(count)
+    exact = not hasattr(theirs, "sigmas")  # the others round latents to float32 in every step
+    if not exact:
+        theirs.sigmas = theirs.sigmas.double()
+        theirs.set_begin_index(0)
+    random = torch.Generator().manual_seed(1)
+    latents, outputs = torch.randn(2, count, 1, 1, 2, 2, generator=random, dtype=torch.float64)
+    steps = schedule(sampler, count, settings).steps
+    options = {"generator": random} if "generator" in inspect.signature(theirs.step).parameters else {}
+    previous = None
+    for i, (t, step) in enumerate(zip(theirs.timesteps, steps, strict=True)):
+        assert step.timestep == pytest.approx(float(t), abs=5e-3)
+        size = 1.0
+        if hasattr(theirs, "sigmas") and theirs.init_noise_sigma != 1:
+            size = float(theirs.sigmas[i] ** 2 + 1) ** 0.5
+            theirs.is_scale_input_called = True
+        state = random.get_state()
+        after = theirs.step(outputs[i], t, latents[i] * size, **options).prev_sample
+        noise = torch.randn(latents[i].shape, generator=random.set_state(state)) if step.noise_scale else None
+        if size != 1:
+            after = after / float(theirs.sigmas[i + 1] ** 2 + 1) ** 0.5
+        mine, previous = step(latents[i], outputs[i], noise, previous)
+        close = {"rtol": 1e-9, "atol": 1e-9} if exact and noise is None else {"rtol": 2e-4, "atol": 2e-5}
+        torch.testing.assert_close(mine.double(), after.double(), **close)
 
 
 def test_trailing_timesteps_where_arange_gives_one_too_many():

@@ -24,7 +24,8 @@ class Request:
     seed: The seed of the noise, from 0 to 2⁶⁴ − 1; torch's CPU generator makes it of the lower 32 bits.
     negative_prompt: What the pictures should not show. It is read only if `guidance_scale` is above 1, and
         by no full LCM. None, the default, differs from "" for SDXL, which then conditions on zeros.
-    steps: Denoising steps; 4 by default. From 1 to 50 with the sampler `lcm`, and to 1000 with others.
+    steps: Denoising steps; 4 by default. From 1 to 50 with the samplers `lcm` and `tcd`, and to 1000 with
+        others. `Pipeline.settings.steps` is the bundle's own default.
     guidance_scale: The strength of guidance without a unit, from 0 to 1,000,000. 1, the default, is none, and
         up to 2 suits LCM-LoRAs. Above 1 each step runs the UNet twice. A full LCM reads the scale as an
         input; its own default is `Pipeline.settings.guidance_scale`.
@@ -33,6 +34,7 @@ class Request:
     index: The only one of the `num_images` pictures to draw, counted from 0; None, the default, draws all.
         It is the picture that it is among all of them.
     sampler: A name of `samplers.SAMPLERS`; `lcm`, the default, is what LCM-LoRAs and full LCMs are made for.
+        `Pipeline.settings.sampler` is what the bundle is made for.
     eta: The share of noise that TCD and DDIM add again in each step, from 0 to 1. None, the default, is the
         sampler's own: 0.3 for TCD and 0 for DDIM.
     guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided one's,
