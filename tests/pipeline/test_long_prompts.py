@@ -123,6 +123,11 @@ class TestVectors:
         assert one(prompt).cut == "<zed> star"
         assert two("blue " * 75 + prompt).cut == "<zed> star"
 
+    def test_all_of_them_have_the_weight_of_the_word(self, tokenizer_of):
+        read = tokenizer_of(5, 2)("red " * 72 + "(<zed>:1.5) [star] ((<zed>))", "webui")
+        weights = [*[1.0] * 77, 1.0, *[1.5] * 5, 1 / 1.1, *[1.21] * 5]
+        assert read.weights.tolist() == pytest.approx([*weights, *[1.0] * (154 - len(weights))])
+
     def test_one_that_is_larger_than_a_chunk(self, tokenizer_of):
         tokenizer = tokenizer_of(77, 2)
         read = tokenizer("red <zed>")

@@ -168,7 +168,8 @@ def test_on_the_command_line(long, command, refused, tmp_path):
     ours, _, room = long
     words = ["run", "--bundle", ours.folder, "--seed", 3, "--out", tmp_path / "a.png"]
     code, _, err = command(*words, "a (red:1.3) star")
-    assert code == 0 and err.count("hint: ") == 1 and "--prompt-syntax webui" in err
+    assert code == 0, err
+    assert err.count("hint: ") == 1 and "--prompt-syntax webui" in err
     assert "hint" not in command(*words, "a (red:1.3) star", "--quiet")[2]
     plain = (tmp_path / "a.png").read_bytes()
     code, _, err = command(*words, "a (red:1.3) star", "--prompt-syntax", "webui")
