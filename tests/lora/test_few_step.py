@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import factories
 import numpy as np
@@ -17,7 +18,7 @@ from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.errors import LoraError, UsageError
-from lcm_compile.lora.few_step import FEW_STEP, LICENCES, METHODS, find_few_step, licence_of
+from lcm_compile.lora.few_step import FEW_STEP, LICENCES, METHODS, defaults_of, find_few_step, licence_of
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.proof.parity import psnr_db
 
@@ -41,7 +42,10 @@ DMD2 = {1: [999], 2: [999, 499], 4: [999, 749, 499, 249], 8: [999, 874, 749, 624
 
 @pytest.fixture(scope="module")
 def fused(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
-    """For both architectures: the base, a LoRA, and what diffusers makes of them."""
+    """For both architectures: the base, a LoRA, what diffusers makes of them, and a bundle with both.
+
+    No engine depends on the method: a bundle's settings make it draw by another one.
+    """
     folder, made = tmp_path_factory.mktemp("few-step"), {}
     for name, base in (("sd15", sd15_checkpoint), ("sdxl", sdxl_checkpoint)):
         theirs = DiffusionPipeline.from_pretrained(base)
@@ -49,20 +53,24 @@ def fused(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
         lora = factories.write_lora(theirs, folder / f"{name}.safetensors", "kohya")
         theirs.load_lora_weights(lora)
         theirs.fuse_lora(lora_scale=0.5)
-        made[name] = base, LoraSpec(str(lora), 0.5), theirs
+        weights = LoraSpec(str(lora), 0.5)
+        spec = BuildSpec(str(base), lcm_lora=weights, backend="torchscript")
+        made[name] = base, weights, theirs, build(spec, folder / f"{name}-bundle").folder
     return made
 
 
 @pytest.mark.parametrize("method", CARDS)
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
-def test_pictures_are_those_of_the_model_card(fused, tmp_path, architecture, method):
-    base, lora, theirs = fused[architecture]
+def test_pictures_are_those_of_the_model_card(fused, architecture, method):
+    base, lora, theirs, bundle = fused[architecture]
     settings, sampler, options = CARDS[method]
     spec = BuildSpec(str(base), few_step=method, few_step_lora=lora, backend="torchscript")
+    plan = make_plan(spec).export
     before = theirs.scheduler
     theirs.scheduler = SCHEDULERS[sampler]({**before.config, **settings})
-    with load(build(spec, tmp_path / "bundle")) as ours:
-        assert ours.settings.few_step.name == method
+    with load(bundle) as ours:
+        defaults = vars(defaults_of(plan.few_step, plan.checkpoint))
+        ours.settings = replace(ours.settings, scheduler=plan.checkpoint.scheduler, **defaults)
         for steps in (1, 2, 4, 8):
             timesteps = {"timesteps": DMD2[steps]} if method == "dmd2:4" else {}
             expected = theirs(
@@ -128,7 +136,7 @@ def test_a_complete_unet_of_one_step(sd15_checkpoint, tmp_path, method, predicte
 
 
 def test_the_method_is_part_of_everything(fused, command, tmp_path):
-    base, lora, _ = fused["sd15"]
+    base, lora, _, _ = fused["sd15"]
     options = ["--base", base, "--gpu", "cpu", "--backend", "torchscript", "--few-step-lora", str(lora)]
     _, out, err = command("build", *options, "--few-step", "lightning:8", "--out", tmp_path / "bundle")
     again = BuildSpec(str(base), few_step="hyper", few_step_lora=lora, backend="torchscript")
@@ -154,13 +162,20 @@ def test_the_method_is_part_of_everything(fused, command, tmp_path):
     assert json.loads(out)["few_step"]["made_for"] == [8]
 
 
-def test_an_ordinary_base_has_defaults_of_its_own(fused, tmp_path):
+def test_an_ordinary_base_has_defaults_of_its_own(fused):
     for architecture, scale in (("sd15", 7.5), ("sdxl", 5.0)):
-        base, _, _ = fused[architecture]
-        bundle = build(BuildSpec(str(base), no_lcm=True, backend="torchscript"), tmp_path / architecture)
-        settings = bundle.manifest.pipeline
-        assert (settings.steps, settings.guidance_scale, settings.few_step) == (25, scale, None)
-        assert settings.sampler in ("euler", "ddim")
+        spec = BuildSpec(str(fused[architecture][0]), no_lcm=True, backend="torchscript")
+        plan = make_plan(spec).export
+        own = defaults_of(plan.few_step, plan.checkpoint)
+        assert (own.steps, own.guidance_scale, plan.few_step, plan.loras) == (25, scale, None, ())
+        assert own.sampler == "euler"  # for PNDM, which is no sampler here, and for its own
+    for config, sampler in (
+        ({"_class_name": "DDIMScheduler"}, "ddim"),
+        ({"_class_name": "EulerAncestralDiscreteScheduler"}, "euler-a"),
+        ({"_class_name": "DPMSolverMultistepScheduler"}, "dpm++2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "dpm++2m-sde"),
+    ):
+        assert defaults_of(None, replace(plan.checkpoint, scheduler_config=config)).sampler == sampler
 
 
 def test_what_is_refused(sd15_checkpoint, lcm_checkpoint):
