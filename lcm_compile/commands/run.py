@@ -260,7 +260,7 @@ def draw_pictures(
         drawing = pipeline.draw(requests, bar.update, save)
     warn_of_cut(bundle, drawing.cut)
     if as_json:
-        first = requests[0]
+        first, weights = requests[0], bundle.manifest.pipeline.few_step
         print_json(
             {
                 "prompt": first.prompt,
@@ -271,6 +271,8 @@ def draw_pictures(
                 "sampler": first.sampler,
                 "steps": first.steps,
                 "guidance_scale": first.guidance_scale,
+                "eta": first.eta,
+                "few_step": weights.name if weights else None,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
                 "cuda_graph": drawing.cuda_graph,
