@@ -58,6 +58,10 @@ class WholeLoopPipeline(Pipeline):
             check_whole_loop(runner.contract, picture)
         clock = Clock(runner, (DRAW,))
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
+        if plan.steps[-1].noise_scale:
+            raise UsageError(
+                f"{request.sampler} adds noise in its last step, which this one graph does not", STAGED
+            )
         given = self.settings_for(condition_of(pictures[:1], self.settings.shape), plan)
         draws, _, *latent = inputs_of(runner.contract)["noise"].shape
         noise = Noise(tuple(latent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import factories
@@ -19,6 +20,7 @@ from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.errors import LoraError, UsageError
 from lcm_compile.lora.few_step import FEW_STEP, LICENCES, METHODS, defaults_of, find_few_step, licence_of
+from lcm_compile.lora.fuse import fuse
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.proof.parity import psnr_db
 
@@ -162,6 +164,44 @@ def test_the_method_is_part_of_everything(fused, command, tmp_path):
     assert json.loads(out)["few_step"]["made_for"] == [8]
 
 
+@pytest.mark.parametrize("out", ["folder", "file.safetensors"])
+def test_what_fuse_wrote_draws_as_its_weights_do(fused, tmp_path, out):
+    base, lora, theirs, _ = fused["sdxl"]
+    fuse(BuildSpec(str(base), few_step="lightning:2", few_step_lora=lora), tmp_path / out, "fp32")
+    config = None if out == "folder" else str(base)
+    plan = make_plan(BuildSpec(str(tmp_path / out), config=config, backend="torchscript")).export
+    assert (plan.few_step.name, plan.loras) == ("lightning:2", ())
+    assert plan.checkpoint.scheduler.timestep_spacing == "trailing"
+    if out == "folder":
+        opened = DiffusionPipeline.from_pretrained(tmp_path / out)
+        assert type(opened.scheduler).__name__ == "EulerDiscreteScheduler"
+        assert opened.scheduler.config.timestep_spacing == "trailing"
+        layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+        expected = theirs.unet.get_submodule(layer).base_layer.weight
+        found = opened.unet.get_submodule(layer).weight
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_lora_of_another_method_is_told(fused, command, tmp_path):
+    base, lora, _, _ = fused["sd15"]
+    named = shutil.copy(lora.source, tmp_path / "pcm_sd15_smallcfg_8step_converted.safetensors")
+    words = ["build", "--base", base, "--gpu", "cpu", "--backend", "torchscript", "--dry-run"]
+    _, _, err = command(*words, "--lcm-lora", named)
+    assert "is a pcm LoRA" in err and "--few-step pcm:8 --few-step-lora" in err
+    _, _, err = command(*words, "--no-lcm", "--lora", named)
+    assert "is a pcm LoRA" in err
+    _, out, err = command(*words, "--few-step", "pcm:8", "--few-step-lora", named)
+    assert "is a pcm LoRA" not in err and "pcm:8" in out
+
+
+def test_a_licence_that_forbids_commercial_use_is_told(fused, command, monkeypatch):
+    base, lora, _, _ = fused["sd15"]
+    monkeypatch.setitem(LICENCES, lora.source, "cc-by-nc-4.0")
+    words = ["--base", base, "--gpu", "cpu", "--backend", "torchscript", "--dry-run"]
+    _, out, err = command("build", *words, "--few-step", "flash", "--few-step-lora", str(lora))
+    assert "cc-by-nc-4.0, not for commercial use" in err and "flash:4, licence cc-by-nc-4.0" in out
+
+
 def test_an_ordinary_base_has_defaults_of_its_own(fused):
     for architecture, scale in (("sd15", 7.5), ("sdxl", 5.0)):
         spec = BuildSpec(str(fused[architecture][0]), no_lcm=True, backend="torchscript")
@@ -178,7 +218,8 @@ def test_an_ordinary_base_has_defaults_of_its_own(fused):
         assert defaults_of(None, replace(plan.checkpoint, scheduler_config=config)).sampler == sampler
 
 
-def test_what_is_refused(sd15_checkpoint, lcm_checkpoint):
+def test_what_is_refused(sd15_checkpoint, tmp_path):
+    full_lcm = factories.write_sd15(tmp_path / "lcm", time_cond_proj_dim=16)
     base, lora = str(sd15_checkpoint), LoraSpec("x.safetensors")
     with pytest.raises(UsageError, match="few-step method 'lighting'"):
         make_plan(BuildSpec(base, few_step="lighting", backend="torchscript"))
@@ -186,7 +227,7 @@ def test_what_is_refused(sd15_checkpoint, lcm_checkpoint):
         make_plan(BuildSpec(base, few_step="lightning:3", backend="torchscript"))
     assert "lightning:4 or lightning:2" in error.value.hint
     with pytest.raises(UsageError, match="full LCM"):
-        make_plan(BuildSpec(str(lcm_checkpoint), few_step="tcd", backend="torchscript"))
+        make_plan(BuildSpec(str(full_lcm), few_step="tcd", backend="torchscript"))
     with pytest.raises(UsageError, match="without its method"):
         BuildSpec(base, few_step_lora=lora)
     with pytest.raises(UsageError, match="is an LCM-LoRA"):

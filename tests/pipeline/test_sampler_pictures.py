@@ -61,25 +61,47 @@ def test_pictures_are_those_of_diffusers(pair, sampler, steps, scale):
         assert psnr_db(other, mine) >= FLOOR
 
 
+@pytest.mark.parametrize("options", [{"guidance_rescale": 0.7}, {"eta": 0.6}], ids=str)
+def test_rescale_and_eta_are_those_of_diffusers(pair, options):
+    bundle, theirs = pair
+    theirs.scheduler = SCHEDULERS["ddim"](theirs.scheduler.config)
+    drawn = theirs(
+        "a red star",
+        negative_prompt="blue",
+        num_inference_steps=10,
+        guidance_scale=20.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+        **options,
+    ).images
+    with load(bundle) as ours:
+        asked = {"negative_prompt": "blue", "sampler": "ddim", "steps": 10, "guidance_scale": 20, **options}
+        [found] = ours("a red star", seed=7, **asked)
+    assert psnr_db(eight_bits(drawn)[0], np.asarray(found)) >= FLOOR
+
+
 def test_one_graph_for_the_complete_picture(ordinary, tmp_path):
     bundle, base = ordinary["sd15"]
     spec = BuildSpec(str(base), no_lcm=True, backend="onnxruntime", whole_loop=True)
     with load(build(spec, tmp_path / "bundle")) as ours, load(bundle) as staged:
-        for sampler in SCHEDULERS:
-            one, other = (p("a red star", seed=7, sampler=sampler)[0] for p in (ours, staged))
+        for sampler in SAMPLERS:
+            asked = {"seed": 7, "sampler": sampler, "steps": 4, "guidance_scale": 1.0}
+            one, other = (p("a red star", **asked)[0] for p in (ours, staged))
             assert psnr_db(np.asarray(one), np.asarray(other)) >= FLOOR
 
 
 def test_run_tells_the_sampler(ordinary, command, refused, tmp_path):
     words = ["run", "a star", "--bundle", ordinary["sd15"][0], "--seed", 7, "--out", tmp_path / "a.png"]
-    _, out, err = command(*words, "--sampler", "euler-a", "--json")
-    assert json.loads(out)["sampler"] == "euler-a" and "needs guidance" in err
+    _, out, err = command(*words, "--sampler", "euler-a", "--guidance-scale", 1, "--json")
+    assert json.loads(out)["sampler"] == "euler-a" and "needs guidance: 7.5 by default" in err
     assert "Sampler: Euler a" in Image.open(tmp_path / "a.png").text["parameters"]
     first = Image.open(tmp_path / "a.png").tobytes()
     command("run", "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
     assert Image.open(tmp_path / "b.png").tobytes() == first
     refused(2, ["unknown sampler 'eulr'", "euler"], *words, "--sampler", "eulr")
-    refused(2, "from 1 to 50", *words, "--steps", 51)
+    refused(2, "from 1 to 50", *words, "--sampler", "lcm", "--steps", 51)
+    refused(2, "euler has no eta", *words, "--sampler", "euler", "--eta", 0.5)
+    refused(2, "guidance rescale must be from 0 to 1", *words, "--guidance-rescale", 1.5)
     refused(2, "from 1 to 1000", *words, "--sampler", "ddim", "--steps", 1001)
     with pytest.raises(UsageError, match="sampler"):
         Request("a star", 1, sampler=None)
