@@ -43,6 +43,16 @@ def test_every_sampler_is_tested():
     assert SCHEDULERS.keys() == SAMPLERS.keys()
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_fp32_arrays_stay_fp32(sampler):
+    """An engine takes no other type than its contract's: ONNX Runtime refuses float64."""
+    settings = SchedulerSettings.from_dict({**BETAS, **CONFIGS["sdxl"]})
+    plan, ones = schedule(sampler, 4, settings), np.ones(3, np.float32)
+    assert plan.first(ones).dtype == np.float32
+    for step in plan.steps:
+        assert {array.dtype for array in step(ones, ones, ones, ones)} == {np.dtype(np.float32)}
+
+
 def output(latent, i, xp):
     """A UNet's output, of the latent's size, that depends on the latent."""
     return xp.sin(0.3 * latent + i)

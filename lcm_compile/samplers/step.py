@@ -42,6 +42,13 @@ class Step:
     noise_scale: float = 0.0
     clip: float | None = None
 
+    def __post_init__(self) -> None:
+        # NumPy's own numbers are float64, and would make float64 of an engine's float32 arrays. A graph has
+        # tensors here.
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+
     @property
     def coefficients(self) -> tuple[float, ...]:
         """The numbers that a graph of a step takes, in the order of COEFFICIENTS."""
