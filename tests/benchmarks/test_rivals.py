@@ -17,6 +17,8 @@ from lcm_compile import BuildSpec, LoraSpec
 from lcm_compile.benchmarks.measure import rivals
 from lcm_compile.benchmarks.measure.rivals import RIVALS, Setup, makers
 from lcm_compile.bundles.bundle import open_bundle
+from lcm_compile.bundles.manifest import PipelineSettings
+from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import openvino
 from lcm_compile.errors import UsageError
 from lcm_compile.precisions import Precision
@@ -27,6 +29,10 @@ PROMPT, SEED = "a red star", 7
 SHAPE = Shape(1, 64, 64)
 # Other kernels add in another order, in fp32 and in bf16.
 SAME, NEAR = 60, 25
+
+
+def settings_of(checkpoint):
+    return PipelineSettings(SHAPE, open_checkpoint(str(checkpoint)).scheduler, (), True, PROMPT)
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +46,13 @@ def lora(sdxl_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rival(sdxl_checkpoint, lora):
     """What loads a rival by name, in a precision, from weights that are fused once."""
-    spec = BuildSpec(base=str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lora)))
-    with makers(dict.fromkeys(RIVALS), spec, Setup(SHAPE, "fp32", 1, False), lambda _: None) as made:
+    spec = BuildSpec(str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lora)), height=64, width=64)
+    setup = Setup(SHAPE, "fp32", 1, False, settings_of(sdxl_checkpoint))
+    with makers(dict.fromkeys(RIVALS), spec, "torchscript", setup, lambda _: None) as made:
 
         def load(name, precision="fp32"):
             folder, setup = made[name].args
-            return made[name].function(folder, Setup(setup.shape, precision, setup.threads, setup.gpu))
+            return made[name].function(folder, replace(setup, precision=precision))
 
         yield load
 
@@ -144,7 +151,7 @@ def test_openvino_draws_with_its_own_models_alone(rival, theirs, loaded, precisi
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_openvino_draws_sd15_whose_models_take_less(sd15_checkpoint, loaded):
     can_openvino("fp32")
-    setup = Setup(SHAPE, "fp32", 1, False)
+    setup = Setup(SHAPE, "fp32", 1, False, settings_of(sd15_checkpoint))
     expected = rivals.draw_eagerly(sd15_checkpoint, setup)(PROMPT, SEED).pictures
     draw = rivals.draw_with_openvino(sd15_checkpoint, setup)
     compute_nothing_in_torch(loaded[-1])
@@ -168,8 +175,13 @@ def compute_nothing_in_torch(pipe):
             part.register_forward_pre_hook(fail)
 
 
-def test_euler_25_is_the_base_without_the_lora_in_25_guided_steps(rival, theirs):
-    assert psnr_db(theirs["euler"], rival("euler-25")(PROMPT, SEED).pictures) >= SAME
+@pytest.mark.parametrize("name", ["euler-25", "euler-25-engine"])
+def test_euler_25_is_the_base_without_the_lora_in_25_guided_steps(rival, theirs, name):
+    assert psnr_db(theirs["euler"], rival(name)(PROMPT, SEED).pictures) >= SAME
+
+
+def test_euler_25_brings_its_engines(sdxl_bundle):
+    assert [*rivals.check_rivals(("euler-25",), open_bundle(sdxl_bundle))] == ["euler-25", "euler-25-engine"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("prompt_tokens", 154), ("clip_skip", 1)])
