@@ -35,8 +35,8 @@ class Request:
         It is the picture that it is among all of them.
     sampler: A name of `samplers.SAMPLERS`; `lcm`, the default, is what LCM-LoRAs and full LCMs are made for.
         `Pipeline.settings.sampler` is what the bundle is made for.
-    eta: The share of noise that TCD and DDIM add again in each step, from 0 to 1. None, the default, is the
-        sampler's own: 0.3 for TCD and 0 for DDIM.
+    eta: The share of noise that TCD and DDIM add again in each step, from 0 to 1. None, the default, is 0.
+        `Pipeline.settings.eta` is that of the bundle's weights.
     guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided one's,
         from 0, the default, to 1.
     prompt_syntax: How prompts are read, one of `syntax.SYNTAXES`: `plain`, the default, or `webui`, whose

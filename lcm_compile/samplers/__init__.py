@@ -71,7 +71,7 @@ def schedule(sampler: str, num_steps: int, settings: SchedulerSettings, eta: flo
     """Returns the schedule of a picture drawn in `num_steps`.
 
     `sampler` is a name in SAMPLERS. `eta` is the share of noise that is added again in each step, from 0 to
-    1; None is the sampler's own. Raises UsageError if it can't draw in that many steps, with these settings
+    1; None is 0. Raises UsageError if it can't draw in that many steps, with these settings
     or with that share.
     """
     chosen = SAMPLERS[sampler]
