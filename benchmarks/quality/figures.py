@@ -20,6 +20,7 @@ Drawn = Sequence[tuple[Record, Sequence[np.ndarray]]]
 # left, where there is space.
 CURVES = {
     "LCM-LoRA": ("#0072B2", 1),
+    "TCD-LoRA": ("#009E73", -1),
     "Euler": ("#D55E00", -1),
     "Euler, unguided": ("#CC79A7", -1),
     "LCM loop, no LoRA": ("#6F6F6F", -1),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES
 from lcm_compile.demo.world import (
@@ -33,8 +34,10 @@ GUIDANCE = 3.0  # the guidance scale of the base, with which it draws best
 SCALES = (1.25, 1.5, 2.0, 3.0)  # guidance scales in the LCM loop
 FOREIGN = 1.5  # the guidance scale in the LCM loop on a base that the LCM-LoRA was not distilled from
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
+TCD_LORA = str(Path(__file__).with_name("tcd_lora.safetensors"))
 
 DEMO = BuildSpec("demo")
+TCD = BuildSpec("demo", lcm_lora=LoraSpec(TCD_LORA))
 BASE = BuildSpec("demo", no_lcm=True)
 
 
@@ -42,10 +45,10 @@ BASE = BuildSpec("demo", no_lcm=True)
 class Row:
     """One row of a table: the settings of one measurement.
 
-    `part` is one of PARTS, and `sampler` is `lcm` or `euler`. `negative` gives each picture the contrary of
-    its prompt as negative prompt. `zebra` asks for the zebra style. `look` is the palette that pictures are
-    judged by. `strengths` are λ1 and λ2 of a cell in the style part's grid, empty for other rows. `count` is
-    the number of pictures.
+    `part` is one of PARTS, and `sampler` is `lcm`, `tcd` or `euler`. `negative` gives each picture the
+    contrary of its prompt as negative prompt. `zebra` asks for the zebra style. `look` is the palette that
+    pictures are judged by. `strengths` are λ1 and λ2 of a cell in the style part's grid, empty for other
+    rows. `count` is the number of pictures.
     """
 
     part: str
@@ -77,6 +80,7 @@ def rows_of(part: str, count: int, tuned: str) -> list[Row]:
         low = (1, 2, 3, 4)
         kinds = [
             ("LCM-LoRA", DEMO, "lcm", 1.0, (*low, 6, 8)),
+            ("TCD-LoRA", TCD, "tcd", 1.0, (*low, 6, 8)),
             ("Euler", BASE, "euler", GUIDANCE, (*low, 8, 15, 25, 50)),
             ("Euler, unguided", BASE, "euler", 1.0, low),
             ("LCM loop, no LoRA", BASE, "lcm", 1.0, low),

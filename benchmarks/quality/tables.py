@@ -85,7 +85,12 @@ def tables(rows: Sequence[Record], columns: Iterable[str]) -> list[str]:
 
 
 def cost(row: Record, rival: Sequence[float] | None) -> list[str]:
-    """Returns the cells for UNet passes, seconds and, if there is a rival, the speed-up over it."""
+    """Returns the cells for UNet passes, seconds and, if there is a rival, the speed-up over it.
+
+    A row that was not timed beside the others has dashes for both.
+    """
+    if "seconds" not in row:
+        return [str(row["passes"]), "–", *(["–"] if rival else [])]
     cells = [str(row["passes"]), f"{median(row['seconds']):.3f}"]
     if rival:
         cells.append(f"{median(other / own for own, other in zip(row['seconds'], rival, strict=True)):.1f}")
