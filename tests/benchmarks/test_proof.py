@@ -14,6 +14,7 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.benchmarks.quality import proof
 from lcm_compile.benchmarks.quality import rows as row_table
 from lcm_compile.benchmarks.quality.rows import Row, contrary, rows_of
+from lcm_compile.benchmarks.quality.tables import cost
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.demo.world import is_held_out, parse_caption, proof_prompts
 from lcm_compile.pipeline.drawing import eight_bits
@@ -52,6 +53,12 @@ def test_wilsons_interval():
         assert share["of"] == count and share["part"] == part
         assert [share["low"], share["high"]] == pytest.approx(sorted(roots), abs=1e-12)
     assert proof.share("---") is None
+
+
+def test_a_row_that_was_not_timed_has_dashes():
+    assert cost({"passes": 3}, [0.5, 0.6]) == ["3", "–", "–"]
+    assert cost({"passes": 3}, None) == ["3", "–"]
+    assert cost({"passes": 3, "seconds": [0.1, 0.3, 0.2]}, [0.2, 0.9, 0.4]) == ["3", "0.200", "2.0"]
 
 
 def test_the_contrary_shares_nothing_with_its_prompt():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile.checkpoint.families import FAMILIES
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import LoraError
+from lcm_compile.lora.metadata import method_of
 from lcm_compile.lora.read import read_lora
 
 KEY = "lora_unet_down_blocks_1_attentions_0_proj_in"
@@ -313,6 +314,12 @@ def test_one_module_told_twice(tmp_path):
     path = factories.save_tensors(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(LoraError, match="twice"):
         read_lora(path)
+
+
+@pytest.mark.parametrize("made", ["", "no JSON", "[]", "{}", '{"method": 3}', '{"method": "\\u001b"}'])
+def test_a_foreign_method_is_none(made):
+    assert method_of({"lcm_compile": made}) is None
+    assert method_of({"lcm_compile": '{"method": "tcd"}'}) == "tcd"
 
 
 @pytest.mark.parametrize(
