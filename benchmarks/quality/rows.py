@@ -34,10 +34,11 @@ GUIDANCE = 3.0  # the guidance scale of the base, with which it draws best
 SCALES = (1.25, 1.5, 2.0, 3.0)  # guidance scales in the LCM loop
 FOREIGN = 1.5  # the guidance scale in the LCM loop on a base that the LCM-LoRA was not distilled from
 LCM_LORA = str(FAMILIES["demo"].lcm_lora)
+TCD_ETA = 0.3  # of the sampler tcd, as its authors draw
 TCD_LORA = str(Path(__file__).with_name("tcd_lora.safetensors"))
 
 DEMO = BuildSpec("demo")
-TCD = BuildSpec("demo", lcm_lora=LoraSpec(TCD_LORA))
+TCD = BuildSpec("demo", few_step="tcd", few_step_lora=LoraSpec(TCD_LORA))
 BASE = BuildSpec("demo", no_lcm=True)
 
 
@@ -158,6 +159,7 @@ def requests(row: Row) -> list[Request]:
             row.steps,
             row.guidance,
             sampler=row.sampler,
+            eta=TCD_ETA if row.sampler == "tcd" else None,
         )
         for text, seed in proof_prompts(row.count)
     ]

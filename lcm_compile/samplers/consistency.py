@@ -39,8 +39,8 @@ def tcd(num_steps: int, settings: SchedulerSettings, eta: float | None = None) -
     """Returns the schedule of TCDScheduler, with LCM's timesteps (Zheng et al. 2024, arXiv 2402.19159, 4.2).
 
     A step goes along the trajectory to timestep s = (1 − η)·t', and adds noise up to the next timestep t'.
-    `eta` is η, γ in the paper, and 0 if it is None, as in diffusers' pipelines. The last step ends at timestep
-    0 without noise. x̂0 is never clipped. Raises UsageError as lcm_timesteps does.
+    `eta` is η, γ in the paper, and 0 if it is None, as in diffusers' pipelines. The last step ends at
+    timestep 0 without noise. x̂0 is never clipped. Raises UsageError as lcm_timesteps does.
     """
     eta = eta or 0.0
     alphas, timesteps = alphas_cumprod(settings).astype(float), lcm_timesteps(num_steps, settings)
