@@ -57,7 +57,7 @@ TRAILING = {"timestep_spacing": "trailing"}
 DDIM = {**TRAILING, "clip_sample": False, "set_alpha_to_one": False}
 # DMD2's timesteps are 1000·(N − i)/N − 1: LCM's, chosen from all 1000 of training and not from 50.
 DMD2 = {"original_inference_steps": 1000}
-LCM_STEPS = (2, 3, 4, 5, 6, 7, 8)
+LCM_STEPS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def hyper(variant: str, file: str, **row: Any) -> FewStep:

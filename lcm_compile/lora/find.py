@@ -93,12 +93,12 @@ def few_step_weights(spec: BuildSpec, checkpoint: Checkpoint, row: FewStep | Non
     family = checkpoint.family
     if source := family and row.source(family.name):
         return LoraSpec(source)
-    other = "name one with --few-step-lora FILE, or give --no-lcm if the base has it already, or needs none"
+    option = "--lcm-lora FILE" if row.method == "lcm" else "--few-step-lora FILE"
+    other = f"name one with {option}, or give --no-lcm if the base has it already, or needs none"
+    kind = "LCM-LoRA" if row.method == "lcm" else f"{row.name} LoRA"
     if family is None:
-        raise LoraError(
-            f"no {row.method} LoRA is known for {spec.base}: its UNet belongs to no known family", other
-        )
-    raise LoraError(f"no {row.name} LoRA is published for {family.description.split(',')[0]}", other)
+        raise LoraError(f"no {kind} is known for {spec.base}: its UNet belongs to no known family", other)
+    raise LoraError(f"no {kind} is published for {family.description.split(',')[0]}", other)
 
 
 def find_few_step_file(lora: LoraSpec, spec: BuildSpec) -> Path:

@@ -132,6 +132,12 @@ class Pipeline(ABC):
             These four are by default the bundle's own: those of its few-step weights, or of an ordinary base.
         guidance_rescale: The share of the guided prediction whose contrast is brought back to the unguided
             one's, from 0 to 1.
+        prompt_syntax: How prompts are read: `plain`, or `webui`, whose brackets weight words.
+        prompt_2: What SDXL's second text encoder reads, by default the same; or a list like the prompts.
+        negative_prompt_2: The same for the negative prompt.
+        original_size: The height and width in pixels that SDXL is told its picture was a part of.
+        crop: The top and left of that part in pixels.
+        target_size: The height and width in pixels that SDXL is told to aim at.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import factories
 import numpy as np
@@ -24,12 +26,15 @@ FLOOR = 60  # dB
 
 @pytest.fixture(scope="module")
 def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
-    """A bundle of each base without an LCM-LoRA, and the base."""
+    """A bundle of each base without an LCM-LoRA, and the base, which does not clip, as published ones."""
     folder, made = tmp_path_factory.mktemp("ordinary"), {}
-    for name, base, backend in (
+    for name, checkpoint, backend in (
         ("sd15", sd15_checkpoint, "torchscript"),
         ("sdxl", sdxl_checkpoint, "onnxruntime"),
     ):
+        base = shutil.copytree(checkpoint, folder / f"{name}-base")
+        path = base / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
         made[name] = build(BuildSpec(str(base), no_lcm=True, backend=backend), folder / name).folder, base
     return made
 
@@ -78,6 +83,30 @@ def test_rescale_and_eta_are_those_of_diffusers(pair, options):
         asked = {"negative_prompt": "blue", "sampler": "ddim", "steps": 10, "guidance_scale": 20, **options}
         [found] = ours("a red star", seed=7, **asked)
     assert psnr_db(eight_bits(drawn)[0], np.asarray(found)) >= FLOOR
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "lcm"])
+def test_a_scheduler_that_clips(pair, sampler):
+    bundle, theirs = pair
+    theirs.scheduler = SCHEDULERS[sampler]({**theirs.scheduler.config, "clip_sample": True})
+    drawn = theirs(
+        "a red star",
+        num_inference_steps=6,
+        guidance_scale=1.0,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+    ).images
+    with load(bundle) as ours:
+        scheduler = replace(ours.settings.scheduler, clip_sample=True)
+        ours.settings = replace(ours.settings, scheduler=scheduler)
+        [found] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
+        ours.settings = replace(ours.settings, scheduler=replace(scheduler, clip_sample=False))
+        [plain] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
+    assert (
+        psnr_db(eight_bits(drawn)[0], np.asarray(found))
+        >= FLOOR
+        > psnr_db(np.asarray(plain), np.asarray(found))
+    )
 
 
 def test_one_graph_for_the_complete_picture(ordinary, tmp_path):
