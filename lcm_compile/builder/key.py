@@ -32,6 +32,7 @@ ASKED = (
     "backend",
     "clip skip",
     "embedding",
+    "few-step",
     "precision",
     "prompt tokens",
     "shape",
