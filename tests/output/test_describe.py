@@ -328,7 +328,7 @@ def test_the_few_step_method(command, inspected, tmp_path, monkeypatch):
         "sure": "likely",
         "because": "its name says so",
         "unsupported": None,
-        "variants": ["1", "2", "4", "8", "8-cfg", "12-cfg"],
+        "variants": ["4", "2", "8", "1", "8-cfg", "12-cfg"],
         "build": f"--few-step hyper:8-cfg --few-step-lora '{path}'",
     }
     style = path.rename("style.safetensors")
@@ -341,7 +341,7 @@ def test_the_few_step_method(command, inspected, tmp_path, monkeypatch):
     [
         ("Hyper-SD15-1step-lora", "hyper, 1 step", "hyper:1"),
         ("pcm_sd15_lcmlike_lora_converted", "pcm, like LCM", "pcm:lcm"),
-        ("lightning_lora_3step", "lightning, its variant unknown (2, 4, 8)", "lightning:VARIANT"),
+        ("lightning_lora_3step", "lightning, its variant unknown (4, 2, 8)", "lightning:VARIANT"),
         ("AnimateLCM_lora", "not supported: AnimateLCM, which draws videos", None),
     ],
 )
