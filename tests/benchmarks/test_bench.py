@@ -370,7 +370,8 @@ def known(samples, batch=1):
     """A report of a picture that takes so many milliseconds."""
     here = Environment("EPYC", "EPYC", 2, {}, "2026-11-01T00:00:00+00:00")
     asked = Benchmark(BuildSpec("demo"), (), 100, 60.0, shape=Shape(batch, 64, 64))
-    return BenchmarkReport(here, asked, (Case("picture", samples), Case("step", samples, limit_ms=20.2)))
+    step = Case("step", samples, limit_ms=20.2, passes=4)
+    return BenchmarkReport(here, asked, (Case("picture", samples), step))
 
 
 def test_the_figures_of_known_samples_are_the_known_ones(capsys):
