@@ -195,8 +195,9 @@ def bisect_stage(bundle: EngineBundle, stage: StageFile, reference: Path, is_twi
                 for name in names:
                     db = finite_snr_db(right[name], runner.to_host(actual[name + RESULT]))
                     found[name] = min(db, found.get(name, db))
-                for name, array in zip(outputs, expected.values(), strict=True):
-                    graph_db = min(graph_db, output_db(contract, array, right[name]))
+                for name, own_name in zip(outputs, expected, strict=True):
+                    db = output_db(contract, (inputs, expected), own_name, right[name])
+                    graph_db = min(graph_db, db)
     floor = stage_floor(contract, stage.precision)
     layers = [Layer(nodes[n].name or n, nodes[n].op_type, n, db) for n, db in found.items()]
     first = next((layer for layer in layers if layer.db < floor), None)
