@@ -51,7 +51,7 @@ class Setup:
     @property
     def drawing(self) -> dict[str, Any]:
         """The sampler, the steps, the guidance scale and η of the bundle's pictures."""
-        return self.pipeline.drawing(None, None, None, None)
+        return self.pipeline.drawing()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def draw_with_bundle(folder: Path, drawing: Mapping[str, Any] | None = None) -> 
 
     pipeline = load(folder, prompt_cache=0)
     batch = pipeline.settings.shape.batch
-    how = drawing or pipeline.settings.drawing(None, None, None, None)
+    how = drawing or pipeline.settings.drawing()
 
     def draw(prompt: str, seed: int) -> Drawn:
         drawn = pipeline.draw(Request(prompt, seed, num_images=batch, **how))

@@ -91,7 +91,11 @@ class PipelineSettings:
     few_step: FewStepWeights | None = None
 
     def drawing(
-        self, sampler: str | None, steps: int | None, guidance_scale: float | None, eta: float | None
+        self,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        eta: float | None = None,
     ) -> dict[str, Any]:
         """Returns these as the fields of a request, with the defaults in place of None."""
         own = sampler in (None, self.sampler)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import FUSED_FEW_STEP, Checkpoint
-from lcm_compile.checkpoint.families import DEMO_FOLDER, LCM_LORA_FILE
+from lcm_compile.checkpoint.families import FAMILIES, LCM_LORA_FILE
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.spec import BuildSpec
@@ -26,7 +26,7 @@ class FewStep:
     `method` and `variant` name it: `hyper:8-cfg`. `sampler`, `steps`, `guidance_scale` and `eta` are the
     defaults of a picture. `made_for` are the numbers of steps that the weights were trained for. `scheduler`
     are settings of the base's scheduler that change, by diffusers' names. `weights` has the LoRA that is
-    published for a family, as `OWNER/NAME:FILE`, and `unets` a complete UNet where there is no LoRA;
+    published for a family, as `OWNER/NAME[:FILE]`, and `unets` a complete UNet where there is no LoRA;
     `licences` has their licences by repository, as the Hugging Face hub names them. `families` are those
     that alone draw so; empty means all.
     """
@@ -87,12 +87,7 @@ FEW_STEP = (
         sampler="lcm",
         steps=4,
         made_for=LCM_STEPS,
-        weights={
-            "demo": str(DEMO_FOLDER / "lcm_lora.safetensors"),
-            "sd15": f"latent-consistency/lcm-lora-sdv1-5:{LCM_LORA_FILE}",
-            "sdxl": f"latent-consistency/lcm-lora-sdxl:{LCM_LORA_FILE}",
-            "ssd-1b": f"latent-consistency/lcm-lora-ssd-1b:{LCM_LORA_FILE}",
-        },
+        weights={family.name: family.lcm_lora for family in FAMILIES.values() if family.lcm_lora},
     ),
     # Yin et al. 2024, arXiv 2405.14867. The one-step UNet starts in the middle of the schedule.
     FewStep(

@@ -71,7 +71,7 @@ def plan_few_step(spec: BuildSpec, checkpoint: Checkpoint) -> FewStepPlan:
     changed = replace(checkpoint, scheduler_config={**checkpoint.scheduler_config, **changes})
     if lora is None:
         return FewStepPlan(changed, row)
-    path = find_few_step_file(lora, spec)
+    path = find_few_step_file(lora, spec, row)
     if (prefix := unet_prefix(path)) is None:
         return FewStepPlan(changed, row, (lora, path))
     unet = Component("unet", checkpoint.unet, (path,), prefix=prefix)
@@ -93,24 +93,27 @@ def few_step_weights(spec: BuildSpec, checkpoint: Checkpoint, row: FewStep | Non
     family = checkpoint.family
     if source := family and row.source(family.name):
         return LoraSpec(source)
-    option = "--lcm-lora FILE" if row.method == "lcm" else "--few-step-lora FILE"
-    other = f"name one with {option}, or give --no-lcm if the base has it already, or needs none"
+    other = f"name one with {naming(row)}, or give --no-lcm if the base has it already, or needs none"
     kind = "LCM-LoRA" if row.method == "lcm" else f"{row.name} LoRA"
     if family is None:
         raise LoraError(f"no {kind} is known for {spec.base}: its UNet belongs to no known family", other)
     raise LoraError(f"no {kind} is published for {family.description.split(',')[0]}", other)
 
 
-def find_few_step_file(lora: LoraSpec, spec: BuildSpec) -> Path:
+def naming(row: FewStep | None) -> str:
+    """Returns the option that names weights of a method's row."""
+    return "--lcm-lora FILE" if row and row.method == "lcm" else "--few-step-lora FILE"
+
+
+def find_few_step_file(lora: LoraSpec, spec: BuildSpec, row: FewStep | None) -> Path:
     """Returns the file of few-step weights. Raises LoraError as find_lora does."""
     try:
         return find_lora(lora)
     except LoraError as error:
         if spec.few_step_weights:
             raise
-        raise LoraError(
-            str(error), "name another with --few-step-lora FILE, or --no-lcm to fuse none"
-        ) from error
+        other = f"name another with {naming(row)}, or give --no-lcm to fuse none"
+        raise LoraError(str(error), other) from error
 
 
 def unet_prefix(path: Path) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from lcm_compile.bundles.manifest import BundleManifest
 from lcm_compile.pipeline.request import Request
 
-MOST_GUIDANCE = (
-    2.0  # the guidance scale up to which few-step weights that are made without guidance draw well
-)
+# The guidance scale up to which few-step weights that are made without guidance draw well.
+MOST_GUIDANCE = 2.0
 LEAST_STEPS = 10  # the steps from which on an ordinary base draws well
 
 
