@@ -88,6 +88,20 @@ def sdxl_bundle(sdxl_checkpoint, tmp_path_factory):
     ).folder
 
 
+@pytest.fixture(scope="session", params=[False, True], ids=["staged", "whole loop"])
+def pairs(request, sdxl_checkpoint, tmp_path_factory):
+    """The folder of a bundle that draws two pictures at a time."""
+    spec = BuildSpec(
+        base=str(sdxl_checkpoint),
+        no_lcm=True,
+        few_step="lcm",
+        backend="torchscript",
+        batch=2,
+        whole_loop=request.param,
+    )
+    return build(spec, tmp_path_factory.mktemp("pairs") / "b").folder
+
+
 @pytest.fixture(scope="session")
 def a10_bundle(sdxl_checkpoint, tmp_path_factory):
     """A plain SDXL bundle for an A10, built without one."""

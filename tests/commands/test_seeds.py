@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcm_compile import BuildSpec, build
 from lcm_compile.output.picture_settings import read_origin
 from lcm_compile.pipeline.request import Request
 
@@ -19,22 +18,6 @@ from lcm_compile.pipeline.request import Request
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["staged", "whole loop"])
-def pairs(request, sdxl_checkpoint, tmp_path_factory):
-    """A bundle that draws two pictures at a time."""
-    spec = BuildSpec(
-        str(sdxl_checkpoint),
-        no_lcm=True,
-        few_step="lcm",
-        height=32,
-        width=32,
-        backend="torchscript",
-        batch=2,
-        whole_loop=request.param,
-    )
-    return build(spec, tmp_path_factory.mktemp("pairs") / "b").folder
 
 
 def test_each_seed_draws_the_picture_that_it_draws_alone(command, pairs, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from lcm_compile import BuildSpec, build, load
+from lcm_compile import load
 from lcm_compile.output.images import save_picture
 from lcm_compile.output.picture_settings import Origin, parameters, read_origin
 from lcm_compile.pipeline.request import Request
@@ -27,20 +27,6 @@ ORIGIN = Origin(
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
-
-
-@pytest.fixture(scope="module", params=[False, True], ids=["staged", "whole loop"])
-def pairs(request, sdxl_checkpoint, tmp_path_factory):
-    """A bundle that draws two pictures at a time."""
-    spec = BuildSpec(
-        base=str(sdxl_checkpoint),
-        no_lcm=True,
-        few_step="lcm",
-        backend="onnxruntime",
-        batch=2,
-        whole_loop=request.param,
-    )
-    return build(spec, tmp_path_factory.mktemp("pairs") / "b").folder
 
 
 def test_each_of_several_pictures_is_drawn_again(command, pairs, tmp_path, monkeypatch):
