@@ -91,6 +91,8 @@ def run(
         given |= {"guidance_scale": guidance_scale, "eta": eta}
         given["seed"] = seed[0] if seed else None
         given = {name: value for name, value in given.items() if is_given(context, name)}
+        if sampler is not None:
+            given.setdefault("eta", None)  # the picture's own was for its sampler
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
     bundle = find_bundle(folder, base, gpu)

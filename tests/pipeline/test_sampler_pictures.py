@@ -127,6 +127,9 @@ def test_run_tells_the_sampler(ordinary, command, refused, tmp_path):
     first = Image.open(tmp_path / "a.png").tobytes()
     command("run", "--again", tmp_path / "a.png", "--out", tmp_path / "b.png")
     assert Image.open(tmp_path / "b.png").tobytes() == first
+    command(*words[:-1], tmp_path / "c.png", "--sampler", "ddim", "--eta", 0.5, "--steps", 4)
+    again = "run", "--again", tmp_path / "c.png", "--out", tmp_path / "d.png"
+    assert command(*again, "--sampler", "euler", "--json")[0] == 0
     refused(2, ["unknown sampler 'eulr'", "euler"], *words, "--sampler", "eulr")
     refused(2, "from 1 to 50", *words, "--sampler", "lcm", "--steps", 51)
     refused(2, "euler has no eta", *words, "--sampler", "euler", "--eta", 0.5)
