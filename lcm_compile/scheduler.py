@@ -53,6 +53,9 @@ class SchedulerSettings:
     original_inference_steps: int = 50
     clip_sample: bool | None = None
     clip_sample_range: float = 1.0
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
     prediction_type: str = "epsilon"
     timestep_scaling: float = 10.0
     rescale_betas_zero_snr: bool = False
@@ -78,6 +81,10 @@ class SchedulerSettings:
                 f"original_inference_steps is {self.original_inference_steps}, and must be from 1 to "
                 f"num_train_timesteps, which is {self.num_train_timesteps}"
             )
+        if not 0 <= self.dynamic_thresholding_ratio <= 1:
+            raise ValueError(
+                f"dynamic_thresholding_ratio is {self.dynamic_thresholding_ratio}, and must be from 0 to 1"
+            )
         betas = self.trained_betas or (self.beta_start, self.beta_end)
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"the betas, from {betas[0]} to {betas[-1]}, are not all between 0 and 1")
@@ -93,11 +100,6 @@ class SchedulerSettings:
                 "predicts the noise says nothing of the picture; such models have prediction_type "
                 "'v_prediction'"
             )
-
-    @property
-    def clip(self) -> float | None:
-        """The absolute value that x̂0 is clipped to, or None if it is not clipped."""
-        return self.clip_sample_range if self.clip_sample else None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as a dictionary for JSON, which from_dict reads."""
@@ -116,8 +118,6 @@ class SchedulerSettings:
                 f"the model was trained for {kind or 'use_flow_sigmas'}, which adds noise by another rule "
                 "than LCM does (EDM, flow matching or another)"
             )
-        if config.get("thresholding"):
-            raise ValueError("LCM can't sample latents with dynamic thresholding; set thresholding to false")
         known = {field.name for field in fields(cls)}
         other = [name for name, usual in OTHER_SPACINGS.items() if config.get(name) not in usual]
         found = {k: v for k, v in config.items() if k in known and v is not None}

@@ -35,6 +35,8 @@ CONFIGS = {
     },
     "Heun": {"solver_type": "heun", "timestep_spacing": "leading", "steps_offset": 1},
     "others": {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "num_train_timesteps": 500},
+    "thresholds": {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.4},
+    "thresholds to 1": {"thresholding": True, "clip_sample": True},
     "cosine": {"beta_schedule": "squaredcos_cap_v2"},
 }
 
@@ -43,11 +45,12 @@ def test_every_sampler_is_tested():
     assert SCHEDULERS.keys() == SAMPLERS.keys()
 
 
+@pytest.mark.parametrize("config", ["sdxl", "thresholds"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_fp32_arrays_stay_fp32(sampler):
+def test_fp32_arrays_stay_fp32(sampler, config):
     """An engine takes no other type than its contract's: ONNX Runtime refuses float64."""
-    settings = SchedulerSettings.from_dict({**BETAS, **CONFIGS["sdxl"]})
-    plan, ones = schedule(sampler, 4, settings), np.ones(3, np.float32)
+    settings = SchedulerSettings.from_dict({**BETAS, **CONFIGS[config]})
+    plan, ones = schedule(sampler, 4, settings), np.ones((2, 4, 8, 8), np.float32)
     assert plan.first(ones).dtype == np.float32
     for step in plan.steps:
         assert {array.dtype for array in step(ones, ones, ones, ones)} == {np.dtype(np.float32)}

@@ -97,7 +97,7 @@ def test_steps_out_of_range(steps):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"thresholding": True}, "thresholding"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "from 0 to 1"),
         ({"prediction_type": "flow"}, "flow"),
         ({"beta_schedule": "spline"}, "spline"),
     ],

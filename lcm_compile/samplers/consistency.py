@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lcm_compile.samplers.step import Schedule, Step, step_to, x0_numbers
+from lcm_compile.samplers.step import Schedule, Step, limits_of, step_to, x0_numbers
 from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod, boundary_scalings, lcm_timesteps
 
 
@@ -29,7 +29,7 @@ def lcm(num_steps: int, settings: SchedulerSettings, eta: float | None = None) -
                 latent_scale=math.sqrt(after) * c_skip,
                 x0_scale=math.sqrt(after) * c_out,
                 noise_scale=math.sqrt(1 - after),
-                clip=settings.clip,
+                **limits_of(settings, settings.clip_sample is True),
             )
         )
     return Schedule(tuple(steps))
@@ -40,7 +40,7 @@ def tcd(num_steps: int, settings: SchedulerSettings, eta: float | None = None) -
 
     A step goes along the trajectory to timestep s = (1 − η)·t', and adds noise up to the next timestep t'.
     `eta` is η, γ in the paper, and 0 if it is None, as in diffusers' pipelines. The last step ends at
-    timestep 0 without noise. x̂0 is never clipped. Raises UsageError as lcm_timesteps does.
+    timestep 0 without noise. Nothing limits x̂0. Raises UsageError as lcm_timesteps does.
     """
     eta = eta or 0.0
     alphas, timesteps = alphas_cumprod(settings).astype(float), lcm_timesteps(num_steps, settings)

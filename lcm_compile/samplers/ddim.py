@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lcm_compile.samplers.noise_levels import spaced
-from lcm_compile.samplers.step import Schedule, step_to
+from lcm_compile.samplers.step import Schedule, limits_of, step_to
 from lcm_compile.scheduler import SchedulerSettings, alphas_cumprod
 
 
@@ -18,7 +18,7 @@ def ddim(num_steps: int, settings: SchedulerSettings, eta: float | None = None) 
     """
     alphas = alphas_cumprod(settings).astype(np.float64)
     last = alphas[0] if settings.set_alpha_to_one is False else 1.0
-    clip = settings.clip_sample_range if settings.clip_sample in (True, None) else None
+    limits = limits_of(settings, settings.clip_sample is not False)
     steps = []
     for t in np.round(spaced(num_steps, settings, "leading")).astype(int):
         before = t - settings.num_train_timesteps // num_steps
@@ -26,5 +26,5 @@ def ddim(num_steps: int, settings: SchedulerSettings, eta: float | None = None) 
         variance = (1 - after) / (1 - alpha) * (1 - alpha / after)
         added = (eta or 0.0) * math.sqrt(variance)
         left = math.sqrt(max(0.0, 1 - after - added**2))
-        steps.append(step_to(settings, float(t), alpha, math.sqrt(after), left, added, clip))
+        steps.append(step_to(settings, float(t), alpha, math.sqrt(after), left, added, **limits))
     return Schedule(tuple(steps))

@@ -15,7 +15,7 @@ from lcm_compile.samplers.noise_levels import (
     timesteps_of,
     training_alphas,
 )
-from lcm_compile.samplers.step import Schedule, Step, x0_numbers
+from lcm_compile.samplers.step import Schedule, Step, limits_of, x0_numbers
 from lcm_compile.scheduler import SchedulerSettings
 
 
@@ -64,6 +64,7 @@ def dpm_solver_2m(
                 x0_scale=size * (gained + ahead),
                 previous_scale=-size * ahead,
                 noise_scale=size * after * math.sqrt(1 - decay**2) if sde else 0.0,
+                **limits_of(settings, clips=False),
             )
         )
     return Schedule(tuple(steps))

@@ -12,7 +12,7 @@ from lcm_compile.scheduler import SchedulerSettings
 
 # The numbers that a graph of a step takes as its input `coefficients`, in this order.
 COEFFICIENTS = (
-    *("x0_latent", "x0_output", "clip"),
+    *("x0_latent", "x0_output", "clip", "threshold"),
     *("latent_scale", "output_scale", "x0_scale", "previous_scale", "noise_scale"),
 )
 UNCLIPPED = float(np.finfo(np.float32).max)  # what a graph clips x̂0 to if the sampler does not
@@ -24,12 +24,13 @@ class Step:
 
     Calling it returns the next latent and x̂0, the picture that the UNet foresees:
 
-    x̂0 = x0_latent·latent + x0_output·output, clipped to ±clip
+    x̂0 = x0_latent·latent + x0_output·output, clipped to ±clip, or by dynamic thresholding
     next = latent_scale·latent + output_scale·output + x0_scale·x̂0 + previous_scale·x̂0′
            + noise_scale·noise
 
-    `output` is the UNet's prediction and x̂0′ the x̂0 of the step before. All are arrays of one shape and of
-    any library: only +, * and the method clip are used. Without `clip` x̂0 is not clipped.
+    `output` is the UNet's prediction and x̂0′ the x̂0 of the step before. All are arrays (b, c, h, w) of NumPy
+    or torch. Without `clip` x̂0 is not clipped. With a `ratio` it is thresholded (see `thresholded`), and
+    `threshold` is the most that it is divided by.
     """
 
     timestep: float
@@ -41,6 +42,8 @@ class Step:
     previous_scale: float = 0.0
     noise_scale: float = 0.0
     clip: float | None = None
+    threshold: float = 1.0
+    ratio: float | None = None
 
     def __post_init__(self) -> None:
         # NumPy's own numbers are float64, and would make float64 of an engine's float32 arrays. A graph has
@@ -58,7 +61,9 @@ class Step:
     def __call__(self, latent: Any, output: Any, noise: Any = None, previous: Any = None) -> tuple[Any, Any]:
         """Returns the next latent and x̂0. A term whose array is None is left out."""
         x0 = latent * self.x0_latent + output * self.x0_output
-        if self.clip is not None:
+        if self.ratio is not None:
+            x0 = self.thresholded(x0, self.ratio)
+        elif self.clip is not None:
             x0 = x0.clip(-self.clip, self.clip)
         # A NaN of the UNet reaches the latent even where clipping would hide it, because 0·NaN is NaN.
         after = latent * self.latent_scale + output * self.output_scale + x0 * self.x0_scale
@@ -67,6 +72,31 @@ class Step:
         if noise is not None:
             after = after + noise * self.noise_scale
         return after, x0
+
+    def thresholded(self, x0: Any, ratio: float) -> Any:
+        """Returns x̂0 clipped to ±s and divided by s, after Saharia et al. 2022, arXiv 2205.11487, 2.3.
+
+        s is the quantile `ratio` of each picture's |x̂0|, from 1 to `threshold`. A graph has the quantile for
+        every sampler. One that does not threshold has a `threshold` of 1, so that s is 1, and the greater
+        `clip` decides.
+        """
+        size = quantile(abs(x0).reshape(len(x0), -1), ratio).reshape(-1, 1, 1, 1)
+        size = size.clip(min=1.0).clip(max=self.threshold)
+        bound = size.clip(min=self.clip)
+        return x0.clip(-bound, bound) / size
+
+
+def quantile(rows: Any, ratio: float) -> Any:
+    """Returns the quantile of each row (n, m), interpolated between the two next values, as (n,).
+
+    Rows are NumPy's or torch's. torch.quantile has no counterpart in ONNX, but its largest values have.
+    """
+    if isinstance(rows, np.ndarray):
+        return np.quantile(rows, ratio, axis=1)
+    position = ratio * (rows.shape[1] - 1)
+    below = min(int(position), rows.shape[1] - 2)
+    largest = rows.topk(rows.shape[1] - below).values
+    return largest[:, -1] + (position - below) * (largest[:, -2] - largest[:, -1])
 
 
 @dataclass(frozen=True)
@@ -109,11 +139,11 @@ def step_to(
     x0_scale: float,
     noise_left: float,
     noise_added: float = 0.0,
-    clip: float | None = None,
+    **limits: float,
 ) -> Step:
     """Returns the step next = x0_scale·x̂0 + noise_left·ε̂ + noise_added·noise. `alpha` is ᾱ at timestep `t`.
 
-    With clipping only x̂0 is clipped, and ε̂ is that of the x̂0 before.
+    `limits` are those of limits_of. Only x̂0 is clipped by them, and ε̂ is that of the x̂0 before.
     """
     root_alpha, root_beta = alpha**0.5, (1 - alpha) ** 0.5
     of_latent, of_output = noise_numbers(settings, root_alpha, root_beta)
@@ -124,5 +154,13 @@ def step_to(
         output_scale=noise_left * of_output,
         x0_scale=x0_scale,
         noise_scale=noise_added,
-        clip=clip,
+        **limits,
     )
+
+
+def limits_of(settings: SchedulerSettings, clips: bool) -> dict[str, float]:
+    """Returns what limits x̂0, as keywords of a Step: thresholding if asked for, or clipping if it `clips`."""
+    if settings.thresholding:
+        ratio, most = settings.dynamic_thresholding_ratio, settings.sample_max_value
+        return {"clip": 0.0, "threshold": most, "ratio": ratio}
+    return {"clip": settings.clip_sample_range} if clips else {}

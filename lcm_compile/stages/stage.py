@@ -74,7 +74,9 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
     if contract.name == "context":
         module = ContextStage(modules["context"], names)
     elif contract.name == "step":
-        module = Step(modules["unet"], names)
+        scheduler = checkpoint.scheduler
+        ratio = scheduler.dynamic_thresholding_ratio if scheduler.thresholding else None
+        module = Step(modules["unet"], names, ratio)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif "text_encoder_2" in modules:
@@ -220,12 +222,16 @@ class ContextStage(nn.Module):
 
 
 class Step(nn.Module):
-    """Runs the UNet, and then a sampler's step if it has `coefficients`. It casts its inputs for the UNet."""
+    """Runs the UNet, and then a sampler's step if it has `coefficients`. It casts its inputs for the UNet.
 
-    def __init__(self, unet: nn.Module, inputs: list[str]) -> None:
+    `ratio` is that of dynamic thresholding, if the base's scheduler asks for it.
+    """
+
+    def __init__(self, unet: nn.Module, inputs: list[str], ratio: float | None = None) -> None:
         super().__init__()
         self.unet = unet
         self.inputs = inputs
+        self.ratio = ratio
 
     def forward(self, *arrays: Tensor) -> Tensor | tuple[Tensor, ...]:
         given = dict(zip(self.inputs, arrays, strict=True))
@@ -235,7 +241,7 @@ class Step(nn.Module):
         if "coefficients" not in given:
             return prediction
         numbers: dict[str, Any] = dict(zip(COEFFICIENTS, given["coefficients"].unbind(), strict=True))
-        step = SamplerStep(timestep=0, **numbers)
+        step = SamplerStep(timestep=0, **numbers, ratio=self.ratio)
         return prediction, *step(latent, prediction, given["noise"], given["previous_x0"])
 
     def context_arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:

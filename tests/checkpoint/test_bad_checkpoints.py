@@ -213,7 +213,8 @@ def test_with_a_folder_missing(refuse, base, folder):
         ("scheduler", "num_train_timesteps", 10),
         ("scheduler", "beta_start", -0.5),
         ("scheduler", "trained_betas", [0.1]),
-        ("scheduler", "thresholding", True),
+        ("scheduler", "thresholding", "yes"),
+        ("scheduler", "dynamic_thresholding_ratio", 2),
     ],
 )
 def test_with_a_senseless_setting(refuse, base, file, setting, value):

@@ -108,7 +108,7 @@ REFUSED = {
     "flow": ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
     "VE": ({"_class_name": "ScoreSdeVeScheduler"}, "ScoreSdeVeScheduler"),
     "flow sigmas": ({"use_flow_sigmas": True}, "flow matching"),
-    "thresholding": ({"thresholding": True}, "thresholding"),
+    "a ratio": ({"dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio is 1.5"),
 }
 
 

@@ -109,6 +109,33 @@ def test_a_scheduler_that_clips(pair, sampler):
     )
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "torchscript", "openvino"])
+def test_a_scheduler_that_thresholds(sd15_checkpoint, tmp_path, backend):
+    """In the graph where one pass draws, and outside where another guides it."""
+    base = shutil.copytree(sd15_checkpoint, tmp_path / "base")
+    path = base / "scheduler/scheduler_config.json"
+    asked = {"thresholding": True, "sample_max_value": 1.5, "clip_sample": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    spec = BuildSpec(str(base), no_lcm=True, backend=backend, batch=2)
+    theirs = DiffusionPipeline.from_pretrained(base)
+    config = theirs.scheduler.config
+    with load(build(spec, tmp_path / "bundle")) as ours:
+        for sampler in SAMPLERS:
+            theirs.scheduler = SCHEDULERS[sampler](config)
+            for scale in (1.0, 7.5):
+                drawn = theirs(
+                    "a red star",
+                    num_inference_steps=6,
+                    guidance_scale=scale,
+                    num_images_per_prompt=2,
+                    generator=torch.Generator("cpu").manual_seed(7),
+                    output_type="np",
+                ).images
+                pictures = ours.draw(Request("a red star", 7, "", 6, scale, 2, sampler=sampler)).pictures
+                for mine, other in zip(pictures, eight_bits(drawn), strict=True):
+                    assert psnr_db(other, mine) >= FLOOR, (sampler, scale)
+
+
 def test_one_graph_for_the_complete_picture(ordinary, tmp_path):
     bundle, base = ordinary["sd15"]
     spec = BuildSpec(str(base), no_lcm=True, backend="onnxruntime", whole_loop=True)
