@@ -38,6 +38,32 @@ class StageContract:
 
 
 @dataclass(frozen=True)
+class LoraInputs:
+    """What of a bundle's LoRAs is an input of its stages, and not fused.
+
+    `names` are the LoRAs whose weights are: `lora_strengths` (LoRAs, parts) has one for each of the `parts`
+    of the model. With `slots`, each layer takes the factors of that many LoRAs of up to `rank`.
+    """
+
+    names: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    slots: int = 0
+    rank: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.names or self.slots)
+
+
+STRENGTHS = "lora_strengths"
+DOWN, UP = "lora_down.", "lora_up."  # before the names of the component and the layer
+
+
+def is_lora_input(name: str) -> bool:
+    """Returns whether a stage's input is one of LoraInputs."""
+    return name == STRENGTHS or name.startswith((DOWN, UP))
+
+
+@dataclass(frozen=True)
 class ExportedGraph:
     """A stage exported to a file, from which a backend builds an engine."""
 

@@ -53,7 +53,11 @@ class Shape:
 LORA_PART = re.compile(r"unet|text|text_encoder(_2)?|mid_block|(down|up)_blocks(\.\d+)?")
 EMBEDDING_FILE = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, LORA_SUFFIXES))}))(?::(.*))?", re.DOTALL)
 EMBEDDING_FORM = "write FILE, or FILE:WORD"
-LORA_FORM = "write PATH, PATH:0.8, or PATH:0.8@text=0.5,down_blocks.1=0"
+LORA_FORM = "write PATH, PATH:0.8, PATH:0.8@text=0.5,down_blocks.1=0, or PATH:0.8:runtime"
+# A LoRA whose strength is an input of the graphs, and the name that a picture gives it by.
+AT_RUN_TIME = re.compile(r"(?P<lora>.+):runtime(?::(?P<name>[^:/\\@=,]+))?", re.DOTALL)
+USUAL_STEMS = ("pytorch_lora_weights", "adapter_model")  # of LoRAs that are named after their folder
+MOST_SLOTS = 8
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,14 @@ class LoraSpec:
 
     `strengths` gives parts of the model another weight: `unet`, `text` (every text encoder), `text_encoder`,
     `text_encoder_2`, `down_blocks`, `down_blocks.1`, `mid_block`, `up_blocks`, …. If parts overlap, the
-    smallest one counts. Raises UsageError for an unknown part or a weight that is not finite.
+    smallest one counts. A LoRA with a `name` is not fused: its weight is an input of the graphs, which each
+    picture may set by that name. Raises UsageError for an unknown part or a weight that is not finite.
     """
 
     source: str
     weight: float = 1.0
     strengths: Mapping[str, float] = field(default_factory=dict, hash=False)
+    name: str | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -84,9 +90,11 @@ class LoraSpec:
 
     @classmethod
     def parse(cls, text: str) -> LoraSpec:
-        """Returns the LoRA of `SOURCE` or `SOURCE:WEIGHT`, each optionally followed by `@PART=WEIGHT,…`.
+        """Returns the LoRA of `SOURCE` or `SOURCE:WEIGHT`.
 
-        No file is checked, so a source whose own name ends like a weight needs a weight after it (`odd:5:1`).
+        Each may be followed by `:runtime` or `:runtime:NAME`, and then by `@PART=WEIGHT,…`. A LoRA without a
+        NAME is called by its file's, or by its folder's if all such files have that name. No file is checked,
+        so a source whose own name ends like a weight needs a weight after it (`odd:5:1`).
         Raises UsageError if a weight is not a number, or if a part has two.
         """
         head, _, tail = text.rpartition("@")
@@ -99,14 +107,21 @@ class LoraSpec:
                 strengths[part] = number(weight, text)
         else:
             head = text
+        called = None
+        if found := AT_RUN_TIME.fullmatch(head):
+            head, called = found["lora"], found["name"] or ""
         source, colon, last = head.rpartition(":")
+        strength = 1.0
         if not colon or ends_path(last):
-            return cls(head, strengths=strengths)
-        return cls(source, number(last, text), strengths)
+            source = head
+        else:
+            strength = number(last, text)
+        return cls(source, strength, strengths, own_name(source) if called == "" else called)
 
     def __str__(self) -> str:
         parts = ",".join(f"{part}={weight!r}" for part, weight in self.strengths.items())
-        return f"{self.source}:{self.weight!r}" + (f"@{parts}" if parts else "")
+        called = "" if self.name is None else f":runtime:{self.name}"
+        return f"{self.source}:{self.weight!r}{called}" + (f"@{parts}" if parts else "")
 
     def strength_of(self, part: str) -> float:
         """Returns the weight of a part: its own, or that of the smallest listed part that contains it."""
@@ -123,6 +138,15 @@ class LoraSpec:
             if self.strength_of(part) != self.strength_of(containing_part(part)):
                 weights.append(f"{part}={self.strength_of(part)!r}")
         return ",".join(weights)
+
+
+def own_name(source: str) -> str:
+    """Returns the name of a LoRA's file without its ending, or of its folder or repository."""
+    words = [word for word in re.split(r"[/\\:]", source) if word]
+    *folders, last = words or [source]
+    stem = last.removesuffix(next((end for end in LORA_SUFFIXES if last.endswith(end)), ""))
+    stem = folders[-1] if folders and stem in USUAL_STEMS else stem
+    return re.sub(r"[:@=,]", "-", stem)
 
 
 def ends_path(text: str) -> bool:
@@ -186,8 +210,9 @@ class BuildSpec:
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
-    the number of the text encoders' last layers that are skipped, as diffusers counts them. Raises
-    UsageError for values that can't be right with any base or on any machine.
+    the number of the text encoders' last layers that are skipped, as diffusers counts them. `lora_slots` is
+    how many LoRAs each picture may bring, of up to `lora_rank`. Raises UsageError for values that can't be
+    right with any base or on any machine.
     """
 
     base: str
@@ -211,6 +236,8 @@ class BuildSpec:
     lora_skip: tuple[str, ...] = ()
     prompt_tokens: int = CHUNK_TOKENS
     clip_skip: int | None = None
+    lora_slots: int = 0
+    lora_rank: int = 64
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -243,6 +270,20 @@ class BuildSpec:
             )
         if self.clip_skip is not None and self.clip_skip < 0:
             raise UsageError(f"clip skip must be 0 or more, not {self.clip_skip}")
+        if not 0 <= self.lora_slots <= MOST_SLOTS:
+            raise UsageError(f"LoRA slots must be from 0 to {MOST_SLOTS}, not {self.lora_slots}")
+        if self.lora_rank < 1:
+            raise UsageError(f"the rank of LoRA slots must be 1 or more, not {self.lora_rank}")
+        names = [lora.name for lora in self.runtime_loras]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UsageError(
+                f"two LoRAs are called {twice} at run time", "name one of them: --lora FILE:runtime:NAME"
+            )
+        if self.whole_loop and (self.lora_slots or names):
+            raise UsageError(
+                "--whole-loop makes one graph, whose LoRAs are all fused",
+                "drop --whole-loop, or fuse the LoRA: drop its :runtime, and --lora-slots",
+            )
         self.random_seed  # noqa: B018 - checks `weights`
         # The sides are checked before anything is loaded. A side that is not given is replaced with 8, which
         # is valid.
@@ -252,6 +293,12 @@ class BuildSpec:
     def few_step_weights(self) -> LoraSpec | None:
         """The few-step LoRA that is named, or None for the one that the method's table has."""
         return self.few_step_lora or self.lcm_lora
+
+    @property
+    def runtime_loras(self) -> tuple[LoraSpec, ...]:
+        """The LoRAs whose weights are inputs of the graphs: the few-step one, then the styles in order."""
+        asked = (self.few_step_weights, *self.loras)
+        return tuple(lora for lora in asked if lora is not None and lora.name is not None)
 
     @property
     def rewrites(self) -> tuple[str, ...]:
@@ -272,6 +319,8 @@ class BuildSpec:
             inputs["prompt tokens"] = str(self.prompt_tokens)
         if self.clip_skip:
             inputs["clip skip"] = str(self.clip_skip)
+        if self.lora_slots:
+            inputs["LoRA slots"] = f"{self.lora_slots} of rank {self.lora_rank}"
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property
@@ -305,10 +354,11 @@ class BuildSpec:
 
 @dataclass(frozen=True)
 class LoraProvenance:
-    """What a bundle records of a LoRA that is fused in: its source, weights, layout, modules and ranks.
+    """What a bundle records of a LoRA: its source, weights, layout, modules and ranks.
 
     `layout` names the file's key layout, and `modules` counts the modules that the LoRA changes. `skipped`
-    counts the keys that were left out, by the pattern of `--lora-skip` that they match.
+    counts the keys that were left out, by the pattern of `--lora-skip` that they match. A LoRA with a `name`
+    is not fused, and its weight is the default of an input.
     """
 
     source: str
@@ -318,6 +368,7 @@ class LoraProvenance:
     modules: int
     ranks: tuple[int, ...]
     skipped: Mapping[str, int] = field(default_factory=dict)
+    name: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields, for the manifest."""

@@ -223,9 +223,9 @@ UNET_LORA_MODULES = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.2", "proj_in", 
 TEXT_LORA_MODULES = ("q_proj", "v_proj", "out_proj", "fc1")
 
 
-def lora_modules(pipe, text: bool) -> list[tuple[str, str, torch.nn.Module]]:
-    """(component, module, layer) of those that LoRAs are usually made for."""
-    wanted = [("unet", pipe.unet, UNET_LORA_MODULES)]
+def lora_modules(pipe, text: bool, every: bool = False) -> list[tuple[str, str, torch.nn.Module]]:
+    """(component, module, layer) of those that LoRAs are usually made for, or of every matrix."""
+    wanted = [("unet", pipe.unet, "" if every else UNET_LORA_MODULES)]
     if text:
         names = [n for n in ("text_encoder", "text_encoder_2") if getattr(pipe, n, None) is not None]
         wanted += [(name, getattr(pipe, name), TEXT_LORA_MODULES) for name in names]
@@ -238,9 +238,19 @@ def lora_modules(pipe, text: bool) -> list[tuple[str, str, torch.nn.Module]]:
 
 
 def write_lora(
-    pipe, path: Path, layout: str, rank: int = 4, alpha: float | None = 2.0, text: bool = True, seed: int = 0
+    pipe,
+    path: Path,
+    layout: str,
+    rank: int = 4,
+    alpha: float | None = 2.0,
+    text: bool = True,
+    seed: int = 0,
+    every: bool = False,
 ) -> Path:
-    """A random LoRA for a pipeline's modules, in the key names of kohya's trainer or of diffusers/PEFT."""
+    """A random LoRA for a pipeline's modules, in the key names of kohya's trainer or of diffusers/PEFT.
+
+    With `every` it changes all linear layers and convolutions of the UNet.
+    """
     generator = torch.Generator().manual_seed(seed)
     one_encoder = getattr(pipe, "text_encoder_2", None) is None
     kohya = {
@@ -249,7 +259,7 @@ def write_lora(
         "text_encoder_2": "lora_te2_",
     }
     tensors = {}
-    for component, name, layer in lora_modules(pipe, text):
+    for component, name, layer in lora_modules(pipe, text, every):
         weight = layer.weight
         kernel = weight.shape[2:]
         down = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.2

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "stages": {"checkpoint"},
     "export": {"stages"},
     "bundles": {"engines"},
-    "pipeline": {"bundles", "engines"},
+    "pipeline": {"bundles", "engines", "lora", "checkpoint"},
     "proof": {"pipeline", "bundles", "engines", "stages"},
     "training": {"pipeline", "stages", "lora", "checkpoint", "demo"},
     "builder": {"proof", "pipeline", "bundles", "engines", "export", "stages", "lora", "checkpoint"},

@@ -20,6 +20,7 @@ from lcm_compile.bundles.bundle import (
 from lcm_compile.bundles.export_manifest import EXPORT, Export, ExportManifest
 from lcm_compile.bundles.manifest import (
     FewStepWeights,
+    LoraSlots,
     Parity,
     PipelineSettings,
     StageFile,
@@ -30,10 +31,11 @@ from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.engines import find_backend
 from lcm_compile.export import EXPORTERS
+from lcm_compile.graphs import is_lora_input
 from lcm_compile.lora.few_step import defaults_of
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, picture_of, write_proof
-from lcm_compile.spec import BuildSpec, LoraProvenance
+from lcm_compile.spec import BuildSpec, LoraProvenance, LoraSpec
 from lcm_compile.stages.contracts import CONTEXT_STEPS, graph_contracts, make_contracts, models_of
 from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.files import check_space
@@ -183,11 +185,10 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
     """
     checkpoint = plan.checkpoint
     encode = make_contracts(checkpoint, plan.shape)["encode"]
+    inputs = [tokens for tokens in encode.inputs if not is_lora_input(tokens.name)]
     tokenizers = []
     (folder / "tokenizers").mkdir()
-    for name, encoder, tokens in zip(
-        checkpoint.tokenizers, checkpoint.text_encoders, encode.inputs, strict=True
-    ):
+    for name, encoder, tokens in zip(checkpoint.tokenizers, checkpoint.text_encoders, inputs, strict=True):
         tokenizer = load_tokenizer(checkpoint, name)
         file = f"tokenizers/{name}.json"
         (folder / file).write_text(tokenizer.json, encoding="utf-8")
@@ -214,7 +215,24 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         checkpoint.family.sample_prompt if checkpoint.family else SAMPLE_PROMPT,
         **vars(defaults),
         few_step=FewStepWeights(row.name, row.made_for, plan.few_step_licence) if row else None,
+        **lora_settings(plan),
     )
+
+
+def lora_settings(plan: ExportPlan) -> dict[str, Any]:
+    """Returns the settings of the LoRAs that are not fused."""
+    checkpoint, inputs = plan.checkpoint, plan.checkpoint.loras
+    specs = [lora.spec for lora in plan.loras if lora.spec.name is not None]
+    slots = None
+    if inputs.slots:
+        names = (*checkpoint.text_encoders, "unet")
+        configs = {name: dict(checkpoint.components[name].config) for name in names}
+        slots = LoraSlots(inputs.slots, inputs.rank, configs)
+    return {
+        "loras": tuple(LoraSpec(str(spec.name), spec.weight, spec.strengths) for spec in specs),
+        "lora_parts": inputs.parts,
+        "lora_slots": slots,
+    }
 
 
 def check_stage(

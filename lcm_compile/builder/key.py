@@ -64,6 +64,8 @@ def export_key(
     for i, lora in enumerate(loras, 1):
         key[f"LoRA {i}"] = lora.sha256
         key[f"LoRA {i} weight"] = lora.spec.effective
+        if lora.spec.name is not None:
+            key[f"LoRA {i} at run time"] = lora.spec.name
     for i, embedding in enumerate(checkpoint.embeddings, 1):
         key[f"embedding {i}"] = digests.sha256(embedding.path)
         key[f"embedding {i} word"] = embedding.spec.token or embedding.path.stem

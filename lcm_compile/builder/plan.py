@@ -23,7 +23,7 @@ from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
-from lcm_compile.graphs import STAGES
+from lcm_compile.graphs import STAGES, LoraInputs
 from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.few_step import FewStep, licence_of
 from lcm_compile.lora.find import PlannedLora, find_loras, plan_few_step
@@ -242,6 +242,7 @@ def plan_export(
         )
     loras = find_loras(spec, few_step, digests)
     checkpoint = with_bundled_words(few_step.checkpoint, loras, spec.lora_skip)
+    checkpoint = with_lora_inputs(checkpoint, spec, loras, precisions["step"])
     key = export_key(spec, checkpoint, loras, shape, precisions, graph_format, digests)
     key["few-step method"] = few_step.row.name if few_step.row else "none"
     digests.save()
@@ -250,6 +251,30 @@ def plan_export(
     return ExportPlan(
         spec, checkpoint, loras, few_step.row, shape, proof, precisions, graph_format, checked, key
     )
+
+
+def with_lora_inputs(
+    checkpoint: Checkpoint, spec: BuildSpec, loras: tuple[PlannedLora, ...], precision: Precision
+) -> Checkpoint:
+    """Returns the checkpoint with what of LoRAs is an input of its stages.
+
+    Raises UsageError if the step multiplies in 8 bits, or if a LoRA at run time is a complete UNet.
+    """
+    names = tuple(lora.spec.name for lora in loras if lora.spec.name is not None)
+    if len(names) < len(spec.runtime_loras):
+        raise UsageError(
+            f"{spec.runtime_loras[0].source} is a complete UNet, whose weight can't be an input",
+            "drop its :runtime",
+        )
+    if not names and not spec.lora_slots:
+        return checkpoint
+    if precision.is_quantized:
+        raise UsageError(
+            f"LoRAs at run time can't be exact beside weights in 8 bits, {precision.product}",
+            "another --precision; or fuse them: drop :runtime and --lora-slots",
+        )
+    parts, rank = (checkpoint.parts if names else ()), (spec.lora_rank if spec.lora_slots else 0)
+    return replace(checkpoint, loras=LoraInputs(names, parts, spec.lora_slots, rank))
 
 
 def is_large(checkpoint: Checkpoint) -> bool:

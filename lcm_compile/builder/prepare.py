@@ -15,6 +15,7 @@ from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, ExportedGraph
+from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.proof import parity
@@ -22,6 +23,7 @@ from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner
 from lcm_compile.spec import LoraProvenance, LoraSpec
 from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
+from lcm_compile.stages.lora_branches import Branch, FixedLora, add_branch, slot_layers
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
@@ -93,7 +95,11 @@ def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
         for name in plan.checkpoint.tokenizers:
             load_tokenizer(plan.checkpoint, name)
     modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
-    return check_loras(modules, loras.read())
+    provenance = check_loras(modules, loras.read())
+    for lora, spec in loras.read():
+        if spec.name is not None:
+            check_at_run_time(lora, modules)
+    return provenance
 
 
 def prepare_model(
@@ -196,7 +202,7 @@ def cast_stages(
     names, components = MODEL_STAGES[model]
     checkpoint = plan.checkpoint
     modules = {
-        name: load_component(checkpoint, name, partial(merge_into, name, loras))
+        name: load_component(checkpoint, name, partial(merge_into, name, plan, loras))
         for name in components
         if name in checkpoint.components
     }
@@ -228,9 +234,28 @@ def cast_stages(
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))
 
 
-def merge_into(name: str, loras: LoraFiles, module: nn.Module) -> None:
-    """Merges LoRAs into the component `name`. Raises LoraError if one does not fit."""
-    merge_loras({name: module}, loras.read())
+def merge_into(name: str, plan: ExportPlan, loras: LoraFiles, module: nn.Module) -> None:
+    """Merges LoRAs into the component `name`, and adds branches for those that are not fused.
+
+    Raises LoraError if one does not fit.
+    """
+    read, inputs = loras.read(), plan.checkpoint.loras
+    fused = [(lora, spec) for lora, spec in read if spec.name is None]
+    merge_loras({name: module}, fused)
+    if not inputs or name == "vae":
+        return
+    fixed: dict[nn.Module, list[FixedLora]] = {}
+    at_run_time = [lora for lora, spec in read if spec.name is not None]
+    for row, lora in enumerate(at_run_time):
+        own = replace(lora, layers=[layer for layer in lora.layers if layer.component == name])
+        for one in factors_of(own, {name: module}):
+            place = row * len(inputs.parts) + inputs.parts.index(one.place.part)
+            fixed.setdefault(one.place.module, []).append(FixedLora(one.down, one.up, one.bias, place))
+    slots = slot_layers(plan.checkpoint, name) if inputs.slots else {}
+    for path, layer in module.named_modules():
+        slot = f"{name}.{path}" if path in slots else None
+        if layer in fixed or slot:
+            add_branch(layer, Branch(layer, fixed.get(layer, ()), slot))
 
 
 def calibrate(

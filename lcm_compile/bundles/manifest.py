@@ -14,7 +14,7 @@ from lcm_compile.errors import REBUILD, BundleError, UsageError
 from lcm_compile.graphs import StageContract
 from lcm_compile.precisions import Precision
 from lcm_compile.scheduler import SchedulerSettings
-from lcm_compile.spec import BuildSpec, Shape
+from lcm_compile.spec import BuildSpec, LoraSpec, Shape
 from lcm_compile.system.cache import Digests
 from lcm_compile.system.dataclass_json import from_json, json_text
 from lcm_compile.system.stopwatch import Cost
@@ -72,11 +72,22 @@ class FewStepWeights:
 
 
 @dataclass(frozen=True)
+class LoraSlots:
+    """How many LoRAs of up to which rank a picture may bring, and the configs of the models they change."""
+
+    count: int
+    rank: int
+    configs: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class PipelineSettings:
     """Everything that the loop needs besides the stages' contracts.
 
     With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place. The
-    last fields are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
+    fields after the prompt are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
+    `loras` are those whose weights are inputs, each with its name as the source and its default weights, and
+    `lora_parts` the parts of the model that can have weights of their own.
     """
 
     shape: Shape
@@ -89,6 +100,9 @@ class PipelineSettings:
     steps: int = 4
     eta: float | None = None
     few_step: FewStepWeights | None = None
+    loras: tuple[LoraSpec, ...] = ()
+    lora_parts: tuple[str, ...] = ()
+    lora_slots: LoraSlots | None = None
 
     def drawing(
         self,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lcm_compile.checkpoint.families import FAMILIES, Family
+from lcm_compile.graphs import LoraInputs
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.spec import EmbeddingSpec
 from lcm_compile.system.files import user_path
@@ -78,7 +79,7 @@ class Checkpoint:
     random_weights. `scheduler_config` is the scheduler's config as it was found. `notes` are sentences for
     the user about how the base was read. `embeddings` are the textual inversions that `load` adds.
     `prompt_chunks` says how many chunks of `text_length` tokens a prompt has, and `clip_skip` how many of the
-    last layers of each text encoder are skipped.
+    last layers of each text encoder are skipped. `loras` says what of LoRAs is an input of its stages.
     """
 
     base: str
@@ -93,6 +94,7 @@ class Checkpoint:
     embeddings: tuple[PlannedEmbedding, ...] = ()
     prompt_chunks: int = 1
     clip_skip: int = 0
+    loras: LoraInputs = field(default_factory=LoraInputs)
 
     @property
     def scheduler(self) -> SchedulerSettings:
@@ -134,6 +136,16 @@ class Checkpoint:
     def unet(self) -> Mapping[str, Any]:
         """The UNet's config."""
         return self.components["unet"].config
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that a LoRA can have a strength of its own for, each without those inside it."""
+        blocks = [
+            f"{name}.{i}"
+            for name, types in (("down_blocks", "down_block_types"), ("up_blocks", "up_block_types"))
+            for i in range(len(self.unet[types]))
+        ]
+        return (*self.text_encoders, "unet", *blocks, "mid_block")
 
     @property
     def vae(self) -> Mapping[str, Any]:

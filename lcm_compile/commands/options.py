@@ -56,6 +56,23 @@ def read_seeds(context: click.Context, parameter: click.Parameter, text: str | N
     return seeds
 
 
+def read_lora_weights(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> Any:
+    """Returns `NAME=W` and `NAME=W@PART=W,…` as LoraSpecs. Raises BadParameter for all else."""
+    from lcm_compile.errors import UsageError
+    from lcm_compile.spec import LoraSpec
+
+    found = []
+    for text in texts:
+        name, equals, weight = text.partition("=")
+        if not (name and equals and weight):
+            raise click.BadParameter(f"{text!r} is not NAME=0.8, nor NAME=0.8@text=0.5")
+        try:
+            found.append(LoraSpec.parse(f"{name}:{weight}"))
+        except UsageError as error:
+            raise click.BadParameter(error.message) from None
+    return tuple(found)
+
+
 def pair_option(name: str, form: str, text: str) -> Callable[..., Any]:
     """Returns an option whose value is two whole numbers, in the form that `form` shows."""
 
@@ -114,6 +131,21 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 callback=read_seeds,
                 help="Seed of the noise, by default a random one, which is printed; 1,2,3 or 1..8 draws a "
                 "picture for each.",
+            ),
+            click.option(
+                "--lora-weight",
+                "lora_weights",
+                multiple=True,
+                metavar="NAME=W[@PART=W,…]",
+                callback=read_lora_weights,
+                help="The weight of a LoRA that the bundle takes at run time; repeatable.",
+            ),
+            click.option(
+                "--lora",
+                "loras",
+                multiple=True,
+                metavar="FILE|ID[:W][@PART=W,…]",
+                help="A LoRA for one of the bundle's slots, and its weight; repeatable.",
             ),
             click.option("--num-images", type=int, default=1, show_default=True, help="Pictures to draw."),
             click.option("--index", type=int, help="Draw only this one of --num-images, counted from 0."),
@@ -177,8 +209,9 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--lora",
                 "loras",
                 multiple=True,
-                metavar="FILE|ID[:W][@PART=W,…]",
-                help="A LoRA to fuse and its weight, for all or each part; repeatable.",
+                metavar="FILE|ID[:W][:runtime[:NAME]][@PART=W,…]",
+                help="A LoRA to fuse and its weight, for all or each part, or with :runtime the weight that "
+                "run --lora-weight may change; repeatable.",
             ),
             click.option(
                 "--embedding",
@@ -245,6 +278,20 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--clip-skip",
                 type=int,
                 help="Last layers of the text encoders to skip; webui's Clip skip is 1 more.",
+            ),
+            click.option(
+                "--lora-slots",
+                type=int,
+                default=0,
+                show_default=True,
+                help="LoRAs that run --lora can put into the finished bundle.",
+            ),
+            click.option(
+                "--lora-rank",
+                type=int,
+                default=64,
+                show_default=True,
+                help="The highest rank of LoRAs in these slots.",
             ),
             click.option(
                 "--precision",

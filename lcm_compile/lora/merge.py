@@ -72,6 +72,7 @@ def check_loras(
                 len(pairs),
                 tuple(lora.ranks),
                 lora.skipped,
+                spec.name,
             )
         )
     return provenance

@@ -198,6 +198,17 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         },
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
+        "lora_weights": {
+            lora.source: f"{lora.effective}, changed by run --lora-weight {lora.source}=W"
+            for lora in manifest.pipeline.loras
+        },
+        "lora_slots": {
+            "count": slots.count,
+            "rank": slots.rank,
+            "filled by": "run --lora FILE:W",
+        }
+        if (slots := manifest.pipeline.lora_slots)
+        else None,
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "stages": [
             {

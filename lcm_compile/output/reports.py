@@ -10,6 +10,7 @@ from lcm_compile.builder.estimate import Estimate
 from lcm_compile.builder.plan import ExportPlan, Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
 from lcm_compile.lora.few_step import is_non_commercial
+from lcm_compile.lora.find import PlannedLora
 from lcm_compile.output.console import print_table, size_text
 from lcm_compile.system.limits import available_memory
 
@@ -25,7 +26,8 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             ("vae", export.checkpoint.components["vae"].location),
             *((f"lossy {stage}", why) for stage, why in export.lossy.items()),
             ("few-step method", few_step_line(export)),
-            *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
+            *((f"{p.role} LoRA", lora_line(p)) for p in export.loras),
+            *(((("LoRA slots", slots_line(export)),)) if export.spec.lora_slots else ()),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
@@ -45,6 +47,17 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
         ("hit" if plan.hit else "miss", "\n".join(plan.reasons)),
     ]
     print_table(("", "plan"), rows)
+
+
+def lora_line(lora: PlannedLora) -> str:
+    """Returns a planned LoRA's file, its weight, and the name that this is changed by if it is not fused."""
+    called = "" if lora.spec.name is None else f", by default; run --lora-weight {lora.spec.name}=W"
+    return f"{lora.path} × {lora.spec.effective}{called}"
+
+
+def slots_line(export: ExportPlan) -> str:
+    """Returns how many LoRAs of which rank a plan's bundle has room for."""
+    return f"{export.spec.lora_slots} of rank {export.spec.lora_rank}"
 
 
 def few_step_line(export: ExportPlan) -> str:

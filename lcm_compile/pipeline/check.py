@@ -7,7 +7,8 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, STAGES, StageContract
+from lcm_compile.graphs import DRAW, STAGES, StageContract, is_lora_input
+from lcm_compile.pipeline.loras import check_contracts, check_loras
 from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
@@ -24,7 +25,12 @@ def check_stages(bundle: EngineBundle) -> None:
         return
     if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
-    takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
+    if unfit := check_contracts(settings, [*contracts.values()]):
+        raise BundleError(f"{bundle.folder}: {unfit} is not what its LoRAs need", REBUILD)
+    takes = {
+        name: {s.name: s.shape for s in contract.inputs if not is_lora_input(s.name)}
+        for name, contract in contracts.items()
+    }
     gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
     shape, latent = settings.shape, takes["step"].get("latent", ())
     own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
@@ -83,6 +89,7 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
     contracts = [stage.contract for stage in manifest.stages]
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
+    check_loras(request, manifest.pipeline)
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

@@ -49,12 +49,17 @@ class CapturedLoop:
         times: Sequence[Array],
         texts: Sequence[Arrays],
         rescale: float = 0.0,
+        loras: Arrays | None = None,
     ) -> None:
-        """Captures the loop. `texts` are one or two dicts of arrays that this object owns and overwrites."""
+        """Captures the loop.
+
+        `texts` are one or two dicts of arrays that this object owns and overwrites, as it does with `loras`.
+        """
         step = runners["step"]
         shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
         noise = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
         self._texts = texts
+        self._loras = loras or {}
         self._scale = step.to_device(np.asarray([CHECK_SCALE], np.float32))
         # Copies, because to_device returns the same array on a processor.
         self._latent, self._fresh = (step.to_device(array.copy()) for array in noise)
@@ -64,7 +69,7 @@ class CapturedLoop:
         fresh = [self._fresh if one.noise_scale else None for one in steps]
 
         def loop_of(conditions: list[list[Arrays]]) -> Loop:
-            return Loop(runners, steps, coefficients, conditions, self._scale, rescale)
+            return Loop(runners, steps, coefficients, conditions, self._scale, rescale, self._loras)
 
         def context() -> list[list[Arrays]]:
             return [conditions_of(runners, text, times, keep) for text in texts]
@@ -96,7 +101,7 @@ class CapturedLoop:
         runners, steps = self._loop.runners, self._loop.steps
         for arrays in (-noise, noise):
             latent, fresh = (runners["step"].to_device(array) for array in arrays)
-            self.begin(self._texts, self._scale)
+            self.begin(self._texts, self._scale, self._loras)
             state: State = (latent, None)
             for i, step in enumerate(steps):
                 state = self.step(i, state, fresh if step.noise_scale else None)
@@ -105,9 +110,9 @@ class CapturedLoop:
         if not difference <= MOST_DIFFERENCE * (255 if expected.dtype == np.uint8 else 1):
             raise BackendError("its CUDA graphs draw another picture than the engines do without them")
 
-    def begin(self, texts: Sequence[Arrays], scale: Array) -> CapturedLoop:
-        """Returns this loop after copying in other texts and another scale, and computing their context."""
-        for own, given in zip(self._texts, texts, strict=True):
+    def begin(self, texts: Sequence[Arrays], scale: Array, loras: Arrays) -> CapturedLoop:
+        """Returns this loop after copying in texts, a scale and LoRAs, and computing the texts' context."""
+        for own, given in zip((*self._texts, self._loras), (*texts, loras), strict=True):
             for name, array in own.items():
                 array.copy_(given[name])
         self._scale.copy_(scale)

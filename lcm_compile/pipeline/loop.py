@@ -7,7 +7,7 @@ so that the stages can be captured as CUDA graphs: see cuda_graphs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ class Loop:
     `conditions` has a list for the prompt and, if a second pass guides the picture by `scale` (1,), another
     for the negative prompt. Each list has an entry for each step: the inputs of the step stage for this text.
     `coefficients` has an entry for each step as well, empty if the step stage takes none. `rescale` is the
-    share of guidance rescale: see guided.
+    share of guidance rescale: see guided. `loras` are the LoRA inputs of the step stage.
     """
 
     runners: Runners
@@ -37,6 +37,7 @@ class Loop:
     conditions: Sequence[Sequence[Arrays]]
     scale: Array
     rescale: float = 0.0
+    loras: Arrays = field(default_factory=dict)
 
     def step(self, i: int, state: State, fresh: Array | None) -> State:
         """Returns the state after step i, in memory of its own.
@@ -51,6 +52,7 @@ class Loop:
             "noise": latent if fresh is None else fresh,
             "previous_x0": latent if previous is None else previous,
             **self.coefficients[i],
+            **self.loras,
         }
         given = step({**inputs, **self.conditions[0][i]})
         if len(self.conditions) > 1:

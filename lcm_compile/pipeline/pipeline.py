@@ -35,6 +35,7 @@ from lcm_compile.pipeline.drawing import (
     warning_of_one_colour,
 )
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
+from lcm_compile.pipeline.loras import Choice
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.prompts import (
     Condition,
@@ -48,6 +49,7 @@ from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, reques
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
+from lcm_compile.spec import LoraSpec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +117,8 @@ class Pipeline(ABC):
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
+        lora_weights: Mapping[str, float | LoraSpec] | Sequence[LoraSpec] = (),
+        loras: Sequence[str | LoraSpec] = (),
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -138,6 +142,8 @@ class Pipeline(ABC):
         original_size: The height and width in pixels that SDXL is told its picture was a part of.
         crop: The top and left of that part in pixels.
         target_size: The height and width in pixels that SDXL is told to aim at.
+        lora_weights: The weights of the bundle's LoRAs that are not fused, by name.
+        loras: The LoRAs for the bundle's slots, such as `style.safetensors:0.7`.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -164,6 +170,8 @@ class Pipeline(ABC):
             original_size=original_size,
             crop=crop,
             target_size=target_size,
+            lora_weights=lora_weights,
+            loras=loras,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -273,8 +281,9 @@ class LcmPipeline(Pipeline):
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         steps = plan.steps
         guided = self.needs_second_pass(request)
+        loras = self.prompts.loras.choose(request)
         batches = list(batches_of(pictures, self.settings.shape.batch))
-        prompts = list(pairwise([[], *(self.conditions_of(rows) for rows, _ in batches)]))
+        prompts = list(pairwise([[], *(self.conditions_of(rows, loras) for rows, _ in batches)]))
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
         passes = Passes(stages * encoded, len(batches), len(steps) * (1 + guided))
@@ -294,7 +303,7 @@ class LcmPipeline(Pipeline):
                 yield passes.add(1)
             if now != before:
                 texts = {key: texts[key] for key in now}
-                loop = self.open_loop([texts[key] for key in now], steps, request, graphs)
+                loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras)
                 clock.lap("context")
                 if "context" in self.runners:
                     yield passes.add(len(new))
@@ -317,26 +326,33 @@ class LcmPipeline(Pipeline):
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""
         return request.guidance_scale > 1.0 and not takes(self.runners, "guidance")
 
-    def conditions_of(self, rows: Sequence[Request]) -> list[Condition]:
+    def conditions_of(self, rows: Sequence[Request], loras: Choice) -> list[Condition]:
         """Returns what each pass of a step is conditioned on; the second is that of the negative prompts."""
         shape, first = self.settings.shape, rows[0]
-        conditions = [condition_of(rows, shape, None if takes(self.runners, "guidance") else 1.0)]
+        scale = None if takes(self.runners, "guidance") else 1.0
+        conditions = [condition_of(rows, shape, scale, loras)]
         if self.needs_second_pass(first):
-            conditions.append(negative_condition_of(rows, shape, self.settings.zero_negative_prompt))
+            conditions.append(negative_condition_of(rows, shape, self.settings.zero_negative_prompt, loras))
         return conditions
 
     def open_loop(
-        self, texts: Sequence[Text], steps: Sequence[Step], request: Request, graphs: CapturedLoop | None
+        self,
+        texts: Sequence[Text],
+        steps: Sequence[Step],
+        request: Request,
+        graphs: CapturedLoop | None,
+        loras: Choice,
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
+        own = self.prompts.loras.inputs(loras, "step")
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], scale)
+            return graphs.begin([text.arrays for text in texts], scale, own)
         timesteps = [step.timestep for step in steps]
         conditions = [self.prompts.conditions(text, timesteps) for text in texts]
         coefficients = put_coefficients(self.runners, steps)
-        return Loop(self.runners, steps, coefficients, conditions, scale, request.guidance_rescale)
+        return Loop(self.runners, steps, coefficients, conditions, scale, request.guidance_rescale, own)
 
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape (c, h, w) of the latent of one picture."""
@@ -361,7 +377,9 @@ class LcmPipeline(Pipeline):
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
-            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale)
+            usual = self.prompts.loras.inputs(self.prompts.loras.usual, "step")
+            own = {name: array + 0 for name, array in usual.items()}
+            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale, own)
 
         return self._graphs.find((steps, guided, rescale), make)
 

@@ -14,6 +14,7 @@ from lcm_compile.engines.runner import Array
 from lcm_compile.errors import REBUILD, UsageError
 from lcm_compile.graphs import DRAW, StageContract
 from lcm_compile.pipeline.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
+from lcm_compile.pipeline.loras import NO_LORAS, Choice, Loras
 from lcm_compile.pipeline.request import PAIRS, Request
 from lcm_compile.pipeline.tokenizer import PromptTokenizer, Tokens
 from lcm_compile.spec import Shape
@@ -26,16 +27,20 @@ class Condition:
     """What one pass through the UNet is conditioned on.
 
     `prompts` has for each picture of a batch what the first and what a second text encoder reads; None means
-    text states of zeros. `time_ids` are SDXL's six sizes in pixels: see Request.
+    text states of zeros. `time_ids` are SDXL's six sizes in pixels: see Request. `loras` are those of the
+    text encoders and the UNet.
     """
 
     prompts: tuple[tuple[str, str], ...] | None
     syntax: str = "plain"
     guidance_scale: float = 1.0
     time_ids: tuple[int, ...] = (0,) * 6
+    loras: Choice = NO_LORAS
 
 
-def condition_of(rows: Sequence[Request], shape: Shape, scale: float | None = None) -> Condition:
+def condition_of(
+    rows: Sequence[Request], shape: Shape, scale: float | None = None, loras: Choice = NO_LORAS
+) -> Condition:
     """Returns the condition of the prompts of a batch of requests for pictures of a shape.
 
     `scale` is the guidance scale that a stage reads, by default the requests'.
@@ -43,10 +48,12 @@ def condition_of(rows: Sequence[Request], shape: Shape, scale: float | None = No
     first = rows[0]
     prompts = tuple((row.prompt, row.prompt if row.prompt_2 is None else row.prompt_2) for row in rows)
     scale = first.guidance_scale if scale is None else scale
-    return Condition(prompts, first.prompt_syntax, scale, first.time_ids(shape))
+    return Condition(prompts, first.prompt_syntax, scale, first.time_ids(shape), loras)
 
 
-def negative_condition_of(rows: Sequence[Request], shape: Shape, zeros: bool) -> Condition:
+def negative_condition_of(
+    rows: Sequence[Request], shape: Shape, zeros: bool, loras: Choice = NO_LORAS
+) -> Condition:
     """Returns the condition of the negative prompts of a batch of requests.
 
     Without negative prompts it is "", or with `zeros` text states of zeros.
@@ -56,7 +63,8 @@ def negative_condition_of(rows: Sequence[Request], shape: Shape, zeros: bool) ->
         negative = row.negative_prompt or ""
         prompts.append((negative, negative if row.negative_prompt_2 is None else row.negative_prompt_2))
     none = zeros and first.negative_prompt is None
-    return Condition(None if none else tuple(prompts), first.prompt_syntax, time_ids=first.time_ids(shape))
+    texts = None if none else tuple(prompts)
+    return Condition(texts, first.prompt_syntax, time_ids=first.time_ids(shape), loras=loras)
 
 
 @dataclass
@@ -89,6 +97,7 @@ class Prompts:
         self.tokenizers = tokenizers
         self._settings = settings
         self._kept = kept
+        self.loras = Loras(runners, settings)
         self._texts: dict[Condition, Text] = {}  # the last used one is at the end
         self._lock = threading.Lock()  # held while the texts change
 
@@ -116,7 +125,8 @@ class Prompts:
 
     def blank(self) -> Arrays:
         """Returns new arrays of the shapes that a text has."""
-        return {**self._zeros(), **self._numbers(Condition(None))}
+        numbers = self._numbers(Condition(None, loras=self.loras.usual))
+        return {**self._zeros(), **{name: array + 0 for name, array in numbers.items()}}
 
     def tokens(self, asked: Condition) -> dict[str, list[Tokens]]:
         """Returns the tokens of each picture's prompt for each input of the encode stage."""
@@ -130,7 +140,8 @@ class Prompts:
     def _encode(self, asked: Condition) -> tuple[Arrays, str]:
         runner = self._runners["encode"]
         tokens = self.tokens(asked)
-        arrays = runner({name: runner.to_device(ids) for name, ids in ids_of(tokens).items()})
+        given = {name: runner.to_device(ids) for name, ids in ids_of(tokens).items()}
+        arrays = runner({**given, **self.loras.inputs(asked.loras, "encode")})
         arrays = {name: runner.kept(array) for name, array in arrays.items()}
         if any((one.weights != 1).any() for read in tokens.values() for one in read):
             arrays["hidden_states"] = self._weighted(arrays["hidden_states"], [*tokens.values()])
@@ -166,9 +177,10 @@ class Prompts:
 
     def _numbers(self, asked: Condition) -> Arrays:
         """Returns the inputs besides the text states that a stage takes."""
-        to_device = reads_text(self._runners).to_device
+        reader = reads_text(self._runners)
         numbers = numbers_of(asked, self._settings.shape.batch)
-        return {name: to_device(array) for name, array in numbers.items() if takes(self._runners, name)}
+        found = {n: reader.to_device(array) for n, array in numbers.items() if takes(self._runners, n)}
+        return found | self.loras.inputs(asked.loras, reader.contract.name)
 
 
 def numbers_of(asked: Condition, batch: int) -> dict[str, np.ndarray]:

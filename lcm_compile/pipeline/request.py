@@ -7,13 +7,14 @@ import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
-from lcm_compile.spec import Shape
+from lcm_compile.spec import LoraSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Request:
     crop: The top and left of that part in pixels; None, the default, is 0 and 0.
     target_size: The height and width in pixels that SDXL is told to aim at; None, the default, is the
         picture's own size.
+    lora_weights: The weights of LoRAs that the bundle takes at run time, as a mapping from their names to
+        numbers or to LoraSpecs, whose strengths are for parts of the model. Without one the bundle's own
+        counts. The field has LoraSpecs whose sources are the names.
+    loras: The LoRAs to put into the bundle's slots, as LoraSpecs or in the form of `LoraSpec.parse`.
     """
 
     prompt: str
@@ -66,8 +71,12 @@ class Request:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    lora_weights: tuple[LoraSpec, ...] = ()
+    loras: tuple[LoraSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_weights", weights_of(self.lora_weights))
+        object.__setattr__(self, "loras", loras_of(self.loras))
         check_text(self.prompt, "prompt")
         for name, called in OTHER_PROMPTS.items():
             if getattr(self, name) is not None:
@@ -251,6 +260,8 @@ SHARED = {
     "original_size": "original size",
     "crop": "crop",
     "target_size": "target size",
+    "lora_weights": "weights of LoRAs",
+    "loras": "LoRAs",
 }
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
@@ -259,6 +270,27 @@ WHOLE_NUMBERS = {
     "num_images": "the number of images",
     "index": "the index of a picture",
 }
+
+
+def weights_of(given: Any) -> tuple[LoraSpec, ...]:
+    """Returns the weights of LoRAs by name, in the order of the names. Raises UsageError if one is none."""
+    if isinstance(given, Mapping):
+        given = [
+            replace(weight, source=name, name=None)
+            if isinstance(weight, LoraSpec)
+            else LoraSpec(name, signed_number(weight, f"the weight of LoRA {name}"))
+            for name, weight in given.items()
+        ]
+    found = tuple(sorted(given, key=lambda lora: str(lora.source)))
+    if twice := next((a.source for a, b in pairwise(found) if a.source == b.source), None):
+        raise UsageError(f"LoRA {twice} has two weights", "give it one")
+    return found
+
+
+def loras_of(given: Any) -> tuple[LoraSpec, ...]:
+    """Returns LoRAs for slots. Raises UsageError if one is neither a LoraSpec nor text of that form."""
+    given = [given] if isinstance(given, str | LoraSpec) else given
+    return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(str(lora)) for lora in given)
 
 
 def too_many(images: int) -> UsageError:
@@ -298,6 +330,13 @@ def number(value: Any, name: str, most: int) -> float:
     if not 0.0 <= (found := float(value)) <= most:
         raise UsageError(f"{name} must be from 0 to {most}, not {found}")
     return found
+
+
+def signed_number(value: Any, name: str) -> float:
+    """Returns a number of any library as a float. Raises UsageError for all else."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UsageError(f"{name} must be a number, not {shown(value)}")
+    return float(value)
 
 
 def check_text(text: Any, name: str) -> None:

@@ -151,7 +151,9 @@ class Rehearsal:
         runners[name] = recorder
         request = request or Request(self.settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
         tokenizers = load_tokenizers(self.folder, self.settings)
-        progress = pipeline_class(runners)(self.settings, runners, tokenizers).progress(request)
+        pipeline = pipeline_class(runners)(self.settings, runners, tokenizers)
+        pipeline.prompts.loras.proof_factors = True
+        progress = pipeline.progress(request)
         while len(recorder.calls) < (most if name == "step" else 1):
             next(progress)
         return recorder.calls

@@ -29,6 +29,7 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
             if same_shape or (name == "encode" and same_batch):
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
                 figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
+        pipeline.prompts.loras.proof_factors = True
         picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
         if float(picture.std()) < FLAT:
             raise ParityError(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.graphs import DRAW, StageContract, TensorSpec
+from lcm_compile.graphs import DOWN, DRAW, STRENGTHS, UP, LoraInputs, StageContract, TensorSpec
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.spec import BuildSpec, Shape
 
@@ -80,7 +80,48 @@ def make_contracts(
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
     clean = TensorSpec("latent", latent, "float32", "clean latent, the result of the last step")
     contracts["decode"] = StageContract("decode", (clean,), (picture_spec(shape, "rgb8" in rewrites),))
+    if checkpoint.loras:
+        for name, specs in lora_specs(checkpoint, "context" in rewrites).items():
+            contracts[name] = replace(contracts[name], inputs=(*contracts[name].inputs, *specs))
     return contracts
+
+
+def lora_specs(checkpoint: Checkpoint, has_context: bool) -> dict[str, tuple[TensorSpec, ...]]:
+    """Returns for each stage with LoRA inputs what these are: see LoraInputs."""
+    loras, meaning = checkpoint.loras, "weight of each LoRA in each part of the model"
+    strengths = TensorSpec(STRENGTHS, (len(loras.names), len(loras.parts)), "float32", meaning)
+    shared = (strengths,) if loras.names else ()
+    stages = ["encode", *(["context"] if has_context else []), "step"]
+    specs: dict[str, tuple[TensorSpec, ...]] = dict.fromkeys(stages, shared)
+    if not loras.slots:
+        return specs
+    for component, stage, layers in slots_of(checkpoint, has_context):
+        named = {f"{component}.{name}": shape for name, shape in layers.items()}
+        specs[stage] += slot_specs(loras, named)
+    return specs
+
+
+def slot_specs(loras: LoraInputs, layers: Mapping[str, tuple[int, ...]]) -> tuple[TensorSpec, ...]:
+    """Returns the inputs for the factors of LoRAs in slots, of layers by name with their weight's shape."""
+    ranks, specs = loras.slots * loras.rank, []
+    for name, (out, *ins) in layers.items():
+        down = TensorSpec(DOWN + name, (ranks, *ins), "float32", "the A of each LoRA, one below the other")
+        specs += [down, TensorSpec(UP + name, (out, ranks), "float32", "λ·s·B of each LoRA, side by side")]
+    return tuple(specs)
+
+
+def slots_of(checkpoint: Checkpoint, has_context: bool) -> list[tuple[str, str, dict[str, tuple[int, ...]]]]:
+    """Returns the layers that have slots, with their weights' shapes, by component and stage."""
+    from lcm_compile.stages.lora_branches import slot_layers
+    from lcm_compile.stages.rewrites import is_of_context
+
+    found = [(name, "encode", slot_layers(checkpoint, name)) for name in checkpoint.text_encoders]
+    unet = slot_layers(checkpoint, "unet")
+    moved = {name for name in unet if has_context and is_of_context(name)}
+    for stage, names in (("context", moved), ("step", unet.keys() - moved)):
+        if names:
+            found.append(("unet", stage, {name: unet[name] for name in unet if name in names}))
+    return found
 
 
 def token_specs(checkpoint: Checkpoint, shape: Shape) -> tuple[TensorSpec, ...]:

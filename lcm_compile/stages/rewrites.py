@@ -7,6 +7,7 @@ each can be switched off.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcm_compile.errors import CheckpointError
+from lcm_compile.stages.lora_branches import join_branches, move_branch
 
 # Keys and values (2·layers, b, heads, tokens, head width) for each group of cross_attentions, by its name.
 KeysValues = Mapping[str, Tensor]
@@ -124,6 +126,11 @@ def split_context(unet: Any) -> Context:
     return context
 
 
+def is_of_context(layer: str) -> bool:
+    """Returns whether a UNet's layer of this name is one that split_context moves."""
+    return bool(re.match(r"(time|add)_embedding\.|.*(\.attn2\.to_[kv]|\.time_emb_proj)$", layer))
+
+
 def unsupported_layers(unet: Any) -> str:
     """Returns what a UNet has that Context does not compute, in words, or "". Stable Diffusion's has none."""
     if unet.time_embed_act is not None or any(
@@ -179,6 +186,7 @@ def joined(layers: Sequence[nn.Linear]) -> nn.Linear:
     one.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), requires_grad=False)
     if has_bias:
         one.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), requires_grad=False)
+    join_branches(one, layers)
     return one
 
 
@@ -285,6 +293,7 @@ def rewrite_upsampling(module: nn.Module, exact: Sequence[Sequence[bool]]) -> No
         conv: Any = getattr(upsampler, "conv", None)
         if is_plain(conv) and upsampler.interpolate and all(doubles[number] for doubles in exact):
             block.upsamplers[i] = Upsampling(conv)
+            move_branch(conv, block.upsamplers[i])
 
 
 def rewrite_tiny_decoder(layers: nn.Sequential) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import StageContract
+from lcm_compile.graphs import StageContract, is_lora_input
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import draw_contract, make_contracts
+from lcm_compile.stages.lora_branches import WithLoras
 from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
 
 
@@ -69,7 +70,8 @@ def make_stages(
 
 def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping[str, nn.Module]) -> Stage:
     """Returns the stage of a contract, made of modules that rewrite_modules returned."""
-    names = [spec.name for spec in contract.inputs]
+    every = [spec.name for spec in contract.inputs]
+    names = [name for name in every if not is_lora_input(name)]
     module: nn.Module
     if contract.name == "context":
         module = ContextStage(modules["context"], names)
@@ -84,6 +86,8 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         module = EncodeTwo(*encoders, checkpoint.prompt_chunks, checkpoint.clip_skip)
     else:
         module = EncodeOne(modules["text_encoder"], checkpoint.prompt_chunks, checkpoint.clip_skip)
+    if any(map(is_lora_input, every)):
+        module = WithLoras(module, every)
     return Stage(contract, module.eval())
 
 

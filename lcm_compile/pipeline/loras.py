@@ -1,0 +1,203 @@
+"""The LoRAs of a request, as the arrays that a bundle's stages take: see LoraInputs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lcm_compile.bundles.manifest import PipelineSettings
+from lcm_compile.errors import UsageError, first_few
+from lcm_compile.graphs import DOWN, STRENGTHS, UP, StageContract, is_lora_input
+from lcm_compile.pipeline.loop import Arrays, Runners
+from lcm_compile.pipeline.request import Request
+from lcm_compile.spec import LoraSpec, containing_part
+
+# What a picture is drawn with: the weights of a bundle's own LoRAs, and the files in its slots with what
+# tells whether one has changed.
+Choice = tuple[tuple[LoraSpec, ...], tuple[tuple[LoraSpec, Path, int, int], ...]]
+NO_LORAS: Choice = ((), ())
+KEPT = 4  # choices whose arrays stay on the device
+# Called with the largest error of a LoRA whose form in a slot is not exact, as a share of its change.
+Told = Callable[[LoraSpec, float], None]
+
+
+def tell_nothing(lora: LoraSpec, error: float) -> None:
+    """Tells nobody of a LoRA's error."""
+
+
+class Loras:
+    """Makes the LoRA inputs of a bundle's stages, and keeps those of the last choices.
+
+    Several threads may use it at the same time. `told` is called for each LoRA whose form is not exact.
+    """
+
+    def __init__(self, runners: Runners, settings: PipelineSettings) -> None:
+        self._runners = runners
+        self._settings = settings
+        self._arrays: dict[Choice, dict[str, Arrays]] = {}  # the last used one is at the end
+        self._read: dict[tuple[Path, int, int], Mapping[str, Any]] = {}
+        self._modules: Mapping[str, Any] = {}
+        self._lock = threading.Lock()
+        self.told: Told = tell_nothing
+        self.proof_factors = False  # whether empty slots have the factors of the proof: see seeded
+
+    @property
+    def usual(self) -> Choice:
+        """What a request that says nothing of LoRAs is drawn with."""
+        return self._settings.loras, ()
+
+    def choose(self, request: Request) -> Choice:
+        """Returns what a request is drawn with. Raises UsageError or LoraError if it can't be."""
+        from lcm_compile.lora.find import find_lora
+
+        check_loras(request, self._settings)
+        given = {lora.source: lora for lora in request.lora_weights}
+        weights = tuple(given.get(lora.source, lora) for lora in self._settings.loras)
+        files = []
+        for lora in request.loras:
+            path = find_lora(lora)
+            stat = path.stat()
+            files.append((lora, path, stat.st_size, stat.st_mtime_ns))
+        return weights, tuple(files)
+
+    def inputs(self, choice: Choice, stage: str) -> Arrays:
+        """Returns the LoRA inputs of a stage, on the device. Raises LoraError if a LoRA does not fit."""
+        with self._lock:
+            arrays = self._arrays.pop(choice, None) or self._make(choice)
+            self._arrays[choice] = arrays
+            while len(self._arrays) > KEPT:
+                del self._arrays[next(iter(self._arrays))]
+        return arrays.get(stage, {})
+
+    def _make(self, choice: Choice) -> dict[str, Arrays]:
+        weights, files = choice
+        factors = [(lora, self._factors(path, size, time)) for lora, path, size, time in files]
+        made: dict[str, Arrays] = {}
+        for stage, runner in self._runners.items():
+            specs = [spec for spec in runner.contract.inputs if is_lora_input(spec.name)]
+            arrays: dict[str, np.ndarray] = {}
+            for spec in specs:
+                if spec.name == STRENGTHS:
+                    arrays[STRENGTHS] = strengths(weights, self._settings.lora_parts)
+                elif self.proof_factors and not files:
+                    arrays[spec.name] = seeded(spec.name, spec.shape)
+                else:
+                    arrays[spec.name] = self._slots(spec.name, spec.shape, factors)
+            made[stage] = {name: runner.to_device(array) for name, array in arrays.items()}
+        return made
+
+    def _slots(
+        self, name: str, shape: tuple[int, ...], factors: Sequence[tuple[LoraSpec, Mapping[str, Any]]]
+    ) -> np.ndarray:
+        """Returns the factors of each slot for one input, zeros where there are none."""
+        slots = self._settings.lora_slots
+        assert slots is not None
+        array = np.zeros(shape, np.float32)
+        side = DOWN if name.startswith(DOWN) else UP
+        for i, (lora, layers) in enumerate(factors):
+            if (layer := layers.get(name.removeprefix(side))) is None:
+                continue
+            down, up, part = layer
+            start = i * slots.rank
+            if side == DOWN:
+                array[start : start + len(down)] = down
+            else:
+                array[:, start : start + len(down)] = up * np.float32(lora.strength_of(part))
+        return array
+
+    def _factors(self, path: Path, size: int, time: int) -> Mapping[str, Any]:
+        """Returns (down, up, part) of each layer of a LoRA's file, by the layer's name. Reads it once."""
+        known = self._read.pop((path, size, time), None)
+        if known is None:
+            known = self._read_factors(path)
+        self._read[path, size, time] = known
+        while len(self._read) > KEPT:
+            del self._read[next(iter(self._read))]
+        return known
+
+    def _read_factors(self, path: Path) -> Mapping[str, Any]:
+        from lcm_compile.lora.factors import in_slots, modules_of_configs
+
+        slots = self._settings.lora_slots
+        assert slots is not None
+        self._modules = self._modules or modules_of_configs(slots.configs)
+        layers, error = in_slots(path, self._modules, slots.rank)
+        if error:
+            self.told(LoraSpec(str(path)), error)
+        return layers
+
+
+def strengths(weights: Sequence[LoraSpec], parts: Sequence[str]) -> np.ndarray:
+    """Returns the weight of each LoRA in each part of the model: float32 (LoRAs, parts)."""
+    return np.asarray([[lora.strength_of(part) for part in parts] for lora in weights], np.float32)
+
+
+def seeded(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Returns small factors for the proof's picture, which a name and a shape always have alike.
+
+    With zeros, which draw the same picture as no slots at all, the proof would not see what slots do.
+    """
+    draws = np.random.default_rng([*name.encode()])
+    size = 0.1 if name.startswith(DOWN) else 0.02
+    width = np.sqrt(np.prod(shape[1:]))  # of the inputs that each output sums
+    return (size / width * draws.standard_normal(shape, np.float32)).astype(np.float32)
+
+
+def check_loras(request: Request, settings: PipelineSettings) -> None:
+    """Raises UsageError if a bundle with these settings can't draw with a request's LoRAs."""
+    names = [lora.source for lora in settings.loras]
+    for lora in request.lora_weights:
+        if lora.source not in names:
+            raise UsageError(
+                f"this bundle has no LoRA {lora.source} whose weight can be changed"
+                + (f"; it has {first_few(names)}" if names else ""),
+                "build with --lora FILE:runtime, whose name is the file's",
+            )
+        for part in lora.strengths:
+            if part != "text" and not any(part in with_containing(own) for own in settings.lora_parts):
+                raise UsageError(
+                    f"LoRA {lora.source} has a strength for {part}, which this bundle's model lacks",
+                    f"give strengths for these only: {', '.join(settings.lora_parts)}",
+                )
+    slots = settings.lora_slots
+    if request.loras and slots is None:
+        raise UsageError(
+            "this bundle has no slots for LoRAs", "build with --lora-slots 1; or fuse it: build --lora FILE"
+        )
+    if slots is not None and len(request.loras) > slots.count:
+        raise UsageError(
+            f"{len(request.loras)} LoRAs for {slots.count} slots",
+            f"build with --lora-slots {len(request.loras)}",
+        )
+    for lora in request.loras:
+        if lora.name is not None:
+            raise UsageError(f"a LoRA in a slot takes no :runtime, as {lora.source} has", "drop it")
+
+
+def with_containing(part: str) -> list[str]:
+    """Returns a part and those that contain it."""
+    found = [part]
+    while found[-1]:
+        found.append(containing_part(found[-1]))
+    return found
+
+
+def check_contracts(settings: PipelineSettings, contracts: Sequence[StageContract]) -> str | None:
+    """Returns which LoRA input of a bundle's stages has another shape than its settings ask for, or None."""
+    slots, wanted = settings.lora_slots, (len(settings.loras), len(settings.lora_parts))
+    for contract in contracts:
+        for spec in contract.inputs:
+            if not is_lora_input(spec.name):
+                continue
+            if spec.name == STRENGTHS:
+                fits = spec.shape == wanted
+            else:
+                ranks = slots.count * slots.rank if slots else 0
+                fits = spec.shape[0 if spec.name.startswith(DOWN) else 1] == ranks
+            if not fits:
+                return f"{contract.name}'s {spec.name} {spec.shape}"
+    return None
