@@ -20,9 +20,6 @@ from lcm_compile.system.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# The lines of a page that enclose its generated table.
-START = "<!-- bench: start -->"
-END = "<!-- bench: end -->"
 
 
 def table(reports: Sequence[BenchmarkReport]) -> str:
@@ -52,19 +49,20 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
     return "\n".join(markdown_table(columns, rows, left=(0, 1)))
 
 
-def filled(text: str, inside: str) -> str:
-    """Returns the page with the text between START and END replaced.
+def filled(text: str, inside: str, name: str = "bench") -> str:
+    """Returns the page with the text between the two lines of a name replaced.
 
     Raises UsageError if it does not have each of these lines exactly once.
     """
-    if text.count(START) != 1 or text.count(END) != 1:
+    start, end = (f"<!-- {name}: {edge} -->" for edge in ("start", "end"))
+    if text.count(start) != 1 or text.count(end) != 1:
         raise UsageError(
-            f"the page must have the lines {START} and {END} once each",
+            f"the page must have the lines {start} and {end} once each",
             "put them around the place where the table belongs",
         )
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{inside}\n{END}{after}"
+    before, _, rest = text.partition(start)
+    _, _, after = rest.partition(end)
+    return f"{before}{start}\n{inside}\n{end}{after}"
 
 
 def reports_in(folder: Path) -> list[BenchmarkReport]:

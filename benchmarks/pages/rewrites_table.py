@@ -9,7 +9,7 @@ builds the bundles and keeps the raw samples in benchmarks/results/.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -37,11 +37,10 @@ ALL = "without any"
 WHOLE = "as one graph"
 
 
-def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: float) -> BenchmarkReport:
-    """Times pictures of the spec's bundle in turn with those of bundles without rewrites.
+def without_rewrites(spec: BuildSpec, each: bool, one_graph: bool) -> dict[str, BuildSpec]:
+    """Returns the specs of bundles without rewrites, by name.
 
-    `each` adds a bundle without each single rewrite, and `one_graph` one that draws with a single graph.
-    Raises what `build` raises.
+    `each` adds one without each single rewrite, and `one_graph` one that draws with a single graph.
     """
     left_out: dict[str, tuple[str, ...]] = {}
     if each:
@@ -50,6 +49,11 @@ def measure(spec: BuildSpec, each: bool, one_graph: bool, runs: int, seconds: fl
     specs = {name: replace(spec, without=rewrites) for name, rewrites in left_out.items()}
     if one_graph:
         specs[WHOLE] = replace(spec, whole_loop=True)
+    return specs
+
+
+def measure(spec: BuildSpec, specs: Mapping[str, BuildSpec], runs: int, seconds: float) -> BenchmarkReport:
+    """Times pictures of a spec's bundle in turn with those of others. Raises what `build` raises."""
     with BuildProgress() as progress:
         bundle = build(spec, report=progress)
         others = {name: build(other, report=progress) for name, other in specs.items()}
@@ -76,12 +80,18 @@ def table(reports: Sequence[BenchmarkReport]) -> str:
 
     A cell holds how many times as long a picture takes without the rewrite, as `ratio_text` writes it.
     """
+    names = (*(f"without {rewrite}" for rewrite in REWRITES), ALL, WHOLE)
+    return table_of(reports, "all rewrites", names)
+
+
+def table_of(reports: Sequence[BenchmarkReport], own: str, others: Sequence[str]) -> str:
+    """Returns a table in Markdown: the milliseconds of our `own` bundle, and the ratios of the others."""
     heads = [
         f"{r.benchmark.spec.base} {r.benchmark.shape}, {r.benchmark.backend} {r.benchmark.precisions['step']}"
         for r in reports
     ]
-    rows = [["all rewrites", *(ms_text(median(r.cases[0].samples_ms)) for r in reports)]]
-    for name in (*(f"without {rewrite}" for rewrite in REWRITES), ALL, WHOLE):
+    rows = [[own, *(ms_text(median(r.cases[0].samples_ms)) for r in reports)]]
+    for name in others:
         rows.append([name, *(ratio_text(report, name) for report in reports)])
     return "\n".join(markdown_table(["", *heads], rows))
 
@@ -119,7 +129,7 @@ def main(
 ) -> None:
     """Measures the rewrites, keeps the samples, and fills the table."""
     spec = BuildSpec(base, backend=backend, precision=precision, weights=weights)
-    report = measure(spec, each, one_graph, runs, seconds)
+    report = measure(spec, without_rewrites(spec, each, one_graph), runs, seconds)
     report.save(RESULTS / f"rewrites-{base}-{backend}-{precision}.json")
     for warning in report.notes:
         note(f"warning: {warning}", always=True)

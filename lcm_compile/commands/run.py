@@ -246,6 +246,7 @@ def draw_pictures(
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
     note_syntax(requests[0])
+    pipeline.prompts.loras.told = note_error
     places = zip(paths, requests, strict=True)
 
     def save(pictures: np.ndarray) -> None:
@@ -285,6 +286,14 @@ def draw_pictures(
     for path in paths:
         print(path, flush=True)
     note(timing_line(drawing.ms))
+
+
+def note_error(path: Path, rank: int, error: float) -> None:
+    """Writes to stderr how much of a LoRA a slot has no room for."""
+    from lcm_compile.output.console import note
+    from lcm_compile.pipeline.loras import error_text
+
+    note(f"warning: {error_text(path, rank, error)}", always=True)
 
 
 def timing_line(ms: Mapping[str, Any]) -> str:

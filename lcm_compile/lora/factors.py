@@ -112,7 +112,7 @@ def low_rank_form(matrix: torch.Tensor, most_rank: int | None) -> tuple[torch.Te
     left_out = (energy.flip(0).cumsum(0).flip(0) / total).sqrt()  # with the first n, entry n is the error
     exact = int((left_out > EXACT).sum())
     rank = exact if most_rank is None else min(exact, most_rank)
-    error = float(left_out[rank]) if rank < len(sizes) else 0.0
+    error = 0.0 if rank == exact else float(left_out[rank])
     return left[:, :rank] * sizes[:rank], right[:rank], error
 
 

@@ -41,6 +41,11 @@ def fuse(
     diffusers folder, whose scheduler is the few-step method's or a full LCM's. `precision` is `fp16` or
     `fp32`. Raises UsageError, CheckpointError or LoraError if that can't be done.
     """
+    if spec.runtime_loras:
+        raise UsageError(
+            f"fuse writes weights, in which that of LoRA {spec.runtime_loras[0].name} can't be changed later",
+            "drop its :runtime",
+        )
     as_file = out.suffix == FILE_ENDING
     check_out(out, folder=not as_file)
     checkpoint = open_base(spec, half=precision == "fp16")

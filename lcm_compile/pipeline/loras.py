@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,19 @@ from lcm_compile.spec import LoraSpec, containing_part
 Choice = tuple[tuple[LoraSpec, ...], tuple[tuple[LoraSpec, Path, int, int], ...]]
 NO_LORAS: Choice = ((), ())
 KEPT = 4  # choices whose arrays stay on the device
-# Called with the largest error of a LoRA whose form in a slot is not exact, as a share of its change.
-Told = Callable[[LoraSpec, float], None]
+# Called with a LoRA's file, the slots' rank, and the largest share of a layer's change that is left out.
+Told = Callable[[Path, int, float], None]
 
 
-def tell_nothing(lora: LoraSpec, error: float) -> None:
-    """Tells nobody of a LoRA's error."""
+def warn_of_error(path: Path, rank: int, error: float) -> None:
+    """Warns of a LoRA whose form in a slot is not exact."""
+    warnings.warn(error_text(path, rank, error), stacklevel=2)
+
+
+def error_text(path: Path, rank: int, error: float) -> str:
+    """Returns in words how much of a LoRA a slot has no room for."""
+    share = f"{error:.2%} of a layer's change"
+    return f"{path} is no product of matrices of rank {rank}: the slot leaves out up to {share}"
 
 
 class Loras:
@@ -42,7 +50,7 @@ class Loras:
         self._read: dict[tuple[Path, int, int], Mapping[str, Any]] = {}
         self._modules: Mapping[str, Any] = {}
         self._lock = threading.Lock()
-        self.told: Told = tell_nothing
+        self.told: Told = warn_of_error
         self.proof_factors = False  # whether empty slots have the factors of the proof: see seeded
 
     @property
@@ -127,7 +135,7 @@ class Loras:
         self._modules = self._modules or modules_of_configs(slots.configs)
         layers, error = in_slots(path, self._modules, slots.rank)
         if error:
-            self.told(LoraSpec(str(path)), error)
+            self.told(path, slots.rank, error)
         return layers
 
 

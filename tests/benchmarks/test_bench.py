@@ -202,7 +202,7 @@ def test_the_readme_is_filled_between_its_markers(measured, tmp_path):
     _, report, _ = measured
     report.save(tmp_path / "results" / "bench-here.json")
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{readme_table.START}\nold\n{readme_table.END}\nafter\n")
+    readme.write_text("before\n<!-- bench: start -->\nold\n<!-- bench: end -->\nafter\n")
     arguments = ["--results", str(tmp_path / "results"), "--readme", str(readme)]
     for _ in range(2):
         readme_table.main(arguments, standalone_mode=False)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.errors import LoraError, UsageError
+from lcm_compile.lora.fuse import fuse
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.proof.parity import psnr_db
 
@@ -228,6 +229,31 @@ def test_a_lora_of_too_high_a_rank(refused, base, slots, tmp_path):
     )
 
 
+def test_a_full_difference_in_a_slot(command, base, slots, spec, tmp_path):
+    """One of the slots' rank is exact, and of one of full rank it is said what is left out."""
+    unet = DiffusionPipeline.from_pretrained(base).unet
+    name, layer = next((n, m) for n, m in unet.named_modules() if n.endswith("attn1.to_q"))
+    out, inputs = layer.weight.shape
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(out, inputs, generator=generator) * 0.3
+    low = torch.randn(out, 3, generator=generator) @ torch.randn(3, inputs, generator=generator) * 0.2
+    errors = {}
+    for kind, matrix in (("full", full), ("low", low)):
+        path = tmp_path / f"{kind}.safetensors"
+        save_file({f"unet.{name}.diff": matrix}, path)
+        drawn = tmp_path / f"{kind}.png"
+        _, _, errors[kind] = command(
+            "run", "a red star", "--bundle", slots.folder, "--lora", path, "--seed", 7, "--out", drawn
+        )
+    sizes = torch.linalg.svdvals(full)
+    assert f"leaves out up to {float(sizes[4:].norm() / sizes.norm()):.2%}" in errors["full"]
+    assert "leaves out" not in errors["low"]
+    lora = LoraSpec(str(tmp_path / "low.safetensors"))
+    with load(build(replace(spec, loras=(lora,)), tmp_path / "fused")) as fused:
+        expected = np.asarray(fused("a red star", seed=7)[0])
+    assert psnr_db(expected, np.asarray(Image.open(tmp_path / "low.png"))) >= FLOOR
+
+
 def test_loras_that_cannot_be_changed_at_run_time(spec, files, tmp_path):
     tensors = load_file(files["usual"])
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
@@ -236,6 +262,8 @@ def test_loras_that_cannot_be_changed_at_run_time(spec, files, tmp_path):
     lora = LoraSpec.parse(f"{tmp_path}/dora.safetensors:runtime")
     with pytest.raises(LoraError, match="DoRA"):
         build(replace(spec, loras=(lora,)), tmp_path / "bundle")
+    with pytest.raises(UsageError, match="can't be changed later"):
+        fuse(replace(spec, loras=(LoraSpec.parse(f"{files['usual']}:runtime"),)), tmp_path / "fused", "fp32")
     with pytest.raises(UsageError, match="8 bits"):
         make_plan(replace(spec, precision="int8", backend="onnxruntime", lora_slots=1))
     with pytest.raises(UsageError, match="two LoRAs are called usual"):

@@ -34,6 +34,13 @@ from lcm_compile.lora.read import read_lora
         ("x@text=1.safetensors", LoraSpec("x@text=1.safetensors")),
         ("v@1", LoraSpec("v@1")),
         ("odd@text=1:2", LoraSpec("odd@text=1", 2.0)),
+        ("loras/style.safetensors:runtime", LoraSpec("loras/style.safetensors", 1.0, {}, "style")),
+        ("x:0.5:runtime:mine@text=1", LoraSpec("x", 0.5, {"text": 1.0}, "mine")),
+        (
+            "me/cats/pytorch_lora_weights.safetensors:runtime",
+            LoraSpec("me/cats/pytorch_lora_weights.safetensors", name="cats"),
+        ),
+        ("o/n:a.b.safetensors:2:runtime", LoraSpec("o/n:a.b.safetensors", 2.0, {}, "a.b")),
     ],
 )
 def test_notation(text, spec):
@@ -47,7 +54,8 @@ def test_every_spec_is_read_back_from_what_it_prints():
     for _ in range(3000):
         source = "".join(rng.choices(pieces, k=rng.randint(1, 6)))
         strengths = {part: rng.uniform(-2, 2) for part in rng.sample(parts, rng.randint(0, 3))}
-        spec = LoraSpec(source, rng.choice([1.0, 0.0, -1e-9, 3e20]), strengths)
+        name = rng.choice([None, "x", "a b"])
+        spec = LoraSpec(source, rng.choice([1.0, 0.0, -1e-9, 3e20]), strengths, name)
         assert LoraSpec.parse(str(spec)) == spec
 
 
