@@ -186,8 +186,9 @@ class BuildSpec:
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
-    the number of the text encoders' last layers that are skipped, as diffusers counts them. Raises
-    UsageError for values that can't be right with any base or on any machine.
+    the number of the text encoders' last layers that are skipped, as diffusers counts them. With `image` the
+    bundle has a stage that encodes pictures, to draw from them. Raises UsageError for values that can't be
+    right with any base or on any machine.
     """
 
     base: str
@@ -211,6 +212,7 @@ class BuildSpec:
     lora_skip: tuple[str, ...] = ()
     prompt_tokens: int = CHUNK_TOKENS
     clip_skip: int | None = None
+    image: bool = False
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -218,6 +220,8 @@ class BuildSpec:
                 raise unknown_name("rewrite", name, REWRITES)
             if self.whole_loop and name in WHOLE_LOOP_NEEDS:
                 raise UsageError(f"--whole-loop needs the rewrite {name}", f"drop --without {name}")
+        if self.whole_loop and self.image:
+            raise UsageError("--image and --whole-loop exclude each other", "drop one of the two")
         if self.no_lcm and self.few_step_weights:
             named = "--lcm-lora" if self.lcm_lora else "--few-step-lora"
             raise UsageError(f"{named} and --no-lcm exclude each other", "drop one of the two")
@@ -272,6 +276,8 @@ class BuildSpec:
             inputs["prompt tokens"] = str(self.prompt_tokens)
         if self.clip_skip:
             inputs["clip skip"] = str(self.clip_skip)
+        if self.image:
+            inputs["pictures"] = "encoded"
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property
