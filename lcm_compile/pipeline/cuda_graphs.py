@@ -124,6 +124,12 @@ class CapturedLoop:
         launch()
         return after
 
+    def keep(self, state: State, kept: tuple[Array, Array]) -> State:
+        """Does what Loop.keep does, in place: the next graph reads the latent where it is."""
+        repainted, other = kept
+        state[0].copy_(state[0] * repainted + other)
+        return state
+
     def decode(self, latent: Array) -> Array:
         """Returns the picture; it is valid until the next one is drawn."""
         self._launch_decode()
