@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 
+import factories
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+)
 from diffusers_reference import SCHEDULERS
 from PIL import Image, ImageDraw
 
@@ -122,3 +128,30 @@ def test_inpainting_is_that_of_diffusers(pair, sampler, steps, scale, strength):
     asked = {"sampler": sampler, "image": painting(), "mask": frame(), "strength": strength}
     pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 3, **asked)).pictures
     assert worst(drawn, pictures) >= FLOOR
+
+
+def test_a_tiny_autoencoder_encodes_without_a_draw(sd15_checkpoint, tmp_path):
+    torch.manual_seed(7)
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(2, 2, 2, 1))
+    factories.lively(vae, 1.5).save_pretrained(tmp_path / "vae")
+    spec = BuildSpec(
+        str(sd15_checkpoint),
+        no_lcm=True,
+        few_step="lcm",
+        vae=str(tmp_path / "vae"),
+        backend="onnxruntime",
+        image=True,
+    )
+    theirs = DiffusionPipeline.from_pretrained(sd15_checkpoint, vae=vae)
+    theirs.config_of_scheduler = theirs.scheduler.config
+    with load(build(spec, tmp_path / "bundle")) as ours:
+        [encoder] = [stage for name, stage in ours.runners.items() if name == "encode-image"]
+        assert [spec.name for spec in encoder.contract.outputs] == ["mean"]
+        for kind, mask in ((AutoPipelineForImage2Image, None), (AutoPipelineForInpainting, frame())):
+            options = {"image": painting(), "strength": 0.75}
+            masked = {} if mask is None else {"mask_image": mask, "height": SIDE, "width": SIDE}
+            how = {"num_inference_steps": 4, "guidance_scale": 1.0}
+            drawn = drawn_by_diffusers(kind, theirs, "lcm", **options, **masked, **how)
+            pictures = ours.draw(Request("a red star", 7, "blue", 4, mask=mask, **options)).pictures
+            assert worst(drawn, pictures) >= FLOOR
