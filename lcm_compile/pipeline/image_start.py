@@ -19,11 +19,16 @@ from lcm_compile.pipeline.source_picture import SourcePicture, check_mask
 from lcm_compile.samplers.step import Schedule
 from lcm_compile.spec import BuildSpec, Shape
 
+# The latents of the last images, as the encoder gave them.
+Encoded = dict[SourcePicture, dict[str, np.ndarray]]
+IMAGES_KEPT = 8
+
 
 class ImageStart:
     """The first latents of pictures that begin at an image, and the parts of it that their masks keep.
 
-    `plan` has only the steps that are drawn. `images` are all that the pictures of a drawing begin at.
+    `plan` has only the steps that are drawn. `known` has the images that are not encoded again, and gets the
+    new ones. `images` are those to encode.
     """
 
     def __init__(
@@ -33,12 +38,15 @@ class ImageStart:
         plan: Schedule,
         noise: Noise,
         pictures: Sequence[Request],
+        known: Encoded,
     ) -> None:
         self._encoder, self._step = runners[ENCODE_IMAGE], runners["step"]
         self._shape, self._plan, self._noise = shape, plan, noise
         self._from_noise = pictures[0].mask is not None and pictures[0].denoising_strength == 1
-        self.images = [*dict.fromkeys(one.image for one in pictures if one.image)]
-        self._latents: dict[SourcePicture, dict[str, np.ndarray]] = {}
+        images = dict.fromkeys(one.image for one in pictures if one.image)
+        self._known = known
+        self._latents: Encoded = {image: found for image in images if (found := known.get(image))}
+        self.images = [image for image in images if image not in self._latents]
         self._masks: dict[SourcePicture, np.ndarray] = {}
         for mask in {one.mask for one in pictures if one.mask}:
             self._masks[mask] = latent_mask(mask, shape, noise.shape[-1])
@@ -49,6 +57,9 @@ class ImageStart:
         for image in self.images:
             given = runner({"image": runner.to_device(image.pixels(*size)[None])})
             self._latents[image] = {name: np.array(runner.to_host(given[name])) for name in given}
+            self._known[image] = self._latents[image]
+            for old in [*self._known][:-IMAGES_KEPT]:
+                self._known.pop(old, None)  # another thread may have done so
             yield
 
     def clean(self, rows: Sequence[Request]) -> np.ndarray:

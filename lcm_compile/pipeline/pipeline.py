@@ -35,7 +35,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
-from lcm_compile.pipeline.image_start import ImageStart, check_images, posterior_draws
+from lcm_compile.pipeline.image_start import Encoded, ImageStart, check_images, posterior_draws
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.prompts import (
@@ -297,7 +297,7 @@ class LcmPipeline(Pipeline):
         noise = Noise(self.latent_shape(), posterior_draws(contracts, request))
         begin = None
         if request.image:
-            begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures)
+            begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
         encodings = stages * encoded + (len(begin.images) if begin else 0)
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
@@ -373,6 +373,10 @@ class LcmPipeline(Pipeline):
     def put(self, array: np.ndarray) -> Array:
         """Returns an array on the device where the step computes."""
         return self.runners["step"].to_device(array)
+
+    @cached_property
+    def _encoded(self) -> Encoded:
+        return {}
 
     @cached_property
     def _graphs(self) -> CudaGraphs:

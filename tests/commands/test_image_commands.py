@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,13 +134,12 @@ def test_pictures_of_several_seeds_and_prompts_are_those_drawn_alone(reader, fil
         assert (pictures[0] == np.asarray(several[0])).all() and (pictures[1] != pictures[0]).any()
         plain = Request("a red star", 3)
         with pytest.raises(UsageError, match="all have an image, or none"):
-            pipeline.draw([plain, replace_strength(requests[0])])
-        progress = list(pipeline.progress(requests[0]))
-        assert progress[-1][0] == progress[-1][1]
-
-
-def replace_strength(request):
-    return Request(request.prompt, request.seed, image=request.image)
+            pipeline.draw([plain, replace(requests[0], strength=None)])
+        newer = Request("a red star", 3, image=Image.open(files / "in.png").rotate(90))
+        for asked_now, encoded in ((newer, 1), (newer, 0), (replace(newer, seed=4), 0), (requests[0], 0)):
+            progress = list(pipeline.progress(asked_now))
+            assert progress[-1] == (len(progress), len(progress))
+            assert len(progress) == 6 + encoded
 
 
 def test_the_stage_is_proven_and_shown(command, reader):
