@@ -12,6 +12,8 @@ from lcm_compile.precisions import Precision
 
 # The single stage of a bundle that draws a complete picture in one call.
 DRAW = "draw"
+# The stage that turns a picture into a latent, which is the last of a bundle that has it.
+ENCODE_IMAGE = "encode-image"
 
 
 @dataclass(frozen=True)

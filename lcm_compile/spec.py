@@ -211,8 +211,9 @@ class BuildSpec:
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
     the number of the text encoders' last layers that are skipped, as diffusers counts them. `lora_slots` is
-    how many LoRAs each picture may bring, of up to `lora_rank`. Raises UsageError for values that can't be
-    right with any base or on any machine.
+    how many LoRAs each picture may bring, of up to `lora_rank`. With `image` the bundle has a stage that
+    encodes pictures, to draw from them. Raises UsageError for values that can't be right with any base or on
+    any machine.
     """
 
     base: str
@@ -238,6 +239,7 @@ class BuildSpec:
     clip_skip: int | None = None
     lora_slots: int = 0
     lora_rank: int = 64
+    image: bool = False
 
     def __post_init__(self) -> None:
         for name in self.without:
@@ -245,6 +247,8 @@ class BuildSpec:
                 raise unknown_name("rewrite", name, REWRITES)
             if self.whole_loop and name in WHOLE_LOOP_NEEDS:
                 raise UsageError(f"--whole-loop needs the rewrite {name}", f"drop --without {name}")
+        if self.whole_loop and self.image:
+            raise UsageError("--image and --whole-loop exclude each other", "drop one of the two")
         if self.no_lcm and self.few_step_weights:
             named = "--lcm-lora" if self.lcm_lora else "--few-step-lora"
             raise UsageError(f"{named} and --no-lcm exclude each other", "drop one of the two")
@@ -321,6 +325,8 @@ class BuildSpec:
             inputs["clip skip"] = str(self.clip_skip)
         if self.lora_slots:
             inputs["LoRA slots"] = f"{self.lora_slots} of rank {self.lora_rank}"
+        if self.image:
+            inputs["pictures"] = "encoded"
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

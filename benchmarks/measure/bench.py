@@ -33,7 +33,7 @@ from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import BundleManifest, StageFile
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError
-from lcm_compile.graphs import DRAW
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE
 from lcm_compile.output.reports import loss_lines
 from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import Precision
@@ -176,6 +176,7 @@ def cases_of(contestants: Contest, measured: Measured, peaks: Mapping[Precision,
             peaks.get(stage.precision),
         )
         for stage in bundle.manifest.stages
+        if stage.contract.name != ENCODE_IMAGE  # the pictures are drawn from prompts alone
     ]
     return picture_case(bundle, contestants.others, stages, measured), *stages, *cold_cases(measured)
 

@@ -12,7 +12,7 @@ from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.spec import Shape
-from lcm_compile.stages.contracts import MODEL_STAGES
+from lcm_compile.stages.contracts import MODEL_STAGES, main_stage
 
 # Bytes per weight on the disk, by the precision of the products. With fp8 only the weights of Linear layers
 # take 1 byte: they are 0.87 of SDXL's UNet and 0.31 of SD1.5's.
@@ -67,10 +67,10 @@ def estimate(export: ExportPlan) -> Estimate:
         model: sum(parameters(components[name]) for name in names if name in components)
         for model, (_, names) in MODEL_STAGES.items()
     }
-    weights["vae"] = int(weights["vae"] * DECODER)
+    weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
     engines = int(
         sum(
-            STORED_BYTES[export.precisions[MODEL_STAGES[model][0][-1]].product] * count
+            STORED_BYTES[export.precisions[main_stage(model)].product] * count
             for model, count in weights.items()
         )
     )

@@ -103,7 +103,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
             provenance = call(check_fit, plan, loras)
     embeddings = read_embeddings(plan.checkpoint)
     settings = write_tokenizers(folder, plan)
-    contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites)
+    contracts = make_contracts(plan.checkpoint, plan.proof_shape, plan.spec.rewrites, plan.spec.image)
     rehearsal = Rehearsal(contracts, replace(settings, shape=plan.proof_shape), folder)
     recordings = Recordings.empty(len(plan.calibration))
     stages, figures, peaks = [], {}, {}

@@ -33,6 +33,7 @@ ASKED = (
     "clip skip",
     "embedding",
     "few-step",
+    "pictures",
     "precision",
     "prompt tokens",
     "shape",

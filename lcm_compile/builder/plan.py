@@ -23,7 +23,7 @@ from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
-from lcm_compile.graphs import STAGES, LoraInputs
+from lcm_compile.graphs import ENCODE_IMAGE, STAGES, LoraInputs
 from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.few_step import FewStep, licence_of
 from lcm_compile.lora.find import PlannedLora, find_loras, plan_few_step
@@ -161,6 +161,7 @@ class Plan:
                 "prompt_tokens": export.spec.prompt_tokens,
                 "clip_skip": export.spec.clip_skip or 0,
                 "whole_loop": export.spec.whole_loop,
+                **({"image": True} if export.spec.image else {}),
                 "precisions": dict(export.precisions),
             }
         )
@@ -232,6 +233,7 @@ def plan_export(
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
     stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
+    stages += [ENCODE_IMAGE] if spec.image else []
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()
     few_step = plan_few_step(spec, checkpoint)

@@ -21,7 +21,7 @@ from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
 from lcm_compile.spec import LoraProvenance, LoraSpec
-from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
+from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, make_contracts
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
 from lcm_compile.stages.lora_branches import Branch, FixedLora, add_branch, slot_layers
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
@@ -114,7 +114,7 @@ def prepare_model(
     """
     if model == DRAW:
         return [prepare_whole_loop(plan, loras, rehearsal)]
-    contracts = make_contracts(plan.checkpoint, plan.shape, plan.spec.rewrites)
+    contracts = make_contracts(plan.checkpoint, plan.shape, plan.spec.rewrites, plan.spec.image)
     recordings, prepared = recordings.copy(), []
     for made in cast_stages(plan, model, loras, rehearsal, recordings):
         name = made.stage.name
@@ -194,7 +194,7 @@ def cast_stages(
 ) -> Iterator[Cast]:
     """Yields a model's stages one after another, each recorded in fp32 and then cast.
 
-    The first call of the model's last stage is compared with the model before the rewrites. Each stage's
+    The first call of the model's main stage is compared with the model before the rewrites. Each stage's
     calls are added to the reference and to the calibration of `recordings`. Raises CheckpointError or
     LoraError if the weights can't be loaded or fused, and ParityError if a rewritten stage differs from the
     model.
@@ -206,7 +206,8 @@ def cast_stages(
         for name in components
         if name in checkpoint.components
     }
-    before_rewrites = first_call(plan, names[-1], modules, rehearsal, recordings.reference)
+    main = main_stage(model)
+    before_rewrites = first_call(plan, main, modules, rehearsal, recordings.reference)
     shapes = (plan.shape, plan.proof_shape)
     modules = rewrite_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
     for name in names:
@@ -216,7 +217,7 @@ def cast_stages(
         runner = rehearsal.runner_of(stage)
         with record_peaks(stage.module) as peaks:
             recordings.reference[name] = rehearsal.record(runner, recordings.reference)
-        if name == names[-1]:
+        if name == main:
             parity.require_same(before_rewrites, recordings.reference[name][0])
         if name == "decode":
             parity.require_picture(recordings.reference)

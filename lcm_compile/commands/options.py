@@ -306,6 +306,11 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
             click.option(
+                "--image",
+                is_flag=True,
+                help="Also build the VAE's encoder: run --image then draws from a picture.",
+            ),
+            click.option(
                 "--whole-loop", is_flag=True, help="Build one graph that draws a complete 4-step picture."
             ),
         )

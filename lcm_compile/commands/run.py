@@ -12,8 +12,16 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from lcm_compile.commands.image_options import (
+    image_options,
+    open_images,
+    refuse_replacing,
+    told,
+    with_images,
+)
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
+from lcm_compile.graphs import ENCODE_IMAGE
 from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
@@ -37,6 +45,7 @@ WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 @click.option("--base", metavar="BASE", help="The base of the bundle; needs --gpu.")
 @click.option("--gpu", metavar="TARGET", help="The target of the bundle; needs --base.")
 @request_options
+@image_options
 @click.option("--stdin", is_flag=True, help="Read a prompt from each line of stdin; the engines load once.")
 @click.option("--grid", metavar="AXES", help="Draw a sheet of all combinations: steps=1..8,guidance=1,1.5.")
 @click.option(
@@ -95,6 +104,7 @@ def run(
             given.setdefault("eta", None)  # the picture's own was for its sampler
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
+    sources = open_images(asked)
     bundle = find_bundle(folder, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
@@ -114,6 +124,7 @@ def run(
         draw_lines(bundle, requests, seed is None, out, as_json)
         return
     paths = paths_for(requests, Names(), out)
+    refuse_replacing(paths, sources)
     if seed is None:
         note(f"seed {requests[0].seed}")
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
@@ -132,10 +143,11 @@ def paths_for(
     from lcm_compile.output.images import paths_in, picture_paths
 
     first = requests[0]
+    image = first.image.sha256 if first.image else ""
     if len({request.seed for request in requests}) > 1:
-        own = [names.name(request.prompt, request.seed) for request in requests]
+        own = [names.name(request.prompt, request.seed, image) for request in requests]
         return paths_in(Path() if out is None else out, own)
-    name = names.name(first.prompt, first.seed)
+    name = names.name(first.prompt, first.seed, image)
     if len(requests) < first.num_images:
         name += f"-{first.index or 0:03d}"
     place = out / name if others and out is not None and len(requests) > 1 else out
@@ -170,7 +182,7 @@ def draw_lines(
 
 def draw_again(
     picture: Path,
-    given: Mapping[str, Any],
+    given: dict[str, Any],
     folder: Path | None,
     base: str | None,
     gpu: str | None,
@@ -194,7 +206,7 @@ def draw_again(
     bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
     if bundle.digest != origin.bundle:
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
-    request = replace(origin.request, **given)
+    request = with_images(origin.request, given, (picture.parent, Path()))
     check_request(bundle, request)
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
@@ -275,6 +287,7 @@ def draw_pictures(
                 "steps": first.steps,
                 "guidance_scale": first.guidance_scale,
                 "eta": first.eta,
+                **told(first),
                 "few_step": weights.name if weights else None,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
@@ -300,8 +313,9 @@ def timing_line(ms: Mapping[str, Any]) -> str:
     """Returns a line with the milliseconds of a picture and of its stages."""
     if "step" not in ms:  # one graph draws everything
         return f"{ms['total']:.0f} ms"
+    image = f"image {ms[ENCODE_IMAGE]:.0f}, " if ENCODE_IMAGE in ms else ""
     return (
-        f"{ms['total']:.0f} ms (encode {ms['encode'] + ms['context']:.0f}, "
+        f"{ms['total']:.0f} ms ({image}encode {ms['encode'] + ms['context']:.0f}, "
         f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})"
     )
 

@@ -48,9 +48,13 @@ class Names:
         self._given: set[str] = set()
         self._numbers: dict[str, int] = {}  # the next number to try after each name
 
-    def name(self, prompt: str, seed: int) -> str:
-        """Returns a file name without its suffix, with a number from the second of the same name on."""
-        first = f"{slug(prompt)}-{seed}"
+    def name(self, prompt: str, seed: int, image: str = "") -> str:
+        """Returns a file name without its suffix, with a number from the second of the same name on.
+
+        `image` is the SHA-256 of the image that the picture begins at, if there is one: so a picture is not
+        saved in the place of the one that it begins at, which may be of the same prompt and seed.
+        """
+        first = f"{slug(prompt)}-{seed}" + (f"-from-{image[:6]}" if image else "")
         for number in itertools.count(self._numbers.get(first, 1)):
             name = first if number == 1 else f"{first}-{number}"
             if name not in self._given:

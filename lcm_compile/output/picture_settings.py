@@ -63,6 +63,7 @@ def parameters(origin: Origin, width: int, height: int) -> str:
         "Sampler": SAMPLERS[request.sampler].label,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
+        **({"Denoising strength": request.denoising_strength} if request.image else {}),
         "Size": f"{width}x{height}",
         "Model hash": origin.bundle[:10],
         "Model": origin.model,

@@ -7,7 +7,8 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, STAGES, StageContract, is_lora_input
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE, STAGES, StageContract, is_lora_input
+from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.loras import check_contracts, check_loras
 from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
@@ -23,7 +24,8 @@ def check_stages(bundle: EngineBundle) -> None:
     if tuple(contracts) == (DRAW,):
         check_draw(bundle, contracts[DRAW])
         return
-    if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
+    optional = ("context", ENCODE_IMAGE)
+    if tuple(contracts) != tuple(n for n in (*STAGES, ENCODE_IMAGE) if n in contracts or n not in optional):
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
     if unfit := check_contracts(settings, [*contracts.values()]):
         raise BundleError(f"{bundle.folder}: {unfit} is not what its LoRAs need", REBUILD)
@@ -52,6 +54,12 @@ def check_stages(bundle: EngineBundle) -> None:
         (takes["decode"], {"latent": latent}),
         (gives["decode"], {"picture": (shape.batch, shape.height, shape.width, 3)}),
     ]
+    if ENCODE_IMAGE in contracts:
+        encoded = dict.fromkeys(("mean", "std"), (1, *latent[1:]))
+        wanted += [
+            (takes[ENCODE_IMAGE], {"image": (1, shape.height, shape.width, 3)}),
+            (gives[ENCODE_IMAGE], select(encoded, ["mean", *gives[ENCODE_IMAGE]])),
+        ]
     arithmetic = [name in gives["step"] for name in ("next_latent", "x0")]
     arithmetic += [name in takes["step"] for name in ("noise", "previous_x0", "coefficients")]
     complete = "prediction" in gives["step"] and len(set(arithmetic)) == 1
@@ -88,6 +96,7 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     manifest = bundle.manifest
     schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
     contracts = [stage.contract for stage in manifest.stages]
+    check_images([request], contracts, manifest.spec)
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
     check_loras(request, manifest.pipeline)
     for contract in contracts:

@@ -129,6 +129,15 @@ class CapturedLoop:
         launch()
         return after
 
+    def keep(self, state: State, kept: tuple[Array, Array]) -> State:
+        """Does what Loop.keep does, in place: the next graph reads the latent where it is."""
+        import torch
+
+        repainted, other = kept
+        with torch.inference_mode():  # the engine's arrays may be changed in no other mode
+            state[0].copy_(state[0] * repainted + other)
+        return state
+
     def decode(self, latent: Array) -> Array:
         """Returns the picture; it is valid until the next one is drawn."""
         self._launch_decode()

@@ -63,6 +63,11 @@ class Loop:
             return step.kept(given["next_latent"]), step.kept(given["x0"])
         return sampler_step(latent, given["prediction"], fresh, previous)
 
+    def keep(self, state: State, kept: tuple[Array, Array]) -> State:
+        """Returns the state whose latent is m·latent + k, for arrays (m, k): what a mask keeps is k."""
+        repainted, other = kept
+        return state[0] * repainted + other, state[1]
+
     def decode(self, latent: Array) -> Array:
         """Returns the pictures (b, height, width, 3), valid until the next call of the decoder."""
         return self.runners["decode"]({"latent": latent})["picture"]

@@ -60,12 +60,21 @@ class NoiseStream:
     All draws are from one generator: one of (n, c, h, w) for the first latents of n pictures, and one of that
     shape after every step but the last. So with n > 1, even picture 0 differs from the picture that the same
     seed gives alone.
+
+    Pictures that begin at an image have `posteriors` of 1: the image's latent is sampled with the generator's
+    first draw, of (1, c, h, w). Those with a mask have 2, of which the other comes after the first latents.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, seed: int, shape: tuple[int, ...], posteriors: int = 0) -> None:
         self._noise = TorchNoise(seed)
         self._shape = shape
-        self._draws: list[np.ndarray] = []
+        self.posteriors = [self._posterior()] if posteriors else []
+        self._draws = [self._noise(shape)]
+        if posteriors > 1:
+            self.posteriors.append(self._posterior())
+
+    def _posterior(self) -> np.ndarray:
+        return self._noise((1, *self._shape[1:]))[0]
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Returns draw i (n, c, h, w) in float32.
@@ -80,8 +89,9 @@ class NoiseStream:
 class Noise:
     """The noise of pictures (c, h, w) of any requests. Each request's own is that of its NoiseStream."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self._shape = shape
+    def __init__(self, shape: tuple[int, ...], posteriors: int = 0) -> None:
+        self.shape = shape
+        self._posteriors = posteriors
         self._streams: dict[tuple[int, int], NoiseStream] = {}  # by seed and number of pictures
 
     def draw(self, i: int, pictures: Sequence[Request]) -> np.ndarray:
@@ -89,11 +99,19 @@ class Noise:
 
         The streams of other pictures are forgotten, and would be drawn again from their start.
         """
+        streams = self._streams_of(pictures)
+        return np.stack([one[i][picture.index] for one, picture in zip(streams, pictures, strict=True)])
+
+    def posterior(self, pictures: Sequence[Request]) -> np.ndarray:
+        """Returns what each picture's image is sampled with (b, c, h, w)."""
+        return np.stack([stream.posteriors[0] for stream in self._streams_of(pictures)])
+
+    def _streams_of(self, pictures: Sequence[Request]) -> list[NoiseStream]:
         known, self._streams = self._streams, {}
-        rows = []
         for picture in pictures:
             key = (picture.seed, picture.num_images)
-            stream = known.get(key) or NoiseStream(picture.seed, (picture.num_images, *self._shape))
-            known[key] = self._streams[key] = stream
-            rows.append(stream[i][picture.index])
-        return np.stack(rows)
+            self._streams[key] = known.get(key) or NoiseStream(
+                picture.seed, (picture.num_images, *self.shape), self._posteriors
+            )
+            known[key] = self._streams[key]
+        return [self._streams[picture.seed, picture.num_images] for picture in pictures]

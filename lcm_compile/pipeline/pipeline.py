@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -23,7 +24,7 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import STAGES
+from lcm_compile.graphs import ENCODE_IMAGE, STAGES
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
     Clock,
@@ -34,6 +35,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
+from lcm_compile.pipeline.image_start import Encoded, ImageStart, check_images, posterior_draws
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.loras import Choice
 from lcm_compile.pipeline.noise import Noise
@@ -46,6 +48,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
+from lcm_compile.pipeline.source_picture import SourcePicture, source_picture
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -119,6 +122,9 @@ class Pipeline(ABC):
         target_size: tuple[int, int] | None = None,
         lora_weights: Mapping[str, float | LoraSpec] | Sequence[LoraSpec] = (),
         loras: Sequence[str | LoraSpec] = (),
+        image: str | Path | Image | SourcePicture | None = None,
+        strength: float | None = None,
+        mask: str | Path | Image | SourcePicture | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -144,6 +150,11 @@ class Pipeline(ABC):
         target_size: The height and width in pixels that SDXL is told to aim at.
         lora_weights: The weights of the bundle's LoRAs that are not fused, by name.
         loras: The LoRAs for the bundle's slots, such as `style.safetensors:0.7`.
+        image: The picture to begin at, for all prompts: a path or a PIL image, of any size. It is scaled to
+            cover the bundle's size, and cropped around its centre.
+        strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
+            a mask.
+        mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -172,6 +183,9 @@ class Pipeline(ABC):
             target_size=target_size,
             lora_weights=lora_weights,
             loras=loras,
+            image=None if image is None else source_picture(image),
+            strength=strength,
+            mask=mask,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -211,6 +225,7 @@ class Pipeline(ABC):
         contracts = [runner.contract for runner in self.runners.values()]
         for asked in pictures:
             check_prompts(asked, self.settings.tokenizers, contracts)
+        check_images(pictures, contracts)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show)
@@ -279,6 +294,7 @@ class LcmPipeline(Pipeline):
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
         request = pictures[0]  # all are alike in what is read from it
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
+        plan = plan.begun_at(request.first_step) if request.image else plan
         steps = plan.steps
         guided = self.needs_second_pass(request)
         loras = self.prompts.loras.choose(request)
@@ -286,12 +302,20 @@ class LcmPipeline(Pipeline):
         prompts = list(pairwise([[], *(self.conditions_of(rows, loras) for rows, _ in batches)]))
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
-        passes = Passes(stages * encoded, len(batches), len(steps) * (1 + guided))
-        clock = Clock(self.runners["encode"], STAGES)
+        contracts = [runner.contract for runner in self.runners.values()]
+        noise = Noise(self.latent_shape(), posterior_draws(contracts, request))
+        begin = None
+        if request.image:
+            begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
+        encodings = stages * encoded + (len(begin.images) if begin else 0)
+        passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
+        clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
         graphs = self.find_graphs(steps, guided, request.guidance_rescale)
         clock.lap("")
 
-        noise = Noise(self.latent_shape())
+        for _ in begin.encode() if begin else ():
+            clock.lap(ENCODE_IMAGE)
+            yield passes.add(1)
         drawn = Pictures(clock, show)
         texts: dict[Condition, Text] = {}
         cut = ""
@@ -308,12 +332,15 @@ class LcmPipeline(Pipeline):
                 if "context" in self.runners:
                     yield passes.add(len(new))
                 cut = max(cut, texts[now[0]].cut, key=len)
-            state: State = (self.put(plan.first(noise.draw(0, rows))), None)
+            first = begin.first(rows) if begin else plan.first(noise.draw(0, rows))
+            state: State = (self.put(first), None)
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
                 state = loop.step(i, state, fresh)
+                if begin and (parts := begin.kept(i, rows)):
+                    state = loop.keep(state, parts)
                 clock.lap("step")
                 yield passes.add(1 + guided)
             picture = self.runners["decode"].to_host(loop.decode(state[0]))
@@ -362,6 +389,10 @@ class LcmPipeline(Pipeline):
     def put(self, array: np.ndarray) -> Array:
         """Returns an array on the device where the step computes."""
         return self.runners["step"].to_device(array)
+
+    @cached_property
+    def _encoded(self) -> Encoded:
+        return {}
 
     @cached_property
     def _graphs(self) -> CudaGraphs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections import Counter
@@ -12,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.pipeline.source_picture import ALPHA, SourcePicture, source_picture
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.spec import LoraSpec, Shape
@@ -53,6 +55,12 @@ class Request:
         numbers or to LoraSpecs, whose strengths are for parts of the model. Without one the bundle's own
         counts. The field has LoraSpecs whose sources are the names.
     loras: The LoRAs to put into the bundle's slots, as LoraSpecs or in the form of `LoraSpec.parse`.
+    image: The picture to begin at: a path, a PIL image or a SourcePicture. None, the default, begins at
+        noise.
+    strength: The share of the steps that are drawn from the image, from 0 to 1: the first ones are left out.
+        None is 0.8, or 1 with a mask.
+    mask: What is repainted of the image, as an image is given: white is, and black is kept. "alpha" is the
+        transparency of the image itself.
     """
 
     prompt: str
@@ -73,6 +81,9 @@ class Request:
     target_size: tuple[int, int] | None = None
     lora_weights: tuple[LoraSpec, ...] = ()
     loras: tuple[LoraSpec, ...] = ()
+    image: SourcePicture | None = None
+    strength: float | None = None
+    mask: SourcePicture | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_weights", weights_of(self.lora_weights))
@@ -97,7 +108,7 @@ class Request:
             if name != "index" or self.index is not None:
                 object.__setattr__(self, name, whole_number(getattr(self, name), called))
         for name, (called, most) in NUMBERS.items():
-            if name != "eta" or self.eta is not None:
+            if name not in ("eta", "strength") or getattr(self, name) is not None:
                 object.__setattr__(self, name, number(getattr(self, name), called, most))
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
@@ -110,6 +121,40 @@ class Request:
                 f"picture {self.index} is not one of 0 to {self.num_images - 1}",
                 "the number of images says of how many it is one",
             )
+        self.take_image()
+
+    def take_image(self) -> None:
+        """Opens the image and the mask. Raises UsageError if they can't be used."""
+        if self.image is None:
+            if self.strength is not None or self.mask is not None:
+                given = "strength" if self.mask is None else "mask"
+                raise UsageError(f"a {given} is given without the image that it is for", "give an image too")
+            return
+        image, mask = source_picture(self.image), self.mask
+        object.__setattr__(self, "image", image)
+        if mask is not None:
+            mask = image.as_mask() if mask == ALPHA else source_picture(mask, "mask")
+            object.__setattr__(self, "mask", mask)
+        if self.first_step == self.steps:
+            least = math.ceil(1000 / self.steps) / 1000
+            raise UsageError(
+                f"a strength of {self.denoising_strength:g} leaves none of {self.steps} steps to draw",
+                f"give a strength of {least:g} or more, or more steps",
+            )
+
+    @property
+    def denoising_strength(self) -> float:
+        """The strength, or what it is by default."""
+        if self.strength is not None:
+            return self.strength
+        return STRENGTH if self.mask is None else 1.0
+
+    @property
+    def first_step(self) -> int:
+        """The number of the first step that is drawn: those before it are left out if there is an image."""
+        if self.image is None:
+            return 0
+        return self.steps - min(int(self.steps * self.denoising_strength), self.steps)
 
     def pictures(self) -> list[Request]:
         """Returns a request for each picture alone."""
@@ -213,6 +258,9 @@ def pictures_of(requests: Request | Sequence[Request]) -> list[Request]:
         raise UsageError(
             "requests of one drawing must all have a negative prompt, or none of them", 'it may be ""'
         )
+    for name, called in (("image", "an image"), ("mask", "a mask")):
+        if len({getattr(request, name) is None for request in requests}) > 1:
+            raise UsageError(f"requests of one drawing must all have {called}, or none of them")
     pictures = [picture for request in requests for picture in request.pictures()]
     if len(pictures) > MOST_IMAGES:
         raise too_many(len(pictures))
@@ -239,7 +287,9 @@ NUMBERS = {
     "guidance_scale": ("guidance scale", MOST_GUIDANCE),
     "guidance_rescale": ("guidance rescale", 1),
     "eta": ("eta", 1),
+    "strength": ("strength", 1),
 }
+STRENGTH = 0.8  # by default, as in diffusers' StableDiffusionImg2ImgPipeline
 # The prompts besides `prompt`, with their names in messages.
 OTHER_PROMPTS = {
     "negative_prompt": "negative prompt",
@@ -262,6 +312,7 @@ SHARED = {
     "target_size": "target size",
     "lora_weights": "weights of LoRAs",
     "loras": "LoRAs",
+    "strength": "strength",
 }
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {

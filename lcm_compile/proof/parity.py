@@ -102,7 +102,8 @@ def output_db(contract: StageContract, call: Call, name: str, output: np.ndarray
 
     `call` is the recorded one. The step's x0 is the latent's and the prediction's together, and has the
     prediction's error times a factor, which is large where there is much noise. So its error is held to that
-    part of it which the prediction makes.
+    part of it which the prediction makes. The error of a `std` is held to the latent that it is a part of,
+    because that of a trained VAE is close to 0, and its rounding of no effect.
     """
     inputs, expected = call
     reference = expected[name]
@@ -112,6 +113,9 @@ def output_db(contract: StageContract, call: Call, name: str, output: np.ndarray
         factor = inputs["coefficients"][COEFFICIENTS.index("x0_output")]
         predicted = factor * expected["prediction"]
         return snr_db(predicted, predicted + (output - reference))
+    if name == "std":
+        mean = expected["mean"]
+        return snr_db(np.stack([mean, reference]), np.stack([mean, output]))
     return snr_db(reference, output)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from lcm_compile.bundles.manifest import PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, ForwardingRunner, Runner
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import StageContract
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE, StageContract
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.request import Request
@@ -141,9 +141,14 @@ class Rehearsal:
         """Draws until all calls of the runner's stage are recorded, and returns these calls.
 
         The stages before it are replayed from `trace`. The picture is the proof's, or that of a `request`
-        with the same number of steps. At most `most` calls of the step stage are made.
+        with the same number of steps. At most `most` calls of the step stage are made. The stage ENCODE_IMAGE
+        encodes the picture that was drawn.
         """
         name, recorder = runner.contract.name, Recorder(runner)
+        if name == ENCODE_IMAGE:
+            drawn = picture_of(trace).astype(np.float32) / 255
+            recorder({"image": runner.to_device(drawn[None])})
+            return recorder.calls
         runners: dict[str, Runner] = {
             stage: Replay(contract, trace.get(stage, []), runner)
             for stage, contract in self.contracts.items()
@@ -161,7 +166,7 @@ class Rehearsal:
 
 def picture_of(trace: Trace) -> np.ndarray:
     """Returns the first picture (h, w, 3) of a trace, in 8 bits."""
-    *_, last = trace.values()
+    last = trace[DRAW if DRAW in trace else "decode"]
     return eight_bits(last[-1][1]["picture"][0])
 
 

@@ -29,6 +29,7 @@ def lcm(num_steps: int, settings: SchedulerSettings, eta: float | None = None) -
                 latent_scale=math.sqrt(after) * c_skip,
                 x0_scale=math.sqrt(after) * c_out,
                 noise_scale=math.sqrt(1 - after),
+                alpha=alphas[t],
                 **limits_of(settings, settings.clip_sample is True),
             )
         )

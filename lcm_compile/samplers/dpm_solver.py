@@ -64,6 +64,7 @@ def dpm_solver_2m(
                 x0_scale=size * (gained + ahead),
                 previous_scale=-size * ahead,
                 noise_scale=size * after * math.sqrt(1 - decay**2) if sde else 0.0,
+                alpha=alpha_of(sigma),
                 **limits_of(settings, clips=False),
             )
         )

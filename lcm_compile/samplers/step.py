@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,8 @@ class Step:
 
     `output` is the UNet's prediction and x̂0′ the x̂0 of the step before. All are arrays (b, c, h, w) of NumPy
     or torch. Without `clip` x̂0 is not clipped. With a `ratio` it is thresholded (see `thresholded`), and
-    `threshold` is the most that it is divided by.
+    `threshold` is the most that it is divided by. `alpha` is ᾱ of the latent that the step begins with; only
+    a picture that begins in the middle needs it.
     """
 
     timestep: float
@@ -44,6 +45,7 @@ class Step:
     clip: float | None = None
     threshold: float = 1.0
     ratio: float | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         # NumPy's own numbers are float64, and would make float64 of an engine's float32 arrays. A graph has
@@ -85,6 +87,11 @@ class Step:
         bound = size.clip(min=self.clip)
         return x0.clip(-bound, bound) / size
 
+    def noisy(self, latent: NDArray[np.float32], noise: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns a clean latent with as much noise as the latent has that the step begins with."""
+        assert self.alpha is not None
+        return latent * np.float32(self.alpha**0.5) + noise * np.float32((1 - self.alpha) ** 0.5)
+
 
 def quantile(rows: Any, ratio: float) -> Any:
     """Returns the quantile of each row (n, m), interpolated between the two next values, as (n,).
@@ -109,6 +116,16 @@ class Schedule:
     def first(self, noise: NDArray[np.float32]) -> NDArray[np.float32]:
         """Returns the first latent, of the shape and type of the noise."""
         return noise if self.first_noise == 1 else noise * np.float32(self.first_noise)
+
+    def begun_at(self, first: int) -> Schedule:
+        """Returns the schedule without the steps before step `first`.
+
+        A solver of several steps then begins with one of order 1, which is the same step where the x̂0 before
+        equals its own.
+        """
+        begin, *others = self.steps[first:]
+        begin = replace(begin, x0_scale=begin.x0_scale + begin.previous_scale, previous_scale=0.0)
+        return replace(self, steps=(begin, *others))
 
 
 def x0_numbers(settings: SchedulerSettings, root_alpha: float, root_beta: float) -> tuple[float, float]:
@@ -154,6 +171,7 @@ def step_to(
         output_scale=noise_left * of_output,
         x0_scale=x0_scale,
         noise_scale=noise_added,
+        alpha=alpha,
         **limits,
     )
 

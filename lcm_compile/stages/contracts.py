@@ -7,8 +7,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
 
-from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.graphs import DOWN, DRAW, STRENGTHS, UP, LoraInputs, StageContract, TensorSpec
+from lcm_compile.checkpoint.checkpoint import Checkpoint, Component, is_tiny
+from lcm_compile.graphs import (
+    DOWN,
+    DRAW,
+    ENCODE_IMAGE,
+    STRENGTHS,
+    UP,
+    LoraInputs,
+    StageContract,
+    TensorSpec,
+)
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.spec import BuildSpec, Shape
 
@@ -17,12 +26,17 @@ from lcm_compile.spec import BuildSpec, Shape
 MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
     "unet": (("context", "step"), ("unet",)),
-    "vae": (("decode",), ("vae",)),
+    "vae": (("decode", ENCODE_IMAGE), ("vae",)),
 }
 # How many timesteps one call of the context stage takes. A picture of more steps calls it again.
 CONTEXT_STEPS = 4
 SIZES = "height and width of the original, top and left of the crop, and height and width aimed at, in pixels"
 NUMBERS = f"{', '.join(COEFFICIENTS[:-1])} and {COEFFICIENTS[-1]}"
+
+
+def main_stage(model: str) -> str:
+    """Returns the stage of a model that draws: its last one but for ENCODE_IMAGE, which is not rewritten."""
+    return next(name for name in reversed(MODEL_STAGES[model][0]) if name != ENCODE_IMAGE)
 
 
 def models_of(spec: BuildSpec) -> tuple[str, ...]:
@@ -32,7 +46,7 @@ def models_of(spec: BuildSpec) -> tuple[str, ...]:
 
 def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> dict[str, StageContract]:
     """Returns the contracts of a spec's graphs: one for each stage, or one for a single graph of all."""
-    contracts = make_contracts(checkpoint, shape, spec.rewrites)
+    contracts = make_contracts(checkpoint, shape, spec.rewrites, spec.image)
     return {DRAW: draw_contract(contracts)} if spec.whole_loop else contracts
 
 
@@ -56,11 +70,12 @@ def draw_contract(contracts: Mapping[str, StageContract]) -> StageContract:
 
 
 def make_contracts(
-    checkpoint: Checkpoint, shape: Shape, rewrites: Collection[str] = ()
+    checkpoint: Checkpoint, shape: Shape, rewrites: Collection[str] = (), image: bool = False
 ) -> dict[str, StageContract]:
     """Returns the contract of every stage for pictures of one shape, in the order the pipeline runs them.
 
-    Raises CheckpointError if the UNet's config makes no model.
+    With `image` there is also the one that encodes a picture. Raises CheckpointError if the UNet's config
+    makes no model.
     """
     tokens = token_specs(checkpoint, shape)
     text = text_specs(checkpoint, shape, tokens[0].shape[1])
@@ -83,6 +98,8 @@ def make_contracts(
     if checkpoint.loras:
         for name, specs in lora_specs(checkpoint, "context" in rewrites).items():
             contracts[name] = replace(contracts[name], inputs=(*contracts[name].inputs, *specs))
+    if image:
+        contracts[ENCODE_IMAGE] = image_contract(checkpoint, shape, latent)
     return contracts
 
 
@@ -122,6 +139,18 @@ def slots_of(checkpoint: Checkpoint, has_context: bool) -> list[tuple[str, str, 
         if names:
             found.append(("unet", stage, {name: unet[name] for name in unet if name in names}))
     return found
+
+
+def image_contract(checkpoint: Checkpoint, shape: Shape, latent: tuple[int, int, int, int]) -> StageContract:
+    """Returns the contract of the VAE's encoder, which takes one picture, whatever the batch.
+
+    A tiny autoencoder gives a latent alone, and so has no `std`.
+    """
+    picture = TensorSpec("image", (1, shape.height, shape.width, 3), "float32", "RGB, 0 to 1")
+    one = (1, *latent[1:])
+    mean = TensorSpec("mean", one, "float32", "mean of the clean latent, scaled as the step takes it")
+    std = TensorSpec("std", one, "float32", "the standard deviation of the latent")
+    return StageContract(ENCODE_IMAGE, (picture,), (mean,) if is_tiny(checkpoint.vae) else (mean, std))
 
 
 def token_specs(checkpoint: Checkpoint, shape: Shape) -> tuple[TensorSpec, ...]:

@@ -1,4 +1,4 @@
-"""Turns the modules of a checkpoint into the stages encode, context, step and decode, as static graphs.
+"""Turns the modules of a checkpoint into stages (encode, context, step, decode, …), as static graphs.
 
 All float inputs and outputs of a stage are float32; inside, a stage computes in its own precision.
 """
@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import StageContract, is_lora_input
+from lcm_compile.graphs import ENCODE_IMAGE, StageContract, is_lora_input
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import draw_contract, make_contracts
 from lcm_compile.stages.lora_branches import WithLoras
 from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
+
+LOG_VARIANCE = (-30.0, 20.0)  # what diffusers clamps the log of the latent's variance to
 
 
 @dataclass
@@ -61,10 +63,14 @@ def rewrite_modules(
 
 
 def make_stages(
-    checkpoint: Checkpoint, modules: Mapping[str, nn.Module], shape: Shape, rewrites: Collection[str] = ()
+    checkpoint: Checkpoint,
+    modules: Mapping[str, nn.Module],
+    shape: Shape,
+    rewrites: Collection[str] = (),
+    image: bool = False,
 ) -> list[Stage]:
     """Returns the stages of a base, in the order the pipeline runs them. `modules` have these rewrites."""
-    contracts = make_contracts(checkpoint, shape, rewrites)
+    contracts = make_contracts(checkpoint, shape, rewrites, image)
     return [make_stage(checkpoint, contract, modules) for contract in contracts.values()]
 
 
@@ -81,6 +87,8 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         module = Step(modules["unet"], names, ratio)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
+    elif contract.name == ENCODE_IMAGE:
+        module = EncodeImage(modules["vae"], sampled=len(contract.outputs) > 1)
     elif "text_encoder_2" in modules:
         encoders = modules["text_encoder"], modules["text_encoder_2"]
         module = EncodeTwo(*encoders, checkpoint.prompt_chunks, checkpoint.clip_skip)
@@ -288,14 +296,7 @@ class Decode(nn.Module):
         autoencoder: Any = vae
         self.post_quant_conv: nn.Module | None = getattr(autoencoder, "post_quant_conv", None)
         self.decoder: nn.Module = autoencoder.decoder
-        config = autoencoder.config
-        scale = torch.full((1, config.latent_channels, 1, 1), 1.0 / config.scaling_factor)
-        shift = torch.zeros_like(scale)
-        if getattr(config, "latents_mean", None) is not None:
-            scale = scale * torch.tensor(config.latents_std, dtype=torch.float32).view(scale.shape)
-            shift = shift + torch.tensor(config.latents_mean, dtype=torch.float32).view(scale.shape)
-        # Plain tensors, not buffers, so that casting the module to half precision does not change them.
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift = latent_scaling(autoencoder.config)
 
     def forward(self, latent: Tensor) -> Tensor:
         # (b, c, h, w) → (b, h·f, w·f, 3)
@@ -305,3 +306,44 @@ class Decode(nn.Module):
             z = self.post_quant_conv(z)
         picture = (self.decoder(z).float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
         return (picture * 255).round().to(torch.uint8) if self.rgb8 else picture
+
+
+class EncodeImage(nn.Module):
+    """Encodes a picture to the mean and the standard deviation of its latent, scaled as the UNet takes it.
+
+    One that is not `sampled`, which is a tiny autoencoder's, gives the latent alone.
+    """
+
+    def __init__(self, vae: nn.Module, sampled: bool = True) -> None:
+        super().__init__()
+        autoencoder: Any = vae
+        self.encoder: nn.Module = autoencoder.encoder
+        self.quant_conv: nn.Module | None = getattr(autoencoder, "quant_conv", None)
+        self.sampled = sampled
+        self.scale, self.shift = latent_scaling(autoencoder.config)
+
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        # (1, h·f, w·f, 3) → (1, c, h, w), twice
+        pixels = (2 * image - 1).permute(0, 3, 1, 2)
+        encoded = self.encoder(pixels.to(weight_type(self.encoder)))
+        if self.quant_conv is not None:
+            encoded = self.quant_conv(encoded)
+        if not self.sampled:
+            return (encoded.float() - self.shift) / self.scale
+        mean, log_variance = encoded.float().chunk(2, dim=1)
+        std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE))
+        return (mean - self.shift) / self.scale, std / self.scale
+
+
+def latent_scaling(config: Any) -> tuple[Tensor, Tensor]:
+    """Returns (a, b) of the VAE's own latents a·z + b, for z as the UNet computes them: each (1, c, 1, 1).
+
+    They are to be plain tensors of a module, not buffers, so that casting it to half precision does not
+    change them.
+    """
+    scale = torch.full((1, config.latent_channels, 1, 1), 1.0 / config.scaling_factor)
+    shift = torch.zeros_like(scale)
+    if getattr(config, "latents_mean", None) is not None:
+        scale = scale * torch.tensor(config.latents_std, dtype=torch.float32).view(scale.shape)
+        shift = shift + torch.tensor(config.latents_mean, dtype=torch.float32).view(scale.shape)
+    return scale, shift

@@ -9,13 +9,15 @@ import shutil
 import pytest
 import torch
 from factories import load_modules
+from safetensors.torch import load_file, save_file
 
+from lcm_compile.builder.export import export
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import STAGE_FLOORS, snr_db
-from lcm_compile.spec import Shape
+from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.stages.half_precision import FP16_LIMIT, layers_over, record_peaks, to_precision
 from lcm_compile.stages.stage import Stage, make_stages
 from lcm_compile.targets import find_target
@@ -194,3 +196,20 @@ def test_a_block_whose_sum_overflows_is_kept_whole():
         "last": (40.0, 1.0),
     }
     assert layers_over(net, peaks) == {"block.one", "block.two"}
+
+
+def test_the_encoder_of_pictures_is_held_to_the_same(sdxl_checkpoint, tmp_path):
+    """Its overflowing layers stay in fp32, and its graph is near torch's."""
+    base = shutil.copytree(sdxl_checkpoint, tmp_path / "base")
+    path = base / "vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    for name in weights:
+        if name.startswith("encoder.down_blocks.1.resnets.0.conv2."):
+            weights[name] = weights[name] * 1e6
+    save_file(weights, path)
+    spec = BuildSpec(str(base), no_lcm=True, precision="fp16", image=True)
+    manifest = export(spec, tmp_path / "graphs")
+    [stage] = [stage for stage in manifest.stages if stage.contract.name == "encode-image"]
+    assert 0 < len(stage.fp32_layers) < 60 and stage.largest_activation > 65504
+    assert any(name.startswith("encoder.down_blocks.1.resnets.0.") for name in stage.fp32_layers)
+    assert 45 <= manifest.parity["encode-image"].db < 110

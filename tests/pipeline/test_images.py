@@ -1,0 +1,157 @@
+"""Pictures that begin at a picture, with and without a mask, against diffusers with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import factories
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderTiny,
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+)
+from diffusers_reference import SCHEDULERS
+from PIL import Image, ImageDraw
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.pipeline.drawing import eight_bits
+from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
+from lcm_compile.samplers import SAMPLERS
+
+FLOOR = 60  # dB
+SIDE = 64
+
+
+def painting(width=SIDE, height=SIDE):
+    """Blurred blots of all colours."""
+    blots = np.random.default_rng(3).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(blots).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def frame(width=SIDE, height=SIDE):
+    """A mask that repaints the middle, whose edge lies inside the pixels of a latent."""
+    mask = Image.new("L", (width, height))
+    ImageDraw.Draw(mask).ellipse((width // 5, height // 4, width * 4 // 5, height * 5 // 6), 255)
+    return mask
+
+
+@pytest.fixture(scope="module")
+def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
+    """A bundle of each base that reads pictures, without an LCM-LoRA, and the base, which does not clip."""
+    folder, made = tmp_path_factory.mktemp("ordinary"), {}
+    for name, checkpoint, backend in (
+        ("sd15", sd15_checkpoint, "torchscript"),
+        ("sdxl", sdxl_checkpoint, "onnxruntime"),
+    ):
+        base = shutil.copytree(checkpoint, folder / f"{name}-base")
+        path = base / "scheduler/scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+        spec = BuildSpec(str(base), no_lcm=True, backend=backend, image=True, batch=2)
+        made[name] = build(spec, folder / name).folder, base
+    return made
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def pair(request, ordinary):
+    """Our pipeline, and diffusers' pipeline of the same base."""
+    bundle, base = ordinary[request.param]
+    with load(bundle) as ours:
+        theirs = DiffusionPipeline.from_pretrained(base)
+        theirs.config_of_scheduler = theirs.scheduler.config
+        yield ours, theirs
+
+
+def drawn_by_diffusers(kind, theirs, sampler, **options):
+    pipe = kind.from_pipe(theirs)
+    pipe.scheduler = SCHEDULERS[sampler](theirs.config_of_scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        "a red star",
+        negative_prompt="blue",
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+        **options,
+    ).images
+    return eight_bits(images)
+
+
+def worst(theirs, ours):
+    assert len(theirs) == len(ours) and theirs.std() > 5
+    return min(psnr_db(other, mine) for other, mine in zip(theirs, ours, strict=True))
+
+
+CASES = [(sampler, *how) for sampler in SAMPLERS for how in ((5, 1.0, 0.5), (10, 7.5, 0.8))]
+CASES += [(sampler, 6, 1.0, strength) for sampler in ("lcm", "euler", "dpm++2m") for strength in (0.2, 1.0)]
+
+
+@pytest.mark.parametrize(("sampler", "steps", "scale", "strength"), CASES)
+def test_image_to_image_is_that_of_diffusers(pair, sampler, steps, scale, strength):
+    ours, theirs = pair
+    drawn = drawn_by_diffusers(
+        AutoPipelineForImage2Image,
+        theirs,
+        sampler,
+        image=painting(),
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        num_images_per_prompt=3,
+    )
+    asked = {"sampler": sampler, "image": painting(), "strength": strength}
+    pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 3, **asked)).pictures
+    assert worst(drawn, pictures) >= FLOOR
+
+
+@pytest.mark.parametrize(("steps", "scale", "strength"), [(4, 1.0, 1.0), (6, 7.5, 0.5)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_is_that_of_diffusers(pair, sampler, steps, scale, strength):
+    ours, theirs = pair
+    drawn = drawn_by_diffusers(
+        AutoPipelineForInpainting,
+        theirs,
+        sampler,
+        image=painting(),
+        mask_image=frame(),
+        height=SIDE,
+        width=SIDE,
+        strength=strength,
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        num_images_per_prompt=3,
+    )
+    asked = {"sampler": sampler, "image": painting(), "mask": frame(), "strength": strength}
+    pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 3, **asked)).pictures
+    assert worst(drawn, pictures) >= FLOOR
+
+
+def test_a_tiny_autoencoder_encodes_without_a_draw(sd15_checkpoint, tmp_path):
+    torch.manual_seed(7)
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(2, 2, 2, 1))
+    factories.lively(vae, 1.5).save_pretrained(tmp_path / "vae")
+    spec = BuildSpec(
+        str(sd15_checkpoint),
+        no_lcm=True,
+        few_step="lcm",
+        vae=str(tmp_path / "vae"),
+        backend="onnxruntime",
+        image=True,
+    )
+    theirs = DiffusionPipeline.from_pretrained(sd15_checkpoint, vae=vae)
+    theirs.config_of_scheduler = theirs.scheduler.config
+    with load(build(spec, tmp_path / "bundle")) as ours:
+        [encoder] = [stage for name, stage in ours.runners.items() if name == "encode-image"]
+        assert [spec.name for spec in encoder.contract.outputs] == ["mean"]
+        for kind, mask in ((AutoPipelineForImage2Image, None), (AutoPipelineForInpainting, frame())):
+            options = {"image": painting(), "strength": 0.75}
+            masked = {} if mask is None else {"mask_image": mask, "height": SIDE, "width": SIDE}
+            how = {"num_inference_steps": 4, "guidance_scale": 1.0}
+            drawn = drawn_by_diffusers(kind, theirs, "lcm", **options, **masked, **how)
+            pictures = ours.draw(Request("a red star", 7, "blue", 4, mask=mask, **options)).pictures
+            assert worst(drawn, pictures) >= FLOOR
