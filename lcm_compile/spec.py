@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.graphs import CONTROLS
 from lcm_compile.precisions import ASKED_PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -178,6 +179,44 @@ class EmbeddingSpec:
         return self.source if self.token is None else f"{self.source}:{self.token}"
 
 
+CONTROLNET_FORM = "write PATH, or PATH:0.8"
+
+
+@dataclass(frozen=True)
+class ControlNetSpec:
+    """A ControlNet, and the strength that pictures have for which none is asked.
+
+    `source` is a path, or `OWNER/NAME` on the hub. Raises UsageError for a strength that is not finite.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("a ControlNet has no path", CONTROLNET_FORM)
+        if not math.isfinite(self.weight):
+            raise UsageError(
+                f"the weight {self.weight} of ControlNet {self.source} is not finite", CONTROLNET_FORM
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNetSpec:
+        """Returns the ControlNet of `SOURCE` or `SOURCE:WEIGHT`. No file is checked."""
+        source, colon, last = text.rpartition(":")
+        if not colon or ends_path(last):
+            return cls(text)
+        try:
+            return cls(source, float(last))
+        except ValueError:
+            raise UsageError(
+                f"ControlNet weight {last!r} in {text!r} is not a number", CONTROLNET_FORM
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.weight!r}"
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
@@ -186,8 +225,9 @@ class BuildSpec:
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
-    the number of the text encoders' last layers that are skipped, as diffusers counts them. Raises
-    UsageError for values that can't be right with any base or on any machine.
+    the number of the text encoders' last layers that are skipped, as diffusers counts them. `controlnets`
+    are those that a picture guides at every step. Raises UsageError for values that can't be right with any
+    base or on any machine.
     """
 
     base: str
@@ -211,8 +251,17 @@ class BuildSpec:
     lora_skip: tuple[str, ...] = ()
     prompt_tokens: int = CHUNK_TOKENS
     clip_skip: int | None = None
+    controlnets: tuple[ControlNetSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.controlnets and self.whole_loop:
+            raise UsageError(
+                "--whole-loop builds one graph, which can't hold a ControlNet", "drop --whole-loop"
+            )
+        if len(self.controlnets) > len(CONTROLS):
+            raise UsageError(
+                f"{len(self.controlnets)} ControlNets are given, and a bundle has {len(CONTROLS)} at most"
+            )
         for name in self.without:
             if name not in REWRITES:
                 raise unknown_name("rewrite", name, REWRITES)
@@ -272,6 +321,8 @@ class BuildSpec:
             inputs["prompt tokens"] = str(self.prompt_tokens)
         if self.clip_skip:
             inputs["clip skip"] = str(self.clip_skip)
+        for i, controlnet in enumerate(self.controlnets, 1):
+            inputs[f"ControlNet {i} weight"] = repr(float(controlnet.weight))
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

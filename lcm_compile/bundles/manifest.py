@@ -77,6 +77,7 @@ class PipelineSettings:
 
     With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place. The
     last fields are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
+    `control_weights` has the strength of each ControlNet.
     """
 
     shape: Shape
@@ -89,6 +90,7 @@ class PipelineSettings:
     steps: int = 4
     eta: float | None = None
     few_step: FewStepWeights | None = None
+    control_weights: tuple[float, ...] = ()
 
     def drawing(
         self,

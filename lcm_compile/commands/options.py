@@ -194,6 +194,24 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def controlnet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --controlnet, as ControlNetSpecs in the parameter `controlnets`."""
+
+    def read(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
+        from lcm_compile.spec import ControlNetSpec
+
+        return tuple(ControlNetSpec.parse(text) for text in texts)
+
+    return click.option(
+        "--controlnet",
+        "controlnets",
+        multiple=True,
+        metavar="DIR|FILE|ID[:W]",
+        callback=read,
+        help="A ControlNet, whose picture run --control gives, and its usual strength; repeatable.",
+    )(command)
+
+
 def base_settings(
     *,
     lcm_lora: str | None,
@@ -258,6 +276,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="REWRITE",
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
+            controlnet_option,
             click.option(
                 "--whole-loop", is_flag=True, help="Build one graph that draws a complete 4-step picture."
             ),

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, STAGES, StageContract
+from lcm_compile.graphs import ALL_STAGES, DRAW, STAGES, StageContract
+from lcm_compile.pipeline.control import check_control, control_stages
 from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import COEFFICIENTS
+from lcm_compile.spec import ControlNetSpec
 
 
 def check_stages(bundle: EngineBundle) -> None:
@@ -22,13 +25,16 @@ def check_stages(bundle: EngineBundle) -> None:
     if tuple(contracts) == (DRAW,):
         check_draw(bundle, contracts[DRAW])
         return
-    if tuple(contracts) != tuple(name for name in STAGES if name in contracts or name != "context"):
+    needed = [name for name in ALL_STAGES if name in contracts or name in ("encode", "step", "decode")]
+    if list(contracts) != needed:
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
     takes = {name: {s.name: s.shape for s in contract.inputs} for name, contract in contracts.items()}
     gives = {name: {s.name: s.shape for s in contract.outputs} for name, contract in contracts.items()}
     shape, latent = settings.shape, takes["step"].get("latent", ())
     own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
     given = {**own, "time_ids": (shape.batch, 6), **gives["encode"]}
+    picture = {"latent": latent, "control": (shape.batch, 3, shape.height, shape.width), "strength": (1,)}
+    controlled = {**given, **picture}
     wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (takes["encode"], {t.input: (shape.batch, t.length) for t in settings.tokenizers})
     ]
@@ -38,6 +44,10 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
+    for name in control_stages(contracts):
+        given |= gives[name]
+        wanted.append((takes[name], select(controlled, takes[name])))
+        wanted.append((gives[name], select(takes["step"], gives[name])))
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
     made = {"prediction": latent, "next_latent": latent, "x0": latent}
     wanted += [
@@ -83,6 +93,9 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
     contracts = [stage.contract for stage in manifest.stages]
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
+    other = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
+    nets = control_stages({contract.name: contract for contract in contracts})
+    check_control(request.control, len(nets), other.command())
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import STAGES
+from lcm_compile.pipeline.control import Control, check_control, control_stages, for_each, strengths_of
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
     Clock,
@@ -115,6 +116,10 @@ class Pipeline(ABC):
         original_size: tuple[int, int] | None = None,
         crop: tuple[int, int] | None = None,
         target_size: tuple[int, int] | None = None,
+        control: Any = None,
+        control_weight: float | Sequence[float] | None = None,
+        control_start: float | Sequence[float] | None = None,
+        control_end: float | Sequence[float] | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -138,6 +143,11 @@ class Pipeline(ABC):
         original_size: The height and width in pixels that SDXL is told its picture was a part of.
         crop: The top and left of that part in pixels.
         target_size: The height and width in pixels that SDXL is told to aim at.
+        control: The picture that the bundle's ControlNet reads, for all pictures of the call: a path, a PIL
+            image or an array; for several ControlNets a list with one for each.
+        control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
+        control_start: The share of the steps before which the ControlNet does nothing, by default 0.
+        control_end: The share of the steps after which it does nothing, by default 1.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -164,6 +174,10 @@ class Pipeline(ABC):
             original_size=original_size,
             crop=crop,
             target_size=target_size,
+            control=control,
+            control_weight=control_weight,
+            control_start=control_start,
+            control_end=control_end,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -203,6 +217,7 @@ class Pipeline(ABC):
         contracts = [runner.contract for runner in self.runners.values()]
         for asked in pictures:
             check_prompts(asked, self.settings.tokenizers, contracts)
+        check_control(pictures[0].control, len(control_stages(self.runners)))
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show)
@@ -279,7 +294,7 @@ class LcmPipeline(Pipeline):
         stages = 2 if "context" in self.runners else 1
         passes = Passes(stages * encoded, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], STAGES)
-        graphs = self.find_graphs(steps, guided, request.guidance_rescale)
+        graphs = self.find_graphs(steps, guided, request)
         clock.lap("")
 
         noise = Noise(self.latent_shape())
@@ -330,13 +345,36 @@ class LcmPipeline(Pipeline):
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
+        control = self.put_control(request, len(steps))
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], scale)
+            return graphs.begin([text.arrays for text in texts], scale, control)
         timesteps = [step.timestep for step in steps]
         conditions = [self.prompts.conditions(text, timesteps) for text in texts]
         coefficients = put_coefficients(self.runners, steps)
-        return Loop(self.runners, steps, coefficients, conditions, scale, request.guidance_rescale)
+        rescale = request.guidance_rescale
+        return Loop(self.runners, steps, coefficients, conditions, scale, rescale, control)
+
+    def put_control(self, request: Request, steps: int) -> Control | None:
+        """Returns what the bundle's ControlNets read for a request, or None if it has none."""
+        if not (names := control_stages(self.runners)):
+            return None
+        count, weights = len(names), request.control_weight or self.settings.control_weights
+        each = zip(
+            for_each(weights, count, 1.0),
+            for_each(request.control_start, count, 0.0),
+            for_each(request.control_end, count, 1.0),
+            strict=True,
+        )
+        strengths = [strengths_of(*span, steps) for span in each]
+        pictures = [self.put(picture.pixels(self.settings.shape)) for picture in request.control]
+        return Control(
+            dict(zip(names, pictures, strict=True)),
+            {
+                name: [self.put(np.asarray([one], np.float32)) for one in own]
+                for name, own in zip(names, strengths, strict=True)
+            },
+        )
 
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape (c, h, w) of the latent of one picture."""
@@ -351,17 +389,20 @@ class LcmPipeline(Pipeline):
     def _graphs(self) -> CudaGraphs:
         return CudaGraphs(self.runners)
 
-    def find_graphs(self, steps: tuple[Step, ...], guided: bool, rescale: float) -> CapturedLoop | None:
+    def find_graphs(self, steps: tuple[Step, ...], guided: bool, request: Request) -> CapturedLoop | None:
         """Returns the CUDA graphs for pictures of these steps, or None if they are drawn without."""
         if not self.cuda_graph:
             self._graphs.use_own(False)
             return None
 
+        rescale = request.guidance_rescale
+
         def make(capturer: Capturer) -> CapturedLoop:
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
-            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale)
+            control = self.put_control(request, len(steps))
+            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale, control)
 
         return self._graphs.find((steps, guided, rescale), make)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import secrets
 from collections import Counter
@@ -11,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.pipeline.control import ControlPicture, check_span, control_numbers, control_pictures
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.spec import Shape
@@ -48,6 +50,16 @@ class Request:
     crop: The top and left of that part in pixels; None, the default, is 0 and 0.
     target_size: The height and width in pixels that SDXL is told to aim at; None, the default, is the
         picture's own size.
+    control: The picture that a bundle's ControlNet reads: a file's path, a PIL image or an array (height,
+        width, 3) of 8 bits; for several ControlNets a list with one for each. All pictures of a request share
+        it. It is resized to the bundle's size without keeping its aspect ratio. Kept as a tuple of
+        ControlPicture; the default, (), is none.
+    control_weight: The strength of the ControlNet without a unit, any finite number; for several a list with
+        one for each. 0 is none, and the bundle's own, of `build --controlnet`, is the default, ().
+    control_start: The share of the steps, from 0 to 1, before which the ControlNet does nothing; for several
+        a list. The default, (), is 0.
+    control_end: The share of the steps, from 0 to 1, after which it does nothing; above its start. The
+        default, (), is 1.
     """
 
     prompt: str
@@ -66,6 +78,10 @@ class Request:
     original_size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    control: tuple[ControlPicture, ...] = ()
+    control_weight: tuple[float, ...] = ()
+    control_start: tuple[float, ...] = ()
+    control_end: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_text(self.prompt, "prompt")
@@ -90,6 +106,11 @@ class Request:
         for name, (called, most) in NUMBERS.items():
             if name != "eta" or self.eta is not None:
                 object.__setattr__(self, name, number(getattr(self, name), called, most))
+        object.__setattr__(self, "control", control_pictures(self.control))
+        for name, limits in CONTROL_NUMBERS.items():
+            given, called = getattr(self, name), name.replace("_", " ")
+            object.__setattr__(self, name, control_numbers(given, called, len(self.control), *limits))
+        check_span(self.control_start, self.control_end)
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
         if not 1 <= self.num_images <= MOST_IMAGES:
@@ -251,6 +272,16 @@ SHARED = {
     "original_size": "original size",
     "crop": "crop",
     "target_size": "target size",
+    "control": "control picture",
+    "control_weight": "control weight",
+    "control_start": "control start",
+    "control_end": "control end",
+}
+# The numbers for a ControlNet, with the least and the largest value.
+CONTROL_NUMBERS = {
+    "control_weight": (-math.inf, math.inf),
+    "control_start": (0.0, 1.0),
+    "control_end": (0.0, 1.0),
 }
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {
