@@ -199,6 +199,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "lossy": dict(manifest.lossy),
         "loras": [dict(lora) for lora in manifest.loras],
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
+        "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
         "stages": [
             {
                 "name": stage.contract.name,

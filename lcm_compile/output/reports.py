@@ -27,6 +27,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             ("few-step method", few_step_line(export)),
             *((f"{p.role} LoRA", f"{p.path} × {p.spec.effective}") for p in export.loras),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
+            *(("ControlNet", str(controlnet)) for controlnet in export.spec.controlnets),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
             ("prompt tokens", str(export.spec.prompt_tokens)),

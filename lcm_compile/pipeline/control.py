@@ -34,13 +34,13 @@ class ControlPicture:
     """A picture that a ControlNet reads.
 
     `file` is the name of its file without folders, "" for a picture that has none, and `sha256` the digest of
-    the file, or of the picture's pixels. `image` is the picture itself in its own size and mode, or None in a
-    request that was read from a file: it tells which picture it was.
+    the file, or of the picture's pixels. `pixels` is the picture itself in its own size and mode, or None
+    where it is only told which picture it was.
     """
 
     file: str
     sha256: str
-    image: Any = field(default=None, repr=False, compare=False)
+    pixels: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, source: Any) -> ControlPicture:
@@ -86,17 +86,17 @@ class ControlPicture:
             raise UsageError(f"the control picture {path} can't be read: {why}", GIVE) from error
         return cls(path.name, hashlib.sha256(content).hexdigest(), image)
 
-    def pixels(self, shape: Shape) -> np.ndarray:
+    def planes(self, shape: Shape) -> np.ndarray:
         """Returns the picture (b, 3, h, w) from 0 to 1 for pictures of a shape.
 
         Raises UsageError if the picture itself is not here.
         """
         from PIL import Image
 
-        if self.image is None:
+        if self.pixels is None:
             raise UsageError(f"the control picture {self.file or self.sha256[:12]} is not here", GIVE)
         # The order of diffusers' VaeImageProcessor: a palette's picture is resized before it becomes RGB.
-        resized = self.image.resize((shape.width, shape.height), Image.Resampling.LANCZOS).convert("RGB")
+        resized = self.pixels.resize((shape.width, shape.height), Image.Resampling.LANCZOS).convert("RGB")
         planes = np.asarray(resized).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
         return np.tile(planes, (shape.batch, 1, 1, 1))
 
@@ -122,6 +122,39 @@ def control_pictures(given: Any) -> tuple[ControlPicture, ...]:
         return ()
     several = given if isinstance(given, list | tuple) else (given,)
     return tuple(ControlPicture.of(one) for one in several)
+
+
+def find_control(told: Sequence[ControlPicture], folder: Path) -> tuple[ControlPicture, ...]:
+    """Returns the control pictures that a saved picture tells, from their files.
+
+    They are looked for by name in `folder` and in the current one. Raises UsageError if one is not there, or
+    if the file there is another picture now.
+    """
+    found = []
+    for one in told:
+        if not one.file:
+            raise UsageError(
+                "it was drawn with a control picture from Python, which has no file",
+                "name it: --control FILE",
+            )
+        name = Path(one.file).name
+        paths = [path for path in (folder / name, Path(name)) if path.is_file()]
+        if not paths:
+            raise UsageError(
+                f"it was drawn with the control picture {name}, which is neither in {folder} nor in the "
+                "current folder",
+                "name it: --control FILE",
+            )
+        here = [ControlPicture.read(path) for path in paths]
+        same = next((picture for picture in here if picture.sha256 == one.sha256), None)
+        if same is None:
+            raise UsageError(
+                f"{paths[0]} is not the control picture that it was drawn with: the sha256 was "
+                f"{one.sha256[:12]}… and is {here[0].sha256[:12]}…",
+                "name the right one, or draw with this one: --control FILE",
+            )
+        found.append(same)
+    return tuple(found)
 
 
 def control_numbers(given: Any, name: str, pictures: int, least: float, most: float) -> tuple[float, ...]:
@@ -153,6 +186,11 @@ def check_span(starts: Sequence[float], ends: Sequence[float]) -> None:
     for start, end in zip(for_each(starts, count, 0.0), for_each(ends, count, 1.0), strict=True):
         if start >= end:
             raise UsageError(f"control start {start:g} must be before control end {end:g}")
+
+
+def without_pixels(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the fields of a dataclass as a dict without pixels: the `dict_factory` of `asdict` for JSON."""
+    return {name: value for name, value in items if name != "pixels"}
 
 
 def for_each(values: Sequence[float], count: int, default: float) -> list[float]:

@@ -24,7 +24,14 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import STAGES
-from lcm_compile.pipeline.control import Control, check_control, control_stages, for_each, strengths_of
+from lcm_compile.pipeline.control import (
+    Control,
+    check_control,
+    control_pictures,
+    control_stages,
+    for_each,
+    strengths_of,
+)
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
     Clock,
@@ -174,7 +181,7 @@ class Pipeline(ABC):
             original_size=original_size,
             crop=crop,
             target_size=target_size,
-            control=control,
+            control=control_pictures(control),  # read once for all pictures
             control_weight=control_weight,
             control_start=control_start,
             control_end=control_end,
@@ -367,7 +374,7 @@ class LcmPipeline(Pipeline):
             strict=True,
         )
         strengths = [strengths_of(*span, steps) for span in each]
-        pictures = [self.put(picture.pixels(self.settings.shape)) for picture in request.control]
+        pictures = [self.put(picture.planes(self.settings.shape)) for picture in request.control]
         return Control(
             dict(zip(names, pictures, strict=True)),
             {
