@@ -301,12 +301,16 @@ def write_controlnet(base, folder, seed=3, **config):
     widths = (8, 16, 32, 48)[: len(pipe.vae.config.block_out_channels)]
     unet = UNet2DConditionModel.from_config({**pipe.unet.config, **config})
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    lively(net)
     # A new ControlNet adds nothing: its convolutions to the UNet, and the last of the picture's, are zeros.
-    zeros = (net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out)
     with torch.no_grad():
-        for weight in (weight for module in zeros for weight in module.parameters()):
-            weight.normal_(0, 0.2)
-    lively(net).save_pretrained(folder)
+        for weight in net.controlnet_cond_embedding.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 2 / weight[0].numel() ** 0.5)
+        for module in (net.controlnet_down_blocks, net.controlnet_mid_block):
+            for weight in module.parameters():
+                weight.normal_(0, 0.2)
+    net.save_pretrained(folder)
     return folder
 
 

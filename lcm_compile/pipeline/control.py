@@ -211,7 +211,8 @@ def check_control(pictures: Sequence[ControlPicture], stages: int, builds: str =
             builds or "lcm-compile build --controlnet DIR builds one that has",
         )
     nets = "a ControlNet, which reads" if stages == 1 else f"{stages} ControlNets, which read"
-    given = "no control picture is" if not pictures else f"{len(pictures)} are"
+    count = len(pictures)
+    given = f"{count} are" if count > 1 else "only one is" if count else "no control picture is"
     raise UsageError(
         f"this bundle has {nets} a control picture{' each' if stages > 1 else ''}, and {given} given",
         "give " + " ".join(["--control PICTURE"] * stages) + "; --control-weight 0 draws without its effect",
