@@ -77,7 +77,7 @@ def run(
     from lcm_compile.output.console import note
     from lcm_compile.output.images import Names
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control import control_pictures
+    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request, draw_seed, requests_for
 
@@ -189,7 +189,7 @@ def draw_again(
     from lcm_compile.output.images import picture_paths
     from lcm_compile.output.picture_settings import read_origin
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control import find_control
+    from lcm_compile.pipeline.control_picture import find_control
     from lcm_compile.pipeline.load import load
 
     origin = read_origin(picture)
@@ -329,7 +329,7 @@ def draw_sheet(
     from lcm_compile.output.images import save_picture, sheet_path
     from lcm_compile.output.picture_settings import settings_of
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control import without_pixels
+    from lcm_compile.pipeline.control_picture import without_pixels
     from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)

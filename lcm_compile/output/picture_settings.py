@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.pipeline.control import for_each, without_pixels
+from lcm_compile.pipeline.control_picture import for_each, without_pixels
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.system.dataclass_json import from_json

@@ -20,8 +20,9 @@ from lcm_compile.pipeline.control import Control
 from lcm_compile.pipeline.loop import Arrays, Loop, Runners, State, conditions_of
 from lcm_compile.samplers.step import Step
 
-# The steps, whether a second pass guides, and the share of guidance rescale.
-Kind = tuple[tuple[Step, ...], bool, float]
+# The steps, whether a second pass guides, the share of guidance rescale, and for each ControlNet whether
+# it is run in each step.
+Kind = tuple[tuple[Step, ...], bool, float, tuple[tuple[bool, ...], ...]]
 KINDS_KEPT = 8  # kinds of pictures whose graphs are kept
 # The status of a picture: whether it was drawn with CUDA graphs, and why not.
 USED = "used"

@@ -24,14 +24,8 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import STAGES
-from lcm_compile.pipeline.control import (
-    Control,
-    check_control,
-    control_pictures,
-    control_stages,
-    for_each,
-    strengths_of,
-)
+from lcm_compile.pipeline.control import check_control, control_stages, put_control, strengths_of
+from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
     Clock,
@@ -352,7 +346,7 @@ class LcmPipeline(Pipeline):
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
-        control = self.put_control(request, len(steps))
+        control = put_control(self.runners, request, self.settings)
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
             return graphs.begin([text.arrays for text in texts], scale, control)
@@ -361,27 +355,6 @@ class LcmPipeline(Pipeline):
         coefficients = put_coefficients(self.runners, steps)
         rescale = request.guidance_rescale
         return Loop(self.runners, steps, coefficients, conditions, scale, rescale, control)
-
-    def put_control(self, request: Request, steps: int) -> Control | None:
-        """Returns what the bundle's ControlNets read for a request, or None if it has none."""
-        if not (names := control_stages(self.runners)):
-            return None
-        count, weights = len(names), request.control_weight or self.settings.control_weights
-        each = zip(
-            for_each(weights, count, 1.0),
-            for_each(request.control_start, count, 0.0),
-            for_each(request.control_end, count, 1.0),
-            strict=True,
-        )
-        strengths = [strengths_of(*span, steps) for span in each]
-        pictures = [self.put(picture.planes(self.settings.shape)) for picture in request.control]
-        return Control(
-            dict(zip(names, pictures, strict=True)),
-            {
-                name: [self.put(np.asarray([one], np.float32)) for one in own]
-                for name, own in zip(names, strengths, strict=True)
-            },
-        )
 
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape (c, h, w) of the latent of one picture."""
@@ -408,10 +381,11 @@ class LcmPipeline(Pipeline):
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
-            control = self.put_control(request, len(steps))
+            control = put_control(self.runners, request, self.settings)
             return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale, control)
 
-        return self._graphs.find((steps, guided, rescale), make)
+        runs = tuple(tuple(map(bool, own)) for own in strengths_of(request, self.settings))
+        return self._graphs.find((steps, guided, rescale, runs), make)
 
     def graph_status(self, graphs: CapturedLoop | None) -> str:
         """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""

@@ -12,7 +12,7 @@ from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.pipeline.control import ControlPicture, check_span, control_numbers, control_pictures
+from lcm_compile.pipeline.control_picture import ControlPicture, check_span, control_numbers, control_pictures
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.spec import Shape

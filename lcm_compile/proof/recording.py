@@ -15,7 +15,7 @@ from lcm_compile.bundles.manifest import PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, ForwardingRunner, Runner
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import CONTROLS, StageContract
-from lcm_compile.pipeline.control import sample_picture
+from lcm_compile.pipeline.control_picture import sample_picture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.request import Request
