@@ -14,6 +14,7 @@ from lcm_compile.errors import UsageError
 from lcm_compile.graphs import CONTROLS
 from lcm_compile.pipeline.control_picture import ControlPicture, for_each
 from lcm_compile.pipeline.request import Request
+from lcm_compile.samplers.step import Step
 
 
 def check_control(pictures: Sequence[ControlPicture], stages: int, builds: str = "") -> None:
@@ -42,12 +43,13 @@ class Control:
     """What the ControlNets of a drawing read besides text and latent, on the device.
 
     `pictures` has the picture (b, 3, h, w) of each stage, and `strengths` its strength (1,) in each step, or
-    None in a step in which it is 0, and the stage is not run. `nothing` are the residuals of a step without
-    any.
+    None in a step in which it is 0, and the stage is not run. `timesteps` has the timestep (1,) of each step.
+    `nothing` are the residuals of a step without any.
     """
 
     pictures: Mapping[str, Array]
     strengths: Mapping[str, Sequence[Array | None]]
+    timesteps: Sequence[Array]
     nothing: Mapping[str, Array]
 
     def residuals(
@@ -60,7 +62,8 @@ class Control:
         total: dict[str, Array] = {}
         for name, picture in self.pictures.items():
             if (strength := self.strengths[name][i]) is not None:
-                given = runners[name]({**inputs, "control": picture, "strength": strength})
+                own = {"timestep": self.timesteps[i], "control": picture, "strength": strength}
+                given = runners[name]({**inputs, **own})
                 total = {key: total[key] + array for key, array in given.items()} if total else given
         return total or self.nothing
 
@@ -97,19 +100,21 @@ def strengths_of(request: Request, settings: PipelineSettings) -> tuple[tuple[fl
 
 
 def put_control(
-    runners: Mapping[str, Runner], request: Request, settings: PipelineSettings
+    runners: Mapping[str, Runner], request: Request, settings: PipelineSettings, steps: Sequence[Step]
 ) -> Control | None:
     """Returns what a bundle's ControlNets read for a request, on the device, or None if it has none."""
     if not (names := control_stages(runners)):
         return None
     first = runners[names[0]]
+
+    def put(number: float) -> Array:
+        return first.to_device(np.asarray([number], np.float32))
+
     pictures = [first.to_device(picture.planes(settings.shape)) for picture in request.control]
-    strengths = [
-        [first.to_device(np.asarray([one], np.float32)) if one else None for one in own]
-        for own in strengths_of(request, settings)
-    ]
+    strengths = [[put(one) if one else None for one in own] for own in strengths_of(request, settings)]
     return Control(
         dict(zip(names, pictures, strict=True)),
         dict(zip(names, strengths, strict=True)),
+        [put(step.timestep) for step in steps],
         {s.name: first.to_device(np.zeros(s.shape, np.float32)) for s in first.contract.outputs},
     )

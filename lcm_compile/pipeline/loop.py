@@ -136,12 +136,9 @@ def conditions_of(runners: Runners, text: Arrays, times: Sequence[Array], keep: 
     at: list[Array] = []
     # ControlNets compute their own context, and read what the UNet's is computed from.
     own = {**text} if control_stages(runners) else {}
-    timesteps = [context.kept(some[i : i + 1]) for some in times for i in range(len(some)) if own]
     for some in times:
         arrays = context({**text, "timesteps": some})
         kept = context.kept if keep else lambda array: array
         shared = shared or {name: kept(array) for name, array in arrays.items() if name != "times"}
         at += [context.kept(arrays["times"][i]) for i in range(len(some))]
-    if not own:
-        return [{**shared, "time": time} for time in at]
-    return [{**own, **shared, "timestep": one, "time": time} for one, time in zip(timesteps, at, strict=True)]
+    return [{**own, **shared, "time": time} for time in at]

@@ -346,7 +346,7 @@ class LcmPipeline(Pipeline):
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
-        control = put_control(self.runners, request, self.settings)
+        control = put_control(self.runners, request, self.settings, steps)
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
             return graphs.begin([text.arrays for text in texts], scale, control)
@@ -381,7 +381,7 @@ class LcmPipeline(Pipeline):
             coefficients = put_coefficients(self.runners, steps)
             times = put_timesteps(self.runners, [step.timestep for step in steps])
             texts = [self.prompts.blank() for _ in range(1 + guided)]
-            control = put_control(self.runners, request, self.settings)
+            control = put_control(self.runners, request, self.settings, steps)
             return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale, control)
 
         runs = tuple(tuple(map(bool, own)) for own in strengths_of(request, self.settings))
