@@ -1,9 +1,9 @@
 """Finds the ControlNets that are added to a base, and checks that they fit it. Needs no torch.
 
 A ControlNet is a copy of a UNet's first half, with a small network that reads a picture in front and a
-convolution after each block. It is a diffusers folder, or a file: under diffusers' names, or under those of
-the original, which may begin with `control_model.`. A file holds no settings. They are the base's own,
-because a ControlNet is a copy of such a UNet.
+convolution after each block. It is a diffusers folder, or a file (safetensors, or a pickle of weights): under
+diffusers' names, or under those of the original, which may begin with `control_model.`. A file holds no
+settings. They are the base's own, because a ControlNet is a copy of such a UNet.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from lcm_compile.checkpoint.diffusers_folder import FULL_FIRST, HALF_FIRST, find
 from lcm_compile.checkpoint.find import hub_id
 from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.checkpoint.original_unet_names import count, original_name, original_names
-from lcm_compile.checkpoint.single_file import refuse_pickle
 from lcm_compile.checkpoint.weight_files import Shapes, read_header
 from lcm_compile.errors import CheckpointError, UsageError, first_few
 from lcm_compile.graphs import CONTROLS
@@ -108,9 +107,8 @@ def controlnet_in_file(path: Path, name: str, checkpoint: Checkpoint) -> Compone
 
     Raises CheckpointError if the file holds no ControlNet, or one of a kind that is not read.
     """
-    refuse_pickle(path)
     shapes, _ = read_header(path)
-    hint = "give a ControlNet's diffusers folder or its whole .safetensors file to --controlnet"
+    hint = "give a ControlNet's diffusers folder or its whole file to --controlnet"
     if any(key.startswith("lora_controlnet") for key in shapes):
         raise CheckpointError(f"{path} is a control-LoRA, which is not read", hint)
     if "difference" in shapes:

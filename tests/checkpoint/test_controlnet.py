@@ -62,9 +62,11 @@ def test_a_file_in_fp16_of_a_checkpoint_with_its_base(nets, tmp_path):
     path = factories.write_original_controlnet(folder, tmp_path / "net.safetensors")
     tensors = load_file(path) | {"model.diffusion_model.out.2.bias": torch.zeros(4)}
     factories.save_tensors(tensors, path)
-    found = load_component(opened(base, path), "control").state_dict()
-    for key, weight in ControlNetModel.from_pretrained(folder).state_dict().items():
-        assert torch.equal(found[key], weight.half().float()), key
+    torch.save(tensors, pickle := tmp_path / "net.pth")
+    for file in (path, pickle):
+        found = load_component(opened(base, file), "control").state_dict()
+        for key, weight in ControlNetModel.from_pretrained(folder).state_dict().items():
+            assert torch.equal(found[key], weight.half().float()), key
 
 
 def test_the_originals_names_are_those_that_diffusers_converts(tmp_path):
@@ -134,7 +136,7 @@ def test_other_kinds_are_refused_by_name(nets, tmp_path):
     part = factories.save_tensors(tensors | {"difference": torch.zeros(0)}, tmp_path / "part.safetensors")
     none = factories.save_tensors({"a.weight": torch.zeros(1)}, tmp_path / "none.safetensors")
     pickle = tmp_path / "net.pth"
-    pickle.write_bytes(b"")
+    torch.save({"net": ControlNetModel}, pickle)
     for source, told in (
         (pools, "guess mode"),
         (union, "is a ControlNetUnionModel"),
@@ -142,7 +144,7 @@ def test_other_kinds_are_refused_by_name(nets, tmp_path):
         (lora, "is a control-LoRA"),
         (part, "difference"),
         (none, "is no ControlNet"),
-        (pickle, "is a pickle"),
+        (pickle, "is not a pickle of weights only"),
     ):
         with pytest.raises(CheckpointError, match=told):
             opened(base, source)
