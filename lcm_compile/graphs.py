@@ -81,3 +81,6 @@ class ExportedGraph:
 
 # The stages of a bundle in their order. `context` may be part of `step`.
 STAGES = ("encode", "context", "step", "decode")
+# The stages of ControlNets, which each step runs before `step`; most bundles have none.
+CONTROLS = ("control", "control-2", "control-3", "control-4")
+ALL_STAGES = ("encode", "context", *CONTROLS, "step", "decode", ENCODE_IMAGE)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.graphs import CONTROLS
 from lcm_compile.precisions import ASKED_PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -202,6 +203,44 @@ class EmbeddingSpec:
         return self.source if self.token is None else f"{self.source}:{self.token}"
 
 
+CONTROLNET_FORM = "write PATH, or PATH:0.8"
+
+
+@dataclass(frozen=True)
+class ControlNetSpec:
+    """A ControlNet, and the strength that pictures have for which none is asked.
+
+    `source` is a path, or `OWNER/NAME` on the hub. Raises UsageError for a strength that is not finite.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("a ControlNet has no path", CONTROLNET_FORM)
+        if not math.isfinite(self.weight):
+            raise UsageError(
+                f"the weight {self.weight} of ControlNet {self.source} is not finite", CONTROLNET_FORM
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> ControlNetSpec:
+        """Returns the ControlNet of `SOURCE` or `SOURCE:WEIGHT`. No file is checked."""
+        source, colon, last = text.rpartition(":")
+        if not colon or ends_path(last):
+            return cls(text)
+        try:
+            return cls(source, float(last))
+        except ValueError:
+            raise UsageError(
+                f"ControlNet weight {last!r} in {text!r} is not a number", CONTROLNET_FORM
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.weight!r}"
+
+
 @dataclass(frozen=True)
 class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
@@ -212,8 +251,8 @@ class BuildSpec:
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
     the number of the text encoders' last layers that are skipped, as diffusers counts them. `lora_slots` is
     how many LoRAs each picture may bring, of up to `lora_rank`. With `image` the bundle has a stage that
-    encodes pictures, to draw from them. Raises UsageError for values that can't be right with any base or on
-    any machine.
+    encodes pictures, to draw from them. `controlnets` are those that a picture guides at every step. Raises
+    UsageError for values that can't be right with any base or on any machine.
     """
 
     base: str
@@ -240,8 +279,17 @@ class BuildSpec:
     lora_slots: int = 0
     lora_rank: int = 64
     image: bool = False
+    controlnets: tuple[ControlNetSpec, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.controlnets and self.whole_loop:
+            raise UsageError(
+                "--whole-loop builds one graph, which can't hold a ControlNet", "drop --whole-loop"
+            )
+        if len(self.controlnets) > len(CONTROLS):
+            raise UsageError(
+                f"{len(self.controlnets)} ControlNets are given, and a bundle has {len(CONTROLS)} at most"
+            )
         for name in self.without:
             if name not in REWRITES:
                 raise unknown_name("rewrite", name, REWRITES)
@@ -327,6 +375,8 @@ class BuildSpec:
             inputs["LoRA slots"] = f"{self.lora_slots} of rank {self.lora_rank}"
         if self.image:
             inputs["pictures"] = "encoded"
+        for i, controlnet in enumerate(self.controlnets, 1):
+            inputs[f"ControlNet {i} weight"] = repr(float(controlnet.weight))
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

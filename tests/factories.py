@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -22,6 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lcm_compile.builder.build import build_plans
 from lcm_compile.builder.plan import make_plan_from
 from lcm_compile.bundles.export_manifest import open_export
+from lcm_compile.checkpoint.controlnet import original_keys
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.system.stopwatch import silent
@@ -299,6 +302,33 @@ def write_vae(folder, seed=7, factor=4, **config):
     vae.register_to_config(**config)
     vae.save_pretrained(folder)
     return vae
+
+
+def write_controlnet(base, folder, seed=3, **config):
+    """A ControlNet for a base, in a diffusers folder. What it adds is as large as what a trained one adds."""
+    torch.manual_seed(seed)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    widths = (8, 16, 32, 48)[: len(pipe.vae.config.block_out_channels)]
+    unet = UNet2DConditionModel.from_config({**pipe.unet.config, **config})
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+    lively(net)
+    # A new ControlNet adds nothing: its convolutions to the UNet, and the last of the picture's, are zeros.
+    with torch.no_grad():
+        for weight in net.controlnet_cond_embedding.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 2 / weight[0].numel() ** 0.5)
+        for module in (net.controlnet_down_blocks, net.controlnet_mid_block):
+            for weight in module.parameters():
+                weight.normal_(0, 0.2)
+    net.save_pretrained(folder)
+    return folder
+
+
+def write_original_controlnet(folder, path, prefix="control_model.", dtype=torch.float16):
+    """A diffusers folder's ControlNet as one file under the original's names."""
+    net = ControlNetModel.from_pretrained(folder)
+    names = dict(original_keys(net))
+    return save_tensors({prefix + names[key]: w.to(dtype) for key, w in net.state_dict().items()}, path)
 
 
 # Settings that make a family of SD1.5's architecture a thousand times smaller.

@@ -32,7 +32,7 @@ from lcm_compile.benchmarks.measure.worker import ColdStart, Maker, Sample, Work
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import BundleManifest, StageFile
 from lcm_compile.checkpoint.open import open_base
-from lcm_compile.errors import LcmCompileError
+from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.graphs import DRAW, ENCODE_IMAGE
 from lcm_compile.output.reports import loss_lines
 from lcm_compile.pipeline.cuda_graphs import USED
@@ -135,6 +135,11 @@ def contest(
     UsageError or BackendError if a rival can't be used here.
     """
     manifest = bundle.manifest
+    if manifest.spec.controlnets:
+        raise UsageError(
+            f"{bundle.folder} has a ControlNet, and bench measures bundles without",
+            replace(manifest.spec, controlnets=()).command(),
+        )
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}
     work, notes = counted(bundle)

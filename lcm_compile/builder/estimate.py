@@ -10,6 +10,7 @@ from typing import Any
 from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.checkpoint.checkpoint import Component
+from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import MODEL_STAGES, main_stage
@@ -68,12 +69,12 @@ def estimate(export: ExportPlan) -> Estimate:
         for model, (_, names) in MODEL_STAGES.items()
     }
     weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
-    engines = int(
-        sum(
-            STORED_BYTES[export.precisions[main_stage(model)].product] * count
-            for model, count in weights.items()
-        )
-    )
+    stored = {model: STORED_BYTES[export.precisions[main_stage(model)].product] for model in weights}
+    engines = sum(stored[model] * count for model, count in weights.items())
+    for name in controls_of(export.checkpoint):  # which are counted as the UNet's, and may not be in 8 bits
+        wider = STORED_BYTES[export.precisions[name].product] - stored["unet"]
+        engines += wider * parameters(components[name])
+    engines = int(engines)
     # A large model's stages are in memory one at a time, a small model's all at once.
     one_at_a_time = export.is_large and not export.spec.whole_loop
     largest = max(weights.values()) if one_at_a_time else sum(weights.values())

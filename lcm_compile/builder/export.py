@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from lcm_compile.checkpoint.embeddings import read_embeddings
 from lcm_compile.checkpoint.families import SAMPLE_PROMPT
 from lcm_compile.checkpoint.load import load_tokenizer
 from lcm_compile.engines import find_backend
+from lcm_compile.engines.runner import Runner
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import is_lora_input
 from lcm_compile.lora.few_step import defaults_of
@@ -92,7 +93,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     Raises CheckpointError or LoraError if the model can't be loaded or a LoRA does not fit, and ParityError
     if the graphs do not compute what torch computes.
     """
-    from lcm_compile.builder.prepare import LoraFiles, check_fit, prepare_model
+    from lcm_compile.builder.prepare import LoraFiles, beside, check_fit, prepare_model
 
     watch = Stopwatch(report)
     call = caller(plan.is_large)
@@ -118,7 +119,9 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
                 trace[name] = calls
             if plan.checked != ENGINE:
                 with watch.task(f"check {name}"):
-                    db, recordings.cast[name] = call(check_stage, plan, prepared, rehearsal, recordings)
+                    others = beside(name, {p.graph.contract.name: p for p in made})
+                    checked = call(check_stage, plan, prepared, rehearsal, recordings, others)
+                    db, recordings.cast[name] = checked
                 floor = parity.stage_floor(prepared.graph.contract, prepared.graph.precision)
                 figures[name] = Parity(db, floor, checked_text(plan, prepared.twin != prepared.graph))
             stages.append(stage_file(prepared, folder))
@@ -216,6 +219,7 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         **vars(defaults),
         few_step=FewStepWeights(row.name, row.made_for, plan.few_step_licence) if row else None,
         **lora_settings(plan),
+        control_weights=tuple(float(controlnet.weight) for controlnet in plan.spec.controlnets),
     )
 
 
@@ -236,21 +240,33 @@ def lora_settings(plan: ExportPlan) -> dict[str, Any]:
 
 
 def check_stage(
-    plan: ExportPlan, prepared: Prepared, rehearsal: Rehearsal, recordings: Recordings
+    plan: ExportPlan,
+    prepared: Prepared,
+    rehearsal: Rehearsal,
+    recordings: Recordings,
+    others: Mapping[str, Prepared],
 ) -> tuple[float, list[Call]]:
     """Returns a graph's signal-to-noise ratio in dB against torch's calls, and the graph's own calls.
 
     Its own calls are those of a picture that is drawn with the graphs; each graph then reads what the graphs
-    before it gave.
+    before it gave. The graphs of `others` are run beside it.
     """
     if prepared.cast is not None:
         assert prepared.cast_db is not None
         return prepared.cast_db, prepared.cast
     contracts = graph_contracts(plan.checkpoint, plan.proof_shape, plan.spec)
     name = prepared.twin.contract.name
-    with find_backend("onnxruntime").load(prepared.twin.path, contracts[name], TARGETS["cpu"]) as runner:
+    with ExitStack() as stack:
+
+        def load(one: Prepared) -> Runner:
+            contract = contracts[one.twin.contract.name]
+            backend = find_backend("onnxruntime")
+            return stack.enter_context(backend.load(one.twin.path, contract, TARGETS["cpu"]))
+
+        runner, run = load(prepared), {other: load(one) for other, one in others.items()}
         db = parity.compare_calls(runner, recordings.reference[name])
-        return db, replace(rehearsal, contracts=contracts).record(runner, recordings.cast)
+        drawing = replace(rehearsal, contracts=contracts)
+        return db, drawing.record(runner, recordings.cast, beside=run)
 
 
 def checked_text(plan: ExportPlan, twin: bool) -> str:

@@ -28,6 +28,7 @@ NAME_LENGTH = 40  # how many characters of the base's name are in the name of a 
 REASONS_SHOWN = 8
 # The inputs that a command line chooses, by the start of their names. They are listed first.
 ASKED = (
+    "ControlNet",
     "LoRA",
     "backend",
     "clip skip",

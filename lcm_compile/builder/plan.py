@@ -16,6 +16,7 @@ from lcm_compile.builder.key import bundle_key, bundle_name, explain, export_key
 from lcm_compile.bundles.bundle import check_destination
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.store import bundles_folder
+from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
@@ -156,6 +157,7 @@ class Plan:
                     for p in export.loras
                 ],
                 "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
+                "controlnets": [str(controlnet) for controlnet in export.spec.controlnets],
                 "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
                 "prompt_tokens": export.spec.prompt_tokens,
@@ -232,7 +234,7 @@ def plan_export(
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
+    stages = [name for name in STAGES if name != "context" or name in spec.rewrites] + controls_of(checkpoint)
     stages += [ENCODE_IMAGE] if spec.image else []
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     digests = Digests()

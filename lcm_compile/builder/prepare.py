@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import DRAW, ExportedGraph
+from lcm_compile.graphs import CONTROLS, DRAW, ExportedGraph
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
@@ -28,7 +29,7 @@ from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
-CONDITIONS = ("encode", "context")
+CONDITIONS = ("encode", "context", *CONTROLS)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
     if plan.checkpoint.embeddings:
         for name in plan.checkpoint.tokenizers:
             load_tokenizer(plan.checkpoint, name)
-    modules = {name: empty_module(component) for name, component in plan.checkpoint.components.items()}
+    components = plan.checkpoint.components
+    modules = {name: empty_module(components[name]) for name in components if name not in CONTROLS}
     provenance = check_loras(modules, loras.read())
     for lora, spec in loras.read():
         if spec.name is not None:
@@ -116,7 +118,10 @@ def prepare_model(
         return [prepare_whole_loop(plan, loras, rehearsal)]
     contracts = make_contracts(plan.checkpoint, plan.shape, plan.spec.rewrites, plan.spec.image)
     recordings, prepared = recordings.copy(), []
-    for made in cast_stages(plan, model, loras, rehearsal, recordings):
+    # All are cast before the first is checked: a ControlNet is checked in a picture that the step draws.
+    casts = list(cast_stages(plan, model, loras, rehearsal, recordings))
+    runners = {made.stage.name: TorchRunner(made.stage) for made in casts}
+    for made in casts:
         name = made.stage.name
         full = make_stage(plan.checkpoint, contracts[name], made.modules)
         graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], graphs_in(rehearsal))
@@ -133,12 +138,21 @@ def prepare_model(
             calibration=[trace[name] for trace in recordings.calibration] if name == "encode" else (),
         )
         if plan.checked == MODULE:
-            runner = TorchRunner(made.stage)
-            recordings.cast[name] = rehearsal.record(runner, recordings.cast)
+            runner = runners[name]
+            recordings.cast[name] = rehearsal.record(runner, recordings.cast, beside=beside(name, runners))
             db = parity.compare_calls(runner, recordings.reference[name])
             done = replace(done, cast_db=db, cast=recordings.cast[name])
         prepared.append(done)
     return prepared
+
+
+def beside(name: str, stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns which of a model's stages must be run to record one: for a ControlNet, all after it.
+
+    The stages before it are replayed.
+    """
+    names = [*stages]
+    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in CONTROLS else {}
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:
@@ -210,13 +224,13 @@ def cast_stages(
     before_rewrites = first_call(plan, main, modules, rehearsal, recordings.reference)
     shapes = (plan.shape, plan.proof_shape)
     modules = rewrite_modules(modules, plan.spec.rewrites, shapes, checkpoint.vae_factor)
-    for name in names:
-        if name not in rehearsal.contracts:
-            continue
-        stage = make_stage(checkpoint, rehearsal.contracts[name], modules)
+    own = [name for name in names if name in rehearsal.contracts]
+    stages = {name: make_stage(checkpoint, rehearsal.contracts[name], modules) for name in own}
+    for name, stage in stages.items():
         runner = rehearsal.runner_of(stage)
+        others = {n: rehearsal.runner_of(other) for n, other in beside(name, stages).items()}
         with record_peaks(stage.module) as peaks:
-            recordings.reference[name] = rehearsal.record(runner, recordings.reference)
+            recordings.reference[name] = rehearsal.record(runner, recordings.reference, beside=others)
         if name == main:
             parity.require_same(before_rewrites, recordings.reference[name][0])
         if name == "decode":
@@ -225,9 +239,10 @@ def cast_stages(
         kept = layers_over(stage.module, peaks) if precision.floats == "fp16" else set()
         if name in CONDITIONS:
             for request, trace in zip(plan.calibration, recordings.calibration, strict=True):
-                trace[name] = rehearsal.record(runner, trace, request)
+                trace[name] = rehearsal.record(runner, trace, request, beside=others)
         scales = calibrate(plan, runner, rehearsal, recordings) if precision.is_quantized else {}
-        runner.close()
+        for each in (runner, *others.values()):
+            each.close()
         wanted = {layer: scale for layer, scale in scales.items() if layer not in kept}
         quantized = quantize_layers(stage.module, wanted, precision) if precision.is_quantized else {}
         to_precision(stage.module, precision.floats, kept)
@@ -243,7 +258,7 @@ def merge_into(name: str, plan: ExportPlan, loras: LoraFiles, module: nn.Module)
     read, inputs = loras.read(), plan.checkpoint.loras
     fused = [(lora, spec) for lora, spec in read if spec.name is None]
     merge_loras({name: module}, fused)
-    if not inputs or name == "vae":
+    if not inputs or name == "vae" or name in CONTROLS:
         return
     fixed: dict[nn.Module, list[FixedLora]] = {}
     at_run_time = [lora for lora, spec in read if spec.name is not None]
@@ -285,6 +300,9 @@ def first_call(
 ) -> Call:
     """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
     plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
-    stage = make_stage(plan.checkpoint, plain.contracts[name], modules)
-    with rehearsal.runner_of(stage) as runner:
-        return plain.record(runner, trace, most=1)[0]
+    names = [n for n in (name, *(CONTROLS if name == "step" else ())) if n in plain.contracts]
+    stages = {n: make_stage(plan.checkpoint, plain.contracts[n], modules) for n in names}
+    with ExitStack() as stack:
+        runners = {n: stack.enter_context(rehearsal.runner_of(stage)) for n, stage in stages.items()}
+        runner = runners.pop(name)
+        return plain.record(runner, trace, most=1, beside=runners)[0]

@@ -87,7 +87,8 @@ class PipelineSettings:
     With `zero_negative_prompt`, a request without a negative prompt is conditioned on zeros in its place. The
     fields after the prompt are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
     `loras` are those whose weights are inputs, each with its name as the source and its default weights, and
-    `lora_parts` the parts of the model that can have weights of their own.
+    `lora_parts` the parts of the model that can have weights of their own. `control_weights` has the strength
+    of each ControlNet.
     """
 
     shape: Shape
@@ -103,6 +104,7 @@ class PipelineSettings:
     loras: tuple[LoraSpec, ...] = ()
     lora_parts: tuple[str, ...] = ()
     lora_slots: LoraSlots | None = None
+    control_weights: tuple[float, ...] = ()
 
     def drawing(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lcm_compile.checkpoint.controlnet import with_controlnets
 from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.random_weights import open_random
@@ -15,9 +16,9 @@ from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
 def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     """Returns the base that a spec names, with what the spec asks for besides LoRAs. Loads no weights.
 
-    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE or textual inversion
-    has this name, or if there are too few layers to skip, and CheckpointError if one can't be downloaded or
-    read, or if the VAE does not fit the base.
+    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE, textual inversion
+    or ControlNet has this name, or if there are too few layers to skip, and CheckpointError if one can't be
+    downloaded or read, or if the VAE or a ControlNet does not fit the base.
     """
     seed = spec.random_seed
     if seed is None:
@@ -26,7 +27,9 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
         checkpoint = open_random(spec.base, seed)
     checkpoint = with_embeddings(checkpoint, spec.embeddings)
     checkpoint = with_prompts(checkpoint, spec.prompt_tokens // CHUNK_TOKENS, spec.clip_skip or 0)
-    return with_vae(checkpoint, spec.vae, half) if spec.vae else checkpoint
+    if spec.vae:
+        checkpoint = with_vae(checkpoint, spec.vae, half)
+    return with_controlnets(checkpoint, [net.source for net in spec.controlnets], half)
 
 
 def with_prompts(checkpoint: Checkpoint, chunks: int, clip_skip: int) -> Checkpoint:

@@ -63,8 +63,8 @@ def original_names(unet: torch.nn.Module) -> dict[str, str]:
 
 
 def numbered(unet: torch.nn.Module, name: str) -> list[tuple[str, torch.nn.Module]]:
-    """Returns the blocks of a list of the UNet, each with its full name."""
-    return [(f"{name}.{n}", block) for n, block in unet.get_submodule(name).named_children()]
+    """Returns the blocks of a list of the UNet, each with its full name. A ControlNet has no `up_blocks`."""
+    return [(f"{name}.{n}", block) for n, block in enumerate(getattr(unet, name, ()))]
 
 
 def layer_names(path: str, block: torch.nn.Module | None) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
+from lcm_compile.checkpoint.controlnet import controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
 from lcm_compile.checkpoint.weight_files import read_tensors
@@ -20,6 +21,7 @@ from lcm_compile.checkpoint.write_single_file import (
     vae_weights,
 )
 from lcm_compile.errors import CheckpointError, first_few
+from lcm_compile.graphs import CONTROLS
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,8 @@ def stored_component(component: Component) -> torch.nn.Module:
             f"{what}: it {'; it '.join(reasons)}",
             "give a model whose config.json and weights were saved together"
             if component.folder
+            else "give a diffusers folder of it, with its config.json"
+            if component.name in CONTROLS
             else "give --config DIR, a diffusers folder of its architecture, or another file",
         )
     copies = {
@@ -89,6 +93,8 @@ def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights
     """
     if component.name.startswith("text_encoder"):
         return text_encoder_weights(component, module, tensors)
+    if component.name in CONTROLS:
+        return controlnet_weights(module, tensors, component.prefix)
     own = module.state_dict()
     if component.name == "unet":
         if not component.prefix:

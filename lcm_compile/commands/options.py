@@ -102,6 +102,30 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--prompt-2", help="What SDXL's second text encoder reads in PROMPT's place."),
             click.option("--negative-prompt-2", help="And in the negative prompt's place."),
+            click.option(
+                "--control",
+                multiple=True,
+                metavar="PICTURE",
+                help="The picture that the bundle's ControlNet reads; repeated for several ControlNets.",
+            ),
+            click.option(
+                "--control-weight",
+                multiple=True,
+                type=float,
+                help="Strength of the ControlNet, by default the bundle's; repeatable, as are the next two.",
+            ),
+            click.option(
+                "--control-start",
+                multiple=True,
+                type=float,
+                help="Share of the steps, 0 to 1, before which the ControlNet does nothing.",
+            ),
+            click.option(
+                "--control-end",
+                multiple=True,
+                type=float,
+                help="Share of the steps, 0 to 1, after which the ControlNet does nothing.",
+            ),
             pair_option("--original-size", "HEIGHTxWIDTH", "The size that SDXL is told a picture had"),
             pair_option("--crop", "TOP,LEFT", "Where SDXL is told it was cropped; by default at 0,0"),
             pair_option("--target-size", "HEIGHTxWIDTH", "The size that SDXL is told to aim at"),
@@ -227,6 +251,24 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def controlnet_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --controlnet, as ControlNetSpecs in the parameter `controlnets`."""
+
+    def read(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
+        from lcm_compile.spec import ControlNetSpec
+
+        return tuple(ControlNetSpec.parse(text) for text in texts)
+
+    return click.option(
+        "--controlnet",
+        "controlnets",
+        multiple=True,
+        metavar="DIR|FILE|ID[:W]",
+        callback=read,
+        help="A ControlNet, whose picture run --control gives, and its usual strength; repeatable.",
+    )(command)
+
+
 def base_settings(
     *,
     lcm_lora: str | None,
@@ -305,6 +347,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="REWRITE",
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
+            controlnet_option,
             click.option(
                 "--image",
                 is_flag=True,

@@ -86,9 +86,11 @@ def run(
     from lcm_compile.output.console import note
     from lcm_compile.output.images import Names
     from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request, draw_seed, requests_for
 
+    asked["control"] = control_pictures(asked["control"])  # read once for all pictures
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
     if again is not None:
@@ -199,6 +201,7 @@ def draw_again(
     from lcm_compile.output.images import picture_paths
     from lcm_compile.output.picture_settings import read_origin
     from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.control_picture import find_control
     from lcm_compile.pipeline.load import load
 
     origin = read_origin(picture)
@@ -206,6 +209,8 @@ def draw_again(
     bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
     if bundle.digest != origin.bundle:
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
+    if not given.get("control"):
+        given = {**given, "control": find_control(origin.request.control, picture.parent)}
     request = with_images(origin.request, given, (picture.parent, Path()))
     check_request(bundle, request)
     note_remarks(bundle, request)
@@ -254,7 +259,7 @@ def draw_pictures(
 
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
-    from lcm_compile.output.picture_settings import parameters
+    from lcm_compile.output.picture_settings import control_facts, parameters, settings_of
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
     note_syntax(requests[0])
@@ -268,7 +273,7 @@ def draw_pictures(
             path, request = next(places)
             origin = origin_of(bundle, request)
             image = Image.fromarray(picture)
-            save_picture(image, path, asdict(origin), parameters(origin, *image.size))
+            save_picture(image, path, settings_of(origin), parameters(origin, *image.size))
             saved.append(path)
 
     with Bar("drawing") as bar:
@@ -288,6 +293,7 @@ def draw_pictures(
                 "guidance_scale": first.guidance_scale,
                 "eta": first.eta,
                 **told(first),
+                "control": control_facts(origin_of(bundle, first).request),
                 "few_step": weights.name if weights else None,
                 "engine": str(bundle.folder),
                 "ms": drawing.ms,
@@ -344,7 +350,9 @@ def draw_sheet(
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.grid import FIELDS, draw_grid, requests
     from lcm_compile.output.images import save_picture, sheet_path
+    from lcm_compile.output.picture_settings import settings_of
     from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.control_picture import without_pixels
     from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)
@@ -358,11 +366,14 @@ def draw_sheet(
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
-    settings = asdict(origin_of(bundle, fixed))
+    settings = settings_of(origin_of(bundle, fixed))
     settings["request"] = {name: value for name, value in settings["request"].items() if name not in varied}
     save_picture(sheet, path, {"grid": grid, **settings})
     if as_json:
-        pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
+        pictures = [
+            {**asdict(one, dict_factory=without_pixels), "ms": drawing.ms}
+            for one, drawing in zip(asked, drawings, strict=True)
+        ]
         print_json({"sheet": str(path), "engine": str(bundle.folder), "pictures": pictures})
         return
     print(path)
@@ -421,6 +432,8 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
     from lcm_compile.output.picture_settings import Origin
 
     spec = bundle.manifest.spec
+    if request.control and not request.control_weight:  # which the bundle's own then stands for
+        request = replace(request, control_weight=bundle.manifest.pipeline.control_weights)
     name = Path(spec.base).name
     for ending in WEIGHT_FILES:
         name = name.removesuffix(ending)

@@ -210,6 +210,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         if (slots := manifest.pipeline.lora_slots)
         else None,
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
+        "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
         "stages": [
             {
                 "name": stage.contract.name,

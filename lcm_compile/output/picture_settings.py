@@ -11,13 +11,14 @@ import json
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.pipeline.control_picture import for_each, without_pixels
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.system.dataclass_json import from_json
@@ -51,6 +52,27 @@ class Origin:
     few_step: str | None = None
 
 
+def settings_of(origin: Origin) -> dict[str, Any]:
+    """Returns the settings of a picture for its JSON text, which `read_origin` reads."""
+    return asdict(origin, dict_factory=without_pixels)
+
+
+def control_facts(request: Request) -> list[dict[str, Any]]:
+    """Returns each control picture of a request: its file's name, its digest, and how strongly it guides."""
+    count = len(request.control)
+    numbers = zip(
+        request.control,
+        for_each(request.control_weight, count, 1.0),
+        for_each(request.control_start, count, 0.0),
+        for_each(request.control_end, count, 1.0),
+        strict=True,
+    )
+    return [
+        {"file": one.file, "sha256": one.sha256, "weight": weight, "start": start, "end": end}
+        for one, weight, start, end in numbers
+    ]
+
+
 def parameters(origin: Origin, width: int, height: int) -> str:
     """Returns the settings of a picture of this size in pixels, as A1111's web UI writes them.
 
@@ -68,6 +90,11 @@ def parameters(origin: Origin, width: int, height: int) -> str:
         "Model hash": origin.bundle[:10],
         "Model": origin.model,
         **({"Few-step weights": origin.few_step} if origin.few_step else {}),
+        **{
+            f"ControlNet {i}": f"{fact['file']} weight {fact['weight']:g} from {fact['start']:g} to "
+            f"{fact['end']:g}"
+            for i, fact in enumerate(control_facts(request))
+        },
         "Version": origin.software,
     }
     last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())

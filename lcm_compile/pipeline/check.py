@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, ENCODE_IMAGE, STAGES, StageContract, is_lora_input
+from lcm_compile.graphs import ALL_STAGES, DRAW, ENCODE_IMAGE, STAGES, StageContract, is_lora_input
+from lcm_compile.pipeline.control import check_control, control_stages
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.loras import check_contracts, check_loras
 from lcm_compile.pipeline.prompts import check_prompts
@@ -15,6 +17,7 @@ from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import COEFFICIENTS
+from lcm_compile.spec import ControlNetSpec
 
 
 def check_stages(bundle: EngineBundle) -> None:
@@ -24,8 +27,8 @@ def check_stages(bundle: EngineBundle) -> None:
     if tuple(contracts) == (DRAW,):
         check_draw(bundle, contracts[DRAW])
         return
-    optional = ("context", ENCODE_IMAGE)
-    if tuple(contracts) != tuple(n for n in (*STAGES, ENCODE_IMAGE) if n in contracts or n not in optional):
+    needed = [name for name in ALL_STAGES if name in contracts or name in ("encode", "step", "decode")]
+    if list(contracts) != needed:
         raise BundleError(f"{bundle.folder} has the stages {list(contracts)}, not {list(STAGES)}", REBUILD)
     if unfit := check_contracts(settings, [*contracts.values()]):
         raise BundleError(f"{bundle.folder}: {unfit} is not what its LoRAs need", REBUILD)
@@ -37,6 +40,8 @@ def check_stages(bundle: EngineBundle) -> None:
     shape, latent = settings.shape, takes["step"].get("latent", ())
     own = {"timestep": (1,), "guidance": (1,), "timesteps": takes.get("context", {}).get("timesteps", ())}
     given = {**own, "time_ids": (shape.batch, 6), **gives["encode"]}
+    picture = {"latent": latent, "control": (shape.batch, 3, shape.height, shape.width), "strength": (1,)}
+    controlled = {**given, **picture}
     wanted: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (takes["encode"], {t.input: (shape.batch, t.length) for t in settings.tokenizers})
     ]
@@ -46,6 +51,10 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
+    for name in control_stages(contracts):
+        given |= gives[name]
+        wanted.append((takes[name], select(controlled, takes[name])))
+        wanted.append((gives[name], select(takes["step"], gives[name])))
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
     made = {"prediction": latent, "next_latent": latent, "x0": latent}
     wanted += [
@@ -99,6 +108,9 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     check_images([request], contracts, manifest.spec)
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
     check_loras(request, manifest.pipeline)
+    other = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
+    nets = control_stages({contract.name: contract for contract in contracts})
+    check_control(request.control, len(nets), other.command())
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

@@ -16,11 +16,13 @@ import numpy as np
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import BackendError
+from lcm_compile.pipeline.control import Control
 from lcm_compile.pipeline.loop import Arrays, Loop, Runners, State, conditions_of
 from lcm_compile.samplers.step import Step
 
-# The steps, whether a second pass guides, and the share of guidance rescale.
-Kind = tuple[tuple[Step, ...], bool, float]
+# The steps, whether a second pass guides, the share of guidance rescale, and for each ControlNet whether
+# it is run in each step.
+Kind = tuple[tuple[Step, ...], bool, float, tuple[tuple[bool, ...], ...]]
 KINDS_KEPT = 8  # kinds of pictures whose graphs are kept
 # The status of a picture: whether it was drawn with CUDA graphs, and why not.
 USED = "used"
@@ -50,16 +52,18 @@ class CapturedLoop:
         texts: Sequence[Arrays],
         rescale: float = 0.0,
         loras: Arrays | None = None,
+        control: Control | None = None,
     ) -> None:
-        """Captures the loop.
+        """Captures the loop. `texts` are one or two dicts of arrays that this object owns and overwrites.
 
-        `texts` are one or two dicts of arrays that this object owns and overwrites, as it does with `loras`.
+        So are `loras` and the arrays of `control`.
         """
         step = runners["step"]
         shape = next(spec.shape for spec in step.contract.inputs if spec.name == "latent")
         noise = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
         self._texts = texts
         self._loras = loras or {}
+        self._control = control
         self._scale = step.to_device(np.asarray([CHECK_SCALE], np.float32))
         # Copies, because to_device returns the same array on a processor.
         self._latent, self._fresh = (step.to_device(array.copy()) for array in noise)
@@ -69,7 +73,7 @@ class CapturedLoop:
         fresh = [self._fresh if one.noise_scale else None for one in steps]
 
         def loop_of(conditions: list[list[Arrays]]) -> Loop:
-            return Loop(runners, steps, coefficients, conditions, self._scale, rescale, self._loras)
+            return Loop(runners, steps, coefficients, conditions, self._scale, rescale, self._loras, control)
 
         def context() -> list[list[Arrays]]:
             return [conditions_of(runners, text, times, keep) for text in texts]
@@ -101,7 +105,7 @@ class CapturedLoop:
         runners, steps = self._loop.runners, self._loop.steps
         for arrays in (-noise, noise):
             latent, fresh = (runners["step"].to_device(array) for array in arrays)
-            self.begin(self._texts, self._scale, self._loras)
+            self.begin(self._texts, self._scale, self._loras, self._control)
             state: State = (latent, None)
             for i, step in enumerate(steps):
                 state = self.step(i, state, fresh if step.noise_scale else None)
@@ -110,12 +114,16 @@ class CapturedLoop:
         if not difference <= MOST_DIFFERENCE * (255 if expected.dtype == np.uint8 else 1):
             raise BackendError("its CUDA graphs draw another picture than the engines do without them")
 
-    def begin(self, texts: Sequence[Arrays], scale: Array, loras: Arrays) -> CapturedLoop:
-        """Returns this loop after copying in texts, a scale and LoRAs, and computing the texts' context."""
+    def begin(
+        self, texts: Sequence[Arrays], scale: Array, loras: Arrays, control: Control | None = None
+    ) -> CapturedLoop:
+        """Returns this loop after copying in what another picture reads, and computing its texts' context."""
         for own, given in zip((*self._texts, self._loras), (*texts, loras), strict=True):
             for name, array in own.items():
                 array.copy_(given[name])
         self._scale.copy_(scale)
+        if self._control and control:
+            self._control.copy(control)
         self._launch_context()
         return self
 

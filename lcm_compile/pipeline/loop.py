@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.pipeline.control import Control, control_stages
 from lcm_compile.samplers.step import Step
 
 Arrays = dict[str, Any]
@@ -28,7 +29,8 @@ class Loop:
     `conditions` has a list for the prompt and, if a second pass guides the picture by `scale` (1,), another
     for the negative prompt. Each list has an entry for each step: the inputs of the step stage for this text.
     `coefficients` has an entry for each step as well, empty if the step stage takes none. `rescale` is the
-    share of guidance rescale: see guided. `loras` are the LoRA inputs of the step stage.
+    share of guidance rescale: see guided. `loras` are the LoRA inputs of the step stage. `control` is what
+    ControlNets read, which guide both passes.
     """
 
     runners: Runners
@@ -38,6 +40,7 @@ class Loop:
     scale: Array
     rescale: float = 0.0
     loras: Arrays = field(default_factory=dict)
+    control: Control | None = None
 
     def step(self, i: int, state: State, fresh: Array | None) -> State:
         """Returns the state after step i, in memory of its own.
@@ -54,10 +57,10 @@ class Loop:
             **self.coefficients[i],
             **self.loras,
         }
-        given = step({**inputs, **self.conditions[0][i]})
+        given = step(self.controlled(i, {**inputs, **self.conditions[0][i]}))
         if len(self.conditions) > 1:
             output = step.kept(given["prediction"])
-            plain = step({**inputs, **self.conditions[1][i]})["prediction"]
+            plain = step(self.controlled(i, {**inputs, **self.conditions[1][i]}))["prediction"]
             return sampler_step(latent, guided(output, plain, self.scale, self.rescale), fresh, previous)
         if "next_latent" in given:
             return step.kept(given["next_latent"]), step.kept(given["x0"])
@@ -67,6 +70,10 @@ class Loop:
         """Returns the state whose latent is m·latent + k, for arrays (m, k): what a mask keeps is k."""
         repainted, other = kept
         return state[0] * repainted + other, state[1]
+
+    def controlled(self, i: int, inputs: Arrays) -> Arrays:
+        """Returns the inputs of step i, with what the ControlNets add if there are any."""
+        return {**inputs, **self.control.residuals(self.runners, i, inputs)} if self.control else inputs
 
     def decode(self, latent: Array) -> Array:
         """Returns the pictures (b, height, width, 3), valid until the next call of the decoder."""
@@ -135,9 +142,11 @@ def conditions_of(runners: Runners, text: Arrays, times: Sequence[Array], keep: 
         return [{**text, "timestep": time} for time in times]
     shared: Arrays = {}
     at: list[Array] = []
+    # ControlNets compute their own context, and read what the UNet's is computed from.
+    own = {**text} if control_stages(runners) else {}
     for some in times:
         arrays = context({**text, "timesteps": some})
         kept = context.kept if keep else lambda array: array
         shared = shared or {name: kept(array) for name, array in arrays.items() if name != "times"}
         at += [context.kept(arrays["times"][i]) for i in range(len(some))]
-    return [{**shared, "time": time} for time in at]
+    return [{**own, **shared, "time": time} for time in at]

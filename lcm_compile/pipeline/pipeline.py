@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import ENCODE_IMAGE, STAGES
+from lcm_compile.pipeline.control import check_control, control_stages, put_control, strengths_of
+from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
     Clock,
@@ -125,6 +127,10 @@ class Pipeline(ABC):
         image: str | Path | Image | SourcePicture | None = None,
         strength: float | None = None,
         mask: str | Path | Image | SourcePicture | None = None,
+        control: Any = None,
+        control_weight: float | Sequence[float] | None = None,
+        control_start: float | Sequence[float] | None = None,
+        control_end: float | Sequence[float] | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -155,6 +161,11 @@ class Pipeline(ABC):
         strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
             a mask.
         mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
+        control: The picture that the bundle's ControlNet reads, for all pictures of the call: a path, a PIL
+            image or an array; for several ControlNets a list with one for each.
+        control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
+        control_start: The share of the steps before which the ControlNet does nothing, by default 0.
+        control_end: The share of the steps after which it does nothing, by default 1.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -186,6 +197,10 @@ class Pipeline(ABC):
             image=None if image is None else source_picture(image),
             strength=strength,
             mask=mask,
+            control=control_pictures(control),  # read once for all pictures
+            control_weight=control_weight,
+            control_start=control_start,
+            control_end=control_end,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -226,6 +241,7 @@ class Pipeline(ABC):
         for asked in pictures:
             check_prompts(asked, self.settings.tokenizers, contracts)
         check_images(pictures, contracts)
+        check_control(pictures[0].control, len(control_stages(self.runners)))
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show)
@@ -310,7 +326,7 @@ class LcmPipeline(Pipeline):
         encodings = stages * encoded + (len(begin.images) if begin else 0)
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
-        graphs = self.find_graphs(steps, guided, request.guidance_rescale)
+        graphs = self.find_graphs(steps, guided, request)
         clock.lap("")
 
         for _ in begin.encode() if begin else ():
@@ -373,13 +389,15 @@ class LcmPipeline(Pipeline):
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
         own = self.prompts.loras.inputs(loras, "step")
+        control = put_control(self.runners, request, self.settings, steps)
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], scale, own)
+            return graphs.begin([text.arrays for text in texts], scale, own, control)
         timesteps = [step.timestep for step in steps]
         conditions = [self.prompts.conditions(text, timesteps) for text in texts]
         coefficients = put_coefficients(self.runners, steps)
-        return Loop(self.runners, steps, coefficients, conditions, scale, request.guidance_rescale, own)
+        rescale = request.guidance_rescale
+        return Loop(self.runners, steps, coefficients, conditions, scale, rescale, own, control)
 
     def latent_shape(self) -> tuple[int, ...]:
         """Returns the shape (c, h, w) of the latent of one picture."""
@@ -398,11 +416,13 @@ class LcmPipeline(Pipeline):
     def _graphs(self) -> CudaGraphs:
         return CudaGraphs(self.runners)
 
-    def find_graphs(self, steps: tuple[Step, ...], guided: bool, rescale: float) -> CapturedLoop | None:
+    def find_graphs(self, steps: tuple[Step, ...], guided: bool, request: Request) -> CapturedLoop | None:
         """Returns the CUDA graphs for pictures of these steps, or None if they are drawn without."""
         if not self.cuda_graph:
             self._graphs.use_own(False)
             return None
+
+        rescale = request.guidance_rescale
 
         def make(capturer: Capturer) -> CapturedLoop:
             coefficients = put_coefficients(self.runners, steps)
@@ -410,9 +430,13 @@ class LcmPipeline(Pipeline):
             texts = [self.prompts.blank() for _ in range(1 + guided)]
             usual = self.prompts.loras.inputs(self.prompts.loras.usual, "step")
             own = {name: array + 0 for name, array in usual.items()}
-            return CapturedLoop(capturer, self.runners, steps, coefficients, times, texts, rescale, own)
+            control = put_control(self.runners, request, self.settings, steps)
+            return CapturedLoop(
+                capturer, self.runners, steps, coefficients, times, texts, rescale, own, control
+            )
 
-        return self._graphs.find((steps, guided, rescale), make)
+        runs = tuple(tuple(map(bool, own)) for own in strengths_of(request, self.settings))
+        return self._graphs.find((steps, guided, rescale, runs), make)
 
     def graph_status(self, graphs: CapturedLoop | None) -> str:
         """Returns "used" if the last picture was drawn with CUDA graphs, or says why it was not."""

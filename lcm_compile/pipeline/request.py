@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
+from lcm_compile.pipeline.control_picture import ControlPicture, check_span, control_numbers, control_pictures
 from lcm_compile.pipeline.source_picture import ALPHA, SourcePicture, source_picture
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
@@ -61,6 +62,16 @@ class Request:
         None is 0.8, or 1 with a mask.
     mask: What is repainted of the image, as an image is given: white is, and black is kept. "alpha" is the
         transparency of the image itself.
+    control: The picture that a bundle's ControlNet reads: a file's path, a PIL image or an array (height,
+        width, 3) of 8 bits; for several ControlNets a list with one for each. All pictures of a request share
+        it. It is resized to the bundle's size without keeping its aspect ratio. Kept as a tuple of
+        ControlPicture; the default, (), is none.
+    control_weight: The strength of the ControlNet without a unit, any finite number; for several a list with
+        one for each. 0 is none, and the bundle's own, of `build --controlnet`, is the default, ().
+    control_start: The share of the steps, from 0 to 1, before which the ControlNet does nothing; for several
+        a list. The default, (), is 0.
+    control_end: The share of the steps, from 0 to 1, after which it does nothing; above its start. The
+        default, (), is 1.
     """
 
     prompt: str
@@ -84,6 +95,10 @@ class Request:
     image: SourcePicture | None = None
     strength: float | None = None
     mask: SourcePicture | None = None
+    control: tuple[ControlPicture, ...] = ()
+    control_weight: tuple[float, ...] = ()
+    control_start: tuple[float, ...] = ()
+    control_end: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_weights", weights_of(self.lora_weights))
@@ -110,6 +125,11 @@ class Request:
         for name, (called, most) in NUMBERS.items():
             if name not in ("eta", "strength") or getattr(self, name) is not None:
                 object.__setattr__(self, name, number(getattr(self, name), called, most))
+        object.__setattr__(self, "control", control_pictures(self.control))
+        for name, limits in CONTROL_NUMBERS.items():
+            given, called = getattr(self, name), name.replace("_", " ")
+            object.__setattr__(self, name, control_numbers(given, called, len(self.control), *limits))
+        check_span(self.control_start, self.control_end)
         if self.sampler not in SAMPLERS:
             raise unknown_name("sampler", str(self.sampler), SAMPLERS)
         if not 1 <= self.num_images <= MOST_IMAGES:
@@ -313,6 +333,16 @@ SHARED = {
     "lora_weights": "weights of LoRAs",
     "loras": "LoRAs",
     "strength": "strength",
+    "control": "control picture",
+    "control_weight": "control weight",
+    "control_start": "control start",
+    "control_end": "control end",
+}
+# The numbers for a ControlNet, with the least and the largest value.
+CONTROL_NUMBERS = {
+    "control_weight": (-math.inf, math.inf),
+    "control_start": (0.0, 1.0),
+    "control_end": (0.0, 1.0),
 }
 # The fields that are whole numbers, with their names in messages.
 WHOLE_NUMBERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ import numpy as np
 from lcm_compile.bundles.manifest import PipelineSettings, Proof
 from lcm_compile.engines.runner import Array, ForwardingRunner, Runner
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, ENCODE_IMAGE, StageContract
+from lcm_compile.graphs import CONTROLS, DRAW, ENCODE_IMAGE, StageContract
+from lcm_compile.pipeline.control_picture import sample_picture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.request import Request
@@ -136,13 +137,19 @@ class Rehearsal:
         return TorchRunner(stage)
 
     def record(
-        self, runner: Runner, trace: Trace, request: Request | None = None, most: int = PROOF_STEPS
+        self,
+        runner: Runner,
+        trace: Trace,
+        request: Request | None = None,
+        most: int = PROOF_STEPS,
+        beside: Mapping[str, Runner] = {},
     ) -> list[Call]:
         """Draws until all calls of the runner's stage are recorded, and returns these calls.
 
-        The stages before it are replayed from `trace`. The picture is the proof's, or that of a `request`
-        with the same number of steps. At most `most` calls of the step stage are made. The stage ENCODE_IMAGE
-        encodes the picture that was drawn.
+        The stages before it are replayed from `trace`, but for those `beside` it, which are run: a ControlNet
+        needs the step, whose latents it reads. The picture is the proof's, or that of a `request` with the
+        same number of steps. At most `most` calls of the stages that are run in each step are recorded. The
+        stage ENCODE_IMAGE encodes the picture that was drawn.
         """
         name, recorder = runner.contract.name, Recorder(runner)
         if name == ENCODE_IMAGE:
@@ -153,15 +160,21 @@ class Rehearsal:
             stage: Replay(contract, trace.get(stage, []), runner)
             for stage, contract in self.contracts.items()
         }
-        runners[name] = recorder
+        runners |= {**beside, name: recorder}
         request = request or Request(self.settings.sample_prompt, PROOF_SEED, steps=PROOF_STEPS)
+        request = with_sample(request, self.settings)
         tokenizers = load_tokenizers(self.folder, self.settings)
         pipeline = pipeline_class(runners)(self.settings, runners, tokenizers)
         pipeline.prompts.loras.proof_factors = True
         progress = pipeline.progress(request)
-        while len(recorder.calls) < (most if name == "step" else 1):
+        while len(recorder.calls) < (most if name in ("step", *CONTROLS) else 1):
             next(progress)
         return recorder.calls
+
+
+def with_sample(request: Request, settings: PipelineSettings) -> Request:
+    """Returns a request with a control picture that is made here, for each ControlNet of a bundle."""
+    return replace(request, control=(sample_picture(settings.shape),) * len(settings.control_weights))
 
 
 def picture_of(trace: Trace) -> np.ndarray:

@@ -8,7 +8,7 @@ from lcm_compile.errors import REBUILD, BundleError, ParityError
 from lcm_compile.pipeline.load import load
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import FLAT, compare_calls, picture_floor, psnr_db, stage_floor
-from lcm_compile.proof.recording import read_arrays, read_calls
+from lcm_compile.proof.recording import read_arrays, read_calls, with_sample
 
 
 def verify(bundle: EngineBundle) -> dict[str, Parity]:
@@ -30,7 +30,8 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
                 figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
         pipeline.prompts.loras.proof_factors = True
-        picture = pipeline.draw(Request(proof.prompt, proof.seed, steps=proof.steps)).pictures[0]
+        request = Request(proof.prompt, proof.seed, steps=proof.steps)
+        picture = pipeline.draw(with_sample(request, manifest.pipeline)).pictures[0]
         if float(picture.std()) < FLAT:
             raise ParityError(
                 f"the engines draw a flat picture (standard deviation {picture.std():.1f} of 255)", REBUILD

@@ -6,9 +6,12 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component, is_tiny
+from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.graphs import (
+    CONTROLS,
     DOWN,
     DRAW,
     ENCODE_IMAGE,
@@ -25,7 +28,7 @@ from lcm_compile.spec import BuildSpec, Shape
 # the stages in this order.
 MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
-    "unet": (("context", "step"), ("unet",)),
+    "unet": (("context", *CONTROLS, "step"), ("unet", *CONTROLS)),
     "vae": (("decode", ENCODE_IMAGE), ("vae",)),
 }
 # How many timesteps one call of the context stage takes. A picture of more steps calls it again.
@@ -85,6 +88,7 @@ def make_contracts(
         conditions += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
     if len(text) > 1:
         conditions += (TensorSpec("time_ids", (shape.batch, 6), "float32", SIZES),)
+    plain = conditions
     if "context" in rewrites:
         timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
         keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])
@@ -92,6 +96,11 @@ def make_contracts(
         time = TensorSpec("time", times.shape[1:], "float32", "one row of the context's times")
         conditions = (time, *keys_values)
     latent = latent_shape(checkpoint, shape)
+    if controls := controls_of(checkpoint):
+        residuals = residual_specs(checkpoint.unet, latent)
+        inputs = control_inputs(plain, latent, shape)
+        contracts |= {name: StageContract(name, inputs, residuals) for name in controls}
+        conditions += residuals
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
     clean = TensorSpec("latent", latent, "float32", "clean latent, the result of the last step")
     contracts["decode"] = StageContract("decode", (clean,), (picture_spec(shape, "rgb8" in rewrites),))
@@ -209,6 +218,45 @@ def step_contract(
             TensorSpec("x0", latent, "float32", "the clean latent that the UNet foresees"),
         )
     return StageContract("step", inputs, outputs)
+
+
+def control_inputs(
+    conditions: tuple[TensorSpec, ...], latent: tuple[int, int, int, int], shape: Shape
+) -> tuple[TensorSpec, ...]:
+    """Returns the inputs of a ControlNet; `conditions` are those of a UNet that computes its own context."""
+    return (
+        TensorSpec("latent", latent, "float32", "noisy latent"),
+        *(spec for spec in conditions if spec.name != "guidance"),
+        TensorSpec(
+            "control", (shape.batch, 3, shape.height, shape.width), "float32", "control picture, RGB, 0 to 1"
+        ),
+        TensorSpec("strength", (1,), "float32", "what the residuals are multiplied by"),
+    )
+
+
+def residual_specs(unet: Mapping[str, Any], latent: tuple[int, int, int, int]) -> tuple[TensorSpec, ...]:
+    """Returns the outputs of a ControlNet, which are inputs of the step: a residual for each skip connection.
+
+    They are those of conv_in, of each layer and downsampler of the down blocks, and of the middle block.
+    """
+    batch, _, height, width = latent
+    channels = unet["block_out_channels"]
+    layers = unet.get("layers_per_block", 2)
+    each = [layers] * len(channels) if isinstance(layers, int) else layers
+    shapes = [(batch, channels[0], height, width)]
+    for i, (own, count) in enumerate(zip(channels, each, strict=True)):
+        shapes += [(batch, own, height, width)] * count
+        if i < len(channels) - 1:
+            height, width = -(-height // 2), -(-width // 2)
+            shapes.append((batch, own, height, width))
+    added = "what a ControlNet adds to the UNet's {}"
+    return (
+        *(
+            TensorSpec(f"residual_{i}", found, "float32", added.format(f"skip connection {i}"))
+            for i, found in enumerate(shapes)
+        ),
+        TensorSpec("residual_mid", shapes[-1], "float32", added.format("middle block")),
+    )
 
 
 def picture_spec(shape: Shape, eight_bits: bool) -> TensorSpec:

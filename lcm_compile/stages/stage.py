@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import ENCODE_IMAGE, StageContract, is_lora_input
+from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, StageContract, is_lora_input
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
@@ -85,6 +85,8 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         scheduler = checkpoint.scheduler
         ratio = scheduler.dynamic_thresholding_ratio if scheduler.thresholding else None
         module = Step(modules["unet"], names, ratio)
+    elif contract.name in CONTROLS:
+        module = Control(modules[contract.name], names)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif contract.name == ENCODE_IMAGE:
@@ -249,6 +251,10 @@ class Step(nn.Module):
         given = dict(zip(self.inputs, arrays, strict=True))
         latent = given["latent"]
         arguments = self.context_arguments(given) if "time" in given else self.arguments(given)
+        if "residual_mid" in given:
+            *down, mid = [v.to(self.dtype) for k, v in given.items() if k.startswith("residual_")]
+            arguments["down_block_additional_residuals"] = down
+            arguments["mid_block_additional_residual"] = mid
         prediction = self.unet(latent.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
             return prediction
@@ -279,6 +285,30 @@ class Step(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the UNet's weights."""
         return weight_type(self.unet)
+
+
+class Control(nn.Module):
+    """Runs a ControlNet, and multiplies its residuals by the strength."""
+
+    def __init__(self, controlnet: nn.Module, inputs: list[str]) -> None:
+        super().__init__()
+        self.controlnet = controlnet
+        self.inputs = inputs
+
+    def forward(self, *arrays: Tensor) -> tuple[Tensor, ...]:
+        given = dict(zip(self.inputs, arrays, strict=True))
+        dtype = weight_type(self.controlnet)
+        # As in Step.arguments, the pooled text stays in fp32 until it is joined with the time embeddings.
+        sizes = {"text_embeds": given["pooled"], "time_ids": given["time_ids"]} if "pooled" in given else None
+        down, mid = self.controlnet(
+            given["latent"].to(dtype),
+            given["timestep"],
+            given["hidden_states"].to(dtype),
+            controlnet_cond=given["control"].to(dtype),
+            added_cond_kwargs=sizes,
+            return_dict=False,
+        )
+        return tuple(residual.float() * given["strength"] for residual in (*down, mid))
 
 
 def weight_type(module: nn.Module) -> torch.dtype:

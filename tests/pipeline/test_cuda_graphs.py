@@ -28,6 +28,7 @@ from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
+from lcm_compile.spec import ControlNetSpec
 
 
 class Tape(TorchDispatchMode):
@@ -139,6 +140,29 @@ class Fresh(Watched, ScriptRunner):
     def __init__(self, path, contract):
         super().__init__(contract, "cpu")
         self.module, self.calls = torch.jit.load(str(path)), []
+
+
+class InPlace(ScriptRunner):
+    """Writes the outputs of each call over those of the one before."""
+
+    def __call__(self, inputs):
+        outputs = super().__call__(inputs)
+        with torch.inference_mode():
+            return {name: self.memory.setdefault(name, array).copy_(array) for name, array in outputs.items()}
+
+
+class FixedScript(Watched, InPlace):
+    """As Fixed, of a TorchScript bundle."""
+
+    stays = True
+
+    def __init__(self, path, contract):
+        super().__init__(contract, "cpu")
+        self.module, self.calls, self.memory = torch.jit.load(str(path)), [], {}
+
+    @property
+    def exclusive(self):
+        return True
 
 
 class OwnGraphs(onnxruntime.BoundRunner):
@@ -254,6 +278,42 @@ def test_prompts_that_share_a_drawing(case, engine, tape, request):
         drawing, expected = pipeline.draw(asked), plain.draw(asked)
         np.testing.assert_array_equal(drawing.pictures, expected.pictures)
         assert drawing.cuda_graph == (FIRST if asked == requests[:1] else USED)
+
+
+@pytest.fixture(scope="module")
+def controlled(tmp_path_factory):
+    """SD1.5's architecture with two ControlNets."""
+    folder = tmp_path_factory.mktemp("controlled")
+    base = factories.write_sd15(folder / "base")
+    nets = [factories.write_controlnet(base, folder / f"net-{seed}", seed) for seed in (3, 4)]
+    specs = tuple(ControlNetSpec(str(net)) for net in nets)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", controlnets=specs)
+    return build(spec, folder / "bundle").folder
+
+
+@pytest.mark.parametrize("engine", [Fresh, FixedScript])
+def test_controlnets(engine, tape, controlled):
+    plain = pipeline_of(controlled, engine, cuda_graph=False)
+    pipeline = pipeline_of(controlled, engine)
+    both = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in (1, 2)]
+    seen = set()
+    for options, kind in (
+        ({}, "both nets"),
+        ({"control_weight": [0.5, 1.5], "seed": 8}, "both nets"),
+        ({"control": both[::-1]}, "both nets"),
+        ({"control_end": [0.5, 1.0]}, "one net ends"),
+        (GUIDED, "guided"),
+        ({"control_weight": 0}, "none"),
+        (GUIDED | {"control": both[::-1], "control_weight": -0.3, "negative_prompt": RING}, "guided"),
+        ({"control_end": [0.5, 1.0], "control_weight": [0.2, 0.9]}, "one net ends"),
+        ({"control_weight": 0, "seed": 9}, "none"),
+        ({}, "both nets"),
+    ):
+        asked = Request(**{"prompt": STAR, "seed": 7, "control": both, **options})
+        drawing, expected = pipeline.draw(asked), plain.draw(asked)
+        np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(options))
+        assert drawing.cuda_graph == (USED if kind in seen else FIRST)
+        seen.add(kind)
 
 
 @pytest.mark.parametrize(("case", "engine"), KINDS)

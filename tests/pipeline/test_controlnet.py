@@ -1,0 +1,225 @@
+"""Pictures that ControlNets guide, against diffusers' ControlNet pipelines with the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+
+import factories
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionXLControlNetPipeline,
+)
+from diffusers_reference import SCHEDULERS
+from PIL import Image, ImageDraw
+
+from lcm_compile import BuildSpec, build, load
+from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.drawing import eight_bits
+from lcm_compile.pipeline.pipeline import Pipeline
+from lcm_compile.pipeline.request import Request
+from lcm_compile.proof.parity import psnr_db
+from lcm_compile.spec import ControlNetSpec
+
+FLOOR = 60  # dB
+
+
+def outline(size, seed=0):
+    """A control picture in another size than the bundle's: lines of random places and colours."""
+    image, random = Image.new("RGB", size), np.random.default_rng(seed)
+    pen = ImageDraw.Draw(image)
+    for colour in ("white", "red", "blue", "yellow"):
+        pen.line([tuple(map(int, random.integers(0, size))) for _ in range(2)], fill=colour, width=9)
+    return image
+
+
+@dataclass
+class Pair:
+    """Our pipeline of a bundle with ControlNets, and diffusers'."""
+
+    ours: Pipeline
+    theirs: DiffusionPipeline
+    pictures: list[Image.Image]
+    folder: str
+
+    def psnr(self, sampler="lcm", steps=4, scale=1.0, weight=None, start=None, end=None, **options):
+        """The least PSNR of two pictures. Of one ControlNet the values are plain, of several lists."""
+        one = len(self.pictures) == 1
+        usual = lambda value, default: default if value is None else value  # noqa: E731
+        each = lambda default: default if one else [default] * len(self.pictures)  # noqa: E731
+        self.theirs.scheduler = SCHEDULERS[sampler](self.theirs.scheduler.config)
+        drawn = self.theirs(
+            "a red star",
+            image=self.pictures[0] if one else self.pictures,
+            num_inference_steps=steps,
+            guidance_scale=scale,
+            num_images_per_prompt=2,
+            controlnet_conditioning_scale=usual(weight, each(1.0)),
+            control_guidance_start=usual(start, each(0.0)),
+            control_guidance_end=usual(end, each(1.0)),
+            height=64,
+            width=64,
+            generator=torch.Generator("cpu").manual_seed(7),
+            output_type="np",
+            **options,
+        ).images
+        mine = self.ours(
+            "a red star",
+            seed=7,
+            num_images=2,
+            sampler=sampler,
+            steps=steps,
+            guidance_scale=scale,
+            control=self.pictures,
+            control_weight=weight,
+            control_start=start,
+            control_end=end,
+            **options,
+        )
+        theirs = eight_bits(drawn)
+        assert theirs.std() > 5
+        return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
+
+
+def make_pair(base, folder, nets, pipeline, weights=(1.0, 1.0), **options):
+    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
+    base = shutil.copytree(base, folder / "base")
+    path = base / "scheduler/scheduler_config.json"  # published bases do not clip
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
+    specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=False))
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
+    bundle = build(spec, folder / "bundle")
+    models = [ControlNetModel.from_pretrained(source) for source in sources]
+    theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
+    theirs.set_progress_bar_config(disable=True)
+    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder
+
+
+@pytest.fixture(scope="module")
+def sd15(sd15_checkpoint, tmp_path_factory):
+    """One ControlNet, a picture at a time."""
+    folder = tmp_path_factory.mktemp("sd15-control")
+    options = {"backend": "onnxruntime"}
+    made = make_pair(sd15_checkpoint, folder, 1, StableDiffusionControlNetPipeline, **options)
+    with made[0]:
+        yield Pair(*made)
+
+
+@pytest.fixture(scope="module")
+def sdxl(sdxl_checkpoint, tmp_path_factory):
+    """Two ControlNets, two pictures at a time."""
+    folder = tmp_path_factory.mktemp("sdxl-control")
+    options = {"backend": "torchscript", "batch": 2}
+    made = make_pair(sdxl_checkpoint, folder, 2, StableDiffusionXLControlNetPipeline, **options)
+    with made[0]:
+        yield Pair(*made)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": 0.6},
+        {"weight": 0.0},
+        {"sampler": "ddim", "steps": 5, "scale": 5.0, "negative_prompt": "blue"},
+        {"sampler": "ddim", "steps": 7, "scale": 2.0, "start": 0.25, "end": 0.8},
+        {"start": 0.5},
+        {"end": 0.5, "weight": -0.4},
+    ],
+    ids=str,
+)
+def test_one_controlnet(sd15, options):
+    assert sd15.psnr(**options) >= FLOOR
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": [0.6, 1.2], "scale": 2.0, "negative_prompt": "blue"},
+        {"sampler": "ddim", "steps": 6, "scale": 5.0, "start": [0.0, 0.4], "end": [0.5, 0.9]},
+    ],
+    ids=str,
+)
+def test_two_controlnets(sdxl, options):
+    assert sdxl.psnr(**options) >= FLOOR
+
+
+def test_the_control_picture_matters(sd15):
+    def draw(**options):
+        asked = {"control": sd15.pictures[0], **options}
+        return np.asarray(sd15.ours("a star", seed=1, **asked)[0])
+
+    own = draw()
+    assert psnr_db(own, draw(control_weight=0.0)) < 35
+    assert psnr_db(own, draw(control=outline((64, 64), seed=5))) < 35
+    assert psnr_db(draw(control_weight=0.0), draw(control=outline((64, 64), 5), control_weight=0)) > FLOOR
+
+
+def test_each_picture_is_the_one_that_is_drawn_alone(sdxl):
+    pictures = sdxl.ours("a star", seed=[1, 2, 3], control=sdxl.pictures)
+    alone = sdxl.ours("a star", seed=2, control=sdxl.pictures)
+    assert psnr_db(np.asarray(pictures[1]), np.asarray(alone[0])) >= FLOOR
+
+
+def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sd15.pictures[0].save("outline.png")
+    words = ["run", "a star", "--bundle", sd15.folder]
+    asked = ["--control", "outline.png", "--control-weight", 0.7, "--control-end", 0.8, "--seed", 1]
+    code, out, err = command(*words, *asked, "--out", "a.png", "--json")
+    assert code == 0, err
+    [told] = json.loads(out)["control"]
+    assert (told["file"], told["weight"], told["start"], told["end"]) == ("outline.png", 0.7, 0.0, 0.8)
+    text = Image.open("a.png").text
+    assert "ControlNet 0: outline.png weight 0.7 from 0 to 0.8" in text["parameters"]
+    assert told["sha256"] in text["lcm-compile"]
+
+    first = Image.open("a.png").tobytes()
+    again = "run", "--again", "a.png", "--out", "b.png"
+    assert command(*again)[0] == 0
+    assert Image.open("b.png").tobytes() == first
+    assert command(*again, "--control-weight", 0)[0] == 0
+    assert Image.open("b.png").tobytes() != first
+    outline((64, 64), seed=4).save("outline.png")
+    refused(2, ["is not the control picture", "--control FILE"], *again)
+    assert command(*again, "--control", "outline.png")[0] == 0
+    (tmp_path / "outline.png").unlink()
+    refused(2, "neither in", *again)
+
+    code, out, err = command("run", "--bundle", sd15.folder, "--out", "c.png", "--grid", "steps=1,2", *asked)
+    assert code == 2 and "outline.png can't be read" in err
+
+
+def test_bad_requests(sd15, sd15_checkpoint, sdxl, refused, tmp_path):
+    plain = build(BuildSpec(str(sd15_checkpoint), no_lcm=True, backend="torchscript"), tmp_path / "plain")
+    picture, broken = tmp_path / "outline.png", tmp_path / "broken.png"
+    sd15.pictures[0].save(picture)
+    broken.write_bytes(picture.read_bytes()[:60])
+    words = ["run", "a star", "--out", tmp_path / "a.png", "--bundle"]
+    refused(2, ["no control picture is given", "--control PICTURE"], *words, sd15.folder)
+    given = "--control", picture
+    refused(2, ["2 are given", "a ControlNet"], *words, sd15.folder, *given, *given)
+    refused(2, ["only one is given", "2 ControlNets"], *words, sdxl.folder, *given)
+    refused(2, ["has no ControlNet", "--controlnet DIR"], *words, plain.folder, *given)
+    refused(2, "can't be read", *words, sd15.folder, "--control", broken)
+    refused(2, "No such file", *words, sd15.folder, "--control", tmp_path / "none.png")
+    refused(2, "not nan", *words, sd15.folder, *given, "--control-weight", "nan")
+    refused(2, "from 0 to 1, not 1.5", *words, sd15.folder, *given, "--control-end", 1.5)
+    span = "--control-start", 0.5, "--control-end", 0.5
+    refused(2, "must be before control end", *words, sd15.folder, *given, *span)
+    refused(2, "without a control picture", *words, sd15.folder, "--control-weight", 1)
+    assert not (tmp_path / "a.png").exists()
+    with pytest.raises(UsageError, match="a control picture must be"):
+        sd15.ours("a star", control=[3])
+    with pytest.raises(UsageError, match="2 values of control weight for 1"):
+        Request("a star", 1, control=picture, control_weight=[1, 2])
+    with pytest.raises(UsageError, match="whole-loop"):
+        BuildSpec("demo", whole_loop=True, controlnets=(ControlNetSpec("x"),))
