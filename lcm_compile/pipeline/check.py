@@ -7,7 +7,7 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import DRAW, ENCODE_IMAGE, STAGES, StageContract
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE, MASKED, STAGES, StageContract
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
@@ -41,6 +41,7 @@ def check_stages(bundle: EngineBundle) -> None:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
+    given[MASKED] = (*latent[:1], sum(latent[1:2]) + 1, *latent[2:])
     made = {"prediction": latent, "next_latent": latent, "x0": latent}
     wanted += [
         (takes["step"], select(given, takes["step"])),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from lcm_compile.samplers.step import Step
 
 Arrays = dict[str, Any]
 Runners = Mapping[str, Runner]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The latent (b, c, h, w), and the x̂0 of the step before it, None before the first step.
 State = tuple[Array, Array | None]
 
@@ -38,10 +40,11 @@ class Loop:
     scale: Array
     rescale: float = 0.0
 
-    def step(self, i: int, state: State, fresh: Array | None) -> State:
+    def step(self, i: int, state: State, fresh: Array | None, masked: Mapping[str, Array] = NOTHING) -> State:
         """Returns the state after step i, in memory of its own.
 
-        `fresh` is the noise to add, of the latent's shape, or None if the step adds none.
+        `fresh` is the noise to add, of the latent's shape, or None if the step adds none. `masked` has the
+        input MASKED, if the step takes it.
         """
         sampler_step, step = self.steps[i], self.runners["step"]
         latent, previous = state
@@ -51,6 +54,7 @@ class Loop:
             "noise": latent if fresh is None else fresh,
             "previous_x0": latent if previous is None else previous,
             **self.coefficients[i],
+            **masked,
         }
         given = step({**inputs, **self.conditions[0][i]})
         if len(self.conditions) > 1:

@@ -35,7 +35,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
-from lcm_compile.pipeline.image_start import Encoded, ImageStart, check_images, posterior_draws
+from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.prompts import (
@@ -294,11 +294,11 @@ class LcmPipeline(Pipeline):
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
         contracts = [runner.contract for runner in self.runners.values()]
-        noise = Noise(self.latent_shape(), posterior_draws(contracts, request))
+        noise = Noise(self.latent_shape(), sampled_images(contracts, request))
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
-        encodings = stages * encoded + (len(begin.images) if begin else 0)
+        encodings = stages * encoded + (len(begin.sources) if begin else 0)
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
         graphs = self.find_graphs(steps, guided, request.guidance_rescale)
@@ -325,11 +325,12 @@ class LcmPipeline(Pipeline):
                 cut = max(cut, texts[now[0]].cut, key=len)
             first = begin.first(rows) if begin else plan.first(noise.draw(0, rows))
             state: State = (self.put(first), None)
+            masked = begin.masked(rows) if begin else all_masked(self.runners["step"])
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
-                state = loop.step(i, state, fresh)
+                state = loop.step(i, state, fresh, masked)
                 if begin and (parts := begin.kept(i, rows)):
                     state = loop.keep(state, parts)
                 clock.lap("step")

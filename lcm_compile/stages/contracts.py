@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component, is_tiny
-from lcm_compile.graphs import DRAW, ENCODE_IMAGE, StageContract, TensorSpec
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE, MASKED, StageContract, TensorSpec
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.spec import BuildSpec, Shape
 
@@ -83,12 +83,21 @@ def make_contracts(
         time = TensorSpec("time", times.shape[1:], "float32", "one row of the context's times")
         conditions = (time, *keys_values)
     latent = latent_shape(checkpoint, shape)
+    if checkpoint.is_inpainting:
+        conditions = (masked_spec(latent), *conditions)
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
     clean = TensorSpec("latent", latent, "float32", "clean latent, the result of the last step")
     contracts["decode"] = StageContract("decode", (clean,), (picture_spec(shape, "rgb8" in rewrites),))
     if image:
         contracts[ENCODE_IMAGE] = image_contract(checkpoint, shape, latent)
     return contracts
+
+
+def masked_spec(latent: tuple[int, int, int, int]) -> TensorSpec:
+    """Returns the input of an inpainting model's step: of one channel more than a latent."""
+    batch, channels, *size = latent
+    meaning = "the mask, 1 where the picture is repainted, and the latent of the picture without that part"
+    return TensorSpec(MASKED, (batch, 1 + channels, *size), "float32", meaning)
 
 
 def image_contract(checkpoint: Checkpoint, shape: Shape, latent: tuple[int, int, int, int]) -> StageContract:
@@ -133,7 +142,7 @@ def text_specs(checkpoint: Checkpoint, shape: Shape, length: int) -> tuple[Tenso
 def latent_shape(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int, int, int]:
     """Returns the shape of a latent: (batch, channels, height, width)."""
     factor = checkpoint.vae_factor
-    return shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor
+    return shape.batch, checkpoint.vae["latent_channels"], shape.height // factor, shape.width // factor
 
 
 def step_contract(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import ENCODE_IMAGE, StageContract
+from lcm_compile.graphs import ENCODE_IMAGE, MASKED, StageContract
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
@@ -245,7 +245,8 @@ class Step(nn.Module):
         given = dict(zip(self.inputs, arrays, strict=True))
         latent = given["latent"]
         arguments = self.context_arguments(given) if "time" in given else self.arguments(given)
-        prediction = self.unet(latent.to(self.dtype), **arguments, return_dict=False)[0].float()
+        seen = torch.cat([latent, given[MASKED]], dim=1) if MASKED in given else latent
+        prediction = self.unet(seen.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
             return prediction
         numbers: dict[str, Any] = dict(zip(COEFFICIENTS, given["coefficients"].unbind(), strict=True))
