@@ -16,6 +16,7 @@ from lcm_compile.commands.image_options import (
     image_options,
     open_images,
     refuse_replacing,
+    sources_of,
     told,
     with_images,
 )
@@ -206,10 +207,12 @@ def draw_again(
     bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
     if bundle.digest != origin.bundle:
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
-    request = with_images(origin.request, given, (picture.parent, Path()))
+    folders = picture.parent, Path()
+    request = with_images(origin.request, given, folders)
     check_request(bundle, request)
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
+    refuse_replacing(paths, [folder / one.name for folder in folders for one in sources_of(request)])
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
         draw_pictures(pipeline, bundle, [request], paths, saved, as_json)
 

@@ -47,7 +47,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import SourcePicture, source_picture
+from lcm_compile.pipeline.source_picture import SourcePicture, begun_at
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -121,6 +121,7 @@ class Pipeline(ABC):
         image: str | Path | Image | SourcePicture | None = None,
         strength: float | None = None,
         mask: str | Path | Image | SourcePicture | None = None,
+        outpaint: tuple[int, int, int, int] | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -149,6 +150,8 @@ class Pipeline(ABC):
         strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
             a mask.
         mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
+        outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
+            around it; in place of a mask.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -175,9 +178,8 @@ class Pipeline(ABC):
             original_size=original_size,
             crop=crop,
             target_size=target_size,
-            image=None if image is None else source_picture(image),
             strength=strength,
-            mask=mask,
+            **begun_at(image, mask, outpaint),
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):

@@ -53,7 +53,12 @@ def test_a_picture_tells_what_it_began_at_and_is_drawn_again(command, refused, r
     code, out, err = command("run", *words, "--json")
     assert code == 0, err
     told = json.loads(out)
-    assert told["image"] == {"name": "in.png", "sha256": sha256(files / "in.png"), "alpha": False}
+    assert told["image"] == {
+        "name": "in.png",
+        "sha256": sha256(files / "in.png"),
+        "alpha": False,
+        "border": [],
+    }
     assert told["mask"]["name"] == "mask.png" and told["strength"] == 0.5
     assert len(told["ms"]["step"]) == 2 and told["ms"]["encode-image"] > 0
     assert "Denoising strength: 0.5," in Image.open("a.png").text["parameters"]
@@ -87,6 +92,32 @@ def test_transparency_as_the_mask_is_drawn_again(command, refused, reader, files
     assert command(*words, "cut.png", "--mask", "mask.png", "--out", "c.png")[0] == 0
     assert (pixels("a.png") == pixels("c.png")).all()
     refused(2, "in.png has none", *words, "in.png", "--mask", "alpha")
+
+
+def test_what_is_around_a_picture_is_drawn(command, refused, reader, files):
+    words = ["run", "a red star", "--bundle", reader, "--seed", 5, "--image", "in.png", "--out"]
+    image = pixels("in.png").astype(np.uint8)
+    canvas = np.pad(image, ((0, 16), (16, 0), (0, 0)), mode="edge")
+    white = np.pad(np.zeros(image.shape[:2], np.uint8), ((0, 16), (16, 0)), constant_values=255)
+    assert command(*words, "a.png", "--outpaint", "16,0,0,16", "--strength", 0.5)[0] == 0
+    with load(reader) as pipeline:
+        by_hand = {"image": Image.fromarray(canvas), "mask": Image.fromarray(white), "strength": 0.5}
+        assert (pixels("a.png") == pipeline("a red star", seed=5, **by_hand)[0]).all()
+        by_border = {"image": "in.png", "outpaint": (16, 0, 0, 16), "strength": 0.5}
+        assert (pixels("a.png") == pipeline("a red star", seed=5, **by_border)[0]).all()
+    assert command("run", "--again", "a.png", "--out", "b.png")[0] == 0
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert command("run", "--again", "a.png", "--outpaint", "8,8,8,8", "--out", "c.png")[0] == 0
+    assert (pixels("c.png") != pixels("b.png")).any()
+    shutil.copy("in.png", "other.png")
+    assert command("run", "--again", "a.png", "--image", "other.png", "--out", "d.png")[0] == 0
+    assert (pixels("d.png") == pixels("b.png")).all()
+    refused(2, "would be lost", "run", "--again", "a.png", "--out", "in.png")
+    refused(2, "is not LEFT,TOP,RIGHT,BOTTOM", *words, "e.png", "--outpaint", "16,0")
+    refused(2, "four numbers", *words, "e.png", "--outpaint", "0,0,0,0")
+    refused(2, "pixels", *words, "e.png", "--outpaint", "999999999,0,0,0")
+    refused(2, "no mask", *words, "e.png", "--outpaint", "8,0,0,0", "--mask", "mask.png")
+    refused(2, "takes an image", *words[:6], "--out", "e.png", "--outpaint", "8,0,0,0")
 
 
 def test_what_a_picture_begins_at_is_never_lost(command, refused, reader, files):
