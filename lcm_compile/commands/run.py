@@ -80,7 +80,7 @@ def run(
 ) -> None:
     """Draw a picture, or with --grid a labelled sheet of many.
 
-    The axes of a grid are steps, seed, guidance and prompt=FILE, a file with a prompt on each line. Numbers
+    The axes of a grid are steps, seed, guidance, strength and prompt=FILE, a file of a prompt a line. Numbers
     are written as 1..8 or 1,1.5. The first axis runs across the sheet, the others down it.
     """
     from lcm_compile.commands.find_bundle import find_bundle
@@ -106,6 +106,7 @@ def run(
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
     sources = open_images(asked)
+    refuse_replacing([] if out is None else [out], sources)
     bundle = find_bundle(folder, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt

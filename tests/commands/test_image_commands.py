@@ -130,7 +130,11 @@ def test_what_a_picture_begins_at_is_never_lost(command, refused, reader, files)
     several = command(*words[:-1], "5,6", "--image", first)[1].split()
     assert first not in several and several[0] == second
     assert len(command(*words, "--image", first, "--num-images", 3, "--out", "all")[1].split()) == 3
-    assert command(*words, "--image", first, "--grid", "steps=2,4", "--out", "sheet.png")[0] == 0
+    grid = "--image", first, "--grid", "steps=2,4,strength=0.5,1", "--out", "sheet.png"
+    refused(2, "would be lost", *words, *grid[:-1], first)
+    told = json.loads(command(*words, *grid, "--json")[1])
+    shown = [(one["steps"], one["strength"], len(one["ms"]["step"])) for one in told["pictures"]]
+    assert shown == [(2, 0.5, 1), (4, 0.5, 2), (2, 1, 2), (4, 1, 4)]
 
 
 def test_what_can_not_be_drawn_is_refused(command, refused, reader, sdxl_bundle, files):

@@ -15,6 +15,7 @@ from diffusers import (
     AutoPipelineForImage2Image,
     AutoPipelineForInpainting,
     DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionXLInpaintPipeline,
 )
@@ -231,3 +232,25 @@ def test_an_inpainting_model_without_a_mask(inpainting):
     assert np.asarray(drawn).std() > 5
     with pytest.raises(UsageError, match="without a mask"):
         ours("a red star", image=painting(), **asked)
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_a_full_lcm_begins_at_a_picture(full_lcm, steps):
+    """By the pipelines of other models, which leave out the first steps of the whole schedule."""
+    ours, theirs = full_lcm
+    how = {"image": painting(), "strength": 0.6}
+    options = {"num_inference_steps": steps, "guidance_scale": 8.5, "num_images_per_prompt": 2}
+    drawn = drawn_by_diffusers(StableDiffusionImg2ImgPipeline, theirs, "lcm", **how, **options)
+    pictures = ours.draw(Request("a red star", 7, None, steps, 8.5, 2, **how)).pictures
+    assert worst(drawn, pictures) >= FLOOR
+
+
+@pytest.fixture(scope="module")
+def full_lcm(tmp_path_factory):
+    """Our pipeline of a UNet that takes the guidance scale, and diffusers'."""
+    folder = tmp_path_factory.mktemp("full")
+    base = factories.write_sd15(folder / "base", time_cond_proj_dim=16)
+    with load(build(BuildSpec(str(base), backend="torchscript", image=True), folder / "bundle")) as ours:
+        theirs = DiffusionPipeline.from_pretrained(base)
+        theirs.config_of_scheduler = theirs.scheduler.config
+        yield ours, theirs
