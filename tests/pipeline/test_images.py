@@ -145,7 +145,7 @@ def test_a_tiny_autoencoder_encodes_without_a_draw(sd15_checkpoint, tmp_path):
         no_lcm=True,
         few_step="lcm",
         vae=str(tmp_path / "vae"),
-        backend="onnxruntime",
+        backend="torchscript",
         image=True,
     )
     theirs = DiffusionPipeline.from_pretrained(sd15_checkpoint, vae=vae)
@@ -166,12 +166,12 @@ def test_a_tiny_autoencoder_encodes_without_a_draw(sd15_checkpoint, tmp_path):
 def inpainting(request, tmp_path_factory):
     """Our pipeline of an inpainting model, whose UNet takes 9 channels, and diffusers'."""
     folder = tmp_path_factory.mktemp("inpainting")
-    write, backend, kind = {
-        "sd15": (factories.write_sd15, "torchscript", StableDiffusionInpaintPipeline),
-        "sdxl": (factories.write_sdxl, "onnxruntime", StableDiffusionXLInpaintPipeline),
+    write, kind = {
+        "sd15": (factories.write_sd15, StableDiffusionInpaintPipeline),
+        "sdxl": (factories.write_sdxl, StableDiffusionXLInpaintPipeline),
     }[request.param]
     base = write(folder / "base", in_channels=9, out_channels=4)
-    spec = BuildSpec(str(base), no_lcm=True, backend=backend, image=True, batch=2)
+    spec = BuildSpec(str(base), no_lcm=True, backend="torchscript", image=True, batch=2)
     with load(build(spec, folder / "bundle")) as ours:
         theirs = kind.from_pretrained(base)
         theirs.config_of_scheduler = {**theirs.scheduler.config, "clip_sample": False}
