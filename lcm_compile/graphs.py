@@ -15,6 +15,9 @@ DRAW = "draw"
 # The stage that turns a picture into a latent, which is the last of a bundle that has it.
 ENCODE_IMAGE = "encode-image"
 
+# The input of the step by which an inpainting model is told what it repaints.
+MASKED = "masked"
+
 
 @dataclass(frozen=True)
 class TensorSpec:

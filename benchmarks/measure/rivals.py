@@ -24,6 +24,7 @@ from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import MANIFEST, PipelineSettings
 from lcm_compile.checkpoint.checkpoint import SCHEDULER
 from lcm_compile.errors import BackendError, UsageError, unknown_name
+from lcm_compile.graphs import MASKED
 from lcm_compile.spec import CHUNK_TOKENS, BuildSpec, Shape
 
 if TYPE_CHECKING:
@@ -263,6 +264,11 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
         raise UsageError(
             f"{others[0]} reads {CHUNK_TOKENS} tokens with all layers of the text encoders, and this bundle "
             f"{spec.prompt_tokens} tokens with clip skip {spec.clip_skip or 0}",
+            f"leave out --against {others[0]}, or compare bundles",
+        )
+    if others and any(spec.name == MASKED for stage in manifest.stages for spec in stage.contract.inputs):
+        raise UsageError(
+            f"{others[0]} draws from prompts alone, and this bundle is of an inpainting model",
             f"leave out --against {others[0]}, or compare bundles",
         )
     inputs = {spec.name for stage in manifest.stages for spec in stage.contract.inputs}

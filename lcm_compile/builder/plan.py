@@ -237,6 +237,11 @@ def plan_export(
     stages = [name for name in STAGES if name != "context" or name in spec.rewrites] + controls_of(checkpoint)
     stages += [ENCODE_IMAGE] if spec.image else []
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
+    if checkpoint.is_inpainting and (spec.whole_loop or not spec.image):
+        raise UsageError(
+            f"{checkpoint.base} is an inpainting model, which draws from a picture and a mask",
+            "add --image" + (", and drop --whole-loop" if spec.whole_loop else ""),
+        )
     digests = Digests()
     few_step = plan_few_step(spec, checkpoint)
     if spec.whole_loop and few_step.row and CONTEXT_STEPS not in few_step.row.made_for:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.checkpoint.families import FAMILIES, Family
+from lcm_compile.errors import CheckpointError
 from lcm_compile.graphs import LoraInputs
 from lcm_compile.scheduler import SchedulerSettings
 from lcm_compile.spec import EmbeddingSpec
@@ -22,6 +23,20 @@ MODELS = (*TEXT_ENCODERS, "unet", "vae")
 def is_tiny(vae: Mapping[str, Any]) -> bool:
     """Returns whether a VAE's config is that of a tiny autoencoder (TAESD), which decodes less exactly."""
     return bool(vae.get("_class_name") == "AutoencoderTiny")
+
+
+def is_inpainting(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
+    """Returns whether a UNet's config is that of an inpainting model, which takes a mask and two latents."""
+    return bool(unet["in_channels"] == 2 * vae.get("latent_channels", 4) + 1)
+
+
+def refuse_inpainting(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for an inpainting model, which training draws no masks for."""
+    if checkpoint.is_inpainting:
+        raise CheckpointError(
+            f"{checkpoint.base} is an inpainting model, and training draws no masks for it",
+            "train on the text-to-image base that it was made of, and build this one with that LoRA",
+        )
 
 
 def factor_of(vae: Mapping[str, Any]) -> int:
@@ -168,6 +183,11 @@ class Checkpoint:
         size = self.unet["sample_size"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
         return height * self.vae_factor, width * self.vae_factor
+
+    @property
+    def is_inpainting(self) -> bool:
+        """Whether the UNet also takes a mask, and the latent of a picture without what it repaints."""
+        return is_inpainting(self.unet, self.vae)
 
     @property
     def has_guidance_embedding(self) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lcm_compile.checkpoint.checkpoint import MODELS, SCHEDULER, Component
+from lcm_compile.checkpoint.checkpoint import MODELS, SCHEDULER, Component, is_inpainting
 from lcm_compile.errors import CheckpointError
 from lcm_compile.scheduler import SchedulerSettings
 
@@ -126,7 +126,7 @@ def check_configs(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> Non
             "give a text-to-image base to --base",
         )
     takes, gives = configs["unet"]["in_channels"], configs["vae"]["latent_channels"]
-    if takes != gives:
+    if takes != gives and not is_inpainting(configs["unet"], configs["vae"]):
         raise CheckpointError(
             f"{folder} does not draw from text alone: its unet takes {takes} channels, its vae gives {gives}",
             "give a text-to-image base to --base",

@@ -41,6 +41,7 @@ LEFT_OVERS = re.compile(
     # What ComfyUI saves of CLIP's other half, which no model here reads.
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(text_projection|logit_scale)"
 )
+INPAINTING = 9  # channels that an inpainting model takes: a latent, a mask and another latent
 # The weight by which a full LCM reads the guidance scale.
 GUIDANCE = f"{UNET}time_embed.cond_proj.weight"
 TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
@@ -60,6 +61,8 @@ def open_file(base: str, path: Path, config: Path | None, own_vae: bool = True) 
     folder, settings = settings_of(path, family, config, shapes, metadata)
     if fused := metadata.get(FUSED_FEW_STEP.removeprefix("_")):
         settings = replace(settings, scheduler={**settings.scheduler, FUSED_FEW_STEP: fused})
+    unet = {**settings.configs["unet"], "in_channels": shapes[FIRST][1]}
+    settings = replace(settings, configs={**settings.configs, "unet": unet})
     prefixes = models_in(shapes)
     for name in settings.configs:
         if name not in prefixes and (own_vae or name != "vae"):
@@ -147,8 +150,8 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
             hint,
         )
     takes = shapes.get(FIRST, (0, 0))[1]
-    if takes != 4:
-        tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model", 9: "an inpainting model"}
+    if takes not in (4, INPAINTING):
+        tasks = {5: "a depth-to-image model", 7: "an upscaler", 8: "an edit model"}
         raise CheckpointError(
             f"{path} is {tasks.get(takes, 'for another task')}: its UNet takes {takes} channels, not 4",
             "give a text-to-image base to --base",

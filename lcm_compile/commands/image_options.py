@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from lcm_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from lcm_compile.pipeline.request import Request
+    from lcm_compile.pipeline.source_picture import SourcePicture
 
 
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --image, --strength and --mask; each sets the field of Request of its name."""
+    """Adds --image, --strength, --mask and --outpaint. `open_images` makes fields of Request of them."""
     for option in reversed(
         (
             click.option("--image", metavar="PICTURE", help="Begin at this picture, in place of noise."),
@@ -30,25 +32,45 @@ def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="PICTURE|alpha",
                 help="Repaint only what is white here; or alpha: what is transparent in --image.",
             ),
+            click.option(
+                "--outpaint",
+                metavar="LEFT,TOP,RIGHT,BOTTOM",
+                callback=read_border,
+                help="Extend --image by so many pixels, and draw what is there; in place of --mask.",
+            ),
         )
     ):
         command = option(command)
     return command
 
 
+def read_border(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Returns the numbers of --outpaint. Raises BadParameter unless they are four."""
+    if value is None:
+        return None
+    if not re.fullmatch(r"\s*\d{1,9}(\s*,\s*\d{1,9}){3}\s*", value):
+        raise click.BadParameter(f"{value!r} is not LEFT,TOP,RIGHT,BOTTOM, in pixels")
+    return tuple(int(side) for side in value.split(","))
+
+
 def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
     """Opens the `image` and the `mask` among the fields of a request, once for all its pictures.
 
-    Returns the paths of their files. Raises UsageError if one can't be read.
+    An `outpaint` among them becomes these two. Returns the paths of their files. Raises UsageError if one
+    can't be read.
     """
-    from lcm_compile.pipeline.source_picture import ALPHA, source_picture
+    from lcm_compile.pipeline.source_picture import ALPHA, begun_at, source_picture
 
     paths = []
     for name in ("image", "mask"):
         given = asked.get(name)
-        if given is not None and (name, given) != ("mask", ALPHA):
+        if isinstance(given, str) and (name, given) != ("mask", ALPHA):
             asked[name] = source_picture(given, name)
             paths.append(Path(given).expanduser())
+    if (border := asked.pop("outpaint", None)) is not None:
+        asked.update(begun_at(asked.get("image"), asked.get("mask"), border))
     return paths
 
 
@@ -57,10 +79,12 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
 
     Those that are not given are searched for in the folders. Raises UsageError if one is not there.
     """
-    from lcm_compile.pipeline.source_picture import ALPHA, find_again
+    from lcm_compile.pipeline.source_picture import ALPHA, find_again, outpainted
 
-    open_images(given)
     folders = [*folders]
+    if given.get("outpaint") and "image" not in given and request.image is not None:
+        given["image"] = find_again(replace(request.image, border=()), folders, "image")
+    open_images(given)
     own = {}
     for name in ("image", "mask"):
         named = getattr(request, name)
@@ -68,9 +92,16 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
             continue
         if name == "mask" and named.alpha and "image" in given:
             given[name] = ALPHA
+        elif name == "mask" and named.border and "image" in given:
+            given.update(outpainted(given["image"], named.border))
         else:
             own[name] = find_again(named, folders, name)
     return replace(request, **{**own, **given})
+
+
+def sources_of(request: Request) -> list[SourcePicture]:
+    """Returns the image and the mask of a request that have the name of a file."""
+    return [one for one in (request.image, request.mask) if one is not None and one.name]
 
 
 def refuse_replacing(paths: Iterable[Path], images: Iterable[Path]) -> None:

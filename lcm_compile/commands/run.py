@@ -16,6 +16,7 @@ from lcm_compile.commands.image_options import (
     image_options,
     open_images,
     refuse_replacing,
+    sources_of,
     told,
     with_images,
 )
@@ -79,7 +80,7 @@ def run(
 ) -> None:
     """Draw a picture, or with --grid a labelled sheet of many.
 
-    The axes of a grid are steps, seed, guidance and prompt=FILE, a file with a prompt on each line. Numbers
+    The axes of a grid are steps, seed, guidance, strength and prompt=FILE, a file of a prompt a line. Numbers
     are written as 1..8 or 1,1.5. The first axis runs across the sheet, the others down it.
     """
     from lcm_compile.commands.find_bundle import find_bundle
@@ -107,6 +108,7 @@ def run(
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
     sources = open_images(asked)
+    refuse_replacing([] if out is None else [out], sources)
     bundle = find_bundle(folder, base, gpu)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
@@ -211,10 +213,12 @@ def draw_again(
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     if not given.get("control"):
         given = {**given, "control": find_control(origin.request.control, picture.parent)}
-    request = with_images(origin.request, given, (picture.parent, Path()))
+    folders = picture.parent, Path()
+    request = with_images(origin.request, given, folders)
     check_request(bundle, request)
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
+    refuse_replacing(paths, [folder / one.name for folder in folders for one in sources_of(request)])
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
         draw_pictures(pipeline, bundle, [request], paths, saved, as_json)
 

@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 EXAMPLE = "for example --grid steps=1..8,seed=1..4"
 # The name of an axis → the field of Request that it sets.
-FIELDS = {"steps": "steps", "seed": "seed", "guidance": "guidance_scale", "prompt": "prompt"}
+FIELDS = {
+    "steps": "steps",
+    "seed": "seed",
+    "guidance": "guidance_scale",
+    "strength": "strength",
+    "prompt": "prompt",
+}
+FRACTIONS = ("guidance", "strength")  # the axes whose values need not be whole numbers
 MAX_CELLS = 1000
 
 
@@ -74,9 +81,11 @@ def parse_values(name: str, text: str) -> tuple[Any, ...]:
     values: list[Any] = []
     for word in text.split(","):
         try:
-            values += [float(word)] if name == "guidance" else whole_numbers(word, MAX_CELLS)
+            values += [float(word)] if name in FRACTIONS else whole_numbers(word, MAX_CELLS)
         except ValueError:
-            hint = "--grid guidance=1,1.5,2" if name == "guidance" else f"--grid {name}=1..8 or {name}=1,2,4"
+            hint = f"--grid {name}=1..8 or {name}=1,2,4"
+            if name in FRACTIONS:
+                hint = f"--grid {name}=0.5,1"
             raise UsageError(f"--grid {name}={text}: {word!r} is no value of {name}", hint) from None
     return tuple(values)
 

@@ -8,7 +8,15 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import REBUILD, BundleError
-from lcm_compile.graphs import ALL_STAGES, DRAW, ENCODE_IMAGE, STAGES, StageContract, is_lora_input
+from lcm_compile.graphs import (
+    ALL_STAGES,
+    DRAW,
+    ENCODE_IMAGE,
+    MASKED,
+    STAGES,
+    StageContract,
+    is_lora_input,
+)
 from lcm_compile.pipeline.control import check_control, control_stages
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.loras import check_contracts, check_loras
@@ -56,6 +64,7 @@ def check_stages(bundle: EngineBundle) -> None:
         wanted.append((takes[name], select(controlled, takes[name])))
         wanted.append((gives[name], select(takes["step"], gives[name])))
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
+    given[MASKED] = (*latent[:1], sum(latent[1:2]) + 1, *latent[2:])
     made = {"prediction": latent, "next_latent": latent, "x0": latent}
     wanted += [
         (takes["step"], select(given, takes["step"])),

@@ -8,7 +8,7 @@ takes the host a few microseconds.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -16,8 +16,9 @@ import numpy as np
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import BackendError
+from lcm_compile.graphs import MASKED
 from lcm_compile.pipeline.control import Control
-from lcm_compile.pipeline.loop import Arrays, Loop, Runners, State, conditions_of
+from lcm_compile.pipeline.loop import NOTHING, Arrays, Loop, Runners, State, conditions_of
 from lcm_compile.samplers.step import Step
 
 # The steps, whether a second pass guides, the share of guidance rescale, and for each ControlNet whether
@@ -67,6 +68,8 @@ class CapturedLoop:
         self._scale = step.to_device(np.asarray([CHECK_SCALE], np.float32))
         # Copies, because to_device returns the same array on a processor.
         self._latent, self._fresh = (step.to_device(array.copy()) for array in noise)
+        parts = {spec.name: spec.shape for spec in step.contract.inputs if spec.name == MASKED}
+        self._masked = {name: step.to_device(np.zeros(shape, np.float32)) for name, shape in parts.items()}
         # Each call of the context overwrites the output of the one before. So it is copied if there are
         # several.
         keep = len(texts) * len(times) > 1
@@ -81,7 +84,7 @@ class CapturedLoop:
         def draw() -> Array:
             loop, state = loop_of(context()), (self._latent, None)
             for i in range(len(steps)):
-                state = loop.step(i, state, fresh[i])
+                state = loop.step(i, state, fresh[i], self._masked)
             return loop.decode(state[0]) + 0
 
         expected = runners["decode"].to_host(capturer.warm_up(draw))
@@ -95,7 +98,7 @@ class CapturedLoop:
         self._steps: list[tuple[Callable[[], None], State]] = []
         state: State = (self._latent, None)
         for i in range(len(steps)):
-            launch, state = capturer.capture(partial(self._loop.step, i, state, fresh[i]))
+            launch, state = capturer.capture(partial(self._loop.step, i, state, fresh[i], self._masked))
             self._steps.append((launch, state))
         self._launch_decode, self._picture = capturer.capture(partial(self._loop.decode, state[0]))
         self._check(noise, expected)
@@ -127,10 +130,12 @@ class CapturedLoop:
         self._launch_context()
         return self
 
-    def step(self, i: int, state: State, fresh: Array | None) -> State:
+    def step(self, i: int, state: State, fresh: Array | None, masked: Mapping[str, Array] = NOTHING) -> State:
         """Returns the state after step i; valid until step i is run again. See Loop.step."""
         if i == 0:  # later steps read what the step before wrote
             self._latent.copy_(state[0])
+            for name in masked:
+                self._masked[name].copy_(masked[name])
         if fresh is not None:
             self._fresh.copy_(fresh)
         launch, after = self._steps[i]

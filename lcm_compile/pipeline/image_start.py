@@ -5,30 +5,34 @@ The order of the draws from a seed, and the noise, are those of diffusers' pipel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, StageContract
+from lcm_compile.graphs import ENCODE_IMAGE, MASKED, StageContract
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.source_picture import SourcePicture, check_mask
 from lcm_compile.samplers.step import Schedule
 from lcm_compile.spec import BuildSpec, Shape
 
+# An image, and the mask whose white part is taken out of it, if one is.
+Source = tuple[SourcePicture, SourcePicture | None]
 # The latents of the last images, as the encoder gave them.
-Encoded = dict[SourcePicture, dict[str, np.ndarray]]
+Encoded = dict[Source, dict[str, np.ndarray]]
 IMAGES_KEPT = 8
+GREY = 0.5  # what the VAE reads as 0, in place of what is taken out
 
 
 class ImageStart:
     """The first latents of pictures that begin at an image, and the parts of it that their masks keep.
 
     `plan` has only the steps that are drawn. `known` has the images that are not encoded again, and gets the
-    new ones. `images` are those to encode.
+    new ones. `sources` are those to encode. An inpainting model, whose step takes MASKED, is told what is
+    kept; with any other the kept parts are put back after every step.
     """
 
     def __init__(
@@ -42,32 +46,40 @@ class ImageStart:
     ) -> None:
         self._encoder, self._step = runners[ENCODE_IMAGE], runners["step"]
         self._shape, self._plan, self._noise = shape, plan, noise
-        self._from_noise = pictures[0].mask is not None and pictures[0].denoising_strength == 1
-        images = dict.fromkeys(one.image for one in pictures if one.image)
+        self._is_told = takes_masked(self._step.contract)
+        self._from_noise = begins_at_noise(pictures[0])
+        images = {"image": encodes_image(self._step.contract, pictures[0]), MASKED: self._is_told}
+        sources = dict.fromkeys(source_of(one, name) for one in pictures for name in images if images[name])
         self._known = known
-        self._latents: Encoded = {image: found for image in images if (found := known.get(image))}
-        self.images = [image for image in images if image not in self._latents]
+        self._latents: Encoded = {source: found for source in sources if (found := known.get(source))}
+        self.sources = [source for source in sources if source not in self._latents]
         self._masks: dict[SourcePicture, np.ndarray] = {}
         for mask in {one.mask for one in pictures if one.mask}:
             self._masks[mask] = latent_mask(mask, shape, noise.shape[-1])
 
     def encode(self) -> Iterator[None]:
-        """Encodes the images one after another, and yields after each."""
+        """Encodes the sources one after another, and yields after each."""
         runner, size = self._encoder, (self._shape.height, self._shape.width)
-        for image in self.images:
-            given = runner({"image": runner.to_device(image.pixels(*size)[None])})
-            self._latents[image] = {name: np.array(runner.to_host(given[name])) for name in given}
-            self._known[image] = self._latents[image]
+        for image, mask in self.sources:
+            pixels = image.pixels(*size)
+            if mask is not None:
+                pixels = np.where(mask.mask(*size)[..., None] > 0, np.float32(GREY), pixels)
+            given = runner({"image": runner.to_device(pixels[None])})
+            encoded = {name: np.array(runner.to_host(given[name])) for name in given}
+            self._latents[image, mask] = self._known[image, mask] = encoded
             for old in [*self._known][:-IMAGES_KEPT]:
                 self._known.pop(old, None)  # another thread may have done so
             yield
 
-    def clean(self, rows: Sequence[Request]) -> np.ndarray:
-        """Returns the latents (b, c, h, w) of the pictures' images, sampled with each picture's seed."""
-        found = [self._latents[row.image] for row in rows if row.image is not None]
+    def clean(self, rows: Sequence[Request], name: str = "image") -> np.ndarray:
+        """Returns the latents (b, c, h, w) of the pictures' images, sampled with each picture's seed.
+
+        With the name MASKED they are those without what is repainted.
+        """
+        found = [self._latents[source_of(row, name)] for row in rows]
         latents = np.concatenate([one["mean"] for one in found])
         if "std" in found[0]:
-            latents += np.concatenate([one["std"] for one in found]) * self._noise.posterior(rows)
+            latents += np.concatenate([one["std"] for one in found]) * self._noise.posterior(name, rows)
         return latents
 
     def first(self, rows: Sequence[Request]) -> np.ndarray:
@@ -77,18 +89,59 @@ class ImageStart:
             return self._plan.first(noise)
         return self._plan.steps[0].noisy(self.clean(rows), noise)
 
+    def masks(self, rows: Sequence[Request]) -> np.ndarray:
+        """Returns the masks of pictures that have one (b, 1, h, w)."""
+        return np.stack([self._masks[row.mask] for row in rows if row.mask is not None])
+
+    def masked(self, rows: Sequence[Request]) -> dict[str, Array]:
+        """Returns the input MASKED of the step on the device, or {} if it takes none."""
+        if not self._is_told:
+            return {}
+        told = np.concatenate([self.masks(rows), self.clean(rows, MASKED)], axis=1)
+        return {MASKED: self._step.to_device(told)}
+
     def kept(self, i: int, rows: Sequence[Request]) -> tuple[Array, Array] | None:
         """Returns (m, k) on the device, for a latent after step i that becomes m·latent + k, or None.
 
         m is where the masks repaint, and k what they keep of the image, as noisy as the next step begins.
         """
-        if rows[0].mask is None:
+        if rows[0].mask is None or self._is_told:
             return None
-        mask = np.stack([self._masks[row.mask] for row in rows if row.mask is not None])
-        latent = self.clean(rows)
+        mask, latent = self.masks(rows), self.clean(rows)
         if i + 1 < len(self._plan.steps):
             latent = self._plan.steps[i + 1].noisy(latent, self._noise.draw(0, rows))
         return self._step.to_device(mask), self._step.to_device((1 - mask) * latent)
+
+
+def source_of(picture: Request, name: str) -> Source:
+    """Returns what is encoded for a picture that begins at an image."""
+    assert picture.image is not None
+    return picture.image, picture.mask if name == MASKED else None
+
+
+def takes_masked(step: StageContract) -> bool:
+    """Returns whether a step is an inpainting model's, which is told what it repaints."""
+    return any(spec.name == MASKED for spec in step.inputs)
+
+
+def begins_at_noise(picture: Request) -> bool:
+    """Returns whether what is repainted begins as noise alone, without the image."""
+    return picture.mask is not None and picture.denoising_strength == 1
+
+
+def encodes_image(step: StageContract, picture: Request) -> bool:
+    """Returns whether the image itself is encoded, which an inpainting model needs only to begin at it."""
+    return not (takes_masked(step) and begins_at_noise(picture))
+
+
+def all_masked(step: Runner) -> dict[str, Array]:
+    """Returns the input MASKED for a picture without an image, if the step takes it: all is repainted."""
+    inputs = {
+        spec.name: np.zeros(spec.shape, np.float32) for spec in step.contract.inputs if spec.name == MASKED
+    }
+    for array in inputs.values():
+        array[:, 0] = 1
+    return {name: step.to_device(array) for name, array in inputs.items()}
 
 
 def latent_mask(mask: SourcePicture, shape: Shape, width: int) -> np.ndarray:
@@ -97,15 +150,16 @@ def latent_mask(mask: SourcePicture, shape: Shape, width: int) -> np.ndarray:
     return mask.mask(shape.height, shape.width)[None, ::factor, ::factor]
 
 
-def posterior_draws(contracts: Iterable[StageContract], request: Request) -> int:
-    """Returns how often a picture's seed is drawn from to sample the VAE's latents.
+def sampled_images(contracts: Iterable[StageContract], picture: Request) -> Collection[str]:
+    """Returns the names of the images whose latents are sampled with a picture's seed, as Noise takes them.
 
-    Inpainting samples those of the image, and those of the image without what is repainted.
+    Where there is a mask, diffusers samples the masked image for every model, and so draws for it.
     """
-    sampled = any(spec.name == "std" for contract in contracts for spec in contract.outputs)
-    if request.image is None or not sampled:
-        return 0
-    return 1 if request.mask is None else 2
+    stages = {contract.name: contract for contract in contracts}
+    if picture.image is None or all(spec.name != "std" for spec in stages[ENCODE_IMAGE].outputs):
+        return ()
+    image = ["image"] if encodes_image(stages["step"], picture) else []
+    return image if picture.mask is None else [*image, MASKED]
 
 
 def check_images(
@@ -115,10 +169,16 @@ def check_images(
 
     `spec` is what the bundle was built from, if that is known.
     """
+    contracts = [*contracts]
     given = {(request.image, request.mask) for request in requests}
     for image, mask in given:
         if image is not None and mask is not None:
             check_mask(image, mask)
+        elif image is not None and any(takes_masked(c) for c in contracts if c.name == "step"):
+            raise UsageError(
+                "this bundle is of an inpainting model, and the image comes without a mask",
+                "give a mask; one that is white all over repaints everything",
+            )
     if given == {(None, None)} or any(contract.name == ENCODE_IMAGE for contract in contracts):
         return
     rebuilt = "with --image"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lcm_compile.samplers.step import Step
 
 Arrays = dict[str, Any]
 Runners = Mapping[str, Runner]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # The latent (b, c, h, w), and the x̂0 of the step before it, None before the first step.
 State = tuple[Array, Array | None]
 
@@ -42,10 +44,11 @@ class Loop:
     loras: Arrays = field(default_factory=dict)
     control: Control | None = None
 
-    def step(self, i: int, state: State, fresh: Array | None) -> State:
+    def step(self, i: int, state: State, fresh: Array | None, masked: Mapping[str, Array] = NOTHING) -> State:
         """Returns the state after step i, in memory of its own.
 
-        `fresh` is the noise to add, of the latent's shape, or None if the step adds none.
+        `fresh` is the noise to add, of the latent's shape, or None if the step adds none. `masked` has the
+        input MASKED, if the step takes it.
         """
         sampler_step, step = self.steps[i], self.runners["step"]
         latent, previous = state
@@ -56,6 +59,7 @@ class Loop:
             "previous_x0": latent if previous is None else previous,
             **self.coefficients[i],
             **self.loras,
+            **masked,
         }
         given = step(self.controlled(i, {**inputs, **self.conditions[0][i]}))
         if len(self.conditions) > 1:

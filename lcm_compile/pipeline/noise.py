@@ -9,7 +9,7 @@ a multiple of 16, the last 16 values are generated again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -61,17 +61,17 @@ class NoiseStream:
     shape after every step but the last. So with n > 1, even picture 0 differs from the picture that the same
     seed gives alone.
 
-    Pictures that begin at an image have `posteriors` of 1: the image's latent is sampled with the generator's
-    first draw, of (1, c, h, w). Those with a mask have 2, of which the other comes after the first latents.
+    `encoded` are names of images whose latents are sampled with a draw of (1, c, h, w) each: "image" before
+    the first latents, and "masked" after them.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, ...], posteriors: int = 0) -> None:
+    def __init__(self, seed: int, shape: tuple[int, ...], encoded: Collection[str] = ()) -> None:
         self._noise = TorchNoise(seed)
         self._shape = shape
-        self.posteriors = [self._posterior()] if posteriors else []
+        self.posteriors = {"image": self._posterior()} if "image" in encoded else {}
         self._draws = [self._noise(shape)]
-        if posteriors > 1:
-            self.posteriors.append(self._posterior())
+        if "masked" in encoded:
+            self.posteriors["masked"] = self._posterior()
 
     def _posterior(self) -> np.ndarray:
         return self._noise((1, *self._shape[1:]))[0]
@@ -89,9 +89,9 @@ class NoiseStream:
 class Noise:
     """The noise of pictures (c, h, w) of any requests. Each request's own is that of its NoiseStream."""
 
-    def __init__(self, shape: tuple[int, ...], posteriors: int = 0) -> None:
+    def __init__(self, shape: tuple[int, ...], encoded: Collection[str] = ()) -> None:
         self.shape = shape
-        self._posteriors = posteriors
+        self._encoded = encoded
         self._streams: dict[tuple[int, int], NoiseStream] = {}  # by seed and number of pictures
 
     def draw(self, i: int, pictures: Sequence[Request]) -> np.ndarray:
@@ -102,16 +102,16 @@ class Noise:
         streams = self._streams_of(pictures)
         return np.stack([one[i][picture.index] for one, picture in zip(streams, pictures, strict=True)])
 
-    def posterior(self, pictures: Sequence[Request]) -> np.ndarray:
-        """Returns what each picture's image is sampled with (b, c, h, w)."""
-        return np.stack([stream.posteriors[0] for stream in self._streams_of(pictures)])
+    def posterior(self, name: str, pictures: Sequence[Request]) -> np.ndarray:
+        """Returns what each picture's image of this name is sampled with (b, c, h, w)."""
+        return np.stack([stream.posteriors[name] for stream in self._streams_of(pictures)])
 
     def _streams_of(self, pictures: Sequence[Request]) -> list[NoiseStream]:
         known, self._streams = self._streams, {}
         for picture in pictures:
             key = (picture.seed, picture.num_images)
             self._streams[key] = known.get(key) or NoiseStream(
-                picture.seed, (picture.num_images, *self.shape), self._posteriors
+                picture.seed, (picture.num_images, *self.shape), self._encoded
             )
             known[key] = self._streams[key]
         return [self._streams[picture.seed, picture.num_images] for picture in pictures]

@@ -37,7 +37,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
-from lcm_compile.pipeline.image_start import Encoded, ImageStart, check_images, posterior_draws
+from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.loras import Choice
 from lcm_compile.pipeline.noise import Noise
@@ -50,7 +50,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import SourcePicture, source_picture
+from lcm_compile.pipeline.source_picture import SourcePicture, begun_at
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -131,6 +131,7 @@ class Pipeline(ABC):
         control_weight: float | Sequence[float] | None = None,
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
+        outpaint: tuple[int, int, int, int] | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -166,6 +167,8 @@ class Pipeline(ABC):
         control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
         control_start: The share of the steps before which the ControlNet does nothing, by default 0.
         control_end: The share of the steps after which it does nothing, by default 1.
+        outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
+            around it; in place of a mask.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -194,13 +197,12 @@ class Pipeline(ABC):
             target_size=target_size,
             lora_weights=lora_weights,
             loras=loras,
-            image=None if image is None else source_picture(image),
-            strength=strength,
-            mask=mask,
             control=control_pictures(control),  # read once for all pictures
             control_weight=control_weight,
             control_start=control_start,
             control_end=control_end,
+            strength=strength,
+            **begun_at(image, mask, outpaint),
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -319,11 +321,11 @@ class LcmPipeline(Pipeline):
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
         contracts = [runner.contract for runner in self.runners.values()]
-        noise = Noise(self.latent_shape(), posterior_draws(contracts, request))
+        noise = Noise(self.latent_shape(), sampled_images(contracts, request))
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
-        encodings = stages * encoded + (len(begin.images) if begin else 0)
+        encodings = stages * encoded + (len(begin.sources) if begin else 0)
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
         graphs = self.find_graphs(steps, guided, request)
@@ -350,11 +352,12 @@ class LcmPipeline(Pipeline):
                 cut = max(cut, texts[now[0]].cut, key=len)
             first = begin.first(rows) if begin else plan.first(noise.draw(0, rows))
             state: State = (self.put(first), None)
+            masked = begin.masked(rows) if begin else all_masked(self.runners["step"])
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
-                state = loop.step(i, state, fresh)
+                state = loop.step(i, state, fresh, masked)
                 if begin and (parts := begin.kept(i, rows)):
                     state = loop.keep(state, parts)
                 clock.lap("step")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ALPHA = "alpha"  # the mask that is the picture's own transparency
 # Modes of more than 8 bits, with what their values are divided by.
 DEEP = {"I;16": 257, "I;16L": 257, "I;16B": 257, "I;16N": 257, "I": 257}
+MOST_PIXELS = 1 << 27  # of a picture with a border
 WHITE = 127.5  # half of 255: what is as bright as this in a mask, or brighter, is repainted
 HINT = "give a PNG, JPEG or WebP, or another picture that Pillow opens"
 
@@ -29,12 +30,14 @@ class SourcePicture:
     """A picture or a mask that was given: the name of its file, and the SHA-256 of the file's bytes.
 
     A PIL image without a file has the name "" and the SHA-256 of its pixels. `alpha` says that it is the
-    mask which the transparency of that file is. Two of them are equal if these are.
+    mask which the transparency of that file is, and `border` that it was extended by so many pixels at the
+    left, top, right and bottom, or is the mask of that. Two of them are equal if these are.
     """
 
     name: str
     sha256: str
     alpha: bool = False
+    border: tuple[int, ...] = ()
 
     @property
     def image(self) -> Image:
@@ -106,11 +109,55 @@ def source_picture(given: Any, called: str = "image") -> SourcePicture:
     return made(path.name, hashlib.sha256(data).hexdigest(), image)
 
 
-def made(name: str, sha256: str, image: Image, alpha: bool = False) -> SourcePicture:
+def made(
+    name: str, sha256: str, image: Image, alpha: bool = False, border: tuple[int, ...] = ()
+) -> SourcePicture:
     """Returns a SourcePicture that holds its image, which is no field: it is no part of its settings."""
-    source = SourcePicture(name, sha256, alpha)
+    source = SourcePicture(name, sha256, alpha, border)
     object.__setattr__(source, "_image", image)
     return source
+
+
+def outpainted(given: Any, border: Sequence[int]) -> dict[str, SourcePicture]:
+    """Returns the `image` and the `mask` of a request that draws what is around a picture.
+
+    `border` is the pixels of the picture that it is extended by at the left, top, right and bottom. It is
+    filled with the colours of the picture's edge. Raises UsageError if the border is none or too large, or as
+    source_picture does.
+    """
+    from PIL import Image
+
+    picture = source_picture(given)
+    sides = tuple(border)
+    if len(sides) != 4 or not all(type(side) is int and side >= 0 for side in sides) or not any(sides):
+        raise UsageError(
+            f"the border to outpaint must be four numbers of pixels, not {border!r}",
+            "left, top, right and bottom, for example 64,0,64,0",
+        )
+    left, top, right, bottom = sides
+    inner = np.asarray(on(picture.image, (255, 255, 255)))
+    if (inner.shape[0] + top + bottom) * (inner.shape[1] + left + right) > MOST_PIXELS:
+        raise UsageError(f"with that border the image has over {MOST_PIXELS} pixels", "give a smaller one")
+    around = (top, bottom), (left, right)
+    canvas = Image.fromarray(np.pad(inner, (*around, (0, 0)), mode="edge"))
+    repainted = np.pad(np.zeros(inner.shape[:2], np.uint8), around, constant_values=255)
+    mask = Image.fromarray(repainted).convert("RGB")
+    return {
+        name: made(picture.name, picture.sha256, image, border=sides)
+        for name, image in (("image", canvas), ("mask", mask))
+    }
+
+
+def begun_at(image: Any, mask: Any, border: Sequence[int] | None) -> dict[str, Any]:
+    """Returns the `image` and the `mask` of a request, opened once for all its pictures.
+
+    Raises UsageError if a border is given with a mask or without an image, or as outpainted does.
+    """
+    if border is None:
+        return {"image": None if image is None else source_picture(image), "mask": mask}
+    if image is None or mask is not None:
+        raise UsageError("outpainting takes an image, and no mask: the border is what is repainted")
+    return outpainted(image, border)
 
 
 def find_again(named: SourcePicture, folders: Iterable[Path], called: str) -> SourcePicture:
@@ -123,6 +170,8 @@ def find_again(named: SourcePicture, folders: Iterable[Path], called: str) -> So
     for path in paths:
         found = source_picture(path, called)
         if found.sha256 == named.sha256:
+            if named.border:
+                return outpainted(found, named.border)[called]
             return found.as_mask() if named.alpha else found
     if paths:
         raise UsageError(f"{paths[0]} is not the {called} that was drawn from: its SHA-256 differs", again)

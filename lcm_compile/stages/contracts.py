@@ -15,6 +15,7 @@ from lcm_compile.graphs import (
     DOWN,
     DRAW,
     ENCODE_IMAGE,
+    MASKED,
     STRENGTHS,
     UP,
     LoraInputs,
@@ -101,6 +102,8 @@ def make_contracts(
         inputs = control_inputs(plain, latent, shape)
         contracts |= {name: StageContract(name, inputs, residuals) for name in controls}
         conditions += residuals
+    if checkpoint.is_inpainting:
+        conditions = (masked_spec(latent), *conditions)
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
     clean = TensorSpec("latent", latent, "float32", "clean latent, the result of the last step")
     contracts["decode"] = StageContract("decode", (clean,), (picture_spec(shape, "rgb8" in rewrites),))
@@ -150,6 +153,13 @@ def slots_of(checkpoint: Checkpoint, has_context: bool) -> list[tuple[str, str, 
     return found
 
 
+def masked_spec(latent: tuple[int, int, int, int]) -> TensorSpec:
+    """Returns the input of an inpainting model's step: of one channel more than a latent."""
+    batch, channels, *size = latent
+    meaning = "the mask, 1 where the picture is repainted, and the latent of the picture without that part"
+    return TensorSpec(MASKED, (batch, 1 + channels, *size), "float32", meaning)
+
+
 def image_contract(checkpoint: Checkpoint, shape: Shape, latent: tuple[int, int, int, int]) -> StageContract:
     """Returns the contract of the VAE's encoder, which takes one picture, whatever the batch.
 
@@ -192,7 +202,7 @@ def text_specs(checkpoint: Checkpoint, shape: Shape, length: int) -> tuple[Tenso
 def latent_shape(checkpoint: Checkpoint, shape: Shape) -> tuple[int, int, int, int]:
     """Returns the shape of a latent: (batch, channels, height, width)."""
     factor = checkpoint.vae_factor
-    return shape.batch, checkpoint.unet["in_channels"], shape.height // factor, shape.width // factor
+    return shape.batch, checkpoint.vae["latent_channels"], shape.height // factor, shape.width // factor
 
 
 def step_contract(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, StageContract, is_lora_input
+from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, MASKED, StageContract, is_lora_input
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
@@ -255,7 +255,8 @@ class Step(nn.Module):
             *down, mid = [v.to(self.dtype) for k, v in given.items() if k.startswith("residual_")]
             arguments["down_block_additional_residuals"] = down
             arguments["mid_block_additional_residual"] = mid
-        prediction = self.unet(latent.to(self.dtype), **arguments, return_dict=False)[0].float()
+        seen = torch.cat([latent, given[MASKED]], dim=1) if MASKED in given else latent
+        prediction = self.unet(seen.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
             return prediction
         numbers: dict[str, Any] = dict(zip(COEFFICIENTS, given["coefficients"].unbind(), strict=True))

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lcm_compile.checkpoint.checkpoint import refuse_inpainting
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.load import load_component
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
@@ -157,6 +158,7 @@ def check_base(checkpoint: Checkpoint, spec: DistillSpec) -> None:
     not divide the number of its training timesteps.
     """
     base = checkpoint.base
+    refuse_inpainting(checkpoint)
     if checkpoint.has_guidance_embedding and not spec.finetune:
         raise CheckpointError(
             f"{base} is an LCM already: its UNet takes the guidance scale",

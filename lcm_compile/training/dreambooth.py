@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from lcm_compile.checkpoint.checkpoint import refuse_inpainting
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.load import load_component, quiet_libraries
 from lcm_compile.errors import CheckpointError, UsageError, unknown_name
@@ -106,6 +107,7 @@ def train_lora(
     check_out(out)
     check_state(out, resume)
     checkpoint = open_checkpoint(spec.base)
+    refuse_inpainting(checkpoint)
     if checkpoint.has_guidance_embedding:
         raise CheckpointError(
             f"{checkpoint.base} is an LCM: its UNet takes the guidance scale",

@@ -200,7 +200,7 @@ def test_with_a_folder_missing(refuse, base, folder):
         ("unet", "sample_size", None),
         ("unet", "sample_size", [64]),
         ("unet", "in_channels", "4"),
-        ("unet", "in_channels", 9),
+        ("unet", "in_channels", 8),
         ("unet", "cross_attention_dim", -1),
         ("unet", "block_out_channels", "wide"),
         ("vae", "block_out_channels", []),

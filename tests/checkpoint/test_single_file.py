@@ -243,7 +243,7 @@ REFUSED = {
         {"model_ema.diffusion_modelinput_blocks00weight": (8, 4, 3, 3), "first_stage_model.decoder.x": (4,)},
         "for drawing",
     ),
-    "an inpainting model": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 9, 3, 3)}, "--base"),
+    "an edit model": ({"model.diffusion_model.input_blocks.0.0.weight": (8, 8, 3, 3)}, "--base"),
     "an SDXL refiner": ({"conditioner.embedders.0.model.ln_final.bias": (4,)}, "--base"),
     "a Stable Diffusion 3": (
         {"model.diffusion_model.joint_blocks.0.x_block.bias": (4,)},

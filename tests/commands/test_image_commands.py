@@ -53,7 +53,12 @@ def test_a_picture_tells_what_it_began_at_and_is_drawn_again(command, refused, r
     code, out, err = command("run", *words, "--json")
     assert code == 0, err
     told = json.loads(out)
-    assert told["image"] == {"name": "in.png", "sha256": sha256(files / "in.png"), "alpha": False}
+    assert told["image"] == {
+        "name": "in.png",
+        "sha256": sha256(files / "in.png"),
+        "alpha": False,
+        "border": [],
+    }
     assert told["mask"]["name"] == "mask.png" and told["strength"] == 0.5
     assert len(told["ms"]["step"]) == 2 and told["ms"]["encode-image"] > 0
     assert "Denoising strength: 0.5," in Image.open("a.png").text["parameters"]
@@ -89,6 +94,32 @@ def test_transparency_as_the_mask_is_drawn_again(command, refused, reader, files
     refused(2, "in.png has none", *words, "in.png", "--mask", "alpha")
 
 
+def test_what_is_around_a_picture_is_drawn(command, refused, reader, files):
+    words = ["run", "a red star", "--bundle", reader, "--seed", 5, "--image", "in.png", "--out"]
+    image = pixels("in.png").astype(np.uint8)
+    canvas = np.pad(image, ((0, 16), (16, 0), (0, 0)), mode="edge")
+    white = np.pad(np.zeros(image.shape[:2], np.uint8), ((0, 16), (16, 0)), constant_values=255)
+    assert command(*words, "a.png", "--outpaint", "16,0,0,16", "--strength", 0.5)[0] == 0
+    with load(reader) as pipeline:
+        by_hand = {"image": Image.fromarray(canvas), "mask": Image.fromarray(white), "strength": 0.5}
+        assert (pixels("a.png") == pipeline("a red star", seed=5, **by_hand)[0]).all()
+        by_border = {"image": "in.png", "outpaint": (16, 0, 0, 16), "strength": 0.5}
+        assert (pixels("a.png") == pipeline("a red star", seed=5, **by_border)[0]).all()
+    assert command("run", "--again", "a.png", "--out", "b.png")[0] == 0
+    assert (pixels("a.png") == pixels("b.png")).all()
+    assert command("run", "--again", "a.png", "--outpaint", "8,8,8,8", "--out", "c.png")[0] == 0
+    assert (pixels("c.png") != pixels("b.png")).any()
+    shutil.copy("in.png", "other.png")
+    assert command("run", "--again", "a.png", "--image", "other.png", "--out", "d.png")[0] == 0
+    assert (pixels("d.png") == pixels("b.png")).all()
+    refused(2, "would be lost", "run", "--again", "a.png", "--out", "in.png")
+    refused(2, "is not LEFT,TOP,RIGHT,BOTTOM", *words, "e.png", "--outpaint", "16,0")
+    refused(2, "four numbers", *words, "e.png", "--outpaint", "0,0,0,0")
+    refused(2, "pixels", *words, "e.png", "--outpaint", "999999999,0,0,0")
+    refused(2, "no mask", *words, "e.png", "--outpaint", "8,0,0,0", "--mask", "mask.png")
+    refused(2, "takes an image", *words[:6], "--out", "e.png", "--outpaint", "8,0,0,0")
+
+
 def test_what_a_picture_begins_at_is_never_lost(command, refused, reader, files):
     words = ["run", "a red star", "--bundle", reader, "--seed", 5]
     first = command(*words)[1].strip()
@@ -99,7 +130,11 @@ def test_what_a_picture_begins_at_is_never_lost(command, refused, reader, files)
     several = command(*words[:-1], "5,6", "--image", first)[1].split()
     assert first not in several and several[0] == second
     assert len(command(*words, "--image", first, "--num-images", 3, "--out", "all")[1].split()) == 3
-    assert command(*words, "--image", first, "--grid", "steps=2,4", "--out", "sheet.png")[0] == 0
+    grid = "--image", first, "--grid", "steps=2,4,strength=0.5,1", "--out", "sheet.png"
+    refused(2, "would be lost", *words, *grid[:-1], first)
+    told = json.loads(command(*words, *grid, "--json")[1])
+    shown = [(one["steps"], one["strength"], len(one["ms"]["step"])) for one in told["pictures"]]
+    assert shown == [(2, 0.5, 1), (4, 0.5, 2), (2, 1, 2), (4, 1, 4)]
 
 
 def test_what_can_not_be_drawn_is_refused(command, refused, reader, sdxl_bundle, files):

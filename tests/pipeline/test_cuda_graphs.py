@@ -252,15 +252,18 @@ def test_pictures_are_those_drawn_without(case, engine, tape, request):
         seen.add(kind)
 
 
+@pytest.mark.parametrize("inpainting", [False, True])
 @pytest.mark.parametrize(("engine", "backend"), [(Fixed, "onnxruntime"), (Fresh, "torchscript")])
-def test_pictures_that_begin_at_a_picture(engine, backend, tape, sdxl_checkpoint, tmp_path):
-    spec = BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend=backend, image=True)
+def test_pictures_that_begin_at_a_picture(engine, backend, inpainting, tape, tmp_path):
+    base = factories.write_sdxl(tmp_path / "base", in_channels=9 if inpainting else 4, out_channels=4)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend=backend, image=True)
     folder = build(spec, tmp_path / "bundle").folder
     plain, pipeline = pipeline_of(folder, engine, cuda_graph=False), pipeline_of(folder, engine)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
     half = Image.fromarray(np.tile(np.asarray([0, 255], np.uint8).repeat(32), (64, 1)))
     for how in ({}, GUIDED, {"sampler": "dpm++2m", "steps": 6}):
-        for i, mask in enumerate((None, half, None, half.rotate(180), half)):
+        masks = half.rotate(90) if inpainting else None, half, half.rotate(180), half
+        for i, mask in enumerate(masks):
             asked = Request(STAR, i, "", image=noise, strength=0.5, mask=mask, **how)
             drawing, expected = pipeline.draw(asked), plain.draw(asked)
             np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(asked))
