@@ -16,16 +16,18 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
 from PIL import Image, ImageDraw
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.control_picture import ControlPicture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec
+from lcm_compile.spec import ControlNetSpec, Shape
 
 FLOOR = 60  # dB
 
@@ -167,6 +169,25 @@ def test_each_picture_is_the_one_that_is_drawn_alone(sdxl):
     pictures = sdxl.ours("a star", seed=[1, 2, 3], control=sdxl.pictures)
     alone = sdxl.ours("a star", seed=2, control=sdxl.pictures)
     assert psnr_db(np.asarray(pictures[1]), np.asarray(alone[0])) >= FLOOR
+
+
+def test_a_depth_map_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
+    shape, values = Shape(2, 64, 64), np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "8.png")
+    sixteen, eight = (ControlPicture.of(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
+    assert sixteen.shape == (2, 3, 64, 64) and sixteen.max() == 1 and sixteen.min() == 0
+    np.testing.assert_allclose(sixteen, eight, atol=1.01 / 255)
+    with pytest.raises(UsageError, match="holds floats"):
+        ControlPicture.of(Image.new("F", (8, 8)))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_are_read_as_diffusers_reads_them(mode):
+    picture = outline((80, 48)).convert(mode)
+    processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    theirs = processor.preprocess(picture, height=64, width=96).numpy()
+    np.testing.assert_array_equal(ControlPicture.of(picture).planes(Shape(1, 64, 96)), theirs)
 
 
 def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
