@@ -49,6 +49,7 @@ class Pair:
     theirs: DiffusionPipeline
     pictures: list[Image.Image]
     folder: str
+    weights: list[float]  # the bundle's own
 
     def psnr(self, sampler="lcm", steps=4, scale=1.0, weight=None, start=None, end=None, **options):
         """The least PSNR of two pictures. Of one ControlNet the values are plain, of several lists."""
@@ -62,7 +63,7 @@ class Pair:
             num_inference_steps=steps,
             guidance_scale=scale,
             num_images_per_prompt=2,
-            controlnet_conditioning_scale=usual(weight, each(1.0)),
+            controlnet_conditioning_scale=usual(weight, self.weights[0] if one else self.weights),
             control_guidance_start=usual(start, each(0.0)),
             control_guidance_end=usual(end, each(1.0)),
             height=64,
@@ -89,19 +90,20 @@ class Pair:
         return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
 
 
-def make_pair(base, folder, nets, pipeline, weights=(1.0, 1.0), **options):
+def make_pair(base, folder, weights, pipeline, **options):
     """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
     base = shutil.copytree(base, folder / "base")
     path = base / "scheduler/scheduler_config.json"  # published bases do not clip
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    nets = len(weights)
     sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
-    specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=False))
+    specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))
     spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
     bundle = build(spec, folder / "bundle")
     models = [ControlNetModel.from_pretrained(source) for source in sources]
     theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
     theirs.set_progress_bar_config(disable=True)
-    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder
+    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +111,7 @@ def sd15(sd15_checkpoint, tmp_path_factory):
     """One ControlNet, a picture at a time."""
     folder = tmp_path_factory.mktemp("sd15-control")
     options = {"backend": "onnxruntime"}
-    made = make_pair(sd15_checkpoint, folder, 1, StableDiffusionControlNetPipeline, **options)
+    made = make_pair(sd15_checkpoint, folder, [0.8], StableDiffusionControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -119,7 +121,7 @@ def sdxl(sdxl_checkpoint, tmp_path_factory):
     """Two ControlNets, two pictures at a time."""
     folder = tmp_path_factory.mktemp("sdxl-control")
     options = {"backend": "torchscript", "batch": 2}
-    made = make_pair(sdxl_checkpoint, folder, 2, StableDiffusionXLControlNetPipeline, **options)
+    made = make_pair(sdxl_checkpoint, folder, [1.2, 0.0], StableDiffusionXLControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
