@@ -19,6 +19,7 @@ from lcm_compile.checkpoint.diffusers_folder import FULL_FIRST, HALF_FIRST, find
 from lcm_compile.checkpoint.find import hub_id
 from lcm_compile.checkpoint.hub import fetch
 from lcm_compile.checkpoint.original_unet_names import count, original_name, original_names
+from lcm_compile.checkpoint.single_file import CONTROL_FIRST
 from lcm_compile.checkpoint.weight_files import Shapes, read_header
 from lcm_compile.errors import CheckpointError, UsageError, first_few
 from lcm_compile.graphs import CONTROLS
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 
 CLASS = "ControlNetModel"
 ORIGINAL = "control_model."  # what the original's keys begin with in a file that was saved with the base
-# A weight that every ControlNet has, by diffusers' name and by the original's: the picture's first layer.
-DIFFUSERS_FIRST = "controlnet_cond_embedding.conv_in.weight"
-ORIGINAL_FIRST = "input_hint_block.0.weight"
+ORIGINAL_FIRST, DIFFUSERS_FIRST = CONTROL_FIRST
 HINT_BLOCK = (16, 32, 96, 256)  # channels of the layers that read the picture, in every published ControlNet
 # The settings that a ControlNet has in common with the UNet that it was copied from.
 COPIED = (

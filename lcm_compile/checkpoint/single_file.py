@@ -42,6 +42,8 @@ LEFT_OVERS = re.compile(
     r"|(cond_stage_model|conditioner\.embedders\.\d)\.(text_projection|logit_scale)"
 )
 INPAINTING = 9  # channels that an inpainting model takes: a latent, a mask and another latent
+# The first layer by which a ControlNet reads its picture, by the original's name and by diffusers'.
+CONTROL_FIRST = ("input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight")
 # The weight by which a full LCM reads the guidance scale.
 GUIDANCE = f"{UNET}time_embed.cond_proj.weight"
 TOKENIZER_FILES = ["tokenizer*/*.json", "tokenizer*/merges.txt"]
@@ -124,10 +126,11 @@ def refuse_others(path: Path, shapes: Shapes) -> None:
         for key in shapes
     ):
         raise CheckpointError(f"{path} is a LoRA, not a base", f"--lora {path} fuses it into a --base")
+    if under("control_model.", shapes) or any(key in shapes for key in CONTROL_FIRST):
+        raise CheckpointError(f"{path} is a ControlNet, not a base", f"--controlnet {path}, with a --base")
     kinds = {
         "joint_blocks.": "a Stable Diffusion 3 model",
         "double_blocks.": "a Flux model or one derived from it",
-        "control_model.": "a ControlNet",
         "conditioner.embedders.0.model.": "an SDXL refiner, which draws no picture alone",
         "edm_mean": "a Playground 2.5 model, whose noise LCM's schedule does not fit",
         "edm_vpred.": "a CosXL model (edm_vpred), whose noise LCM's schedule does not fit",

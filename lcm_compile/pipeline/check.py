@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,7 +59,10 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    for name in control_stages(contracts):
+    controls = control_stages(contracts)
+    if len(settings.control_weights) != len(controls):
+        raise unfit_stages(bundle, controls, settings.control_weights)
+    for name in controls:
         given |= gives[name]
         wanted.append((takes[name], select(controlled, takes[name])))
         wanted.append((gives[name], select(takes["step"], gives[name])))
@@ -102,7 +105,7 @@ def check_draw(bundle: EngineBundle, contract: StageContract) -> None:
         raise unfit_stages(bundle, has, needs)
 
 
-def unfit_stages(bundle: EngineBundle, has: Mapping[str, Any], needs: Mapping[str, Any]) -> BundleError:
+def unfit_stages(bundle: EngineBundle, has: Collection[Any], needs: Collection[Any]) -> BundleError:
     """Returns the error for stages whose shapes are `has` where `needs` is required."""
     return BundleError(
         f"{bundle.folder}: its stages do not fit each other: {has} instead of {needs}", REBUILD
@@ -117,9 +120,12 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     check_images([request], contracts, manifest.spec)
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
     check_loras(request, manifest.pipeline)
-    other = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
-    nets = control_stages({contract.name: contract for contract in contracts})
-    check_control(request.control, len(nets), other.command())
+    nets = len(manifest.pipeline.control_weights)
+    builds = ""
+    if request.control and not nets:
+        spec = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
+        builds = spec.command()
+    check_control(request.control, nets, builds)
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

@@ -61,7 +61,7 @@ class ControlPicture:
                 GIVE,
             )
         head = f"{image.mode} {image.size}".encode()
-        return cls("", hashlib.sha256(head + image.tobytes()).hexdigest(), image)
+        return cls("", hashlib.sha256(head + image.tobytes()).hexdigest(), in_eight_bits(image, "it"))
 
     @classmethod
     def read(cls, path: Path) -> ControlPicture:
@@ -79,7 +79,7 @@ class ControlPicture:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             why = getattr(error, "strerror", None) or error
             raise UsageError(f"the control picture {path} can't be read: {why}", GIVE) from error
-        return cls(path.name, hashlib.sha256(content).hexdigest(), image)
+        return cls(path.name, hashlib.sha256(content).hexdigest(), in_eight_bits(image, str(path)))
 
     def planes(self, shape: Shape) -> np.ndarray:
         """Returns the picture (b, 3, h, w) from 0 to 1 for pictures of a shape.
@@ -94,6 +94,21 @@ class ControlPicture:
         resized = self.pixels.resize((shape.width, shape.height), Image.Resampling.LANCZOS).convert("RGB")
         planes = np.asarray(resized).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
         return np.tile(planes, (shape.batch, 1, 1, 1))
+
+
+def in_eight_bits(image: Any, name: str) -> Any:
+    """Returns a PIL image with 16 bits a pixel, as depth maps have, in 8 bits, and others as they are.
+
+    Pillow itself would turn all above 255 into white. Raises UsageError for an image of floats, whose range
+    is not known; `name` is its name there.
+    """
+    from PIL import Image
+
+    if image.mode == "F":
+        raise UsageError(f"the control picture {name} holds floats", "save it with 8 or 16 bits a pixel")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
 
 
 def sample_picture(shape: Shape) -> ControlPicture:

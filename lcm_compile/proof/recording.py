@@ -173,8 +173,12 @@ class Rehearsal:
 
 
 def with_sample(request: Request, settings: PipelineSettings) -> Request:
-    """Returns a request with a control picture that is made here, for each ControlNet of a bundle."""
-    return replace(request, control=(sample_picture(settings.shape),) * len(settings.control_weights))
+    """Returns a request in which each ControlNet of a bundle reads a picture that is made here.
+
+    Its strength is 1, whatever the bundle's own is, so that every ControlNet is run.
+    """
+    count = len(settings.control_weights)
+    return replace(request, control=(sample_picture(settings.shape),) * count, control_weight=(1.0,) * count)
 
 
 def picture_of(trace: Trace) -> np.ndarray:

@@ -250,7 +250,8 @@ REFUSED = {
         "--base",
     ),
     "a Flux": ({"double_blocks.0.img_attn.proj.weight": (4, 4)}, "--base"),
-    "a ControlNet": ({"control_model.time_embed.0.weight": (4, 4)}, "--base"),
+    "a ControlNet": ({"control_model.time_embed.0.weight": (4, 4)}, "--controlnet"),
+    "a ControlNet, not": ({"controlnet_cond_embedding.conv_in.weight": (4, 4)}, "--controlnet"),
     "no Stable Diffusion checkpoint": ({"weight": (4, 4)}, "--base"),
     "an unCLIP model": (
         {

@@ -16,16 +16,18 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
 from PIL import Image, ImageDraw
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.control_picture import ControlPicture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec
+from lcm_compile.spec import ControlNetSpec, Shape
 
 FLOOR = 60  # dB
 
@@ -47,6 +49,7 @@ class Pair:
     theirs: DiffusionPipeline
     pictures: list[Image.Image]
     folder: str
+    weights: list[float]  # the bundle's own
 
     def psnr(self, sampler="lcm", steps=4, scale=1.0, weight=None, start=None, end=None, **options):
         """The least PSNR of two pictures. Of one ControlNet the values are plain, of several lists."""
@@ -60,7 +63,7 @@ class Pair:
             num_inference_steps=steps,
             guidance_scale=scale,
             num_images_per_prompt=2,
-            controlnet_conditioning_scale=usual(weight, each(1.0)),
+            controlnet_conditioning_scale=usual(weight, self.weights[0] if one else self.weights),
             control_guidance_start=usual(start, each(0.0)),
             control_guidance_end=usual(end, each(1.0)),
             height=64,
@@ -87,19 +90,20 @@ class Pair:
         return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
 
 
-def make_pair(base, folder, nets, pipeline, weights=(1.0, 1.0), **options):
+def make_pair(base, folder, weights, pipeline, **options):
     """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
     base = shutil.copytree(base, folder / "base")
     path = base / "scheduler/scheduler_config.json"  # published bases do not clip
     path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    nets = len(weights)
     sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
-    specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=False))
+    specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))
     spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
     bundle = build(spec, folder / "bundle")
     models = [ControlNetModel.from_pretrained(source) for source in sources]
     theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
     theirs.set_progress_bar_config(disable=True)
-    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder
+    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def sd15(sd15_checkpoint, tmp_path_factory):
     """One ControlNet, a picture at a time."""
     folder = tmp_path_factory.mktemp("sd15-control")
     options = {"backend": "onnxruntime"}
-    made = make_pair(sd15_checkpoint, folder, 1, StableDiffusionControlNetPipeline, **options)
+    made = make_pair(sd15_checkpoint, folder, [0.8], StableDiffusionControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -117,7 +121,7 @@ def sdxl(sdxl_checkpoint, tmp_path_factory):
     """Two ControlNets, two pictures at a time."""
     folder = tmp_path_factory.mktemp("sdxl-control")
     options = {"backend": "torchscript", "batch": 2}
-    made = make_pair(sdxl_checkpoint, folder, 2, StableDiffusionXLControlNetPipeline, **options)
+    made = make_pair(sdxl_checkpoint, folder, [1.2, 0.0], StableDiffusionXLControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -167,6 +171,25 @@ def test_each_picture_is_the_one_that_is_drawn_alone(sdxl):
     pictures = sdxl.ours("a star", seed=[1, 2, 3], control=sdxl.pictures)
     alone = sdxl.ours("a star", seed=2, control=sdxl.pictures)
     assert psnr_db(np.asarray(pictures[1]), np.asarray(alone[0])) >= FLOOR
+
+
+def test_a_depth_map_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
+    shape, values = Shape(2, 64, 64), np.linspace(0, 65535, 64 * 64).reshape(64, 64)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "8.png")
+    sixteen, eight = (ControlPicture.of(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
+    assert sixteen.shape == (2, 3, 64, 64) and sixteen.max() == 1 and sixteen.min() == 0
+    np.testing.assert_allclose(sixteen, eight, atol=1.01 / 255)
+    with pytest.raises(UsageError, match="holds floats"):
+        ControlPicture.of(Image.new("F", (8, 8)))
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA", "CMYK"])
+def test_pictures_of_other_modes_are_read_as_diffusers_reads_them(mode):
+    picture = outline((80, 48)).convert(mode)
+    processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
+    theirs = processor.preprocess(picture, height=64, width=96).numpy()
+    np.testing.assert_array_equal(ControlPicture.of(picture).planes(Shape(1, 64, 96)), theirs)
 
 
 def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
