@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
+    from lcm_compile.spec import LoraSpec
 
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 TOLD = "lcm_compile.told"  # in the meta data of click's context
@@ -213,6 +214,9 @@ def draw_again(
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     if not given.get("control"):
         given = {**given, "control": find_control(origin.request.control, picture.parent)}
+    if "loras" not in given and digests_of(origin.request.loras) != origin.lora_sha256:
+        files = ", ".join(lora.source for lora in origin.request.loras)
+        raise UsageError(f"{files} is not what drew {picture}: its content is another", "give --lora FILE")
     folders = picture.parent, Path()
     request = with_images(origin.request, given, folders)
     check_request(bundle, request)
@@ -297,6 +301,8 @@ def draw_pictures(
                 "guidance_scale": first.guidance_scale,
                 "eta": first.eta,
                 **told(first),
+                "lora_weights": {lora.source: lora.effective for lora in first.lora_weights},
+                "loras": [str(lora) for lora in first.loras],
                 "control": control_facts(origin_of(bundle, first).request),
                 "few_step": weights.name if weights else None,
                 "engine": str(bundle.folder),
@@ -449,4 +455,18 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
         f"lcm-compile {__version__}",
         spec.weights,
         weights.name if weights else None,
+        digests_of(request.loras),
     )
+
+
+def digests_of(loras: Sequence[LoraSpec]) -> tuple[str, ...]:
+    """Returns the sha256 of each LoRA's file. Raises LoraError if one can't be found."""
+    if not loras:
+        return ()
+    from lcm_compile.lora.find import find_lora, lora_digest
+    from lcm_compile.system.cache import Digests
+
+    digests = Digests()
+    found = tuple(lora_digest(find_lora(lora), digests) for lora in loras)
+    digests.save()
+    return found

@@ -41,7 +41,7 @@ class Origin:
     """What drew a picture: the request, with the picture's index, and the bundle's digest.
 
     `model` is the name of the base, without a path. `weights` says that they are random. `few_step` are its
-    few-step weights, as METHOD:VARIANT.
+    few-step weights, as METHOD:VARIANT. `lora_sha256` are the digests of the LoRAs in its slots.
     """
 
     request: Request
@@ -50,6 +50,7 @@ class Origin:
     software: str
     weights: str | None = None
     few_step: str | None = None
+    lora_sha256: tuple[str, ...] = ()
 
 
 def settings_of(origin: Origin) -> dict[str, Any]:

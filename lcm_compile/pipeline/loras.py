@@ -59,10 +59,9 @@ class Loras:
         return self._settings.loras, ()
 
     def choose(self, request: Request) -> Choice:
-        """Returns what a request is drawn with. Raises UsageError or LoraError if it can't be."""
+        """Returns what a request is drawn with. Raises LoraError if one of its LoRAs can't be found."""
         from lcm_compile.lora.find import find_lora
 
-        check_loras(request, self._settings)
         given = {lora.source: lora for lora in request.lora_weights}
         weights = tuple(given.get(lora.source, lora) for lora in self._settings.loras)
         files = []

@@ -39,7 +39,7 @@ from lcm_compile.pipeline.drawing import (
 )
 from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
-from lcm_compile.pipeline.loras import Choice
+from lcm_compile.pipeline.loras import Choice, check_loras
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.prompts import (
     Condition,
@@ -242,6 +242,7 @@ class Pipeline(ABC):
         contracts = [runner.contract for runner in self.runners.values()]
         for asked in pictures:
             check_prompts(asked, self.settings.tokenizers, contracts)
+        check_loras(pictures[0], self.settings)
         check_images(pictures, contracts)
         check_control(pictures[0].control, len(control_stages(self.runners)))
         exclusive = self.exclusive

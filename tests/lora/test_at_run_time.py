@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import factories
@@ -175,6 +176,24 @@ def test_run_and_again(command, at_run_time, slots, files, tmp_path):
         command("run", "x", "--bundle", bundle.folder, "--seed", 1, "--out", tmp_path / "c.png")
         first, again, without = (Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc")
         assert first == again != without
+
+
+def test_another_file_under_the_name_of_a_lora(command, refused, slots, files, tmp_path):
+    lora = shutil.copy(files["every"], tmp_path / "x.safetensors")
+    words = ["--lora", f"{lora}:0.5", "--seed", 1, "--out", tmp_path / "a.png", "--json"]
+    _, out, _ = command("run", "x", "--bundle", slots.folder, *words)
+    assert json.loads(out)["loras"] == [f"{lora}:0.5"]
+    shutil.copy(files["usual"], lora)
+    again = ["run", "--again", tmp_path / "a.png", "--bundle", slots.folder, "--out", tmp_path / "b.png"]
+    refused(2, ["x.safetensors", "content is another"], *again)
+    command(*again, "--lora", lora)
+
+
+def test_one_graph_refuses_them_from_python_too(pairs, files):
+    with load(pairs) as pipeline:
+        for asked in ({"lora_weights": {"usual": 1}}, {"loras": [str(files["usual"])]}):
+            with pytest.raises(UsageError, match="this bundle has no"):
+                pipeline("a star", seed=1, guidance_scale=1.0, **asked)
 
 
 def test_a_bundle_tells_its_loras(command, at_run_time, slots):
