@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -18,6 +19,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -322,6 +324,21 @@ def write_controlnet(base, folder, seed=3, **config):
                 weight.normal_(0, 0.2)
     net.save_pretrained(folder)
     return folder
+
+
+def outline(size, seed=0):
+    """A control picture in another size than the bundle's: lines of random places and colours."""
+    image, random = Image.new("RGB", size), np.random.default_rng(seed)
+    pen = ImageDraw.Draw(image)
+    for colour in ("white", "red", "blue", "yellow"):
+        pen.line([tuple(map(int, random.integers(0, size))) for _ in range(2)], fill=colour, width=9)
+    return image
+
+
+def painting(width=64, height=64):
+    """A picture to begin at: blurred blots of all colours."""
+    blots = np.random.default_rng(3).integers(0, 256, (5, 5, 3), np.uint8)
+    return Image.fromarray(blots).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def write_original_controlnet(folder, path, prefix="control_model.", dtype=torch.float16):

@@ -18,7 +18,8 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
-from PIL import Image, ImageDraw
+from factories import outline
+from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.errors import UsageError
@@ -30,15 +31,6 @@ from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import ControlNetSpec, Shape
 
 FLOOR = 60  # dB
-
-
-def outline(size, seed=0):
-    """A control picture in another size than the bundle's: lines of random places and colours."""
-    image, random = Image.new("RGB", size), np.random.default_rng(seed)
-    pen = ImageDraw.Draw(image)
-    for colour in ("white", "red", "blue", "yellow"):
-        pen.line([tuple(map(int, random.integers(0, size))) for _ in range(2)], fill=colour, width=9)
-    return image
 
 
 @dataclass

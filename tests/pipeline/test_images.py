@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
 )
 from diffusers_reference import SCHEDULERS
+from factories import painting
 from PIL import Image, ImageDraw
 
 from lcm_compile import BuildSpec, build, load
@@ -31,12 +32,6 @@ from lcm_compile.samplers import SAMPLERS
 
 FLOOR = 60  # dB
 SIDE = 64
-
-
-def painting(width=SIDE, height=SIDE):
-    """Blurred blots of all colours."""
-    blots = np.random.default_rng(3).integers(0, 256, (5, 5, 3), np.uint8)
-    return Image.fromarray(blots).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def frame(width=SIDE, height=SIDE):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetImg2ImgPipeline
 from diffusers_reference import SCHEDULERS
+from factories import outline, painting
 from PIL import Image
-from test_controlnet import outline
-from test_images import painting
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.pipeline.drawing import eight_bits
