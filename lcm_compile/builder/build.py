@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from lcm_compile.builder.estimate import disk_for, estimate_plan
 from lcm_compile.builder.export import WAITING, caller, exported
-from lcm_compile.builder.key import key_digest
+from lcm_compile.builder.key import briefly, key_digest
 from lcm_compile.builder.plan import Plan, make_plan, plan_again
 from lcm_compile.bundles.bundle import (
     EngineBundle,
@@ -22,8 +23,9 @@ from lcm_compile.bundles.bundle import (
 )
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
+from lcm_compile.bundles.sizes import size_folder
 from lcm_compile.bundles.store import remember
-from lcm_compile.errors import CheckpointError
+from lcm_compile.errors import BundleError, CheckpointError
 from lcm_compile.proof import parity, verify
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.files import check_space
@@ -49,6 +51,34 @@ def build(
     """
     plan = make_plan(spec, None if out is None else Path(out), force, report)
     return build_plans([plan], force, report)[0][1]
+
+
+def plan_size(bundle: Path, height: int, width: int, force: bool = False) -> Plan:
+    """Returns the plan of a further size of a bundle, which is built as the bundle was.
+
+    Raises BundleError if the bundle is out of date: it is not what the same build would be now.
+    """
+    spec = read_manifest(bundle)[0].spec
+    main = make_plan(spec, bundle)
+    if not main.hit:
+        reasons = "\n  ".join(briefly(main.reasons))
+        raise BundleError(
+            f"{bundle} is out of date, and a size of it would be another model's: a new build {reasons}",
+            f"{spec.command()} --out {shlex.quote(str(bundle))}",
+        )
+    chosen = replace(spec, height=height, width=width, backend=main.backend_name)
+    return make_plan(chosen, size_folder(bundle, height, width), force)
+
+
+def add_size(
+    bundle: str | Path, height: int, width: int, *, force: bool = False, report: Report = silent
+) -> EngineBundle:
+    """Builds a further size of a bundle into it, and returns that size, which is a bundle too.
+
+    `load(bundle, height=…, width=…)` draws with it. Nothing else of the bundle changes. Raises BundleError if
+    the bundle is out of date, and otherwise what `build` raises.
+    """
+    return build_plans([plan_size(Path(bundle), height, width, force)], force, report)[0][1]
 
 
 def build_plans(plans: Sequence[Plan], force: bool, report: Report) -> list[tuple[Plan, EngineBundle]]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lcm_compile.bundles.hard_links import share
+from lcm_compile.bundles.hard_links import listed_files, share
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.bundles.sizes import first_of, further_sizes
 from lcm_compile.bundles.store import bundles_folder
-from lcm_compile.engines.kernel_files import drop_kernels, kernels_folder
+from lcm_compile.engines.kernel_files import drop_kernels, kernel_files, kernels_folder
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
 from lcm_compile.system.cache import home, lock
 
@@ -124,7 +125,7 @@ def check_destination(folder: Path, manifest: str = MANIFEST) -> None:
 
 
 def foreign_files(folder: Path, manifest: str) -> list[str]:
-    """Returns the files in `folder` that its manifest does not list, as sorted relative paths.
+    """Returns the files in `folder` that neither its manifest nor one of its sizes lists, as sorted paths.
 
     If the manifest can't be read, only the manifest is returned.
     """
@@ -135,6 +136,10 @@ def foreign_files(folder: Path, manifest: str) -> list[str]:
         own = set(json.loads((folder / manifest).read_bytes())["files"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return [manifest]
+    for size in further_sizes(folder):
+        inner = f"{size.relative_to(folder).as_posix()}/"
+        own |= {inner + name for name in (manifest, *listed_files(size))}
+        own |= {path.relative_to(folder).as_posix() for path in kernel_files(size)}
     return sorted(found - own - {manifest})
 
 
@@ -150,8 +155,9 @@ def publishing(
     """Yields a folder to build in, which is renamed to `folder` when the block ends without an error.
 
     Only one process at a time can do this; `waiting` is called if another one must end first. At every moment
-    `folder` is the old bundle, missing, or the complete new bundle. In the store, files that other bundles
-    hold too are replaced with hard links to theirs. Raises OSError with ENOSPC if the disk is full.
+    `folder` is the old bundle, missing, or the complete new bundle. In the store, and among the sizes of a
+    bundle, files that others hold too are replaced with hard links to theirs. The further sizes of an old
+    bundle go with it. Raises OSError with ENOSPC if the disk is full.
     """
     folder = folder.resolve()  # without this, a link would be replaced, and not the folder it points to
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +167,9 @@ def publishing(
             yield part
         if (part / manifest).is_file():
             if folder.parent == bundles_folder().resolve():
-                share(part, folder.parent)
+                share(part, sorted(folder.parent.glob("[!.]*/")))
+            elif (main := first_of(folder)) != folder:
+                share(part, [main, *further_sizes(main)])
             sync(part)
             if folder.exists():
                 folder.rename(old)

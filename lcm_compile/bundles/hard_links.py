@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from lcm_compile.bundles.manifest import MANIFEST
 from lcm_compile.system.cache import Digests
 
 
-def share(folder: Path, store: Path) -> None:
-    """Replaces the files of the bundle in `folder` with hard links to equal files of the bundles in `store`.
+def share(folder: Path, others: Iterable[Path]) -> None:
+    """Replaces the files of the bundle in `folder` with hard links to equal files of other bundles.
 
-    A file in the store is used only if its content still has the digest in its manifest. A new link changes
-    the file's ctime, so its stored digest is computed again once. If no link can be made, both files stay.
+    A file of these is used only if its content still has the digest in its manifest. A new link changes the
+    file's ctime, so its stored digest is computed again once. If no link can be made, both files stay.
     """
     stored: dict[str, list[Path]] = {}
-    for other in sorted(store.glob("[!.]*/")):
+    for other in others:
         for name, digest in listed_files(other).items():
             stored.setdefault(digest, []).append(other / name)
     digests = Digests()

@@ -17,6 +17,7 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import LEFTOVERS, foreign_files, lock_of, reserving
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.bundles.sizes import further_sizes, sizes_of
 from lcm_compile.bundles.store import bundles_folder, last_uses
 from lcm_compile.engines.kernel_files import KERNEL_FOLDER_SUFFIX, drop_kernels, is_bundle, kernel_files
 from lcm_compile.errors import BundleError, UsageError
@@ -59,6 +60,7 @@ class StoredBundle:
             "base": manifest and manifest.spec.base,
             "target": manifest and manifest.target.name,
             "backend": manifest and manifest.backend,
+            "sizes": manifest and sizes_of(self.folder, manifest),
             "bytes": self.size,
             "used": iso_time(self.used),
             "built": iso_time(self.built),
@@ -174,7 +176,9 @@ def remove_bundle(folder: Path, pretend: bool = False) -> None:
             f"{folder} is kept: it holds {foreign[0]}, and that is no file of a bundle that can be read",
             f"check what it holds, and remove it yourself: rm -r {shlex.quote(str(folder))}",
         )
-    with not_being_built(folder, pretend) as (part, _), not_in_use(folder):
+    with not_being_built(folder, pretend) as (part, _), contextlib.ExitStack() as held:
+        for one in (folder, *further_sizes(folder)):
+            held.enter_context(not_in_use(one))
         if not pretend:
             drop_kernels(folder)
             folder.rename(part)

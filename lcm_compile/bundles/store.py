@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from lcm_compile.bundles.sizes import first_of
 from lcm_compile.engines.kernel_files import is_bundle
 from lcm_compile.system.cache import home, lock
 from lcm_compile.system.dataclass_json import from_json
@@ -26,7 +27,8 @@ def bundles_folder() -> Path:
 
 
 def remember(bundle: Path) -> None:
-    """Stores that a bundle is used now. Does nothing if that can't be written."""
+    """Stores that a bundle is used now, or that of a size. Does nothing if that can't be written."""
+    bundle = first_of(bundle)
     with contextlib.suppress(OSError), lock(home() / ".recent.lock"):
         used = {**last_uses(), bundle.resolve(): time.time()}
         newest = sorted(used, key=lambda path: -used[path])[:RECENT_LIMIT]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,25 @@ if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
 
 
+def read_sizes(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[tuple[int, int]]:
+    """Returns sizes such as `512x768`, without those that are given twice. Raises BadParameter for others."""
+    found: dict[tuple[int, int], None] = {}
+    for text in texts:
+        numbers = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
+        if numbers is None:
+            raise click.BadParameter(f"{text!r} is not HEIGHTxWIDTH, in pixels")
+        found[int(numbers[1]), int(numbers[2])] = None
+    return [*found]
+
+
 @click.command()
 @base_options
 @click.option("--from", "graphs", type=click.Path(path_type=Path), help="Build from this export, not --base.")
 @click.option(
     "--gpu",
     "gpus",
-    required=True,
     multiple=True,
     metavar="TARGET",
     help="A name from lcm-compile targets; repeatable.",
@@ -34,6 +48,15 @@ if TYPE_CHECKING:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder of the bundle; by default one in the store."
 )
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="HEIGHTxWIDTH",
+    callback=read_sizes,
+    help="A size of pictures in pixels; several are in one bundle; repeatable.",
+)
+@click.option("--into", type=click.Path(path_type=Path), help="Add each --size to this bundle.")
 @click.option("--force", is_flag=True, help="Build even if this bundle exists already.")
 @click.option("--dry-run", is_flag=True, help="Print what would be built and why, then stop.")
 @json_option
@@ -45,6 +68,8 @@ def build(
     gpus: tuple[str, ...],
     backend: str,
     out: Path | None,
+    sizes: list[tuple[int, int]],
+    into: Path | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -53,13 +78,23 @@ def build(
     """Build a bundle of engines, or several: one for each --gpu.
 
     The model is fused and exported once for all of them. With --from the build starts from graphs that
-    lcm-compile export has written, perhaps on another machine.
+    lcm-compile export has written, perhaps on another machine. A bundle draws pictures of each --size, the
+    first one by default; --into adds sizes to a bundle, and nothing else of it changes.
     """
-    from lcm_compile.builder.build import build_plans
+    from lcm_compile.builder.build import build_plans, plan_size
     from lcm_compile.output.console import BuildProgress, note
 
+    if into is not None:
+        add_sizes(context, into, sizes, force, dry_run, as_json)
+        return
+    if not gpus:
+        raise click.UsageError("Missing option '--gpu'.")
     if graphs is not None:
         refuse_model_options(context)
+    if sizes:
+        if model["height"] is not None or model["width"] is not None:
+            raise click.UsageError("--size and --height or --width can't be given together")
+        model["height"], model["width"] = sizes[0]
     plans = make_plans(graphs, gpus, backend, out, force, model)
     if (export := plans[0].export) and not plans[0].hit:
         from lcm_compile.output.reports import licence_line, loss_lines
@@ -70,7 +105,7 @@ def build(
                 note(remark)
     if dry_run:
         check_additions(plans)
-        show_plans(plans, as_json)
+        show_plans([*plans, *(further for plan in plans for further in further_plans(plan, sizes))], as_json)
         return
     for plan in plans:
         note_reasons(plan)
@@ -78,14 +113,61 @@ def build(
     with BuildProgress() as progress:
         try:
             built = build_plans(plans, force, progress)
+            for _, bundle in [*built]:
+                for height, width in sizes[1:]:
+                    built += build_plans([plan_size(bundle.folder, height, width, force)], force, progress)
         except KeyboardInterrupt as stop:
             done = [str(plan.folder) for plan in plans if not plan.hit and is_built(plan)]
             if not done:
                 raise
             raise Interrupted(f"interrupted; these bundles are complete: {', '.join(done)}") from stop
-    for plan, (followed, _) in zip(plans, built, strict=True):
+    for plan, (followed, _) in zip(plans, built, strict=False):  # the further sizes come after them
         if followed.hit and not plan.hit:
             note(f"hit: another process built it; {'; '.join(followed.reasons)}")
+    show_bundles(built, progress.seconds, as_json)
+
+
+def further_plans(plan: Plan, sizes: Sequence[tuple[int, int]]) -> list[Plan]:
+    """Returns the plans of the sizes after the first, of a bundle that may not be there yet."""
+    from lcm_compile.builder.plan import make_plan
+    from lcm_compile.bundles.sizes import size_folder
+
+    return [
+        make_plan(replace(plan.spec, height=height, width=width), size_folder(plan.folder, height, width))
+        for height, width in sizes[1:]
+    ]
+
+
+def add_sizes(
+    context: click.Context,
+    into: Path,
+    sizes: Sequence[tuple[int, int]],
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Builds sizes into a bundle, or shows what would be built.
+
+    Raises click.UsageError for any option that says what to build, and BundleError if the bundle is out of
+    date.
+    """
+    from lcm_compile.builder.build import build_plans, plan_size
+    from lcm_compile.bundles.sizes import first_of
+    from lcm_compile.output.console import BuildProgress
+
+    refuse_model_options(context, "--into", {"into", "sizes", "force", "dry_run", "as_json", "quiet"})
+    if not sizes:
+        raise click.UsageError("--into adds sizes to a bundle: give it a --size HEIGHTxWIDTH")
+    bundle = first_of(into)
+    plans = [plan_size(bundle, height, width, force) for height, width in sizes]
+    if dry_run:
+        show_plans(plans, as_json)
+        return
+    for plan in plans:
+        note_reasons(plan)
+    note_memory(plans)
+    with BuildProgress() as progress:
+        built = build_plans(plans, force, progress)
     show_bundles(built, progress.seconds, as_json)
 
 
@@ -240,13 +322,19 @@ def backend_text(name: str, passed_over: Iterable[str]) -> str:
     return "\n".join((f"backend {name}", *lines))
 
 
-def refuse_model_options(context: click.Context) -> None:
-    """Raises click.UsageError for an option whose value the export has fixed already."""
-    free = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
+FREE = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
+
+
+def refuse_model_options(context: click.Context, by: str = "--from", free: Collection[str] = FREE) -> None:
+    """Raises click.UsageError for an option whose value an export, or a bundle, has fixed already.
+
+    `by` is the option that names that, and `free` are those that may be given with it.
+    """
+    fixed = "the export" if by == "--from" else "the bundle"
     for parameter in context.command.params:
         name = str(parameter.name)
         given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
         if given and name not in free:
             raise click.UsageError(
-                f"{parameter.opts[0]} and --from can't be given together: the export has fixed it"
+                f"{parameter.opts[0]} and {by} can't be given together: {fixed} has fixed it"
             )

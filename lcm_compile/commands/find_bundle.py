@@ -10,6 +10,7 @@ from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.inventory import list_bundles
 from lcm_compile.bundles.manifest import read_manifest
+from lcm_compile.bundles.sizes import folder_of_size, further_sizes
 from lcm_compile.bundles.store import recent, remember
 from lcm_compile.checkpoint.find import same_base
 from lcm_compile.engines import find_backend
@@ -49,6 +50,12 @@ def find_bundle(bundle: Path | None, base: str | None, gpu: str | None) -> Engin
     )
 
 
+def of_size(bundle: EngineBundle, height: int | None, width: int | None) -> EngineBundle:
+    """Returns the bundle, or that of one of its sizes. Raises UsageError if there is none of this size."""
+    folder = folder_of_size(bundle.folder, height, width)
+    return bundle if folder == bundle.folder else open_used(folder)
+
+
 def find_bundle_of(base: str, gpu: str) -> EngineBundle:
     """Returns the last used bundle of a base for a target, with any LoRAs fused into it.
 
@@ -85,9 +92,10 @@ def find_drawer(picture: Path, digest: str, model: str) -> EngineBundle:
     Raises BundleError if there is none on this machine.
     """
     for stored in list_bundles():
-        with contextlib.suppress(BundleError):
-            if read_manifest(stored.folder)[1] == digest:
-                return open_used(stored.folder)
+        for folder in (stored.folder, *further_sizes(stored.folder)):
+            with contextlib.suppress(BundleError):
+                if read_manifest(folder)[1] == digest:
+                    return open_used(folder)
     raise BundleError(
         f"the bundle that drew {picture} is not on this machine: one of {model}, digest {digest[:10]}",
         "--bundle FOLDER draws the picture's settings with another",

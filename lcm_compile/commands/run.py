@@ -46,6 +46,8 @@ WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 @click.option("--bundle", "--engine", "folder", type=click.Path(path_type=Path), help="A bundle's folder.")
 @click.option("--base", metavar="BASE", help="The base of the bundle; needs --gpu.")
 @click.option("--gpu", metavar="TARGET", help="The target of the bundle; needs --base.")
+@click.option("--height", type=int, help="Height in pixels, of those that the bundle draws.")
+@click.option("--width", type=int, help="Width in pixels, of those that the bundle draws.")
 @request_options
 @image_options
 @click.option("--stdin", is_flag=True, help="Read a prompt from each line of stdin; the engines load once.")
@@ -66,6 +68,8 @@ def run(
     folder: Path | None,
     base: str | None,
     gpu: str | None,
+    height: int | None,
+    width: int | None,
     seed: list[int] | None,
     sampler: str | None,
     steps: int | None,
@@ -84,7 +88,7 @@ def run(
     The axes of a grid are steps, seed, guidance, strength and prompt=FILE, a file of a prompt a line. Numbers
     are written as 1..8 or 1,1.5. The first axis runs across the sheet, the others down it.
     """
-    from lcm_compile.commands.find_bundle import find_bundle
+    from lcm_compile.commands.find_bundle import find_bundle, of_size
     from lcm_compile.output.console import note
     from lcm_compile.output.images import Names
     from lcm_compile.pipeline.check import check_request
@@ -100,6 +104,8 @@ def run(
             raise click.UsageError("--again draws one picture: drop --stdin, --grid and --num-images")
         if seed is not None and len(seed) > 1:
             raise click.UsageError("--again draws one picture: give it one --seed")
+        if height is not None or width is not None:
+            raise click.UsageError("--again draws a picture of its own size: drop --height and --width")
         given = {"prompt": prompt, "sampler": sampler, "steps": steps, "index": index, **asked}
         given |= {"guidance_scale": guidance_scale, "eta": eta}
         given["seed"] = seed[0] if seed else None
@@ -110,7 +116,7 @@ def run(
         return
     sources = open_images(asked)
     refuse_replacing([] if out is None else [out], sources)
-    bundle = find_bundle(folder, base, gpu)
+    bundle = of_size(find_bundle(folder, base, gpu), height, width)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
     seeds = [draw_seed()] if seed is None else seed

@@ -14,6 +14,7 @@ from lcm_compile.errors import ParityError
 
 if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
+    from lcm_compile.bundles.manifest import Parity
 
 
 @click.command()
@@ -32,6 +33,8 @@ def verify(bundle: Path | None, bisect: bool, graphs: Path | None, as_json: bool
 
     The inputs and outputs that torch recorded at the build are replayed on the engines, on this machine.
     """
+    from lcm_compile.bundles.bundle import open_bundle
+    from lcm_compile.bundles.sizes import further_sizes
     from lcm_compile.commands.find_bundle import find_bundle
     from lcm_compile.output.console import note, print_json
     from lcm_compile.output.reports import print_parity
@@ -41,11 +44,15 @@ def verify(bundle: Path | None, bisect: bool, graphs: Path | None, as_json: bool
     if graphs is not None and not bisect:
         raise click.UsageError("--graphs needs --bisect.")
     found = find_bundle(bundle, None, None)
-    note(f"verifying {found.folder}")
     if bisect:
+        note(f"verifying {found.folder}")
         bisect_layers(found, graphs, as_json)
         return
-    figures = verify_bundle(found)
+    figures: dict[str, Parity] = {}
+    for one in (found, *map(open_bundle, further_sizes(found.folder))):
+        note(f"verifying {one.folder}")
+        size = "" if one is found else f"{one.folder.name} "
+        figures |= {size + name: figure for name, figure in verify_bundle(one).items()}
     if as_json:
         passed = all(figure.passed for figure in figures.values())
         stages = {name: {**figure.to_dict(), "passed": figure.passed} for name, figure in figures.items()}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
+from lcm_compile.bundles.sizes import sizes_of
 from lcm_compile.checkpoint import single_file, weight_files
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
@@ -190,6 +191,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "compute_capability": manifest.target.compute_capability,
         "backend": manifest.backend,
         "shape": vars(manifest.pipeline.shape),
+        "sizes": sizes_of(folder, manifest),
         "prompt_tokens": manifest.spec.prompt_tokens,
         "clip_skip": manifest.spec.clip_skip or 0,
         "few_step": asdict(weights) if (weights := manifest.pipeline.few_step) else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from lcm_compile.bundles.bundle import EngineBundle, hold, open_bundle
 from lcm_compile.bundles.manifest import PipelineSettings, StageFile
+from lcm_compile.bundles.sizes import folder_of_size
 from lcm_compile.bundles.store import remember
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.gpu import OldDriver
@@ -29,18 +30,26 @@ from lcm_compile.system.dataclass_json import from_json
 def load(
     bundle: str | Path | EngineBundle,
     *,
+    height: int | None = None,
+    width: int | None = None,
     wait: bool = True,
     prompt_cache: int = PROMPTS_KEPT,
     cuda_graph: bool = True,
 ) -> Pipeline:
     """Returns the pipeline of a bundle, with its engines loaded. Threads may share it.
 
-    With `wait` False the engines load in a thread, and each stage waits for its own engine. `prompt_cache` is
-    the number of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs
-    on a GPU if they can be captured; `Drawing.cuda_graph` says whether they were. Raises BundleError if there
-    is no bundle, or it is damaged or for another GPU, and BackendError if its backend is not installed.
+    `height` and `width` in pixels choose one of the bundle's sizes; None stands for its own. With `wait`
+    False the engines load in a thread, and each stage waits for its own engine. `prompt_cache` is the number
+    of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs on a GPU
+    if they can be captured; `Drawing.cuda_graph` says whether they were. Raises BundleError if there is no
+    bundle, or it is damaged or for another GPU, UsageError if it has no such size, and BackendError if its
+    backend is not installed.
     """
     start = time.perf_counter()
+    if height is not None or width is not None:
+        bundle = folder_of_size(
+            bundle.folder if isinstance(bundle, EngineBundle) else Path(bundle), height, width
+        )
     if not isinstance(bundle, EngineBundle):
         bundle = open_bundle(Path(bundle))
         remember(bundle.folder)
