@@ -225,17 +225,12 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
 
 def lora_settings(plan: ExportPlan) -> dict[str, Any]:
     """Returns the settings of the LoRAs that are not fused."""
-    checkpoint, inputs = plan.checkpoint, plan.checkpoint.loras
+    inputs = plan.checkpoint.loras
     specs = [lora.spec for lora in plan.loras if lora.spec.name is not None]
-    slots = None
-    if inputs.slots:
-        names = (*checkpoint.text_encoders, "unet")
-        configs = {name: dict(checkpoint.components[name].config) for name in names}
-        slots = LoraSlots(inputs.slots, inputs.rank, configs)
     return {
         "loras": tuple(LoraSpec(str(spec.name), spec.weight, spec.strengths) for spec in specs),
         "lora_parts": inputs.parts,
-        "lora_slots": slots,
+        "lora_slots": LoraSlots(inputs.slots, inputs.rank) if inputs.slots else None,
     }
 
 

@@ -73,11 +73,10 @@ class FewStepWeights:
 
 @dataclass(frozen=True)
 class LoraSlots:
-    """How many LoRAs of up to which rank a picture may bring, and the configs of the models they change."""
+    """How many LoRAs of up to which rank a picture may bring."""
 
     count: int
     rank: int
-    configs: Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)

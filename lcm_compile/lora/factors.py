@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-from lcm_compile.checkpoint.checkpoint import Component
-from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.errors import LoraError
 from lcm_compile.lora.kinds import Update
 from lcm_compile.lora.match import Match, Place, weight_of
@@ -147,9 +145,39 @@ def in_slots(
     return named, largest_error(layers)
 
 
-def modules_of_configs(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.nn.Module]:
-    """Returns the modules of these components without weights, by name. Raises CheckpointError."""
-    return {name: empty_module(Component(name, config)) for name, config in configs.items()}
+def modules_of_layers(layers: Mapping[str, Sequence[int]]) -> dict[str, torch.nn.Module]:
+    """Returns components, by name, with these layers alone; they have no weights.
+
+    The layers are named as in_slots names them, each with its weight's shape. Making them needs neither a
+    config nor diffusers, whose import takes seconds.
+    """
+    tree: dict[str, Any] = {}
+    for name, shape in layers.items():
+        *parents, last = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = empty_layer(shape)
+    return {component: module_of(children) for component, children in tree.items()}
+
+
+def empty_layer(shape: Sequence[int]) -> torch.nn.Module:
+    """Returns a linear layer or a convolution without weights, whose weight has this shape."""
+    out, ins, *kernel = shape
+    if not kernel:
+        return torch.nn.Linear(ins, out, device="meta")
+    return torch.nn.Conv2d(ins, out, (kernel[0], kernel[1]), device="meta")
+
+
+def module_of(children: Mapping[str, Any]) -> torch.nn.Module:
+    """Returns a module with these children: a list if they are numbered without gaps."""
+    made = {name: module_of(child) if isinstance(child, dict) else child for name, child in children.items()}
+    if made.keys() == (numbers := {str(i): None for i in range(len(made))}).keys():
+        return torch.nn.ModuleList(made[number] for number in numbers)
+    module = torch.nn.Module()
+    for name, child in made.items():
+        module.add_module(name, child)
+    return module
 
 
 def check_at_run_time(lora: Lora, modules: Mapping[str, torch.nn.Module]) -> None:

@@ -126,12 +126,19 @@ class Loras:
             del self._read[next(iter(self._read))]
         return known
 
+    def _layers(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape of the weight of each layer that has slots, by component and layer."""
+        specs = [spec for runner in self._runners.values() for spec in runner.contract.inputs]
+        ins = {s.name.removeprefix(DOWN): s.shape[1:] for s in specs if s.name.startswith(DOWN)}
+        outs = {s.name.removeprefix(UP): s.shape[0] for s in specs if s.name.startswith(UP)}
+        return {name: (outs[name], *shape) for name, shape in ins.items()}
+
     def _read_factors(self, path: Path) -> Mapping[str, Any]:
-        from lcm_compile.lora.factors import in_slots, modules_of_configs
+        from lcm_compile.lora.factors import in_slots, modules_of_layers
 
         slots = self._settings.lora_slots
         assert slots is not None
-        self._modules = self._modules or modules_of_configs(slots.configs)
+        self._modules = self._modules or modules_of_layers(self._layers())
         layers, error = in_slots(path, self._modules, slots.rank)
         if error:
             self.told(path, slots.rank, error)

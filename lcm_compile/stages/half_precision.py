@@ -38,7 +38,8 @@ def peak(value: Any) -> float:
 def record_peaks(module: nn.Module) -> Iterator[dict[str, tuple[float, float]]]:
     """Yields a dict that each call of `module` in this context updates.
 
-    It maps the name of a submodule to its (largest input, largest output), as absolute values.
+    It maps the name of a submodule to its (largest input, largest output), as absolute values. A stage inside
+    a WithLoras is left out: its inputs are the contract's, and no activations.
     """
     peaks: dict[str, tuple[float, float]] = {}
 
@@ -49,7 +50,11 @@ def record_peaks(module: nn.Module) -> Iterator[dict[str, tuple[float, float]]]:
 
         return record
 
-    handles = [sub.register_forward_hook(hook(name)) for name, sub in module.named_modules() if name]
+    handles = [
+        sub.register_forward_hook(hook(name))
+        for name, sub in module.named_modules()
+        if name not in ("", "stage")
+    ]
     try:
         yield peaks
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import factories
@@ -104,6 +106,18 @@ def test_weights_are_those_of_diffusers(base, files, at_run_time):
             assert (one == other == 0) == (psnr_db(plain, drawn) > FLOOR)
         expected = theirs(base, files, {"usual": 1.0, "every": 0.5})
         assert psnr_db(expected, ours(pipeline)) >= FLOOR
+
+
+def test_slots_are_filled_without_diffusers(slots, files, tmp_path):
+    """Its import alone would take seconds of each `run --lora`."""
+    program = f"""
+import sys
+from lcm_compile import load
+with load({str(slots.folder)!r}) as pipeline:
+    pipeline("a star", seed=1, loras=[{str(files["usual"])!r}])
+assert "diffusers" not in sys.modules and "transformers" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
 def test_parts_have_weights_of_their_own(base, files, spec, at_run_time, tmp_path):
