@@ -60,16 +60,9 @@ class Loras:
 
     def choose(self, request: Request) -> Choice:
         """Returns what a request is drawn with. Raises LoraError if one of its LoRAs can't be found."""
-        from lcm_compile.lora.find import find_lora
-
         given = {lora.source: lora for lora in request.lora_weights}
         weights = tuple(given.get(lora.source, lora) for lora in self._settings.loras)
-        files = []
-        for lora in request.loras:
-            path = find_lora(lora)
-            stat = path.stat()
-            files.append((lora, path, stat.st_size, stat.st_mtime_ns))
-        return weights, tuple(files)
+        return weights, tuple(map(found, request.loras))
 
     def inputs(self, choice: Choice, stage: str) -> Arrays:
         """Returns the LoRA inputs of a stage, on the device. Raises LoraError if a LoRA does not fit."""
@@ -143,6 +136,15 @@ class Loras:
         if error:
             self.told(path, slots.rank, error)
         return layers
+
+
+def found(lora: LoraSpec) -> tuple[LoraSpec, Path, int, int]:
+    """Returns a LoRA for a slot with its file, and what tells whether that has changed. Raises LoraError."""
+    from lcm_compile.lora.find import find_lora  # not before a picture has one: the first would take longer
+
+    path = find_lora(lora)
+    stat = path.stat()
+    return lora, path, stat.st_size, stat.st_mtime_ns
 
 
 def strengths(weights: Sequence[LoraSpec], parts: Sequence[str]) -> np.ndarray:

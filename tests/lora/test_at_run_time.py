@@ -141,12 +141,12 @@ def test_slots_are_those_of_diffusers_and_leave_nothing_behind(base, files, slot
 
 
 @pytest.mark.parametrize("backend", ["openvino", "torchscript"])
-def test_slots_without_the_context_on_another_backend(sdxl_checkpoint, tmp_path, backend):
-    pipe = DiffusionPipeline.from_pretrained(sdxl_checkpoint)
+def test_slots_without_the_context_on_another_backend(sd15_checkpoint, tmp_path, backend):
+    pipe = DiffusionPipeline.from_pretrained(sd15_checkpoint)
     lora = factories.write_lora(pipe, tmp_path / "x.safetensors", "kohya", every=True, text=True)
     scaled(lora, 1)
     spec = BuildSpec(
-        str(sdxl_checkpoint),
+        str(sd15_checkpoint),
         no_lcm=True,
         few_step="lcm",
         backend=backend,
