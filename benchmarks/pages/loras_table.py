@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import click
 
-from lcm_compile.benchmarks.measure.report import read_report
-from lcm_compile.benchmarks.pages.readme_table import RESULTS, filled
-from lcm_compile.benchmarks.pages.rewrites_table import PAGE, measure, table_of
+from lcm_compile.benchmarks.pages.rewrites_table import measure, publish, table_of
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.open import open_base
-from lcm_compile.output.console import note
 from lcm_compile.spec import BuildSpec, LoraSpec
-from lcm_compile.system.files import write_atomically
 
 FUSED, WEIGHT, SLOT = "the LoRA is fused", "its weight is an input", "a slot of rank 64"
 
@@ -73,13 +70,7 @@ def main(
             SLOT: replace(spec, lora_slots=1, lora_rank=64),
         }
         report = measure(replace(spec, loras=(LoraSpec(source),)), others, runs, seconds)
-    report.save(RESULTS / f"loras-{base}-{backend}-{precision}.json")
-    for warning in report.notes:
-        note(f"warning: {warning}", always=True)
-    reports = [read_report(path) for path in sorted(RESULTS.glob("loras-*.json"))]
-    inside = table_of(reports, FUSED, (WEIGHT, SLOT))
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), inside, "loras"))
-    print(PAGE)
+    publish(report, "loras", partial(table_of, own=FUSED, others=(WEIGHT, SLOT)), "loras")
 
 
 if __name__ == "__main__":

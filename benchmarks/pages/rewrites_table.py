@@ -9,7 +9,7 @@ builds the bundles and keeps the raw samples in benchmarks/results/.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -96,6 +96,19 @@ def table_of(reports: Sequence[BenchmarkReport], own: str, others: Sequence[str]
     return "\n".join(markdown_table(["", *heads], rows))
 
 
+def publish(
+    report: BenchmarkReport, kind: str, table: Callable[[Sequence[BenchmarkReport]], str], place: str
+) -> None:
+    """Keeps a report, and fills the table of all reports of its kind at a place of the page."""
+    spec = report.benchmark.spec
+    report.save(RESULTS / f"{kind}-{spec.base}-{spec.backend}-{spec.precision}.json")
+    for warning in report.notes:
+        note(f"warning: {warning}", always=True)
+    reports = [read_report(path) for path in sorted(RESULTS.glob(f"{kind}-*.json"))]
+    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), table(reports), place))
+    print(PAGE)
+
+
 def ratio_text(report: BenchmarkReport, name: str) -> str:
     """Returns the median ratio of a bundle's time to ours with its quartiles; "" if it was not measured."""
     picture = report.cases[0]
@@ -130,12 +143,7 @@ def main(
     """Measures the rewrites, keeps the samples, and fills the table."""
     spec = BuildSpec(base, backend=backend, precision=precision, weights=weights)
     report = measure(spec, without_rewrites(spec, each, one_graph), runs, seconds)
-    report.save(RESULTS / f"rewrites-{base}-{backend}-{precision}.json")
-    for warning in report.notes:
-        note(f"warning: {warning}", always=True)
-    reports = [read_report(path) for path in sorted(RESULTS.glob("rewrites-*.json"))]
-    write_atomically(PAGE, filled(PAGE.read_text(encoding="utf-8"), table(reports)))
-    print(PAGE)
+    publish(report, "rewrites", table, "bench")
 
 
 if __name__ == "__main__":

@@ -42,15 +42,17 @@ def folder_of_size(bundle: Path, height: int | None, width: int | None) -> Path:
     None stands for the bundle's own height or width. Raises UsageError if it has no such size, and
     BundleError if a manifest can't be read.
     """
-    own = read_manifest(bundle)[0].pipeline.shape
+    manifest = read_manifest(bundle)[0]
+    own = manifest.pipeline.shape
     height, width = height or own.height, width or own.width
-    for folder in (bundle, *further_sizes(bundle)):
-        shape = read_manifest(folder)[0].pipeline.shape
-        if (shape.height, shape.width) == (height, width):
-            return folder
-    sizes = ", ".join(sizes_of(bundle, read_manifest(bundle)[0]))
+    if (height, width) == (own.height, own.width):
+        return bundle
+    folder = size_folder(bundle, height, width)
+    if is_bundle(folder):
+        return folder
     raise UsageError(
-        f"{bundle} draws no pictures of height {height} and width {width}, but of {sizes}",
+        f"{bundle} draws no pictures of height {height} and width {width}, but of "
+        f"{', '.join(sizes_of(bundle, manifest))}",
         f"lcm-compile build --into {shlex.quote(str(bundle))} --size {height}x{width}",
     )
 

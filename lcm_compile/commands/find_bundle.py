@@ -52,6 +52,8 @@ def find_bundle(bundle: Path | None, base: str | None, gpu: str | None) -> Engin
 
 def of_size(bundle: EngineBundle, height: int | None, width: int | None) -> EngineBundle:
     """Returns the bundle, or that of one of its sizes. Raises UsageError if there is none of this size."""
+    if height is None and width is None:
+        return bundle
     folder = folder_of_size(bundle.folder, height, width)
     return bundle if folder == bundle.folder else open_used(folder)
 

@@ -211,7 +211,7 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option(
                 "--lcm-lora",
-                metavar="PATH[:W]",
+                metavar="PATH[:W][:runtime[:NAME]]",
                 help="An LCM-LoRA and its weight; by default the family's own.",
             ),
             click.option(

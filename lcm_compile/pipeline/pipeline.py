@@ -25,7 +25,7 @@ from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import ENCODE_IMAGE, STAGES
-from lcm_compile.pipeline.control import check_control, control_stages, put_control, strengths_of
+from lcm_compile.pipeline.control import Control, check_control, control_stages, put_control, strengths_of
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
@@ -330,6 +330,7 @@ class LcmPipeline(Pipeline):
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
         clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
         graphs = self.find_graphs(steps, guided, request)
+        control = put_control(self.runners, request, self.settings, steps)
         clock.lap("")
 
         for _ in begin.encode() if begin else ():
@@ -346,7 +347,7 @@ class LcmPipeline(Pipeline):
                 yield passes.add(1)
             if now != before:
                 texts = {key: texts[key] for key in now}
-                loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras)
+                loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras, control)
                 clock.lap("context")
                 if "context" in self.runners:
                     yield passes.add(len(new))
@@ -389,11 +390,11 @@ class LcmPipeline(Pipeline):
         request: Request,
         graphs: CapturedLoop | None,
         loras: Choice,
+        control: Control | None,
     ) -> Loop | CapturedLoop:
         """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
         own = self.prompts.loras.inputs(loras, "step")
-        control = put_control(self.runners, request, self.settings, steps)
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
             return graphs.begin([text.arrays for text in texts], scale, own, control)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
@@ -362,7 +363,12 @@ def weights_of(given: Any) -> tuple[LoraSpec, ...]:
             else LoraSpec(name, signed_number(weight, f"the weight of LoRA {name}"))
             for name, weight in given.items()
         ]
-    found = tuple(sorted(given, key=lambda lora: str(lora.source)))
+    elif not isinstance(given, list | tuple) or not all(isinstance(one, LoraSpec) for one in given):
+        raise UsageError(
+            f"weights of LoRAs must be a mapping from their names to numbers, not {shown(given)}",
+            'for example {"style": 0.8}',
+        )
+    found = tuple(sorted(given, key=lambda lora: lora.source))
     if twice := next((a.source for a, b in pairwise(found) if a.source == b.source), None):
         raise UsageError(f"LoRA {twice} has two weights", "give it one")
     return found
@@ -370,7 +376,14 @@ def weights_of(given: Any) -> tuple[LoraSpec, ...]:
 
 def loras_of(given: Any) -> tuple[LoraSpec, ...]:
     """Returns LoRAs for slots. Raises UsageError if one is neither a LoraSpec nor text of that form."""
-    given = [given] if isinstance(given, str | LoraSpec) else given
+    given = [given] if isinstance(given, str | Path | LoraSpec) else given
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(one, str | Path | LoraSpec) for one in given
+    ):
+        raise UsageError(
+            f"LoRAs must be a list of files with their weights, not {shown(given)}",
+            'for example ["style.safetensors:0.7"]',
+        )
     return tuple(lora if isinstance(lora, LoraSpec) else LoraSpec.parse(str(lora)) for lora in given)
 
 
