@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,14 @@ def write_sd15(
         requires_safety_checker=False,
     )
     return save(pipe, folder)
+
+
+def with_scheduler(base: Path, folder: Path, **settings) -> Path:
+    """A copy of a base, with these settings of its scheduler. Published bases have clip_sample False."""
+    shutil.copytree(base, folder)
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return folder
 
 
 def save(pipe, folder: Path) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 
 import factories
@@ -84,9 +83,7 @@ class Pair:
 
 def make_pair(base, folder, weights, pipeline, **options):
     """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
-    base = shutil.copytree(base, folder / "base")
-    path = base / "scheduler/scheduler_config.json"  # published bases do not clip
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+    base = factories.with_scheduler(base, folder / "base", clip_sample=False)
     nets = len(weights)
     sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
     specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 
 import factories
@@ -49,9 +47,7 @@ def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
         ("sd15", sd15_checkpoint, "torchscript"),
         ("sdxl", sdxl_checkpoint, "onnxruntime"),
     ):
-        base = shutil.copytree(checkpoint, folder / f"{name}-base")
-        path = base / "scheduler/scheduler_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+        base = factories.with_scheduler(checkpoint, folder / f"{name}-base", clip_sample=False)
         spec = BuildSpec(str(base), no_lcm=True, backend=backend, image=True, batch=2)
         made[name] = build(spec, folder / name).folder, base
     return made

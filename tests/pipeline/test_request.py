@@ -41,6 +41,11 @@ def test_numbers_of_other_libraries():
             for name in ("seed", "steps", "num_images")
             for value in (7.0, True, "7", np.float32(7), [7.0], b"7")
         ),
+        ({"lora_weights": 0.5}, "weights of LoRAs must be a mapping"),
+        ({"lora_weights": [("style", 0.5)]}, "weights of LoRAs must be a mapping"),
+        ({"lora_weights": {"style": "strong"}}, "the weight of LoRA style must be a number, not 'strong'"),
+        ({"loras": 7}, "LoRAs must be a list of files"),
+        ({"loras": [None]}, "LoRAs must be a list of files"),
         ({"num_images": None}, "number of images must be a whole number"),
         ({"index": 1.0}, "index of a picture must be a whole number"),
         ({"index": 1}, "picture 1 is not one of 0 to 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 
 import factories
@@ -32,9 +31,7 @@ def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
         ("sd15", sd15_checkpoint, "torchscript"),
         ("sdxl", sdxl_checkpoint, "onnxruntime"),
     ):
-        base = shutil.copytree(checkpoint, folder / f"{name}-base")
-        path = base / "scheduler/scheduler_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": False}))
+        base = factories.with_scheduler(checkpoint, folder / f"{name}-base", clip_sample=False)
         made[name] = build(BuildSpec(str(base), no_lcm=True, backend=backend), folder / name).folder, base
     return made
 
@@ -112,10 +109,8 @@ def test_a_scheduler_that_clips(pair, sampler):
 @pytest.mark.parametrize("backend", ["onnxruntime", "torchscript", "openvino"])
 def test_a_scheduler_that_thresholds(sd15_checkpoint, tmp_path, backend):
     """In the graph where one pass draws, and outside where another guides it."""
-    base = shutil.copytree(sd15_checkpoint, tmp_path / "base")
-    path = base / "scheduler/scheduler_config.json"
     asked = {"thresholding": True, "sample_max_value": 1.5, "clip_sample": False}
-    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    base = factories.with_scheduler(sd15_checkpoint, tmp_path / "base", **asked)
     spec = BuildSpec(str(base), no_lcm=True, backend=backend, batch=2)
     theirs = DiffusionPipeline.from_pretrained(base)
     config = theirs.scheduler.config
