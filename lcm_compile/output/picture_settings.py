@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from xml.sax.saxutils import quoteattr
 
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.pipeline.control_picture import for_each, without_pixels
+from lcm_compile.pipeline.control_picture import for_each
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.system.dataclass_json import from_json
@@ -55,7 +55,7 @@ class Origin:
 
 def settings_of(origin: Origin) -> dict[str, Any]:
     """Returns the settings of a picture for its JSON text, which `read_origin` reads."""
-    return asdict(origin, dict_factory=without_pixels)
+    return asdict(origin)
 
 
 def control_facts(request: Request) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def control_facts(request: Request) -> list[dict[str, Any]]:
         strict=True,
     )
     return [
-        {"file": one.file, "sha256": one.sha256, "weight": weight, "start": start, "end": end}
+        {"file": one.name, "sha256": one.sha256, "weight": weight, "start": start, "end": end}
         for one, weight, start, end in numbers
     ]
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -50,7 +49,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import SourcePicture, begun_at
+from lcm_compile.pipeline.source_picture import Given, begun_at
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -124,10 +123,10 @@ class Pipeline(ABC):
         target_size: tuple[int, int] | None = None,
         lora_weights: Mapping[str, float | LoraSpec] | Sequence[LoraSpec] = (),
         loras: Sequence[str | LoraSpec] = (),
-        image: str | Path | Image | SourcePicture | None = None,
+        image: Given | None = None,
         strength: float | None = None,
-        mask: str | Path | Image | SourcePicture | None = None,
-        control: Any = None,
+        mask: Given | None = None,
+        control: Given | Sequence[Given] | None = None,
         control_weight: float | Sequence[float] | None = None,
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
@@ -157,13 +156,14 @@ class Pipeline(ABC):
         target_size: The height and width in pixels that SDXL is told to aim at.
         lora_weights: The weights of the bundle's LoRAs that are not fused, by name.
         loras: The LoRAs for the bundle's slots, such as `style.safetensors:0.7`.
-        image: The picture to begin at, for all prompts: a path or a PIL image, of any size. It is scaled to
-            cover the bundle's size, and cropped around its centre.
+        image: The picture to begin at, for all prompts: a path, a PIL image, an array (height, width, 3) of 8
+            bits, or the bytes of a picture's file, of any size. It is scaled to cover the bundle's size, and
+            cropped around its centre.
         strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
             a mask.
         mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
-        control: The picture that the bundle's ControlNet reads, for all pictures of the call: a path, a PIL
-            image or an array; for several ControlNets a list with one for each.
+        control: The picture that the bundle's ControlNet reads, for all pictures of the call, given as an
+            image is; for several ControlNets a list with one for each.
         control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
         control_start: The share of the steps before which the ControlNet does nothing, by default 0.
         control_end: The share of the steps after which it does nothing, by default 1.
@@ -352,15 +352,15 @@ class LcmPipeline(Pipeline):
                 if "context" in self.runners:
                     yield passes.add(len(new))
                 cut = max(cut, texts[now[0]].cut, key=len)
-            first = begin.first(rows) if begin else plan.first(noise.draw(0, rows))
-            state: State = (self.put(first), None)
-            masked = begin.masked(rows) if begin else all_masked(self.runners["step"])
+            own = begin.batch(rows) if begin else None
+            state: State = (self.put(own.first if own else plan.first(noise.draw(0, rows))), None)
+            masked = own.masked if own else all_masked(self.runners["step"])
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
                 state = loop.step(i, state, fresh, masked)
-                if begin and (parts := begin.kept(i, rows)):
+                if own and (parts := own.kept(i)):
                     state = loop.keep(state, parts)
                 clock.lap("step")
                 yield passes.add(1 + guided)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.pipeline.control_picture import ControlPicture, check_span, control_numbers, control_pictures
+from lcm_compile.pipeline.control_picture import check_span, control_numbers, control_pictures
 from lcm_compile.pipeline.source_picture import ALPHA, SourcePicture, source_picture
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
@@ -57,16 +57,15 @@ class Request:
         numbers or to LoraSpecs, whose strengths are for parts of the model. Without one the bundle's own
         counts. The field has LoraSpecs whose sources are the names.
     loras: The LoRAs to put into the bundle's slots, as LoraSpecs or in the form of `LoraSpec.parse`.
-    image: The picture to begin at: a path, a PIL image or a SourcePicture. None, the default, begins at
-        noise.
+    image: The picture to begin at: a path, the bytes of a picture's file, a PIL image, an array (height,
+        width, 3) of 8 bits or a SourcePicture. None, the default, begins at noise.
     strength: The share of the steps that are drawn from the image, from 0 to 1: the first ones are left out.
         None is 0.8, or 1 with a mask.
     mask: What is repainted of the image, as an image is given: white is, and black is kept. "alpha" is the
         transparency of the image itself.
-    control: The picture that a bundle's ControlNet reads: a file's path, a PIL image or an array (height,
-        width, 3) of 8 bits; for several ControlNets a list with one for each. All pictures of a request share
-        it. It is resized to the bundle's size without keeping its aspect ratio. Kept as a tuple of
-        ControlPicture; the default, (), is none.
+    control: The picture that a bundle's ControlNet reads, as an image is given; for several ControlNets a
+        list with one for each. All pictures of a request share it. It is resized to the bundle's size without
+        keeping its aspect ratio. Kept as a tuple of SourcePicture; the default, (), is none.
     control_weight: The strength of the ControlNet without a unit, any finite number; for several a list with
         one for each. 0 is none, and the bundle's own, of `build --controlnet`, is the default, ().
     control_start: The share of the steps, from 0 to 1, before which the ControlNet does nothing; for several
@@ -96,7 +95,7 @@ class Request:
     image: SourcePicture | None = None
     strength: float | None = None
     mask: SourcePicture | None = None
-    control: tuple[ControlPicture, ...] = ()
+    control: tuple[SourcePicture, ...] = ()
     control_weight: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
