@@ -122,9 +122,12 @@ def refuse_replacing(paths: Iterable[Path], images: Iterable[Path]) -> None:
 
 
 def told(request: Request) -> Mapping[str, Any]:
-    """Returns what a picture begins at, for JSON."""
+    """Returns what a picture begins at, and how it is enlarged, for JSON."""
+    from lcm_compile.output.picture_settings import hires_facts
+
     return {
         "image": request.image and asdict(request.image),
         "strength": request.denoising_strength if request.image else None,
         "mask": request.mask and asdict(request.mask),
+        "hires": hires_facts(request),
     }

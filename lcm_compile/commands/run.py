@@ -207,20 +207,22 @@ def draw_again(
     from lcm_compile.output.console import note
     from lcm_compile.output.images import picture_paths
     from lcm_compile.output.picture_settings import read_origin
-    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.check import check_request, find_larger
     from lcm_compile.pipeline.load import load
 
     origin = read_origin(picture)
     named = folder is not None or base is not None or gpu is not None
     bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
-    if bundle.digest != origin.bundle:
-        note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     if "loras" not in given and digests_of(origin.request.loras) != origin.lora_sha256:
         files = ", ".join(lora.source for lora in origin.request.loras)
         raise UsageError(f"{files} is not what drew {picture}: its content is another", "give --lora FILE")
     folders = picture.parent, Path()
     request = with_images(origin.request, given, folders)
     check_request(bundle, request)
+    larger = find_larger(bundle, request)
+    same = request.hires != origin.request.hires or origin.larger == (larger and larger.digest)
+    if bundle.digest != origin.bundle or not same:
+        note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
     refuse_replacing(paths, [folder / one.name for folder in folders for one in sources_of(request)])
@@ -269,18 +271,20 @@ def draw_pictures(
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
     from lcm_compile.output.picture_settings import control_facts, parameters, settings_of
+    from lcm_compile.pipeline.check import find_larger
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
     note_syntax(requests[0])
     pipeline.prompts.loras.told = note_error
     places = zip(paths, requests, strict=True)
+    larger = find_larger(bundle, requests[0])
 
     def save(pictures: np.ndarray) -> None:
         if warning := warning_of_one_colour(pictures):
             note(f"warning: {warning}", always=True)
         for picture in pictures:
             path, request = next(places)
-            origin = origin_of(bundle, request)
+            origin = origin_of(bundle, request, larger)
             image = Image.fromarray(picture)
             save_picture(image, path, settings_of(origin), parameters(origin, *image.size))
             saved.append(path)
@@ -362,7 +366,7 @@ def draw_sheet(
     from lcm_compile.output.grid import FIELDS, draw_grid, requests
     from lcm_compile.output.images import save_picture, sheet_path
     from lcm_compile.output.picture_settings import settings_of
-    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.check import check_request, find_larger
     from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)
@@ -376,7 +380,7 @@ def draw_sheet(
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
-    settings = settings_of(origin_of(bundle, fixed))
+    settings = settings_of(origin_of(bundle, fixed, find_larger(bundle, fixed)))
     settings["request"] = {name: value for name, value in settings["request"].items() if name not in varied}
     save_picture(sheet, path, {"grid": grid, **settings})
     if as_json:
@@ -434,8 +438,8 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
             note(f"hint: build --prompt-tokens {longest + CHUNK_TOKENS} makes a bundle that reads more")
 
 
-def origin_of(bundle: EngineBundle, request: Request) -> Origin:
-    """Returns what draws a picture, for its file."""
+def origin_of(bundle: EngineBundle, request: Request, larger: EngineBundle | None = None) -> Origin:
+    """Returns what draws a picture, for its file; `larger` is what draws its second pass."""
     from lcm_compile.output.picture_settings import Origin
 
     spec = bundle.manifest.spec
@@ -453,6 +457,7 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
         spec.weights,
         weights.name if weights else None,
         digests_of(request.loras),
+        larger.digest if larger else None,
     )
 
 

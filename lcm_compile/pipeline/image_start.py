@@ -44,7 +44,7 @@ class ImageStart:
         pictures: Sequence[Request],
         known: Encoded,
     ) -> None:
-        self._encoder, self._step = runners[ENCODE_IMAGE], runners["step"]
+        self._runners, self._step = runners, runners["step"]
         self._shape, self._plan, self._noise = shape, plan, noise
         self._is_told = takes_masked(self._step.contract)
         self._from_noise = begins_at_noise(pictures[0])
@@ -52,7 +52,8 @@ class ImageStart:
         images = {"image": self._encodes_image, MASKED: self._is_told}
         sources = dict.fromkeys(source_of(one, name) for one in pictures for name in images if images[name])
         self._known = known
-        self._latents: Encoded = {source: found for source in sources if (found := known.get(source))}
+        given = {s: {"mean": s[0].latent[None]} for s in sources if s[0].latent is not None}
+        self._latents: Encoded = given | {s: found for s in sources if (found := known.get(s))}
         self.sources = [source for source in sources if source not in self._latents]
         self._masks: dict[SourcePicture, np.ndarray] = {}
         for mask in {one.mask for one in pictures if one.mask}:
@@ -60,8 +61,9 @@ class ImageStart:
 
     def encode(self) -> Iterator[None]:
         """Encodes the sources one after another, and yields after each."""
-        runner, size = self._encoder, (self._shape.height, self._shape.width)
+        size = self._shape.height, self._shape.width
         for image, mask in self.sources:
+            runner = self._runners[ENCODE_IMAGE]
             pixels = image.pixels(*size)
             if mask is not None:
                 pixels = np.where(mask.mask(*size)[..., None] > 0, np.float32(GREY), pixels)
@@ -172,7 +174,9 @@ def sampled_images(contracts: Iterable[StageContract], picture: Request) -> Coll
     Where there is a mask, diffusers samples the masked image for every model, and so draws for it.
     """
     stages = {contract.name: contract for contract in contracts}
-    if picture.image is None or all(spec.name != "std" for spec in stages[ENCODE_IMAGE].outputs):
+    if picture.image is None or picture.image.latent is not None:
+        return ()
+    if all(spec.name != "std" for spec in stages[ENCODE_IMAGE].outputs):
         return ()
     image = ["image"] if encodes_image(stages["step"], picture) else []
     return image if picture.mask is None else [*image, MASKED]
@@ -186,16 +190,17 @@ def check_images(
     `spec` is what the bundle was built from, if that is known.
     """
     contracts = [*contracts]
-    given = {(request.image, request.mask) for request in requests}
+    # A latent is not encoded.
+    given = {(one.image, one.mask) for one in requests if one.image and one.image.latent is None}
     for image, mask in given:
-        if image is not None and mask is not None:
+        if mask is not None:
             check_mask(image, mask)
-        elif image is not None and any(takes_masked(c) for c in contracts if c.name == "step"):
+        elif any(takes_masked(c) for c in contracts if c.name == "step"):
             raise UsageError(
                 "this bundle is of an inpainting model, and the image comes without a mask",
                 "give a mask; one that is white all over repaints everything",
             )
-    if given == {(None, None)} or any(contract.name == ENCODE_IMAGE for contract in contracts):
+    if not given or any(contract.name == ENCODE_IMAGE for contract in contracts):
         return
     rebuilt = "with --image"
     if spec is not None:

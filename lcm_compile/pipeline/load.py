@@ -20,8 +20,10 @@ from lcm_compile.engines.runner import ForwardingRunner, Runner, closed
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
 from lcm_compile.pipeline.check import check_stages
+from lcm_compile.pipeline.hires import larger_folder
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.prompts import PROMPTS_KEPT
+from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.pipeline.whole_loop import pipeline_class
 from lcm_compile.system.dataclass_json import from_json
@@ -80,9 +82,15 @@ def load(
     finally:
         if loader is not None:
             loader.shutdown(wait=False)
+
+    def open_larger(request: Request) -> Pipeline:
+        folder = larger_folder(bundle.folder, request, manifest.pipeline.shape)
+        return load(open_bundle(folder), wait=False, prompt_cache=prompt_cache, cuda_graph=cuda_graph)
+
     load_ms = (time.perf_counter() - start) * 1000
     open_with = pipeline_class(runners)
-    return open_with(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
+    settings = manifest.pipeline
+    return open_with(settings, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph, open_larger)
 
 
 class LoadingRunner(ForwardingRunner):

@@ -36,6 +36,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
+from lcm_compile.pipeline.hires import both, check_hires, second_passes
 from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.loras import Choice, check_loras
@@ -48,7 +49,7 @@ from lcm_compile.pipeline.prompts import (
     condition_of,
     negative_condition_of,
 )
-from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
+from lcm_compile.pipeline.request import LATENT, Request, draw_seed, drawn_steps, pictures_of, requests_for
 from lcm_compile.pipeline.source_picture import Given, begun_at
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
@@ -84,11 +85,13 @@ class Pipeline(ABC):
         held: IO[bytes] | None = None,
         prompt_cache: int = 0,
         cuda_graph: bool = True,
+        open_larger: Callable[[Request], Pipeline] | None = None,
     ) -> None:
         """Takes what `load` has read from a bundle.
 
         `prompt_cache` is the number of prompts whose conditioning is kept. `held` is the file whose lock
-        keeps the bundle from being removed. `cuda_graph` may be changed between two pictures.
+        keeps the bundle from being removed. `cuda_graph` may be changed between two pictures. `open_larger`
+        loads the size of the bundle that a request's second pass is drawn in.
         """
         self.settings = settings
         self.runners = runners
@@ -96,6 +99,9 @@ class Pipeline(ABC):
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
+        self._open_larger = open_larger
+        self._larger: dict[tuple[int, int], Pipeline] = {}  # by their pictures' height and width
+        self._opening = threading.Lock()
         self._process = os.getpid()
         self._closed = False
         self._turn = Turn()
@@ -131,6 +137,10 @@ class Pipeline(ABC):
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
+        hires: float | None = None,
+        hires_upscaler: str | None = None,
+        hires_strength: float | None = None,
+        hires_steps: int | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -169,6 +179,12 @@ class Pipeline(ABC):
         control_end: The share of the steps after which it does nothing, by default 1.
         outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
             around it; in place of a mask.
+        hires: The factor by which the pictures are enlarged, and then drawn on with the bundle's engines of
+            that larger size, which are loaded when they are first needed. By default there is no second pass.
+        hires_upscaler: How they are enlarged: `latent`, the default, or `lanczos`.
+        hires_strength: The share of the steps of the second pass that are drawn; by default 0.7.
+        hires_steps: The steps of the second pass, of which that share is drawn; by default as many as
+            `steps`.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -202,6 +218,10 @@ class Pipeline(ABC):
             control_start=control_start,
             control_end=control_end,
             strength=strength,
+            hires=hires,
+            hires_upscaler=hires_upscaler,
+            hires_strength=hires_strength,
+            hires_steps=hires_steps,
             **begun_at(image, mask, outpaint),
         )
         drawing = self.draw(requests)
@@ -239,12 +259,7 @@ class Pipeline(ABC):
         """
         self.check_usable()
         pictures = pictures_of(requests)
-        contracts = [runner.contract for runner in self.runners.values()]
-        for asked in pictures:
-            check_prompts(asked, self.settings.tokenizers, contracts)
-        check_loras(pictures[0], self.settings)
-        check_images(pictures, contracts)
-        check_control(pictures[0].control, len(control_stages(self.runners)))
+        self.check(pictures)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show)
@@ -256,6 +271,16 @@ class Pipeline(ABC):
                     except StopIteration as stop:
                         return stop.value
                 yield done
+
+    def check(self, pictures: Sequence[Request]) -> None:
+        """Raises UsageError if this bundle can't draw these pictures, which are drawn together."""
+        contracts = [runner.contract for runner in self.runners.values()]
+        for asked in pictures:
+            check_prompts(asked, self.settings.tokenizers, contracts)
+        check_loras(pictures[0], self.settings)
+        check_images(pictures, contracts)
+        check_control(pictures[0].control, len(control_stages(self.runners)))
+        check_hires(pictures[0], contracts)
 
     @abstractmethod
     def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
@@ -290,8 +315,26 @@ class Pipeline(ABC):
             with self._computing:
                 self.free()
 
+    def larger(self, request: Request) -> Pipeline:
+        """Returns the pipeline of the second pass of a request, which this one owns.
+
+        Its engines are loaded when they are first needed. Raises UsageError if the bundle has no such size.
+        """
+        size = request.size(self.settings.shape)
+        with self._opening:
+            self.check_usable()
+            if size not in self._larger:
+                if self._open_larger is None:
+                    raise UsageError("only a pipeline that load has returned draws a second pass")
+                self._larger[size] = self._open_larger(request)
+            self._larger[size].cuda_graph = self.cuda_graph
+            return self._larger[size]
+
     def free(self) -> None:
         """Frees what the pipeline owns."""
+        with self._opening:
+            for larger in self._larger.values():
+                larger.close()
         for runner in self.runners.values():
             runner.close()
         if self._held is not None:
@@ -312,6 +355,34 @@ class LcmPipeline(Pipeline):
     def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
         request = pictures[0]  # all are alike in what is read from it
+        if request.hires is None:
+            return (yield from self.one_pass(pictures, show))
+        # What may be refused of the second pass is refused before the first one is drawn.
+        schedule(request.sampler, request.second_steps, self.settings.scheduler, request.eta)
+        larger, latent = self.larger(request), request.upscaler == LATENT
+        assert isinstance(larger, LcmPipeline)
+        first = Passing(self.one_pass(pictures, show_nothing, decodes=not latent))
+        steps = drawn_steps(request.second_strength, request.second_steps) - request.steps
+        batches = len([*batches_of(pictures, self.settings.shape.batch)])
+        more = batches * (steps * (1 + self.needs_second_pass(request)) + latent)
+        more += 0 if latent else len(pictures)  # which are encoded
+        for done, total in first:
+            yield done, 2 * total + more
+        pictures = second_passes(pictures, first.drawing, larger.latent_shape())
+        second = Passing(larger.one_pass(pictures, show, own_images=True))
+        for later, total in second:
+            yield done + later, done + total
+        return both(first.drawing, second.drawing)
+
+    def one_pass(
+        self, pictures: Sequence[Request], show: Show, decodes: bool = True, own_images: bool = False
+    ) -> Progress:
+        """Does what `passes` does, at one size.
+
+        Without `decodes` the drawing has latents and no pictures. With `own_images` each picture of a seed
+        begins at an image of its own, so that their latents are sampled with noise of their own.
+        """
+        request = pictures[0]  # all are alike in what is read from it
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         plan = plan.begun_at(request.first_step) if request.image else plan
         steps = plan.steps
@@ -322,13 +393,14 @@ class LcmPipeline(Pipeline):
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
         contracts = [runner.contract for runner in self.runners.values()]
-        noise = Noise(self.latent_shape(), sampled_images(contracts, request))
+        noise = Noise(self.latent_shape(), sampled_images(contracts, request), own_images)
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
         encodings = stages * encoded + (len(begin.sources) if begin else 0)
-        passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
-        clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
+        passes = Passes(encodings, len(batches), len(steps) * (1 + guided) + decodes)
+        encodes = ENCODE_IMAGE in self.runners and begin
+        clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if encodes else STAGES)
         graphs = self.find_graphs(steps, guided, request)
         control = put_control(self.runners, request, self.settings, steps)
         clock.lap("")
@@ -364,11 +436,15 @@ class LcmPipeline(Pipeline):
                     state = loop.keep(state, parts)
                 clock.lap("step")
                 yield passes.add(1 + guided)
-            picture = self.runners["decode"].to_host(loop.decode(state[0]))
-            clock.lap("decode")
-            drawn.add(picture, kept, self.runners["step"].to_host(state[0]))
-            yield passes.add(1)
-        return Drawing(drawn.all(), {**clock.ms(), "load": self.load_ms}, cut, self.graph_status(graphs))
+            if decodes:
+                picture = self.runners["decode"].to_host(loop.decode(state[0]))
+                clock.lap("decode")
+            drawn.keep(self.runners["step"].to_host(state[0]), kept)
+            if decodes:
+                drawn.add(picture, kept)
+                yield passes.add(1)
+        ms = {**clock.ms(), "load": self.load_ms}
+        return Drawing(drawn.all(), ms, cut, self.graph_status(graphs), drawn.latents())
 
     def needs_second_pass(self, request: Request) -> bool:
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""
@@ -479,11 +555,23 @@ class Turn:
                 self._thread = None
 
 
-class Passes:
-    """Counts the passes through the models: those of all prompts, and each batch's steps and decoding."""
+class Passing:
+    """Iterates over the passes of a drawing. At the end `drawing` is there."""
 
-    def __init__(self, prompts: int, batches: int, steps: int) -> None:
-        self._total = prompts + batches * (steps + 1)
+    drawing: Drawing
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.drawing = yield from self._progress
+
+
+class Passes:
+    """Counts the passes through the models: those of all prompts and images, and those of each batch."""
+
+    def __init__(self, prompts: int, batches: int, each: int) -> None:
+        self._total = prompts + batches * each
         self._done = 0
 
     def add(self, count: int) -> tuple[int, int]:

@@ -58,6 +58,11 @@ class SourcePicture:
         """The picture in RGB or RGBA. Raises UsageError if it is not opened."""
         return in_colours(self.own)
 
+    @property
+    def latent(self) -> np.ndarray | None:
+        """The latent (c, h, w) that is begun at, in the place of an image that is encoded."""
+        return vars(self).get("_latent")
+
     def pixels(self, height: int, width: int) -> np.ndarray:
         """Returns the picture as float32 (height, width, 3) from 0 to 1; what is transparent is on white."""
         image = on(self.image, (255, 255, 255))
@@ -160,6 +165,13 @@ def made(
     """Returns a SourcePicture that holds its image, which is no field: it is no part of its settings."""
     source = SourcePicture(name, sha256, alpha, border)
     object.__setattr__(source, "_own", image)
+    return source
+
+
+def source_latent(latent: np.ndarray) -> SourcePicture:
+    """Returns a latent (c, h, w), scaled as the UNet takes it, as a picture to begin at."""
+    source = SourcePicture("", hashlib.sha256(latent.tobytes()).hexdigest())
+    object.__setattr__(source, "_latent", latent)
     return source
 
 
