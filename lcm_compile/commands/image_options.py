@@ -71,9 +71,9 @@ def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
         if isinstance(given, str) and (name, given) != ("mask", ALPHA):
             asked[name] = source_picture(given, name)
             paths.append(user_path(given))
-    if given := asked.get("control"):
-        asked["control"] = control_pictures(given)
-        paths += map(user_path, given)
+    paths += map(user_path, asked.get("control", ()))
+    if (detectors := asked.pop("control_detector", None)) or "control" in asked:
+        asked["control"] = control_pictures(asked.get("control"), detectors)
     if (border := asked.pop("outpaint", None)) is not None:
         asked.update(begun_at(asked.get("image"), asked.get("mask"), border))
     return paths
@@ -84,11 +84,13 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
 
     Those that are not given are searched for in the folders. Raises UsageError if one is not there.
     """
+    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.source_picture import ALPHA, find_again, outpainted
 
     folders = [*folders]
     if given.get("outpaint") and "image" not in given and request.image is not None:
         given["image"] = find_again(replace(request.image, border=()), folders, "image")
+    detectors = None if "control" in given else given.pop("control_detector", None)
     open_images(given)
     own: dict[str, Any] = {}
     for name in ("image", "mask"):
@@ -102,7 +104,8 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
         else:
             own[name] = find_again(named, folders, name)
     if "control" not in given:
-        own["control"] = tuple(find_again(named, folders, "control") for named in request.control)
+        found = [find_again(named, folders, "control") for named in request.control]
+        own["control"] = control_pictures(found, detectors)
     return replace(request, **{**own, **given})
 
 

@@ -109,6 +109,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="The picture that the bundle's ControlNet reads; repeated for several ControlNets.",
             ),
             click.option(
+                "--control-detector",
+                multiple=True,
+                metavar="canny[:LOW,HIGH]|none",
+                help="Make the ControlNet's picture of a photo; repeatable, one for all or for each.",
+            ),
+            click.option(
                 "--control-weight",
                 multiple=True,
                 type=float,

@@ -71,7 +71,14 @@ def control_facts(request: Request) -> list[dict[str, Any]]:
         strict=True,
     )
     return [
-        {"file": one.name, "sha256": one.sha256, "weight": weight, "start": start, "end": end}
+        {
+            "file": one.name,
+            "sha256": one.sha256,
+            "detector": one.detector or None,
+            "weight": weight,
+            "start": start,
+            "end": end,
+        }
         for one, weight, start, end in numbers
     ]
 

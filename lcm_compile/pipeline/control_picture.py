@@ -27,15 +27,27 @@ def sample_picture(shape: Shape) -> SourcePicture:
     return made(SAMPLE, "", image)
 
 
-def control_pictures(given: Any) -> tuple[SourcePicture, ...]:
+def control_pictures(given: Any, detectors: str | Sequence[str] | None = None) -> tuple[SourcePicture, ...]:
     """Returns one control picture or several, which are a list, as a tuple; () for None.
 
-    Raises UsageError as source_picture does.
+    `detectors` are what makes them of the pictures that are given, one for all or for each. Raises UsageError
+    as source_picture and detected_by do, and if there are not as many detectors as pictures.
     """
-    if given is None:
-        return ()
-    several = given if isinstance(given, list | tuple) else (given,)
-    return tuple(source_picture(one, "control") for one in several)
+    several = () if given is None else given if isinstance(given, list | tuple) else (given,)
+    pictures = tuple(source_picture(one, "control") for one in several)
+    each = (detectors,) if isinstance(detectors, str) else tuple(detectors or ())
+    if not each:
+        return pictures
+    if not pictures:
+        raise UsageError("a control detector is given without a control picture", GIVE)
+    if len(each) == 1:
+        each *= len(pictures)
+    if len(each) != len(pictures):
+        raise UsageError(
+            f"{len(each)} control detectors for {len(pictures)} control pictures: give one, or one for each",
+            "none reads a picture as it is",
+        )
+    return tuple(one.detected_by(detector) for one, detector in zip(pictures, each, strict=True))
 
 
 def control_numbers(given: Any, name: str, pictures: int, least: float, most: float) -> tuple[float, ...]:

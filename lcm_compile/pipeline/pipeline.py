@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -136,6 +137,7 @@ class Pipeline(ABC):
         control_weight: float | Sequence[float] | None = None,
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
+        control_detector: str | Sequence[str] | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
         hires: float | None = None,
         hires_upscaler: str | None = None,
@@ -177,6 +179,8 @@ class Pipeline(ABC):
         control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
         control_start: The share of the steps before which the ControlNet does nothing, by default 0.
         control_end: The share of the steps after which it does nothing, by default 1.
+        control_detector: What makes the ControlNet's picture of a photo: `canny` or `canny:LOW,HIGH`, which
+            need OpenCV; for several a list, in which `none` reads a picture as it is.
         outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
             around it; in place of a mask.
         hires: The factor by which the pictures are enlarged, and then drawn on with the bundle's engines of
@@ -213,7 +217,7 @@ class Pipeline(ABC):
             target_size=target_size,
             lora_weights=lora_weights,
             loras=loras,
-            control=control_pictures(control),  # read once for all pictures
+            control=control_pictures(control, control_detector),  # read once for all pictures
             control_weight=control_weight,
             control_start=control_start,
             control_end=control_end,
@@ -327,6 +331,7 @@ class Pipeline(ABC):
                 if self._open_larger is None:
                     raise UsageError("only a pipeline that load has returned draws a second pass")
                 self._larger[size] = self._open_larger(request)
+                self._larger[size].prompts.loras.told = tell_nothing
             self._larger[size].cuda_graph = self.cuda_graph
             return self._larger[size]
 
@@ -527,6 +532,10 @@ class LcmPipeline(Pipeline):
         """Frees the CUDA graphs, and then what every pipeline owns."""
         self._graphs.close()
         super().free()
+
+
+def tell_nothing(path: Path, rank: int, error: float) -> None:
+    """Is what a second pass tells of a LoRA that does not fit its slot: the first pass has told it."""
 
 
 class Turn:

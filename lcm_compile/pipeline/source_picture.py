@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lcm_compile.errors import UsageError
+from lcm_compile.pipeline.detect import NONE, check_detector, detected
 from lcm_compile.spec import Shape
 from lcm_compile.system.files import user_path
 
@@ -34,14 +35,16 @@ class SourcePicture:
 
     What is given without a file has the name "", and a PIL image or an array the SHA-256 of its pixels.
     `alpha` says that it is the mask which the transparency of that file is, and `border` that it was extended
-    by so many pixels at the left, top, right and bottom, or is the mask of that. Two of them are equal if
-    these are.
+    by so many pixels at the left, top, right and bottom, or is the mask of that. `detector` is what a
+    ControlNet's picture is made of the file with, "" for a picture that is read as it is. Two of them are
+    equal if these are.
     """
 
     name: str
     sha256: str
     alpha: bool = False
     border: tuple[int, ...] = ()
+    detector: str = ""
 
     @property
     def own(self) -> Image:
@@ -84,12 +87,16 @@ class SourcePicture:
         """Returns what a ControlNet reads (b, 3, h, w), from 0 to 1, for pictures of a shape.
 
         It is made as diffusers' processor of control images makes it, which does not keep the aspect ratio
-        (Lanczos, in 8 bits, with a palette's picture resized before it becomes RGB).
+        (Lanczos, in 8 bits, with a palette's picture resized before it becomes RGB). A detector reads the
+        resized picture.
         """
         from PIL import Image
 
         resized = self.own.resize((shape.width, shape.height), Image.Resampling.LANCZOS).convert("RGB")
-        planes = np.asarray(resized).astype(np.float32).transpose(2, 0, 1) / np.float32(255)
+        pixels = np.asarray(resized)
+        if self.detector:
+            pixels = detected(pixels, self.detector)
+        planes = pixels.astype(np.float32).transpose(2, 0, 1) / np.float32(255)
         return np.tile(planes, (shape.batch, 1, 1, 1))
 
     def as_mask(self) -> SourcePicture:
@@ -100,6 +107,16 @@ class SourcePicture:
                 "give a mask of its own, whose white parts are repainted",
             )
         return made(self.name, self.sha256, self.image, alpha=True)
+
+    def detected_by(self, detector: str) -> SourcePicture:
+        """Returns what a detector makes of the picture for a ControlNet: see detect, `none` makes nothing.
+
+        Raises UsageError for a detector that is not known, and LcmCompileError if it can't run here.
+        """
+        detector = "" if detector == NONE else detector
+        if detector:
+            check_detector(detector)
+        return made(self.name, self.sha256, self.own, self.alpha, self.border, detector)
 
 
 def source_picture(given: Any, field: str = "image") -> SourcePicture:
@@ -160,10 +177,15 @@ def digest_of(own: Image) -> str:
 
 
 def made(
-    name: str, sha256: str, image: Image, alpha: bool = False, border: tuple[int, ...] = ()
+    name: str,
+    sha256: str,
+    image: Image,
+    alpha: bool = False,
+    border: tuple[int, ...] = (),
+    detector: str = "",
 ) -> SourcePicture:
     """Returns a SourcePicture that holds its image, which is no field: it is no part of its settings."""
-    source = SourcePicture(name, sha256, alpha, border)
+    source = SourcePicture(name, sha256, alpha, border, detector)
     object.__setattr__(source, "_own", image)
     return source
 
@@ -230,7 +252,7 @@ def find_again(named: SourcePicture, folders: Iterable[Path], field: str) -> Sou
         if named.sha256 in (found.sha256, digest_of(found.own)):
             if named.border:
                 return outpainted(found, named.border)[field]
-            return found.as_mask() if named.alpha else found
+            return found.as_mask() if named.alpha else found.detected_by(named.detector)
     if paths:
         raise UsageError(f"{paths[0]} is not the {called} that was drawn from: its SHA-256 differs", again)
     raise UsageError(f"the {called} {named.name or 'without a name'} that was drawn from is not here", again)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
+import cv2
 import factories
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
-from factories import outline
+from factories import outline, painting
 from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
@@ -177,6 +179,59 @@ def test_pictures_of_other_modes_are_read_as_diffusers_reads_them(mode):
     processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
     theirs = processor.preprocess(picture, height=64, width=96).numpy()
     np.testing.assert_array_equal(source_picture(picture).planes(Shape(1, 64, 96)), theirs)
+
+
+def canny_as_documented(photo, low=100, high=200):
+    """What diffusers' documentation of ControlNets makes of a picture."""
+    image = cv2.Canny(np.array(photo), low, high)[:, :, None]
+    return Image.fromarray(np.concatenate([image, image, image], axis=2))
+
+
+def test_edges_are_those_of_opencv():
+    photo = painting(96, 64)
+    shape, found = Shape(1, 64, 96), source_picture(photo).detected_by("canny")
+    expected = np.asarray(canny_as_documented(photo), np.float32).transpose(2, 0, 1) / 255
+    assert 0.01 < expected.mean() < 0.5
+    np.testing.assert_array_equal(found.planes(shape)[0], expected)
+    resized = canny_as_documented(photo.resize((64, 64), Image.Resampling.LANCZOS), 20, 60)
+    found = source_picture(photo).detected_by("canny:20,60").planes(Shape(2, 64, 64))[1]
+    np.testing.assert_array_equal((found * 255).transpose(1, 2, 0), np.asarray(resized))
+    assert source_picture(photo).detected_by("none") == source_picture(photo)
+
+
+def test_a_photo_is_a_control_picture(sd15, sdxl, command, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = painting()
+    photo.save("photo.png")
+    canny_as_documented(photo).save("edges.png")
+    words = ["run", "a star", "--bundle", sd15.folder, "--seed", 1, "--control"]
+    detector = "--control-detector", "canny"
+    code, out, err = command(*words, "photo.png", *detector, "--out", "a.png", "--json")
+    assert code == 0, err
+    [told] = json.loads(out)["control"]
+    assert (told["file"], told["detector"]) == ("photo.png", "canny")
+    assert command(*words, "edges.png", "--out", "b.png")[0] == 0
+    drawn = Image.open("a.png").tobytes()
+    assert drawn == Image.open("b.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png")[0] == 0
+    assert drawn == Image.open("c.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png", "--control-detector", "none")[0] == 0
+    assert drawn != Image.open("c.png").tobytes()
+
+    [other] = sdxl.ours("a star", seed=1, control=[photo, photo], control_detector=["canny", "none"])
+    [same] = sdxl.ours("a star", seed=1, control=[canny_as_documented(photo), photo])
+    assert (np.asarray(other) == np.asarray(same)).all()
+
+    bad = [*words, "photo.png", "--out", "d.png", "--control-detector"]
+    refused(2, ["unknown control detector 'depth'", "canny, none"], *bad, "depth")
+    refused(2, "is not canny:LOW,HIGH", *bad, "canny:5")
+    refused(2, "2 control detectors for 1", *bad, "canny", "--control-detector", "none")
+    refused(2, "without a control picture", *words[:-1], *detector)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    refused(1, ["OpenCV", "pip install 'lcm-compile[detect]'"], *bad, "canny")
+    refused(1, "pip install", "run", "--again", "a.png", "--out", "d.png")
+    refused(1, "pip install", "run", "--again", "b.png", "--out", "d.png", *detector)
+    assert not (tmp_path / "d.png").exists()
 
 
 def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
