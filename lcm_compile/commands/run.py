@@ -23,7 +23,6 @@ from lcm_compile.commands.image_options import (
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
 from lcm_compile.graphs import ENCODE_IMAGE
-from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +30,11 @@ if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.output.grid import Axis
     from lcm_compile.output.images import Names
-    from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
-    from lcm_compile.spec import LoraSpec
 
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 TOLD = "lcm_compile.told"  # in the meta data of click's context
-WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 
 
 @click.command()
@@ -206,8 +202,8 @@ def draw_again(
     from lcm_compile.commands.find_bundle import find_bundle, find_drawer
     from lcm_compile.output.console import note
     from lcm_compile.output.images import picture_paths
-    from lcm_compile.output.picture_settings import read_origin
-    from lcm_compile.pipeline.check import check_request, find_larger
+    from lcm_compile.output.picture_settings import digests_of, larger_digest, read_origin
+    from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
 
     origin = read_origin(picture)
@@ -219,8 +215,7 @@ def draw_again(
     folders = picture.parent, Path()
     request = with_images(origin.request, given, folders)
     check_request(bundle, request)
-    larger = find_larger(bundle, request)
-    same = request.hires != origin.request.hires or origin.larger == (larger and larger.digest)
+    same = request.hires != origin.request.hires or origin.larger == larger_digest(bundle, request)
     if bundle.digest != origin.bundle or not same:
         note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     note_remarks(bundle, request)
@@ -270,21 +265,19 @@ def draw_pictures(
 
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
-    from lcm_compile.output.picture_settings import control_facts, parameters, settings_of
-    from lcm_compile.pipeline.check import find_larger
+    from lcm_compile.output.picture_settings import control_facts, origin_of, parameters, settings_of
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
     note_syntax(requests[0])
     pipeline.prompts.loras.told = note_error
     places = zip(paths, requests, strict=True)
-    larger = find_larger(bundle, requests[0])
 
     def save(pictures: np.ndarray) -> None:
         if warning := warning_of_one_colour(pictures):
             note(f"warning: {warning}", always=True)
         for picture in pictures:
             path, request = next(places)
-            origin = origin_of(bundle, request, larger)
+            origin = origin_of(bundle, request)
             image = Image.fromarray(picture)
             save_picture(image, path, settings_of(origin), parameters(origin, *image.size))
             saved.append(path)
@@ -327,7 +320,8 @@ def note_error(path: Path, rank: int, error: float) -> None:
     from lcm_compile.output.console import note
     from lcm_compile.pipeline.loras import error_text
 
-    note(f"warning: {error_text(path, rank, error)}", always=True)
+    if is_first(text := error_text(path, rank, error)):  # a second pass tells it again
+        note(f"warning: {text}", always=True)
 
 
 def timing_line(ms: Mapping[str, Any]) -> str:
@@ -365,8 +359,8 @@ def draw_sheet(
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.grid import FIELDS, draw_grid, requests
     from lcm_compile.output.images import save_picture, sheet_path
-    from lcm_compile.output.picture_settings import settings_of
-    from lcm_compile.pipeline.check import check_request, find_larger
+    from lcm_compile.output.picture_settings import origin_of, settings_of
+    from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)
@@ -380,7 +374,7 @@ def draw_sheet(
         sheet, drawings = draw_grid(pipeline, axes, fixed, bar.update)
     warn_of_cut(bundle, max((drawing.cut for drawing in drawings), key=len))
     varied = [FIELDS[axis.name] for axis in axes]
-    settings = settings_of(origin_of(bundle, fixed, find_larger(bundle, fixed)))
+    settings = settings_of(origin_of(bundle, fixed))
     settings["request"] = {name: value for name, value in settings["request"].items() if name not in varied}
     save_picture(sheet, path, {"grid": grid, **settings})
     if as_json:
@@ -436,39 +430,3 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
         if longest < CHUNK_TOKENS * MOST_CHUNKS and is_first("hint of more tokens"):
             note(f"hint: build --prompt-tokens {longest + CHUNK_TOKENS} makes a bundle that reads more")
-
-
-def origin_of(bundle: EngineBundle, request: Request, larger: EngineBundle | None = None) -> Origin:
-    """Returns what draws a picture, for its file; `larger` is what draws its second pass."""
-    from lcm_compile.output.picture_settings import Origin
-
-    spec = bundle.manifest.spec
-    if request.control and not request.control_weight:  # which the bundle's own then stands for
-        request = replace(request, control_weight=bundle.manifest.pipeline.control_weights)
-    name = Path(spec.base).name
-    for ending in WEIGHT_FILES:
-        name = name.removesuffix(ending)
-    weights = bundle.manifest.pipeline.few_step
-    return Origin(
-        request,
-        bundle.digest,
-        name,
-        f"lcm-compile {__version__}",
-        spec.weights,
-        weights.name if weights else None,
-        digests_of(request.loras),
-        larger.digest if larger else None,
-    )
-
-
-def digests_of(loras: Sequence[LoraSpec]) -> tuple[str, ...]:
-    """Returns the sha256 of each LoRA's file. Raises LoraError if one can't be found."""
-    if not loras:
-        return ()
-    from lcm_compile.lora.find import find_lora, lora_digest
-    from lcm_compile.system.cache import Digests
-
-    digests = Digests()
-    found = tuple(lora_digest(find_lora(lora), digests) for lora in loras)
-    digests.save()
-    return found

@@ -136,17 +136,7 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     check_hires(request, contracts, manifest.spec)
     if request.hires is not None:
         schedule(request.sampler, request.second_steps, manifest.pipeline.scheduler, request.eta)
-        find_larger(bundle, request)
-
-
-def find_larger(bundle: EngineBundle, request: Request) -> EngineBundle | None:
-    """Returns the size of a bundle that a request's second pass is drawn in; None if there is no such pass.
-
-    Raises UsageError if the bundle has no such size, and BundleError if it is damaged.
-    """
-    if request.hires is None:
-        return None
-    return open_bundle(larger_folder(bundle.folder, request, bundle.manifest.pipeline.shape))
+        open_bundle(larger_folder(bundle.folder, request, manifest.pipeline.shape))
 
 
 def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

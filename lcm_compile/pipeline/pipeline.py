@@ -14,7 +14,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Self
 
@@ -29,11 +28,14 @@ from lcm_compile.pipeline.control import Control, check_control, control_stages,
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
+    NO_PREVIEWS,
     Clock,
     Drawing,
     Pictures,
+    Previews,
     Show,
     batches_of,
+    eight_bits,
     show_nothing,
     warning_of_one_colour,
 )
@@ -238,6 +240,7 @@ class Pipeline(ABC):
         requests: Request | Sequence[Request],
         report: PassReport = lambda done, total: None,
         show: Show = show_nothing,
+        previews: Previews = NO_PREVIEWS,
     ) -> Drawing:
         """Draws requests and returns the drawing. Raises the same errors as calling the pipeline.
 
@@ -245,16 +248,23 @@ class Pipeline(ABC):
         sampler, steps and guidance scale, and all or none of them a negative prompt.
 
         `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
-        (n, height, width, 3) of each batch as soon as they are drawn.
+        (n, height, width, 3) of each batch as soon as they are drawn. `previews` has what shows the pictures
+        of a batch that are foreseen after so many of its steps, 1 to all but the last: x̂0, decoded. A bundle
+        of one graph shows none, and of two passes only the first does.
         """
-        with closing(self.progress(requests, show)) as progress:
+        with closing(self.progress(requests, show, previews)) as progress:
             while True:
                 try:
                     report(*next(progress))
                 except StopIteration as stop:
                     return stop.value
 
-    def progress(self, requests: Request | Sequence[Request], show: Show = show_nothing) -> Progress:
+    def progress(
+        self,
+        requests: Request | Sequence[Request],
+        show: Show = show_nothing,
+        previews: Previews = NO_PREVIEWS,
+    ) -> Progress:
         """Draws requests. Yields (passes done, passes in total) after every stage; returns the drawing.
 
         On a GPU other threads wait until this generator has ended or is closed. Raises UsageError if the
@@ -266,7 +276,7 @@ class Pipeline(ABC):
         self.check(pictures)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
-            passes = self.passes(pictures, show)
+            passes = self.passes(pictures, show, previews)
             while True:
                 with self._computing if exclusive else nullcontext():
                     self.check_usable()
@@ -287,7 +297,7 @@ class Pipeline(ABC):
         check_hires(pictures[0], contracts)
 
     @abstractmethod
-    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+    def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Does what `progress` does, for one drawing at a time if the engines are exclusive.
 
         Each of the pictures is a request of one picture.
@@ -331,9 +341,9 @@ class Pipeline(ABC):
                 if self._open_larger is None:
                     raise UsageError("only a pipeline that load has returned draws a second pass")
                 self._larger[size] = self._open_larger(request)
-                self._larger[size].prompts.loras.told = tell_nothing
-            self._larger[size].cuda_graph = self.cuda_graph
-            return self._larger[size]
+            larger = self._larger[size]
+            larger.cuda_graph, larger.prompts.loras.told = self.cuda_graph, self.prompts.loras.told
+            return larger
 
     def free(self) -> None:
         """Frees what the pipeline owns."""
@@ -357,16 +367,16 @@ class Pipeline(ABC):
 class LcmPipeline(Pipeline):
     """The pipeline of a bundle with an engine for each stage."""
 
-    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+    def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
         request = pictures[0]  # all are alike in what is read from it
         if request.hires is None:
-            return (yield from self.one_pass(pictures, show))
+            return (yield from self.one_pass(pictures, show, previews))
         # What may be refused of the second pass is refused before the first one is drawn.
         schedule(request.sampler, request.second_steps, self.settings.scheduler, request.eta)
         larger, latent = self.larger(request), request.upscaler == LATENT
         assert isinstance(larger, LcmPipeline)
-        first = Passing(self.one_pass(pictures, show_nothing, decodes=not latent))
+        first = Passing(self.one_pass(pictures, show_nothing, previews, decodes=not latent))
         steps = drawn_steps(request.second_strength, request.second_steps) - request.steps
         batches = len([*batches_of(pictures, self.settings.shape.batch)])
         more = batches * (steps * (1 + self.needs_second_pass(request)) + latent)
@@ -374,13 +384,18 @@ class LcmPipeline(Pipeline):
         for done, total in first:
             yield done, 2 * total + more
         pictures = second_passes(pictures, first.drawing, larger.latent_shape())
-        second = Passing(larger.one_pass(pictures, show, own_images=True))
+        second = Passing(larger.one_pass(pictures, show, NO_PREVIEWS, own_images=True))
         for later, total in second:
             yield done + later, done + total
         return both(first.drawing, second.drawing)
 
     def one_pass(
-        self, pictures: Sequence[Request], show: Show, decodes: bool = True, own_images: bool = False
+        self,
+        pictures: Sequence[Request],
+        show: Show,
+        previews: Previews,
+        decodes: bool = True,
+        own_images: bool = False,
     ) -> Progress:
         """Does what `passes` does, at one size.
 
@@ -440,6 +455,9 @@ class LcmPipeline(Pipeline):
                 if own and (parts := own.kept(i)):
                     state = loop.keep(state, parts)
                 clock.lap("step")
+                if i + 1 < len(steps) and (preview := previews.get(i + 1)):
+                    preview(self.foreseen(state)[kept])
+                    clock.lap("decode")
                 yield passes.add(1 + guided)
             if decodes:
                 picture = self.runners["decode"].to_host(loop.decode(state[0]))
@@ -450,6 +468,11 @@ class LcmPipeline(Pipeline):
                 yield passes.add(1)
         ms = {**clock.ms(), "load": self.load_ms}
         return Drawing(drawn.all(), ms, cut, self.graph_status(graphs), drawn.latents())
+
+    def foreseen(self, state: State) -> np.ndarray:
+        """Returns the pictures (b, height, width, 3) in 8 bits that a step foresees."""
+        decode = self.runners["decode"]
+        return np.array(eight_bits(decode.to_host(decode({"latent": state[1]})["picture"])))
 
     def needs_second_pass(self, request: Request) -> bool:
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""
@@ -532,10 +555,6 @@ class LcmPipeline(Pipeline):
         """Frees the CUDA graphs, and then what every pipeline owns."""
         self._graphs.close()
         super().free()
-
-
-def tell_nothing(path: Path, rank: int, error: float) -> None:
-    """Is what a second pass tells of a LoRA that does not fit its slot: the first pass has told it."""
 
 
 class Turn:
