@@ -10,7 +10,13 @@ import factories
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, ControlNetModel, DiffusionPipeline
+from diffusers import (
+    AutoPipelineForImage2Image,
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetPipeline,
+)
 from diffusers_reference import SCHEDULERS
 from PIL import Image
 
@@ -18,6 +24,7 @@ from lcm_compile import BuildSpec, build, load
 from lcm_compile.builder.build import add_size
 from lcm_compile.errors import UsageError
 from lcm_compile.output.picture_settings import read_origin
+from lcm_compile.output.sheet import grid_sheet
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.hires import enlarged
 from lcm_compile.pipeline.request import Request
@@ -117,8 +124,6 @@ def test_controlnets_guide_both_passes(sd15, upscaler):
     bundle, base, net = sd15
     theirs = DiffusionPipeline.from_pretrained(base)
     theirs.scheduler = SCHEDULERS["lcm"](theirs.scheduler.config)
-    from diffusers import StableDiffusionControlNetImg2ImgPipeline, StableDiffusionControlNetPipeline
-
     parts = {**theirs.components, "controlnet": ControlNetModel.from_pretrained(net)}
     first, later = (
         kind(**parts, requires_safety_checker=False)
@@ -195,8 +200,6 @@ def test_a_picture_tells_its_second_pass_and_is_drawn_again(command, sdxl, tmp_p
     assert command(*words, *grid)[0] == 0
     sheet = Image.open("sheet.png").convert("RGB")
     assert command(*words, "--seed", "5,6", "--out", "two")[0] == 0
-    from lcm_compile.output.sheet import grid_sheet
-
     cells = [Image.open(f"two/a-red-star-{seed}.png") for seed in (5, 6)]
     own = grid_sheet(iter(cells), (96, 96), ["seed 5", "seed 6"], ["steps 4"], "x")
     below = own.height - 100
@@ -204,17 +207,12 @@ def test_a_picture_tells_its_second_pass_and_is_drawn_again(command, sdxl, tmp_p
 
 
 def test_prompts_of_stdin(command, sdxl, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", open_text(tmp_path, "a red star\na blue circle\n"))
+    (tmp_path / "prompts.txt").write_text("a red star\na blue circle\n")
+    monkeypatch.setattr("sys.stdin", (tmp_path / "prompts.txt").open())
     words = ["run", "--stdin", "--bundle", sdxl[0], "--hires", 1.5, "--seed", 5, "--out", tmp_path]
     code, out, err = command(*words)
     assert code == 0, err
     assert [Image.open(path).size for path in out.split("\n") if path] == [(96, 96)] * 2
-
-
-def open_text(folder, text):
-    path = folder / "stdin.txt"
-    path.write_text(text)
-    return path.open()
 
 
 def test_what_can_not_be_drawn_is_refused(command, refused, sdxl, sdxl_bundle, tmp_path):
@@ -246,11 +244,3 @@ def test_a_damaged_size_is_told_before_anything_is_drawn(refused, sdxl, tmp_path
     out = tmp_path / "a.png"
     refused(1, "is damaged", "run", "a star", "--bundle", bundle, "--hires", 1.5, "--out", out)
     assert not out.exists()
-
-
-def test_one_graph_draws_no_second_pass(pairs):
-    with load(pairs) as pipeline:
-        if len(pipeline.runners) > 1:
-            pytest.skip("it has stages")
-        with pytest.raises(UsageError, match="one graph"):
-            pipeline("a red star", hires=2)
