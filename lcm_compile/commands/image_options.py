@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +128,14 @@ def told(request: Request) -> Mapping[str, Any]:
     """Returns what a picture begins at, and how it is enlarged, for JSON."""
     from lcm_compile.output.picture_settings import hires_facts
 
+    names = "name", "sha256", "alpha", "border"
+    pictures = {"image": request.image, "mask": request.mask}
+    facts = {
+        called: picture and {name: getattr(picture, name) for name in names}
+        for called, picture in pictures.items()
+    }
     return {
-        "image": request.image and asdict(request.image),
+        **facts,
         "strength": request.denoising_strength if request.image else None,
-        "mask": request.mask and asdict(request.mask),
         "hires": hires_facts(request),
     }

@@ -369,9 +369,12 @@ class LcmPipeline(Pipeline):
 
     def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
+        how = self.one_pass if pictures[0].hires is None else self.two_passes
+        return (yield from how(pictures, show, previews))
+
+    def two_passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
+        """Does what `passes` does, for pictures that are enlarged and drawn on."""
         request = pictures[0]  # all are alike in what is read from it
-        if request.hires is None:
-            return (yield from self.one_pass(pictures, show, previews))
         # What may be refused of the second pass is refused before the first one is drawn.
         schedule(request.sampler, request.second_steps, self.settings.scheduler, request.eta)
         larger, latent = self.larger(request), request.upscaler == LATENT
