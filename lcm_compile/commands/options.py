@@ -109,6 +109,12 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="The picture that the bundle's ControlNet reads; repeated for several ControlNets.",
             ),
             click.option(
+                "--control-detector",
+                multiple=True,
+                metavar="canny[:LOW,HIGH]|none",
+                help="Make the ControlNet's picture of a photo; repeatable, one for all or for each.",
+            ),
+            click.option(
                 "--control-weight",
                 multiple=True,
                 type=float,
@@ -171,6 +177,19 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="FILE|ID[:W][@PART=W,…]",
                 help="A LoRA for one of the bundle's slots, and its weight; repeatable.",
             ),
+            click.option(
+                "--hires",
+                type=float,
+                metavar="FACTOR",
+                help="Enlarge what is drawn, such as by 2, and draw on with the bundle's larger size.",
+            ),
+            click.option("--hires-upscaler", help="How --hires enlarges: latent, the default, or lanczos."),
+            click.option(
+                "--hires-strength",
+                type=float,
+                help="Share of the second pass's steps that are drawn, 0 to 1; by default 0.7.",
+            ),
+            click.option("--hires-steps", type=int, help="Steps of the second pass; by default --steps."),
             click.option("--num-images", type=int, default=1, show_default=True, help="Pictures to draw."),
             click.option("--index", type=int, help="Draw only this one of --num-images, counted from 0."),
         )

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import (
     ALL_STAGES,
@@ -18,6 +18,7 @@ from lcm_compile.graphs import (
     is_lora_input,
 )
 from lcm_compile.pipeline.control import check_control, control_stages
+from lcm_compile.pipeline.hires import check_hires, larger_folder
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.loras import check_contracts, check_loras
 from lcm_compile.pipeline.prompts import check_prompts
@@ -113,7 +114,10 @@ def unfit_stages(bundle: EngineBundle, has: Collection[Any], needs: Collection[A
 
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
-    """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
+    """Raises UsageError if a bundle can't draw this request; it needs no loaded engine.
+
+    Raises BundleError if the size that a second pass needs is damaged.
+    """
     manifest = bundle.manifest
     schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
     contracts = [stage.contract for stage in manifest.stages]
@@ -129,6 +133,10 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)
+    check_hires(request, contracts, manifest.spec)
+    if request.hires is not None:
+        schedule(request.sampler, request.second_steps, manifest.pipeline.scheduler, request.eta)
+        open_bundle(larger_folder(bundle.folder, request, manifest.pipeline.shape))
 
 
 def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import CONTROLS
-from lcm_compile.pipeline.control_picture import ControlPicture, for_each
+from lcm_compile.pipeline.control_picture import for_each
 from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.source_picture import SourcePicture
 from lcm_compile.samplers.step import Step
 
 
-def check_control(pictures: Sequence[ControlPicture], stages: int, builds: str = "") -> None:
+def check_control(pictures: Sequence[SourcePicture], stages: int, builds: str = "") -> None:
     """Raises UsageError unless there are as many control pictures as a bundle has ControlNets.
 
     `stages` counts these. `builds` is the command that builds such a bundle.

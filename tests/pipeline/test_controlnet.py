@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 
+import cv2
 import factories
 import numpy as np
 import pytest
@@ -17,15 +19,15 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
-from factories import outline
+from factories import outline, painting
 from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.errors import UsageError
-from lcm_compile.pipeline.control_picture import ControlPicture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.source_picture import source_picture
 from lcm_compile.proof.parity import psnr_db
 from lcm_compile.spec import ControlNetSpec, Shape
 
@@ -166,11 +168,9 @@ def test_a_depth_map_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
     shape, values = Shape(2, 64, 64), np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
     Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "8.png")
-    sixteen, eight = (ControlPicture.of(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
+    sixteen, eight = (source_picture(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
     assert sixteen.shape == (2, 3, 64, 64) and sixteen.max() == 1 and sixteen.min() == 0
     np.testing.assert_allclose(sixteen, eight, atol=1.01 / 255)
-    with pytest.raises(UsageError, match="holds floats"):
-        ControlPicture.of(Image.new("F", (8, 8)))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA", "CMYK"])
@@ -178,7 +178,60 @@ def test_pictures_of_other_modes_are_read_as_diffusers_reads_them(mode):
     picture = outline((80, 48)).convert(mode)
     processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
     theirs = processor.preprocess(picture, height=64, width=96).numpy()
-    np.testing.assert_array_equal(ControlPicture.of(picture).planes(Shape(1, 64, 96)), theirs)
+    np.testing.assert_array_equal(source_picture(picture).planes(Shape(1, 64, 96)), theirs)
+
+
+def canny_as_documented(photo, low=100, high=200):
+    """What diffusers' documentation of ControlNets makes of a picture."""
+    image = cv2.Canny(np.array(photo), low, high)[:, :, None]
+    return Image.fromarray(np.concatenate([image, image, image], axis=2))
+
+
+def test_edges_are_those_of_opencv():
+    photo = painting(96, 64)
+    shape, found = Shape(1, 64, 96), source_picture(photo).detected_by("canny")
+    expected = np.asarray(canny_as_documented(photo), np.float32).transpose(2, 0, 1) / 255
+    assert 0.01 < expected.mean() < 0.5
+    np.testing.assert_array_equal(found.planes(shape)[0], expected)
+    resized = canny_as_documented(photo.resize((64, 64), Image.Resampling.LANCZOS), 20, 60)
+    found = source_picture(photo).detected_by("canny:20,60").planes(Shape(2, 64, 64))[1]
+    np.testing.assert_array_equal((found * 255).transpose(1, 2, 0), np.asarray(resized))
+    assert source_picture(photo).detected_by("none") == source_picture(photo)
+
+
+def test_a_photo_is_a_control_picture(sd15, sdxl, command, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = painting()
+    photo.save("photo.png")
+    canny_as_documented(photo).save("edges.png")
+    words = ["run", "a star", "--bundle", sd15.folder, "--seed", 1, "--control"]
+    detector = "--control-detector", "canny"
+    code, out, err = command(*words, "photo.png", *detector, "--out", "a.png", "--json")
+    assert code == 0, err
+    [told] = json.loads(out)["control"]
+    assert (told["file"], told["detector"]) == ("photo.png", "canny")
+    assert command(*words, "edges.png", "--out", "b.png")[0] == 0
+    drawn = Image.open("a.png").tobytes()
+    assert drawn == Image.open("b.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png")[0] == 0
+    assert drawn == Image.open("c.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png", "--control-detector", "none")[0] == 0
+    assert drawn != Image.open("c.png").tobytes()
+
+    [other] = sdxl.ours("a star", seed=1, control=[photo, photo], control_detector=["canny", "none"])
+    [same] = sdxl.ours("a star", seed=1, control=[canny_as_documented(photo), photo])
+    assert (np.asarray(other) == np.asarray(same)).all()
+
+    bad = [*words, "photo.png", "--out", "d.png", "--control-detector"]
+    refused(2, ["unknown control detector 'depth'", "canny, none"], *bad, "depth")
+    refused(2, "is not canny:LOW,HIGH", *bad, "canny:5")
+    refused(2, "2 control detectors for 1", *bad, "canny", "--control-detector", "none")
+    refused(2, "without a control picture", *words[:-1], *detector)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    refused(1, ["OpenCV", "pip install 'lcm-compile[detect]'"], *bad, "canny")
+    refused(1, "pip install", "run", "--again", "a.png", "--out", "d.png")
+    refused(1, "pip install", "run", "--again", "b.png", "--out", "d.png", *detector)
+    assert not (tmp_path / "d.png").exists()
 
 
 def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
@@ -201,10 +254,10 @@ def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeyp
     assert command(*again, "--control-weight", 0)[0] == 0
     assert Image.open("b.png").tobytes() != first
     outline((64, 64), seed=4).save("outline.png")
-    refused(2, ["is not the control picture", "--control FILE"], *again)
+    refused(2, ["is not the control picture", "SHA-256 differs", "--control"], *again)
     assert command(*again, "--control", "outline.png")[0] == 0
     (tmp_path / "outline.png").unlink()
-    refused(2, "neither in", *again)
+    refused(2, ["the control picture outline.png", "is not here", "--control"], *again)
 
     code, out, err = command("run", "--bundle", sd15.folder, "--out", "c.png", "--grid", "steps=1,2", *asked)
     assert code == 2 and "outline.png can't be read" in err
@@ -229,7 +282,7 @@ def test_bad_requests(sd15, sd15_checkpoint, sdxl, refused, tmp_path):
     refused(2, "must be before control end", *words, sd15.folder, *given, *span)
     refused(2, "without a control picture", *words, sd15.folder, "--control-weight", 1)
     assert not (tmp_path / "a.png").exists()
-    with pytest.raises(UsageError, match="a control picture must be"):
+    with pytest.raises(UsageError, match="the control picture must be"):
         sd15.ours("a star", control=[3])
     with pytest.raises(UsageError, match="2 values of control weight for 1"):
         Request("a star", 1, control=picture, control_weight=[1, 2])

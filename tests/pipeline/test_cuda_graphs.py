@@ -268,6 +268,15 @@ def test_pictures_that_begin_at_a_picture(engine, backend, inpainting, tape, tmp
             drawing, expected = pipeline.draw(asked), plain.draw(asked)
             np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(asked))
             assert drawing.cuda_graph == (USED if i else FIRST)
+    if not inpainting:  # two passes, of one size here
+        for one in (plain, pipeline):
+            one._open_larger = lambda request: pipeline_of(folder, engine)
+        for i, upscaler in enumerate(("latent", "latent", "lanczos")):
+            asked = Request(STAR, i, hires=2, hires_upscaler=upscaler)
+            drawing, expected = pipeline.draw(asked), plain.draw(asked)
+            np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(asked))
+            assert (drawing.cuda_graph == USED) == (i > 0)
+            assert expected.cuda_graph == SWITCHED_OFF
 
 
 @pytest.mark.parametrize(("case", "engine"), KINDS)
