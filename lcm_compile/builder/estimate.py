@@ -128,11 +128,13 @@ def disk_for(costs: Sequence[Estimate]) -> int:
 
 
 def parameters(component: Component) -> int:
-    """Returns the number of a model's weights, from its files' headers or, if it has no files, its config.
+    """Returns the number of a model's weights, from its files' headers.
+
+    It is its config's if it has no files, or if they are a control-LoRA's, which hold no complete weights.
 
     Raises CheckpointError if a file or the config can't be read.
     """
-    if not component.files:
+    if not component.files or component.changes_unet:
         from lcm_compile.checkpoint.empty_modules import empty_module
 
         return sum(weight.numel() for weight in empty_module(component).parameters())

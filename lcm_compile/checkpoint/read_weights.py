@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
-from lcm_compile.checkpoint.controlnet import controlnet_weights
+from lcm_compile.checkpoint.controlnet import control_lora_weights, controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
 from lcm_compile.checkpoint.weight_files import read_tensors
@@ -41,8 +41,8 @@ BESIDE_VAE = re.compile(rf"loss\..*|{LEFT_OVERS.pattern}")
 UNUSED_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
 
 
-def stored_component(component: Component) -> torch.nn.Module:
-    """Returns a component in fp32 from its files.
+def stored_component(component: Component, unet: Component) -> torch.nn.Module:
+    """Returns a component in fp32 from its files. `unet` is the base's, which a control-LoRA changes.
 
     Raises CheckpointError if a file can't be read, or if the tensors do not fit the config.
     """
@@ -54,10 +54,12 @@ def stored_component(component: Component) -> torch.nn.Module:
             "give --vae a folder with config.json, or a hub id",
         )
     module = empty_module(component)
-    tensors: Weights = {}
-    for path in component.weight_files:
-        tensors |= read_tensors(path, component.prefix)[0]
-    weights = as_diffusers(component, module, tensors)
+    weights = tensors_of(component)
+    if component.changes_unet:
+        own = as_diffusers(unet, empty_module(unet), tensors_of(unet))
+        weights = control_lora_weights(module, weights, own)
+    else:
+        weights = as_diffusers(component, module, weights)
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = {
         "lacks": sorted(needed.keys() - weights.keys()),
@@ -83,6 +85,14 @@ def stored_component(component: Component) -> torch.nn.Module:
     }
     module.load_state_dict(copies, assign=True)
     return module
+
+
+def tensors_of(component: Component) -> Weights:
+    """Returns the tensors in a component's files. Raises CheckpointError if one can't be read."""
+    tensors: Weights = {}
+    for path in component.weight_files:
+        tensors |= read_tensors(path, component.prefix)[0]
+    return tensors
 
 
 def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights:

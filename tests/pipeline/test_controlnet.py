@@ -27,9 +27,23 @@ from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec, Shape
+from lcm_compile.spec import ControlNetSpec, LoraSpec, Shape
 
 FLOOR = 60  # dB
+
+
+def load_controlnets(base, folder, *kinds):
+    """ControlNets of these kinds for a base: what `build` is given, and diffusers' models of the same."""
+    sources, models = [], []
+    for i, kind in enumerate(kinds):
+        whole = folder / f"net-{i}"
+        if kind == "control-LoRA":
+            source = factories.write_control_lora(base, whole, folder / f"net-{i}.safetensors", seed=3 + i)
+        else:
+            source = factories.write_controlnet(base, whole, seed=3 + i)
+        sources.append(source)
+        models.append(ControlNetModel.from_pretrained(whole))
+    return sources, models
 
 
 @dataclass
@@ -81,26 +95,32 @@ class Pair:
         return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
 
 
-def make_pair(base, folder, weights, pipeline, **options):
-    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
+def make_pair(base, folder, weights, kinds, pipeline, **options):
+    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them.
+
+    A LoRA is fused into the base, which must not reach the control-LoRA.
+    """
     base = factories.with_scheduler(base, folder / "base", clip_sample=False)
     nets = len(weights)
-    sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
+    sources, models = load_controlnets(base, folder, *kinds)
+    pipe = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
+    lora = factories.write_lora(pipe, folder / "style.safetensors", "diffusers")
     specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
+    loras = (LoraSpec(str(lora), 0.3),)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", loras=loras, controlnets=specs, **options)
     bundle = build(spec, folder / "bundle")
-    models = [ControlNetModel.from_pretrained(source) for source in sources]
-    theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
-    theirs.set_progress_bar_config(disable=True)
-    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
+    pipe.load_lora_weights(str(lora))
+    pipe.fuse_lora(lora_scale=0.3)
+    pipe.set_progress_bar_config(disable=True)
+    return load(bundle), pipe, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
 
 
 @pytest.fixture(scope="module")
 def sd15(sd15_checkpoint, tmp_path_factory):
-    """One ControlNet, a picture at a time."""
+    """One ControlNet, a control-LoRA, a picture at a time."""
     folder = tmp_path_factory.mktemp("sd15-control")
-    options = {"backend": "onnxruntime"}
-    made = make_pair(sd15_checkpoint, folder, [0.8], StableDiffusionControlNetPipeline, **options)
+    options, kinds = {"backend": "onnxruntime"}, ["control-LoRA"]
+    made = make_pair(sd15_checkpoint, folder, [0.8], kinds, StableDiffusionControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -109,8 +129,10 @@ def sd15(sd15_checkpoint, tmp_path_factory):
 def sdxl(sdxl_checkpoint, tmp_path_factory):
     """Two ControlNets, two pictures at a time."""
     folder = tmp_path_factory.mktemp("sdxl-control")
-    options = {"backend": "torchscript", "batch": 2}
-    made = make_pair(sdxl_checkpoint, folder, [1.2, 0.0], StableDiffusionXLControlNetPipeline, **options)
+    options, kinds = {"backend": "torchscript", "batch": 2}, ["whole", "control-LoRA"]
+    made = make_pair(
+        sdxl_checkpoint, folder, [1.2, 0.0], kinds, StableDiffusionXLControlNetPipeline, **options
+    )
     with made[0]:
         yield Pair(*made)
 
