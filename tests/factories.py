@@ -18,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
@@ -366,6 +367,51 @@ def write_control_lora(base, folder, path, rank=4, seed=3):
         tensors |= {f"{layer}.up": up, f"{layer}.down": down}
     net.save_pretrained(folder)
     return save_tensors(tensors, path)
+
+
+def write_t2i_adapter(folder, seed=3, **config):
+    """A T2I-Adapter, in a diffusers folder, whose features are as large as what they are added to."""
+    torch.manual_seed(seed)
+    adapter = T2IAdapter(**{"channels": [32, 64], "num_res_blocks": 2, "downscale_factor": 8, **config})
+    with torch.no_grad():
+        for weight in lively(adapter).parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.2 / weight[0].numel() ** 0.5)
+    adapter.save_pretrained(folder)
+    return folder
+
+
+def write_original_t2i_adapter(folder, path):
+    """A diffusers folder's T2I-Adapter as one file under the original's names."""
+    adapter, named = T2IAdapter.from_pretrained(folder), {}
+    light = adapter.config.adapter_type == "light_adapter"
+    for key, weight in adapter.state_dict().items():
+        match key.split(".")[1:]:
+            case ["body", block, "resnets", number, *leaf]:
+                place = f"{block}.body.{number}" if light else str(2 * int(block) + int(number))
+                named[f"body.{place}.{'.'.join(leaf)}"] = weight
+            case ["body", block, *leaf]:
+                place = block if light else 2 * int(block)
+                named[f"body.{place}.{'.'.join(leaf)}"] = weight
+            case leaf:
+                named[".".join(leaf)] = weight
+    torch.save(named, path)
+    return path
+
+
+# Three blocks: the features of an SDXL adapter reach the middle one, and a light adapter needs as many.
+DEEP_SDXL = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+}
+DEEP_SD15 = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 def outline(size, seed=0):

@@ -135,10 +135,10 @@ def contest(
     UsageError or BackendError if a rival can't be used here.
     """
     manifest = bundle.manifest
-    if manifest.spec.controlnets:
+    if guides := manifest.spec.guides:
         raise UsageError(
-            f"{bundle.folder} has a ControlNet, and bench measures bundles without",
-            replace(manifest.spec, controlnets=()).command(),
+            f"{bundle.folder} has a {guides[0].kind}, and bench measures bundles without",
+            replace(manifest.spec, controlnets=(), t2i_adapters=()).command(),
         )
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}

@@ -12,6 +12,7 @@ from lcm_compile.checkpoint.checkpoint import Component, is_tiny
 from lcm_compile.checkpoint.controlnet import control_lora_weights, controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
+from lcm_compile.checkpoint.t2i_adapter import todays_names
 from lcm_compile.checkpoint.weight_files import read_tensors
 from lcm_compile.checkpoint.write_single_file import (
     is_open_clip,
@@ -21,7 +22,7 @@ from lcm_compile.checkpoint.write_single_file import (
     vae_weights,
 )
 from lcm_compile.errors import CheckpointError, first_few
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, GUIDES
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,7 @@ def stored_component(component: Component, unet: Component) -> torch.nn.Module:
             "give a model whose config.json and weights were saved together"
             if component.folder
             else "give a diffusers folder of it, with its config.json"
-            if component.name in CONTROLS
+            if component.name in GUIDES
             else "give --config DIR, a diffusers folder of its architecture, or another file",
         )
     copies = {
@@ -105,6 +106,8 @@ def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights
         return text_encoder_weights(component, module, tensors)
     if component.name in CONTROLS:
         return controlnet_weights(module, tensors, component.prefix)
+    if component.name in GUIDES:
+        return todays_names(tensors)
     own = module.state_dict()
     if component.name == "unet":
         if not component.prefix:

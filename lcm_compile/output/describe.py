@@ -213,6 +213,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         else None,
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
+        "t2i_adapters": [vars(adapter) for adapter in manifest.spec.t2i_adapters],
         "stages": [
             {
                 "name": stage.contract.name,
