@@ -109,17 +109,20 @@ def controlnet_in_file(path: Path, name: str, checkpoint: Checkpoint) -> Compone
             f"{path} holds a ControlNet's difference to a base, and not the ControlNet itself", hint
         )
     prefix = ORIGINAL if ORIGINAL + ORIGINAL_FIRST in shapes else ""
-    if not prefix and DIFFUSERS_FIRST not in shapes and ORIGINAL_FIRST not in shapes:
+    if not is_controlnet(shapes):
         raise CheckpointError(
             f"{path} is no ControlNet: it has neither {DIFFUSERS_FIRST} nor {ORIGINAL_FIRST} "
             f"(it has {first_few([*shapes])})",
             hint,
         )
-    bare = whole_shapes({key.removeprefix(prefix): shape for key, shape in shapes.items()})
     unet = checkpoint.unet
     config = {key: unet[key] for key in COPIED if unet.get(key) is not None}
-    config |= {"_class_name": CLASS, "conditioning_embedding_out_channels": hint_channels(bare)}
-    return Component(name, {**config, **shown_by(bare)}, (path,), prefix=prefix, changes_unet=changes)
+    return Component(name, {**config, **shown_by(shapes)}, (path,), prefix=prefix, changes_unet=changes)
+
+
+def is_controlnet(shapes: Shapes) -> bool:
+    """Returns whether a file's keys are a ControlNet's."""
+    return any(key in shapes for key in (DIFFUSERS_FIRST, ORIGINAL_FIRST, ORIGINAL + ORIGINAL_FIRST))
 
 
 def whole_shapes(shapes: Shapes) -> Shapes:
@@ -144,7 +147,8 @@ def hint_channels(shapes: Shapes) -> list[int]:
 
 
 def shown_by(shapes: Shapes) -> dict[str, Any]:
-    """Returns what a file's shapes show of the settings in MUST_FIT."""
+    """Returns what a ControlNet's file shows of its settings: those in MUST_FIT and its picture's layers."""
+    shapes = whole_shapes({key.removeprefix(ORIGINAL): shape for key, shape in shapes.items()})
     widths = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")]
     if DIFFUSERS_FIRST in shapes:
         numbered = numbers(r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight", shapes)
@@ -159,6 +163,8 @@ def shown_by(shapes: Shapes) -> dict[str, Any]:
                 channels[-1] = shapes.get(f"input_blocks.{n}.0.out_layers.3.weight", (0,))[0]
         added = shapes.get("label_emb.0.0.weight")
     return {
+        "_class_name": CLASS,
+        "conditioning_embedding_out_channels": hint_channels(shapes),
         "block_out_channels": channels,
         "cross_attention_dim": max(widths, default=0),
         "addition_embed_type": "text_time" if added else None,

@@ -78,10 +78,14 @@ def adapter_in_file(path: Path, name: str) -> Component:
     for part, kind in OTHERS.items():
         if any(part in key for key in shapes):
             raise CheckpointError(f"{path} is {kind}, and is not read", HINT)
-    known = todays_names(shapes)
-    if not any(key.startswith("adapter.body.0.") for key in known):
+    if not is_adapter(shapes):
         raise CheckpointError(f"{path} is no T2I-Adapter (it has {first_few([*shapes])})", HINT)
-    return Component(name, {"_class_name": CLASS, **shown_by(known)}, (path,))
+    return Component(name, {"_class_name": CLASS, **shown_by(shapes)}, (path,))
+
+
+def is_adapter(shapes: Shapes) -> bool:
+    """Returns whether a file's keys are a T2I-Adapter's."""
+    return any(key.startswith("adapter.body.0.") for key in todays_names(shapes))
 
 
 def todays_names(named: Mapping[str, Value]) -> dict[str, Value]:
@@ -106,11 +110,12 @@ def todays_names(named: Mapping[str, Value]) -> dict[str, Value]:
 
 
 def shown_by(shapes: Shapes) -> dict[str, Any]:
-    """Returns the settings that a file's shapes show, for keys under diffusers' names.
+    """Returns the settings that a file's shapes show.
 
     An adapter's first layer takes f·f pixels of each channel of the picture. The published ones read 1 or 3
     channels, with an f of 8, and of 16 for SDXL.
     """
+    shapes = todays_names(shapes)
     blocks = sorted({int(key.split(".")[2]) for key in shapes if key.startswith("adapter.body.")})
     resnets = {key.split(".")[4] for key in shapes if key.startswith("adapter.body.0.resnets.")}
     light = "adapter.body.0.out_conv.weight" in shapes
@@ -149,7 +154,7 @@ def places_in(unet: Mapping[str, Any], height: int, width: int) -> list[Size]:
     """Returns the sizes of what features are added to in a UNet, for latents of this height and width.
 
     They are the outputs of its down blocks, of those without cross-attention after their downsampler, and
-    that of its middle block.
+    that of its middle block if it has one.
     """
     channels, types = unet["block_out_channels"], unet["down_block_types"]
     sizes = []
@@ -158,7 +163,7 @@ def places_in(unet: Mapping[str, Any], height: int, width: int) -> list[Size]:
         if i < len(channels) - 1:
             height, width = -(-height // 2), -(-width // 2)
         sizes.append(before if "CrossAttn" in kind else (own, height, width))
-    return [*sizes, (channels[-1], height, width)]
+    return [*sizes, (channels[-1], height, width)] if unet.get("mid_block_type", True) else sizes
 
 
 def check_fit(component: Component, source: str, checkpoint: Checkpoint) -> None:
