@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import factories
 import numpy as np
@@ -21,6 +22,12 @@ from factories import outline
 from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
+from lcm_compile.benchmarks.measure.bench import Measured, cases_of, contest
+from lcm_compile.benchmarks.measure.rivals import SELF
+from lcm_compile.benchmarks.measure.work import count_work
+from lcm_compile.benchmarks.measure.worker import cold_run, take_sample
+from lcm_compile.bundles.bundle import open_bundle
+from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.control_picture import ControlPicture
 from lcm_compile.pipeline.drawing import eight_bits
@@ -257,3 +264,28 @@ def test_bad_requests(sd15, sd15_checkpoint, sdxl, refused, tmp_path):
         Request("a star", 1, control=picture, control_weight=[1, 2])
     with pytest.raises(UsageError, match="whole-loop"):
         BuildSpec("demo", whole_loop=True, controlnets=(ControlNetSpec("x"),))
+
+
+@pytest.mark.slow
+def test_bench_draws_with_the_controlnets_too(sdxl, refused, tmp_path):
+    """In this process, which saves the minute that five others take to start."""
+    bundle = open_bundle(Path(sdxl.folder))
+    with contest(bundle, ["eager"]) as contestants:
+        drawn = {name: [take_sample(load(), "a star", 7)] for name, load in contestants.drawers.items()}
+        nothing = dict.fromkeys(drawn)
+        cases = {one.name: one for one in cases_of(contestants, Measured(drawn, nothing, nothing), {})}
+    assert [*cases] == ["picture", "encode", "context", "step", "decode"]
+    # Whoever drew without the ControlNets drew another picture.
+    assert cases["picture"].parity_db >= FLOOR
+    plain = sdxl.ours("a star", seed=7, num_images=2, control=sdxl.pictures, control_weight=0.0)
+    assert psnr_db(drawn[SELF][0].drawn.pictures[0], np.asarray(plain[0])) < 35
+    assert cases["step"].rivals["eager"].samples_ms[0] > 0
+    # Each ControlNet is counted, a copy of half of the UNet, and so are the bytes of its engine.
+    manifest = bundle.manifest
+    unet = count_work(open_base(replace(manifest.spec, controlnets=()), half=False), manifest.pipeline.shape)
+    step, passes = cases["step"], cases["step"].passes
+    assert 1.5 * passes * unet["step"].flop < step.flop < 3.5 * passes * unet["step"].flop
+    sizes = [(bundle.folder / stage.file).stat().st_size for stage in manifest.stages]
+    assert cases["picture"].engine_bytes == pytest.approx(sum(sizes), rel=0.01)
+    assert cold_run(bundle.folder, "a star", 7, tmp_path / "a.png", threads=1) > 0
+    refused(2, "draws without ControlNets", "bench", bundle.folder, "--against", "openvino")

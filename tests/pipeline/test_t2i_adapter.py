@@ -231,7 +231,7 @@ def test_run_tells_both_pictures(everything, command, refused, tmp_path):
     code, out, _ = command("inspect", bundle, "--json")
     [adapter] = json.loads(out)["t2i_adapters"]
     assert adapter["source"].endswith("a.pth")
-    refused(2, ["has a ControlNet", "bench measures bundles without"], "bench", bundle)
+    refused(2, ["has a T2I-Adapter", "bench measures bundles without"], "bench", bundle)
 
 
 def test_bad_options(sd15, refused, tmp_path):
