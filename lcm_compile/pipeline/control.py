@@ -155,7 +155,8 @@ def put_control(
         if (strength := next((one for one in strengths[name] if one is not None), None)) is not None:
             runner = runners[name]
             outputs = runner({"control": put_picture(runner, pictures[name]), "strength": strength})
-            given[name] = {key: runner.kept(array) for key, array in outputs.items()}
+            # Copies, which CUDA graphs may overwrite; an engine's own arrays they may not.
+            given[name] = {key: array + 0 for key, array in outputs.items()}
     features: dict[tuple[str, ...], Arrays] = {}
     for i in range(len(steps)):
         on = tuple(name for name in adapters if strengths[name][i] is not None)
