@@ -30,6 +30,7 @@ REASONS_SHOWN = 8
 ASKED = (
     "ControlNet",
     "LoRA",
+    "T2I-Adapter",
     "backend",
     "clip skip",
     "embedding",

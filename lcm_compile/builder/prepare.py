@@ -15,7 +15,7 @@ from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import CONTROLS, DRAW, ExportedGraph
+from lcm_compile.graphs import DRAW, GUIDES, ExportedGraph
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
@@ -29,7 +29,7 @@ from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
-CONDITIONS = ("encode", "context", *CONTROLS)
+CONDITIONS = ("encode", "context", *GUIDES)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
         for name in plan.checkpoint.tokenizers:
             load_tokenizer(plan.checkpoint, name)
     components = plan.checkpoint.components
-    modules = {name: empty_module(components[name]) for name in components if name not in CONTROLS}
+    modules = {name: empty_module(components[name]) for name in components if name not in GUIDES}
     provenance = check_loras(modules, loras.read())
     for lora, spec in loras.read():
         if spec.name is not None:
@@ -147,12 +147,12 @@ def prepare_model(
 
 
 def beside(name: str, stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns which of a model's stages must be run to record one: for a ControlNet, all after it.
+    """Returns which of a model's stages must be run to record one: for what guides it, all after that.
 
     The stages before it are replayed.
     """
     names = [*stages]
-    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in CONTROLS else {}
+    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in GUIDES else {}
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:
@@ -258,7 +258,7 @@ def merge_into(name: str, plan: ExportPlan, loras: LoraFiles, module: nn.Module)
     read, inputs = loras.read(), plan.checkpoint.loras
     fused = [(lora, spec) for lora, spec in read if spec.name is None]
     merge_loras({name: module}, fused)
-    if not inputs or name == "vae" or name in CONTROLS:
+    if not inputs or name == "vae" or name in GUIDES:
         return
     fixed: dict[nn.Module, list[FixedLora]] = {}
     at_run_time = [lora for lora, spec in read if spec.name is not None]
@@ -300,7 +300,7 @@ def first_call(
 ) -> Call:
     """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
     plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
-    names = [n for n in (name, *(CONTROLS if name == "step" else ())) if n in plain.contracts]
+    names = [n for n in (name, *(GUIDES if name == "step" else ())) if n in plain.contracts]
     stages = {n: make_stage(plan.checkpoint, plain.contracts[n], modules) for n in names}
     with ExitStack() as stack:
         runners = {n: stack.enter_context(rehearsal.runner_of(stage)) for n, stage in stages.items()}

@@ -106,7 +106,8 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--control",
                 multiple=True,
                 metavar="PICTURE",
-                help="The picture that the bundle's ControlNet reads; repeated for several ControlNets.",
+                help="The picture that the bundle's ControlNet or T2I-Adapter reads; repeated for several, "
+                "ControlNets' first.",
             ),
             click.option(
                 "--control-detector",
@@ -118,19 +119,19 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--control-weight",
                 multiple=True,
                 type=float,
-                help="Strength of the ControlNet, by default the bundle's; repeatable, as are the next two.",
+                help="Its strength, by default the bundle's; repeatable, as are the next two.",
             ),
             click.option(
                 "--control-start",
                 multiple=True,
                 type=float,
-                help="Share of the steps, 0 to 1, before which the ControlNet does nothing.",
+                help="Share of the steps, 0 to 1, before which it does nothing.",
             ),
             click.option(
                 "--control-end",
                 multiple=True,
                 type=float,
-                help="Share of the steps, 0 to 1, after which the ControlNet does nothing.",
+                help="Share of the steps, 0 to 1, after which it does nothing.",
             ),
             pair_option("--original-size", "HEIGHTxWIDTH", "The size that SDXL is told a picture had"),
             pair_option("--crop", "TOP,LEFT", "Where SDXL is told it was cropped; by default at 0,0"),
@@ -270,22 +271,28 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def controlnet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --controlnet, as ControlNetSpecs in the parameter `controlnets`."""
+def guide_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --controlnet and --t2i-adapter, as specs in the parameters `controlnets` and `t2i_adapters`."""
 
     def read(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
-        from lcm_compile.spec import ControlNetSpec
+        from lcm_compile.spec import ControlNetSpec, T2IAdapterSpec
 
-        return tuple(ControlNetSpec.parse(text) for text in texts)
+        kind = ControlNetSpec if parameter.name == "controlnets" else T2IAdapterSpec
+        return tuple(kind.parse(text) for text in texts)
 
-    return click.option(
-        "--controlnet",
-        "controlnets",
-        multiple=True,
-        metavar="DIR|FILE|ID[:W]",
-        callback=read,
-        help="A ControlNet, whose picture run --control gives, and its usual strength; repeatable.",
-    )(command)
+    for option, parameter, what in (
+        ("--t2i-adapter", "t2i_adapters", "T2I-Adapter"),
+        ("--controlnet", "controlnets", "ControlNet"),
+    ):
+        command = click.option(
+            option,
+            parameter,
+            multiple=True,
+            metavar="DIR|FILE|ID[:W]",
+            callback=read,
+            help=f"A {what}: run --control gives its picture, W is its usual strength; repeatable.",
+        )(command)
+    return command
 
 
 def base_settings(
@@ -366,7 +373,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="REWRITE",
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
-            controlnet_option,
+            guide_options,
             click.option(
                 "--image",
                 is_flag=True,

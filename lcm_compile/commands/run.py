@@ -22,7 +22,7 @@ from lcm_compile.commands.image_options import (
 )
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
-from lcm_compile.graphs import ENCODE_IMAGE
+from lcm_compile.graphs import ENCODE_IMAGE, T2I_ADAPTERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -329,6 +329,7 @@ def timing_line(ms: Mapping[str, Any]) -> str:
     if "step" not in ms:  # one graph draws everything
         return f"{ms['total']:.0f} ms"
     image = f"image {ms[ENCODE_IMAGE]:.0f}, " if ENCODE_IMAGE in ms else ""
+    image += f"adapter {ms[T2I_ADAPTERS[0]]:.0f}, " if T2I_ADAPTERS[0] in ms else ""
     return (
         f"{ms['total']:.0f} ms ({image}encode {ms['encode'] + ms['context']:.0f}, "
         f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})"

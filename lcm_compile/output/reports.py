@@ -29,7 +29,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"{p.role} LoRA", lora_line(p)) for p in export.loras),
             *(((("LoRA slots", slots_line(export)),)) if export.spec.lora_slots else ()),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
-            *(("ControlNet", str(controlnet)) for controlnet in export.spec.controlnets),
+            *((guide.kind, str(guide)) for guide in export.spec.guides),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
             ("prompt tokens", str(export.spec.prompt_tokens)),

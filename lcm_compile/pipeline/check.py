@@ -14,10 +14,11 @@ from lcm_compile.graphs import (
     ENCODE_IMAGE,
     MASKED,
     STAGES,
+    T2I_ADAPTERS,
     StageContract,
     is_lora_input,
 )
-from lcm_compile.pipeline.control import check_control, control_stages
+from lcm_compile.pipeline.control import check_control, control_stages, guide_stages
 from lcm_compile.pipeline.hires import check_hires, larger_folder
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.loras import check_contracts, check_loras
@@ -60,12 +61,14 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    controls = control_stages(contracts)
-    if len(settings.control_weights) != len(controls):
-        raise unfit_stages(bundle, controls, settings.control_weights)
-    for name in controls:
+    guides, controls = guide_stages(contracts), control_stages(contracts)
+    if len(settings.control_weights) != len(guides):
+        raise unfit_stages(bundle, guides, settings.control_weights)
+    grey, colours = ({"control": (1, n, shape.height, shape.width), "strength": (1,)} for n in (1, 3))
+    for name in guides:
+        needs = select(controlled, takes[name]) if name in controls else colours
         given |= gives[name]
-        wanted.append((takes[name], select(controlled, takes[name])))
+        wanted.append((takes[name], grey if name in T2I_ADAPTERS and takes[name] == grey else needs))
         wanted.append((gives[name], select(takes["step"], gives[name])))
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
     given[MASKED] = (*latent[:1], sum(latent[1:2]) + 1, *latent[2:])
@@ -124,12 +127,12 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
     check_images([request], contracts, manifest.spec)
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
     check_loras(request, manifest.pipeline)
-    nets = len(manifest.pipeline.control_weights)
+    guides = guide_stages(contract.name for contract in contracts)
     builds = ""
-    if request.control and not nets:
+    if request.control and not guides:
         spec = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
         builds = spec.command()
-    check_control(request.control, nets, builds)
+    check_control(request.control, guides, builds)
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

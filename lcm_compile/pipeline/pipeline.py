@@ -23,8 +23,8 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, STAGES
-from lcm_compile.pipeline.control import Control, check_control, control_stages, put_control, strengths_of
+from lcm_compile.graphs import ENCODE_IMAGE, STAGES, T2I_ADAPTERS
+from lcm_compile.pipeline.control import Control, check_control, put_control, strengths_of
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
@@ -176,10 +176,10 @@ class Pipeline(ABC):
         strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
             a mask.
         mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
-        control: The picture that the bundle's ControlNet reads, for all pictures of the call, given as an
-            image is; for several ControlNets a list with one for each.
-        control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
-        control_start: The share of the steps before which the ControlNet does nothing, by default 0.
+        control: The picture that the bundle's ControlNet or T2I-Adapter reads, for all pictures of the call,
+            given as an image is; for several a list with one for each, ControlNets' first.
+        control_weight: The strength of each, by default the bundle's own; for several a list.
+        control_start: The share of the steps before which it does nothing, by default 0.
         control_end: The share of the steps after which it does nothing, by default 1.
         control_detector: What makes the ControlNet's picture of a photo: `canny` or `canny:LOW,HIGH`, which
             need OpenCV; for several a list, in which `none` reads a picture as it is.
@@ -293,7 +293,7 @@ class Pipeline(ABC):
             check_prompts(asked, self.settings.tokenizers, contracts)
         check_loras(pictures[0], self.settings)
         check_images(pictures, contracts)
-        check_control(pictures[0].control, len(control_stages(self.runners)))
+        check_control(pictures[0].control, guide_stages(self.runners))
         check_hires(pictures[0], contracts)
 
     @abstractmethod
@@ -421,11 +421,14 @@ class LcmPipeline(Pipeline):
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
         encodings = stages * encoded + (len(begin.sources) if begin else 0)
-        passes = Passes(encodings, len(batches), len(steps) * (1 + guided) + decodes)
-        encodes = ENCODE_IMAGE in self.runners and begin
-        clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if encodes else STAGES)
+        adapter = T2I_ADAPTERS[0] if T2I_ADAPTERS[0] in self.runners else ""
+        each = len(steps) * (1 + guided) + decodes
+        passes = Passes(encodings + bool(adapter), len(batches), each)
+        encodes = bool(ENCODE_IMAGE in self.runners and begin)
+        others = [name for name, there in ((ENCODE_IMAGE, encodes), (adapter, adapter)) if there]
+        clock = Clock(self.runners["encode"], (*STAGES, *others))
         graphs = self.find_graphs(steps, guided, request)
-        control = put_control(self.runners, request, self.settings, steps)
+        control: Control | None = None
         clock.lap("")
 
         for _ in begin.encode() if begin else ():
@@ -441,6 +444,11 @@ class LcmPipeline(Pipeline):
                 clock.lap("encode")
                 yield passes.add(1)
             if now != before:
+                if control is None:
+                    control = put_control(self.runners, request, self.settings, steps)
+                    clock.lap(adapter)
+                    if adapter:
+                        yield passes.add(1)
                 texts = {key: texts[key] for key in now}
                 loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras, control)
                 clock.lap("context")

@@ -63,13 +63,14 @@ class Request:
         None is 0.8, or 1 with a mask.
     mask: What is repainted of the image, as an image is given: white is, and black is kept. "alpha" is the
         transparency of the image itself.
-    control: The picture that a bundle's ControlNet reads, as an image is given; for several ControlNets a
-        list with one for each. All pictures of a request share it. It is resized to the bundle's size without
-        keeping its aspect ratio. Kept as a tuple of SourcePicture; the default, (), is none.
-    control_weight: The strength of the ControlNet without a unit, any finite number; for several a list with
-        one for each. 0 is none, and the bundle's own, of `build --controlnet`, is the default, ().
-    control_start: The share of the steps, from 0 to 1, before which the ControlNet does nothing; for several
-        a list. The default, (), is 0.
+    control: The picture that a bundle's ControlNet or T2I-Adapter reads, as an image is given; for several a
+        list with one for each, ControlNets' first. All pictures of a request share it. It is resized to the
+        bundle's size without keeping its aspect ratio. Kept as a tuple of SourcePicture; the default, (), is
+        none.
+    control_weight: The strength of the ControlNet or adapter without a unit, any finite number; for several a
+        list with one for each. 0 is none, and the bundle's own, of its `build`, is the default, ().
+    control_start: The share of the steps, from 0 to 1, before which it does nothing; for several a list. The
+        default, (), is 0.
     control_end: The share of the steps, from 0 to 1, after which it does nothing; above its start. The
         default, (), is 1.
     hires: The factor, above 1 and up to 16, by which a finished picture is enlarged and then drawn on, which

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, MASKED, StageContract, is_lora_input
+from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, MASKED, T2I_ADAPTERS, StageContract, is_lora_input
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
@@ -87,6 +87,8 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         module = Step(modules["unet"], names, ratio)
     elif contract.name in CONTROLS:
         module = Control(modules[contract.name], names)
+    elif contract.name in T2I_ADAPTERS:
+        module = Adapter(modules[contract.name])
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif contract.name == ENCODE_IMAGE:
@@ -255,6 +257,11 @@ class Step(nn.Module):
             *down, mid = [v.to(self.dtype) for k, v in given.items() if k.startswith("residual_")]
             arguments["down_block_additional_residuals"] = down
             arguments["mid_block_additional_residual"] = mid
+        if "feature_0" in given:
+            features = [v.to(self.dtype) for k, v in given.items() if k.startswith("feature_")]
+            arguments["down_intrablock_additional_residuals"] = [
+                feature.expand(len(latent), -1, -1, -1) for feature in features
+            ]
         seen = torch.cat([latent, given[MASKED]], dim=1) if MASKED in given else latent
         prediction = self.unet(seen.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
@@ -310,6 +317,18 @@ class Control(nn.Module):
             return_dict=False,
         )
         return tuple(residual.float() * given["strength"] for residual in (*down, mid))
+
+
+class Adapter(nn.Module):
+    """Runs a T2I-Adapter on a picture, and multiplies its features by the strength."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, control: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
+        features = self.adapter(control.to(weight_type(self.adapter)))
+        return tuple(feature.float() * strength for feature in features)
 
 
 def weight_type(module: nn.Module) -> torch.dtype:

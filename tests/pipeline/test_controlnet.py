@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import cv2
 import factories
@@ -23,15 +24,35 @@ from factories import outline, painting
 from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
+from lcm_compile.benchmarks.measure.bench import Measured, cases_of, contest
+from lcm_compile.benchmarks.measure.rivals import SELF
+from lcm_compile.benchmarks.measure.work import count_work
+from lcm_compile.benchmarks.measure.worker import cold_run, take_sample
+from lcm_compile.bundles.bundle import open_bundle
+from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.source_picture import source_picture
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec, Shape
+from lcm_compile.spec import ControlNetSpec, LoraSpec, Shape
 
 FLOOR = 60  # dB
+
+
+def load_controlnets(base, folder, *kinds):
+    """ControlNets of these kinds for a base: what `build` is given, and diffusers' models of the same."""
+    sources, models = [], []
+    for i, kind in enumerate(kinds):
+        whole = folder / f"net-{i}"
+        if kind == "control-LoRA":
+            source = factories.write_control_lora(base, whole, folder / f"net-{i}.safetensors", seed=3 + i)
+        else:
+            source = factories.write_controlnet(base, whole, seed=3 + i)
+        sources.append(source)
+        models.append(ControlNetModel.from_pretrained(whole))
+    return sources, models
 
 
 @dataclass
@@ -83,26 +104,32 @@ class Pair:
         return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
 
 
-def make_pair(base, folder, weights, pipeline, **options):
-    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
+def make_pair(base, folder, weights, kinds, pipeline, **options):
+    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them.
+
+    A LoRA is fused into the base, which must not reach the control-LoRA.
+    """
     base = factories.with_scheduler(base, folder / "base", clip_sample=False)
     nets = len(weights)
-    sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
+    sources, models = load_controlnets(base, folder, *kinds)
+    pipe = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
+    lora = factories.write_lora(pipe, folder / "style.safetensors", "diffusers")
     specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
+    loras = (LoraSpec(str(lora), 0.3),)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", loras=loras, controlnets=specs, **options)
     bundle = build(spec, folder / "bundle")
-    models = [ControlNetModel.from_pretrained(source) for source in sources]
-    theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
-    theirs.set_progress_bar_config(disable=True)
-    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
+    pipe.load_lora_weights(str(lora))
+    pipe.fuse_lora(lora_scale=0.3)
+    pipe.set_progress_bar_config(disable=True)
+    return load(bundle), pipe, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
 
 
 @pytest.fixture(scope="module")
 def sd15(sd15_checkpoint, tmp_path_factory):
-    """One ControlNet, a picture at a time."""
+    """One ControlNet, a control-LoRA, a picture at a time."""
     folder = tmp_path_factory.mktemp("sd15-control")
-    options = {"backend": "onnxruntime"}
-    made = make_pair(sd15_checkpoint, folder, [0.8], StableDiffusionControlNetPipeline, **options)
+    options, kinds = {"backend": "onnxruntime"}, ["control-LoRA"]
+    made = make_pair(sd15_checkpoint, folder, [0.8], kinds, StableDiffusionControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -111,8 +138,10 @@ def sd15(sd15_checkpoint, tmp_path_factory):
 def sdxl(sdxl_checkpoint, tmp_path_factory):
     """Two ControlNets, two pictures at a time."""
     folder = tmp_path_factory.mktemp("sdxl-control")
-    options = {"backend": "torchscript", "batch": 2}
-    made = make_pair(sdxl_checkpoint, folder, [1.2, 0.0], StableDiffusionXLControlNetPipeline, **options)
+    options, kinds = {"backend": "torchscript", "batch": 2}, ["whole", "control-LoRA"]
+    made = make_pair(
+        sdxl_checkpoint, folder, [1.2, 0.0], kinds, StableDiffusionXLControlNetPipeline, **options
+    )
     with made[0]:
         yield Pair(*made)
 
@@ -288,3 +317,28 @@ def test_bad_requests(sd15, sd15_checkpoint, sdxl, refused, tmp_path):
         Request("a star", 1, control=picture, control_weight=[1, 2])
     with pytest.raises(UsageError, match="whole-loop"):
         BuildSpec("demo", whole_loop=True, controlnets=(ControlNetSpec("x"),))
+
+
+@pytest.mark.slow
+def test_bench_draws_with_the_controlnets_too(sdxl, refused, tmp_path):
+    """In this process, which saves the minute that five others take to start."""
+    bundle = open_bundle(Path(sdxl.folder))
+    with contest(bundle, ["eager"]) as contestants:
+        drawn = {name: [take_sample(load(), "a star", 7)] for name, load in contestants.drawers.items()}
+        nothing = dict.fromkeys(drawn)
+        cases = {one.name: one for one in cases_of(contestants, Measured(drawn, nothing, nothing), {})}
+    assert [*cases] == ["picture", "encode", "context", "step", "decode"]
+    # Whoever drew without the ControlNets drew another picture.
+    assert cases["picture"].parity_db >= FLOOR
+    plain = sdxl.ours("a star", seed=7, num_images=2, control=sdxl.pictures, control_weight=0.0)
+    assert psnr_db(drawn[SELF][0].drawn.pictures[0], np.asarray(plain[0])) < 35
+    assert cases["step"].rivals["eager"].samples_ms[0] > 0
+    # Each ControlNet is counted, a copy of half of the UNet, and so are the bytes of its engine.
+    manifest = bundle.manifest
+    unet = count_work(open_base(replace(manifest.spec, controlnets=()), half=False), manifest.pipeline.shape)
+    step, passes = cases["step"], cases["step"].passes
+    assert 1.5 * passes * unet["step"].flop < step.flop < 3.5 * passes * unet["step"].flop
+    sizes = [(bundle.folder / stage.file).stat().st_size for stage in manifest.stages]
+    assert cases["picture"].engine_bytes == pytest.approx(sum(sizes), rel=0.01)
+    assert cold_run(bundle.folder, "a star", 7, tmp_path / "a.png", threads=1) > 0
+    refused(2, "draws without ControlNets", "bench", bundle.folder, "--against", "openvino")
