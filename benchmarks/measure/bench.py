@@ -135,10 +135,11 @@ def contest(
     UsageError or BackendError if a rival can't be used here.
     """
     manifest = bundle.manifest
-    if manifest.spec.controlnets:
+    if manifest.spec.controlnets or manifest.spec.ip_adapter:
+        kind = "a ControlNet" if manifest.spec.controlnets else "an IP-Adapter"
         raise UsageError(
-            f"{bundle.folder} has a ControlNet, and bench measures bundles without",
-            replace(manifest.spec, controlnets=()).command(),
+            f"{bundle.folder} has {kind}, and bench measures bundles without",
+            replace(manifest.spec, controlnets=(), ip_adapter=None, ip_encoder=None).command(),
         )
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
     from lcm_compile.pipeline.source_picture import SourcePicture
 
 
+# The fields of Request that are pictures, with their names in options and messages.
+PICTURES = {"image": "image", "mask": "mask", "ip_image": "ip-image"}
+
+
 def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --image, --strength, --mask and --outpaint. `open_images` makes fields of Request of them."""
+    """Adds --image, --strength, --mask and --outpaint, and --ip-image and --ip-weight.
+
+    `open_images` makes fields of Request of them.
+    """
     for option in reversed(
         (
             click.option("--image", metavar="PICTURE", help="Begin at this picture, in place of noise."),
@@ -38,6 +45,14 @@ def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 callback=read_border,
                 help="Extend --image by so many pixels, and draw what is there; in place of --mask.",
             ),
+            click.option(
+                "--ip-image", metavar="PICTURE", help="The picture that the bundle's IP-Adapter reads."
+            ),
+            click.option(
+                "--ip-weight",
+                type=float,
+                help="How strongly --ip-image counts, by default the bundle's; 0 to 1.",
+            ),
         )
     ):
         command = option(command)
@@ -56,7 +71,7 @@ def read_border(
 
 
 def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
-    """Opens the `image` and the `mask` among the fields of a request, once for all its pictures.
+    """Opens the PICTURES among the fields of a request, once for all its pictures.
 
     An `outpaint` among them becomes these two. Returns the paths of their files. Raises UsageError if one
     can't be read.
@@ -64,10 +79,10 @@ def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
     from lcm_compile.pipeline.source_picture import ALPHA, begun_at, source_picture
 
     paths = []
-    for name in ("image", "mask"):
+    for name, called in PICTURES.items():
         given = asked.get(name)
         if isinstance(given, str) and (name, given) != ("mask", ALPHA):
-            asked[name] = source_picture(given, name)
+            asked[name] = source_picture(given, called)
             paths.append(Path(given).expanduser())
     if (border := asked.pop("outpaint", None)) is not None:
         asked.update(begun_at(asked.get("image"), asked.get("mask"), border))
@@ -75,7 +90,7 @@ def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
 
 
 def with_images(request: Request, given: MutableMapping[str, Any], folders: Iterable[Path]) -> Request:
-    """Returns a saved picture's request with the `given` fields, and with its image and mask opened.
+    """Returns a saved picture's request with the `given` fields, and with its PICTURES opened.
 
     Those that are not given are searched for in the folders. Raises UsageError if one is not there.
     """
@@ -86,7 +101,7 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
         given["image"] = find_again(replace(request.image, border=()), folders, "image")
     open_images(given)
     own = {}
-    for name in ("image", "mask"):
+    for name, called in PICTURES.items():
         named = getattr(request, name)
         if named is None or name in given:
             continue
@@ -95,13 +110,14 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
         elif name == "mask" and named.border and "image" in given:
             given.update(outpainted(given["image"], named.border))
         else:
-            own[name] = find_again(named, folders, name)
+            own[name] = find_again(named, folders, called)
     return replace(request, **{**own, **given})
 
 
 def sources_of(request: Request) -> list[SourcePicture]:
-    """Returns the image and the mask of a request that have the name of a file."""
-    return [one for one in (request.image, request.mask) if one is not None and one.name]
+    """Returns the PICTURES of a request that have the name of a file."""
+    given = (getattr(request, name) for name in PICTURES)
+    return [one for one in given if one is not None and one.name]
 
 
 def refuse_replacing(paths: Iterable[Path], images: Iterable[Path]) -> None:
@@ -115,9 +131,11 @@ def refuse_replacing(paths: Iterable[Path], images: Iterable[Path]) -> None:
 
 
 def told(request: Request) -> Mapping[str, Any]:
-    """Returns what a picture begins at, for JSON."""
+    """Returns what a picture begins at, and what an IP-Adapter reads, for JSON."""
     return {
         "image": request.image and asdict(request.image),
         "strength": request.denoising_strength if request.image else None,
         "mask": request.mask and asdict(request.mask),
+        "ip_image": request.ip_image and asdict(request.ip_image),
+        "ip_weight": request.ip_weight,
     }

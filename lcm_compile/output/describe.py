@@ -213,6 +213,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         else None,
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
+        "ip_adapter": vars(manifest.spec.ip_adapter) if manifest.spec.ip_adapter else None,
         "stages": [
             {
                 "name": stage.contract.name,

@@ -96,6 +96,11 @@ def parameters(origin: Origin, width: int, height: int) -> str:
             f"{fact['end']:g}"
             for i, fact in enumerate(control_facts(request))
         },
+        **(
+            {"IP-Adapter": f"{image.name or image.sha256[:12]} weight {request.ip_weight or 0:g}"}
+            if (image := request.ip_image)
+            else {}
+        ),
         "Version": origin.software,
     }
     last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())

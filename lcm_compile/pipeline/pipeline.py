@@ -24,7 +24,7 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, STAGES
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES
 from lcm_compile.pipeline.control import Control, check_control, control_stages, put_control, strengths_of
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
@@ -38,6 +38,7 @@ from lcm_compile.pipeline.drawing import (
     warning_of_one_colour,
 )
 from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
+from lcm_compile.pipeline.ip_image import IpPrompt, check_ip_image, ip_prompts_of
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.loras import Choice, check_loras
 from lcm_compile.pipeline.noise import Noise
@@ -50,7 +51,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import SourcePicture, begun_at
+from lcm_compile.pipeline.source_picture import SourcePicture, begun_at, source_picture
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -132,6 +133,8 @@ class Pipeline(ABC):
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
+        ip_image: str | Path | Image | SourcePicture | None = None,
+        ip_weight: float | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -169,6 +172,9 @@ class Pipeline(ABC):
         control_end: The share of the steps after which it does nothing, by default 1.
         outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
             around it; in place of a mask.
+        ip_image: The picture that the bundle's IP-Adapter reads beside the prompt, for all pictures of the
+            call: a path or a PIL image, of any size. Its centre is read, as wide as high.
+        ip_weight: How strongly that picture counts, by default the bundle's own; 0 is not at all.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -203,6 +209,8 @@ class Pipeline(ABC):
             control_end=control_end,
             strength=strength,
             **begun_at(image, mask, outpaint),
+            ip_image=None if ip_image is None else source_picture(ip_image, "ip-image"),
+            ip_weight=ip_weight,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -245,6 +253,7 @@ class Pipeline(ABC):
         check_loras(pictures[0], self.settings)
         check_images(pictures, contracts)
         check_control(pictures[0].control, len(control_stages(self.runners)))
+        check_ip_image(pictures[0], IP_IMAGE in self.runners)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show)
@@ -317,6 +326,8 @@ class LcmPipeline(Pipeline):
         steps = plan.steps
         guided = self.needs_second_pass(request)
         loras = self.prompts.loras.choose(request)
+        ip_prompts = ip_prompts_of(request, self.settings.ip_weight, guided)
+        new_images = self.prompts.ip_images.missing(ip_prompts)
         batches = list(batches_of(pictures, self.settings.shape.batch))
         prompts = list(pairwise([[], *(self.conditions_of(rows, loras) for rows, _ in batches)]))
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
@@ -326,9 +337,10 @@ class LcmPipeline(Pipeline):
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
-        encodings = stages * encoded + (len(begin.sources) if begin else 0)
+        encodings = stages * encoded + len(new_images) + (len(begin.sources) if begin else 0)
         passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
-        clock = Clock(self.runners["encode"], (*STAGES, ENCODE_IMAGE) if begin else STAGES)
+        others = *((ENCODE_IMAGE,) if begin else ()), *((IP_IMAGE,) if request.ip_image else ())
+        clock = Clock(self.runners["encode"], (*STAGES, *others))
         graphs = self.find_graphs(steps, guided, request)
         control = put_control(self.runners, request, self.settings, steps)
         clock.lap("")
@@ -345,9 +357,14 @@ class LcmPipeline(Pipeline):
                 texts[key] = self.prompts.text(key)
                 clock.lap("encode")
                 yield passes.add(1)
+            while new_images:
+                self.prompts.ip_images.tokens(new_images.pop(0))
+                clock.lap(IP_IMAGE)
+                yield passes.add(1)
             if now != before:
                 texts = {key: texts[key] for key in now}
-                loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras, control)
+                read = [(texts[key], image) for key, image in zip(now, ip_prompts, strict=True)]
+                loop = self.open_loop(read, steps, request, graphs, loras, control)
                 clock.lap("context")
                 if "context" in self.runners:
                     yield passes.add(len(new))
@@ -385,21 +402,25 @@ class LcmPipeline(Pipeline):
 
     def open_loop(
         self,
-        texts: Sequence[Text],
+        read: Sequence[tuple[Text, IpPrompt | None]],
         steps: Sequence[Step],
         request: Request,
         graphs: CapturedLoop | None,
         loras: Choice,
         control: Control | None,
     ) -> Loop | CapturedLoop:
-        """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
+        """Computes the conditions of the steps for what is read, and returns the loop that uses them.
+
+        That is for each pass a text, and what an IP-Adapter reads beside it.
+        """
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
         own = self.prompts.loras.inputs(loras, "step")
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], scale, own, control)
+            arrays = [self.prompts.with_ip_image(text, image) for text, image in read]
+            return graphs.begin(arrays, scale, own, control)
         timesteps = [step.timestep for step in steps]
-        conditions = [self.prompts.conditions(text, timesteps) for text in texts]
+        conditions = [self.prompts.conditions(text, timesteps, image) for text, image in read]
         coefficients = put_coefficients(self.runners, steps)
         rescale = request.guidance_rescale
         return Loop(self.runners, steps, coefficients, conditions, scale, rescale, own, control)

@@ -73,6 +73,10 @@ class Request:
         a list. The default, (), is 0.
     control_end: The share of the steps, from 0 to 1, after which it does nothing; above its start. The
         default, (), is 1.
+    ip_image: The picture that a bundle's IP-Adapter reads, as an image is given; all pictures of a drawing
+        share it. None, the default, draws as without an IP-Adapter.
+    ip_weight: How strongly that picture counts, any finite number; 0 is not at all. None, the default, is
+        the bundle's own, of `build --ip-adapter`.
     """
 
     prompt: str
@@ -100,6 +104,8 @@ class Request:
     control_weight: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
+    ip_image: SourcePicture | None = None
+    ip_weight: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_weights", weights_of(self.lora_weights))
@@ -143,6 +149,21 @@ class Request:
                 "the number of images says of how many it is one",
             )
         self.take_image()
+        self.take_ip_image()
+
+    def take_ip_image(self) -> None:
+        """Opens the IP-Adapter's picture. Raises UsageError if it or its weight can't be used."""
+        if self.ip_image is not None:
+            object.__setattr__(self, "ip_image", source_picture(self.ip_image, "ip-image"))
+        if self.ip_weight is None:
+            return
+        if self.ip_image is None:
+            raise UsageError(
+                "an ip-weight is given without the picture that it is for", "give an ip-image too"
+            )
+        if not math.isfinite(weight := signed_number(self.ip_weight, "ip-weight")):
+            raise UsageError(f"ip-weight must be a finite number, not {weight}")
+        object.__setattr__(self, "ip_weight", weight)
 
     def take_image(self) -> None:
         """Opens the image and the mask. Raises UsageError if they can't be used."""
@@ -338,6 +359,8 @@ SHARED = {
     "control_weight": "control weight",
     "control_start": "control start",
     "control_end": "control end",
+    "ip_image": "ip-image",
+    "ip_weight": "ip-weight",
 }
 # The numbers for a ControlNet, with the least and the largest value.
 CONTROL_NUMBERS = {
