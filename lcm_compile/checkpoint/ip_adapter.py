@@ -238,27 +238,28 @@ def layers_config(path: Path, shapes: Shapes) -> dict[str, Any]:
 def encoder_beside(source: str, path: Path, projection: Component, half: bool) -> Path:
     """Returns the folder of the first image encoder beside an adapter's file that fits it.
 
-    Raises CheckpointError if there is none.
+    On the hub its weights are downloaded when it is known to fit. Raises CheckpointError if there is none.
     """
-    if is_on_hub(source):
-        repository, _, file = source.partition(":")
-        root = path.parents[file.count("/")]
-        places = encoder_places(Path(file).parent)
-        what = f"the image encoder of {source}"
-        fetched(repository, [file, *(f"{place}/config.json" for place in places)], what)
-    else:
-        root, places = Path(), encoder_places(path.parent)
-    folders = [root / place for place in places if (root / place / "config.json").is_file()]
-    fitting = [f for f in folders if why_unfit(read_json(f / "config.json"), projection.config) is None]
-    if not fitting:
-        reasons = [f"{f}: {why_unfit(read_json(f / 'config.json'), projection.config)}" for f in folders]
-        looked = ", ".join(map(str, places))
-        found = f"none of those beside it fits: {'; '.join(reasons)}" if reasons else f"looked for {looked}"
-        raise CheckpointError(f"the IP-Adapter {source} has no image encoder ({found})", ENCODER_HINT)
-    if is_on_hub(source):
-        place = fitting[0].relative_to(root).as_posix()
-        return find_encoder(f"{repository}:{place}", half)
-    return fitting[0]
+    repository, _, file = source.partition(":")
+    on_hub = is_on_hub(source)
+    root = path.parents[file.count("/")] if on_hub else Path()
+    places = encoder_places(path.parent.relative_to(root) if on_hub else path.parent)
+    configs = [f"{place.as_posix()}/config.json" for place in places]
+    if on_hub:
+        fetched(repository, configs, f"the image encoder of {source}")
+    unfit = {}
+    for place, config in zip(places, configs, strict=True):
+        if (root / config).is_file():
+            unfit[place] = why_unfit(read_json(root / config), projection.config)
+            if unfit[place] is None:
+                return find_encoder(f"{repository}:{place.as_posix()}", half) if on_hub else root / place
+    reasons = [f"{place}: {why}" for place, why in unfit.items()]
+    looked = "none of those beside it fits: " + "; ".join(reasons)
+    raise CheckpointError(
+        f"the IP-Adapter {source} has no image encoder: "
+        + (looked if reasons else f"there is none in {', '.join(map(str, places))}"),
+        ENCODER_HINT,
+    )
 
 
 def encoder_places(folder: Path) -> list[Path]:

@@ -63,6 +63,8 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
     manifest = bundle.manifest
     if request.control and not request.control_weight:  # which the bundle's own then stands for
         request = replace(request, control_weight=manifest.pipeline.control_weights)
+    if request.ip_image and request.ip_weight is None:
+        request = replace(request, ip_weight=manifest.pipeline.ip_weight)
     weights = manifest.pipeline.few_step
     return Origin(
         request,
