@@ -51,7 +51,7 @@ def image_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--ip-weight",
                 type=float,
-                help="How strongly --ip-image counts, by default the bundle's; 0 to 1.",
+                help="How strongly --ip-image counts, usually 0 to 1; by default the bundle's.",
             ),
         )
     ):

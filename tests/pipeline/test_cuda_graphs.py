@@ -28,7 +28,7 @@ from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec
+from lcm_compile.spec import ControlNetSpec, IpAdapterSpec
 
 
 class Tape(TorchDispatchMode):
@@ -285,29 +285,36 @@ def test_prompts_that_share_a_drawing(case, engine, tape, request):
 
 @pytest.fixture(scope="module")
 def controlled(tmp_path_factory):
-    """SD1.5's architecture with two ControlNets."""
+    """SD1.5's architecture with two ControlNets and an IP-Adapter."""
     folder = tmp_path_factory.mktemp("controlled")
     base = factories.write_sd15(folder / "base")
     nets = [factories.write_controlnet(base, folder / f"net-{seed}", seed) for seed in (3, 4)]
     specs = tuple(ControlNetSpec(str(net)) for net in nets)
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", controlnets=specs)
+    adapter = IpAdapterSpec(str(factories.write_ip_adapter(base, folder / "ip/adapter.safetensors")))
+    factories.write_image_encoder(folder / "ip/image_encoder")
+    added = {"controlnets": specs, "ip_adapter": adapter}
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", **added)
     return build(spec, folder / "bundle").folder
 
 
 @pytest.mark.parametrize("engine", [Fresh, FixedScript])
-def test_controlnets(engine, tape, controlled):
+def test_controlnets_and_an_ip_adapter(engine, tape, controlled):
     plain = pipeline_of(controlled, engine, cuda_graph=False)
     pipeline = pipeline_of(controlled, engine)
     both = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in (1, 2)]
+    photo = factories.painting()
     seen = set()
     for options, kind in (
         ({}, "both nets"),
+        ({"ip_image": photo}, "both nets"),
+        ({"ip_image": photo.rotate(90), "ip_weight": 0.4}, "both nets"),
         ({"control_weight": [0.5, 1.5], "seed": 8}, "both nets"),
         ({"control": both[::-1]}, "both nets"),
         ({"control_end": [0.5, 1.0]}, "one net ends"),
         (GUIDED, "guided"),
         ({"control_weight": 0}, "none"),
         (GUIDED | {"control": both[::-1], "control_weight": -0.3, "negative_prompt": RING}, "guided"),
+        (GUIDED | {"ip_image": photo}, "guided"),
         ({"control_end": [0.5, 1.0], "control_weight": [0.2, 0.9]}, "one net ends"),
         ({"control_weight": 0, "seed": 9}, "none"),
         ({}, "both nets"),
