@@ -285,7 +285,7 @@ def find_encoder(source: str, half: bool) -> Path:
     variants = HALF_FIRST if half else FULL_FIRST
 
     def wanted(names: Iterable[str]) -> list[str]:
-        return needed_files(names, variants, (place,))
+        return [name for name in needed_files(names, variants, (place,)) if name.startswith(place)]
 
     return fetched(repository, wanted, f"the image encoder {source}") / place
 
