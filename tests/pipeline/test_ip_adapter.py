@@ -121,7 +121,7 @@ def sdxl_base(sdxl_checkpoint, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sdxl_plus(sdxl_checkpoint, tmp_path_factory):
     """Two pictures at a time."""
-    folder, options = tmp_path_factory.mktemp("sdxl-plus"), {"backend": "onnxruntime", "batch": 2}
+    folder, options = tmp_path_factory.mktemp("sdxl-plus"), {"backend": "torchscript", "batch": 2}
     pair = make_pair(sdxl_checkpoint, folder, "plus", StableDiffusionXLPipeline, options)
     with pair.ours:
         yield pair
