@@ -241,6 +241,45 @@ class ControlNetSpec:
         return f"{self.source}:{self.weight!r}"
 
 
+IP_ADAPTER_FORM = "write FILE, FILE:0.6, or OWNER/NAME:FILE:0.6"
+
+
+@dataclass(frozen=True)
+class IpAdapterSpec:
+    """An IP-Adapter, and the weight that pictures have for which none is asked.
+
+    `source` is a file, a folder with one such file, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for
+    a weight that is not finite.
+    """
+
+    source: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise UsageError("an IP-Adapter has no path", IP_ADAPTER_FORM)
+        if not math.isfinite(self.weight):
+            raise UsageError(
+                f"the weight {self.weight} of IP-Adapter {self.source} is not finite", IP_ADAPTER_FORM
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> IpAdapterSpec:
+        """Returns the IP-Adapter of `SOURCE` or `SOURCE:WEIGHT`. No file is checked."""
+        source, colon, last = text.rpartition(":")
+        if not colon or ends_path(last):
+            return cls(text)
+        try:
+            return cls(source, float(last))
+        except ValueError:
+            raise UsageError(
+                f"IP-Adapter weight {last!r} in {text!r} is not a number", IP_ADAPTER_FORM
+            ) from None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.weight!r}"
+
+
 @dataclass(frozen=True)
 class T2IAdapterSpec(ControlNetSpec):
     """A T2I-Adapter, and the strength that pictures have for which none is asked."""
@@ -259,8 +298,9 @@ class BuildSpec:
     the number of the text encoders' last layers that are skipped, as diffusers counts them. `lora_slots` is
     how many LoRAs each picture may bring, of up to `lora_rank`. With `image` the bundle has a stage that
     encodes pictures, to draw from them. `controlnets` are those that a picture guides at every step, and
-    `t2i_adapters` those that read a picture once. Raises
-    UsageError for values that can't be right with any base or on any machine.
+    `t2i_adapters` those that read a picture once. `ip_adapter` reads a picture beside the prompt, through the
+    image encoder in the folder, file or hub id `ip_encoder`; None is the one beside the adapter's file.
+    Raises UsageError for values that can't be right with any base or on any machine.
     """
 
     base: str
@@ -289,8 +329,18 @@ class BuildSpec:
     image: bool = False
     controlnets: tuple[ControlNetSpec, ...] = ()
     t2i_adapters: tuple[T2IAdapterSpec, ...] = ()
+    ip_adapter: IpAdapterSpec | None = None
+    ip_encoder: str | None = None
 
     def __post_init__(self) -> None:
+        if self.ip_encoder and not self.ip_adapter:
+            raise UsageError(
+                "--ip-encoder is given without the IP-Adapter that it is for", "add --ip-adapter"
+            )
+        if self.ip_adapter and self.whole_loop:
+            raise UsageError(
+                "--whole-loop builds one graph, which can't hold an IP-Adapter", "drop --whole-loop"
+            )
         if self.guides and self.whole_loop:
             raise UsageError(
                 f"--whole-loop builds one graph, which can't hold a {self.guides[0].kind}",
@@ -394,6 +444,8 @@ class BuildSpec:
         for guides in (self.controlnets, self.t2i_adapters):
             for i, guide in enumerate(guides, 1):
                 inputs[f"{guide.kind} {i} weight"] = repr(float(guide.weight))
+        if self.ip_adapter:
+            inputs["IP-Adapter weight"] = repr(float(self.ip_adapter.weight))
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs
 
     @property

@@ -23,7 +23,14 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 from lcm_compile.builder.build import build_plans
 from lcm_compile.builder.plan import make_plan_from
@@ -434,6 +441,68 @@ def write_original_controlnet(folder, path, prefix="control_model.", dtype=torch
     net = ControlNetModel.from_pretrained(folder)
     names = dict(original_keys(net))
     return save_tensors({prefix + names[key]: w.to(dtype) for key, w in net.state_dict().items()}, path)
+
+
+def write_image_encoder(folder, seed=11, hidden=32, projection=24):
+    """A CLIP image encoder for pictures of 28×28, in transformers' folder."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
+        projection_dim=projection,
+        hidden_act="gelu",
+    )
+    lively(CLIPVisionModelWithProjection(config), 4).save_pretrained(folder)
+    return folder
+
+
+def norm(name, width):
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def ip_projection(kind, embedding, hidden, width):
+    """The shapes of an IP-Adapter's projection, in the original's names."""
+    if kind == "base":
+        return {"proj.weight": (4 * width, embedding), "proj.bias": (4 * width,), **norm("norm", width)}
+    if kind == "full":
+        one = {"proj.0.weight": (hidden, hidden), "proj.0.bias": (hidden,)}
+        return one | {"proj.2.weight": (width, hidden), "proj.2.bias": (width,), **norm("proj.3", width)}
+    shapes = {"latents": (1, 6, 48), "proj_in.weight": (48, hidden), "proj_in.bias": (48,)}
+    shapes |= {"proj_out.weight": (width, 48), "proj_out.bias": (width,), **norm("norm_out", width)}
+    block = {**norm("0.norm1", 48), **norm("0.norm2", 48), **norm("1.0", 48)}
+    block |= {"0.to_q.weight": (128, 48), "0.to_kv.weight": (256, 48), "0.to_out.weight": (48, 128)}
+    block |= {"1.1.weight": (192, 48), "1.3.weight": (48, 192)}
+    return shapes | {f"layers.{n}.{key}": shape for n in range(4) for key, shape in block.items()}
+
+
+def write_ip_adapter(base, path, kind="base", seed=5, embedding=24, hidden=32):
+    """An IP-Adapter of random weights for a base, in the original's names, with a plain effect."""
+    random = torch.Generator().manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    width = unet.config.cross_attention_dim
+    tensors = {}
+    for key, shape in ip_projection(kind, embedding, hidden, width).items():
+        scale = len(shape) == 1 and key.endswith("weight")
+        tensors[f"image_proj.{key}"] = scale + torch.randn(shape, generator=random) / shape[-1] ** 0.5
+    for number, name in enumerate(unet.attn_processors):
+        if number % 2:
+            out = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+            for one in "kv":
+                weight = torch.randn(out, width, generator=random) / width**0.5
+                tensors[f"ip_adapter.{number}.to_{one}_ip.weight"] = weight
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        return save_tensors(tensors, path)
+    parts = {
+        part: {key.removeprefix(f"{part}."): t for key, t in tensors.items() if key.startswith(part)}
+        for part in ("image_proj", "ip_adapter")
+    }
+    torch.save(parts, path)
+    return path
 
 
 # Settings that make a family of SD1.5's architecture a thousand times smaller.

@@ -135,10 +135,11 @@ def contest(
     UsageError or BackendError if a rival can't be used here.
     """
     manifest = bundle.manifest
-    if manifest.spec.t2i_adapters:
+    if manifest.spec.t2i_adapters or manifest.spec.ip_adapter:
+        kind = "a T2I-Adapter" if manifest.spec.t2i_adapters else "an IP-Adapter"
         raise UsageError(
-            f"{bundle.folder} has a T2I-Adapter, and bench measures bundles without",
-            replace(manifest.spec, t2i_adapters=()).command(),
+            f"{bundle.folder} has {kind}, and bench measures bundles without",
+            replace(manifest.spec, t2i_adapters=(), ip_adapter=None, ip_encoder=None).command(),
         )
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}

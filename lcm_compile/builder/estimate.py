@@ -14,7 +14,7 @@ from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.t2i_adapter import adapters_of
 from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.spec import Shape
-from lcm_compile.stages.contracts import MODEL_STAGES, main_stage
+from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, models_in
 
 # Bytes per weight on the disk, by the precision of the products. With fp8 only the weights of Linear layers
 # take 1 byte: they are 0.87 of SDXL's UNet and 0.31 of SD1.5's.
@@ -66,8 +66,8 @@ def estimate(export: ExportPlan) -> Estimate:
     """
     components = export.checkpoint.components
     weights = {
-        model: sum(parameters(components[name]) for name in names if name in components)
-        for model, (_, names) in MODEL_STAGES.items()
+        model: sum(parameters(components[name]) for name in MODEL_STAGES[model][1] if name in components)
+        for model in models_in(export.checkpoint)
     }
     weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
     stored = {model: STORED_BYTES[export.precisions[main_stage(model)].product] for model in weights}

@@ -29,6 +29,7 @@ REASONS_SHOWN = 8
 # The inputs that a command line chooses, by the start of their names. They are listed first.
 ASKED = (
     "ControlNet",
+    "IP-Adapter",
     "LoRA",
     "T2I-Adapter",
     "backend",

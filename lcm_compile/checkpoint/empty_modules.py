@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
+from lcm_compile.checkpoint.ip_adapter import (
+    IP_ENCODER,
+    IP_LAYERS,
+    IP_PROJECTION,
+    layers_of,
+    projection_of,
+)
 from lcm_compile.errors import CheckpointError, first_line
 from lcm_compile.graphs import CONTROLS, GUIDES
 
@@ -35,12 +42,17 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 def module_of(name: str, config: Mapping[str, Any]) -> Any:
     """Returns a new module of a component, on torch's current device."""
+    if name == IP_PROJECTION:
+        return projection_of(config)
+    if name == IP_LAYERS:
+        return layers_of(config)
     kind = class_of(name, config)
     if name in ("unet", "vae", *GUIDES):
         return kind.from_config(dict(config))
     import transformers
 
-    return kind(transformers.CLIPTextConfig(**config))
+    settings = transformers.CLIPVisionConfig if name == IP_ENCODER else transformers.CLIPTextConfig
+    return kind(settings(**config))
 
 
 def class_of(name: str, config: Mapping[str, Any]) -> Any:
@@ -54,6 +66,8 @@ def class_of(name: str, config: Mapping[str, Any]) -> Any:
         return diffusers.UNet2DConditionModel if name == "unet" else vae
     import transformers
 
+    if name == IP_ENCODER:
+        return transformers.CLIPVisionModelWithProjection
     if name == "text_encoder_2":
         return transformers.CLIPTextModelWithProjection
     return transformers.CLIPTextModel

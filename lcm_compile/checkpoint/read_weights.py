@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
 from lcm_compile.checkpoint.controlnet import control_lora_weights, controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.ip_adapter import IP_ENCODER, IP_LAYERS, IP_PROJECTION, ip_weights
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
 from lcm_compile.checkpoint.t2i_adapter import todays_names
 from lcm_compile.checkpoint.weight_files import read_tensors
@@ -78,6 +79,8 @@ def stored_component(component: Component, unet: Component) -> torch.nn.Module:
             if component.folder
             else "give a diffusers folder of it, with its config.json"
             if component.name in GUIDES
+            else "give the adapter's whole file to --ip-adapter"
+            if component.name in (IP_PROJECTION, IP_LAYERS)
             else "give --config DIR, a diffusers folder of its architecture, or another file",
         )
     copies = {
@@ -108,6 +111,10 @@ def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights
         return controlnet_weights(module, tensors, component.prefix)
     if component.name in GUIDES:
         return todays_names(tensors)
+    if component.name in (IP_PROJECTION, IP_LAYERS):
+        return ip_weights(component, tensors)
+    if component.name == IP_ENCODER:
+        return {key: tensor for key, tensor in tensors.items() if not key.endswith(".position_ids")}
     own = module.state_dict()
     if component.name == "unet":
         if not component.prefix:

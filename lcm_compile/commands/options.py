@@ -295,6 +295,31 @@ def guide_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def ip_adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --ip-adapter, as an IpAdapterSpec or None in the parameter `ip_adapter`, and --ip-encoder."""
+
+    def read(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> Any:
+        from lcm_compile.spec import IpAdapterSpec
+
+        if len(texts) > 1:
+            raise click.BadParameter(f"{len(texts)} IP-Adapters are given, and a bundle has one")
+        return IpAdapterSpec.parse(texts[0]) if texts else None
+
+    adapter = click.option(
+        "--ip-adapter",
+        multiple=True,  # so that a second one is refused, and not taken for the only one
+        metavar="FILE|ID:FILE[:W]",
+        callback=read,
+        help="An IP-Adapter, whose picture run --ip-image gives, and its usual weight.",
+    )
+    encoder = click.option(
+        "--ip-encoder",
+        metavar="DIR|ID[:DIR]",
+        help="Its image encoder; by default the image_encoder beside it, or beside its folder.",
+    )
+    return adapter(encoder(command))
+
+
 def base_settings(
     *,
     lcm_lora: str | None,
@@ -374,6 +399,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
             guide_options,
+            ip_adapter_options,
             click.option(
                 "--image",
                 is_flag=True,

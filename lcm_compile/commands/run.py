@@ -22,7 +22,7 @@ from lcm_compile.commands.image_options import (
 )
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, T2I_ADAPTERS
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, T2I_ADAPTERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +148,7 @@ def paths_for(
     from lcm_compile.output.images import paths_in, picture_paths
 
     first = requests[0]
-    image = first.image.sha256 if first.image else ""
+    image = next((one.sha256 for one in (first.image, first.ip_image) if one), "")
     if len({request.seed for request in requests}) > 1:
         own = [names.name(request.prompt, request.seed, image) for request in requests]
         return paths_in(Path() if out is None else out, own)
@@ -298,7 +298,7 @@ def draw_pictures(
                 "steps": first.steps,
                 "guidance_scale": first.guidance_scale,
                 "eta": first.eta,
-                **told(first),
+                **told(origin_of(bundle, first).request),
                 "lora_weights": {lora.source: lora.effective for lora in first.lora_weights},
                 "loras": [str(lora) for lora in first.loras],
                 "control": control_facts(origin_of(bundle, first).request),
@@ -328,8 +328,8 @@ def timing_line(ms: Mapping[str, Any]) -> str:
     """Returns a line with the milliseconds of a picture and of its stages."""
     if "step" not in ms:  # one graph draws everything
         return f"{ms['total']:.0f} ms"
-    image = f"image {ms[ENCODE_IMAGE]:.0f}, " if ENCODE_IMAGE in ms else ""
-    image += f"adapter {ms[T2I_ADAPTERS[0]]:.0f}, " if T2I_ADAPTERS[0] in ms else ""
+    pictures = {"image": ENCODE_IMAGE, "ip-image": IP_IMAGE, "adapter": T2I_ADAPTERS[0]}
+    image = "".join(f"{called} {ms[name]:.0f}, " for called, name in pictures.items() if name in ms)
     return (
         f"{ms['total']:.0f} ms ({image}encode {ms['encode'] + ms['context']:.0f}, "
         f"{len(ms['step'])} steps {sum(ms['step']):.0f}, decode {ms['decode']:.0f})"

@@ -259,6 +259,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
         "t2i_adapters": [vars(adapter) for adapter in manifest.spec.t2i_adapters],
+        "ip_adapter": vars(manifest.spec.ip_adapter) if manifest.spec.ip_adapter else None,
         "stages": [
             {
                 "name": stage.contract.name,

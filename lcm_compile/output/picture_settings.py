@@ -67,6 +67,8 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
     manifest = bundle.manifest
     if request.control and not request.control_weight:  # which the bundle's own then stands for
         request = replace(request, control_weight=manifest.pipeline.control_weights)
+    if request.ip_image and request.ip_weight is None:
+        request = replace(request, ip_weight=manifest.pipeline.ip_weight)
     weights = manifest.pipeline.few_step
     return Origin(
         request,
@@ -176,6 +178,11 @@ def parameters(origin: Origin, width: int, height: int) -> str:
             f"{fact['end']:g}"
             for i, fact in enumerate(control_facts(request))
         },
+        **(
+            {"IP-Adapter": f"{image.name or image.sha256[:12]} weight {request.ip_weight or 0:g}"}
+            if (image := request.ip_image)
+            else {}
+        ),
         **({"Hires upscale": f"{factor:g}", "Hires steps": second["steps"]} if second else {}),
         **({"Hires upscaler": UPSCALERS[second["upscaler"]]} if second else {}),
         "Version": origin.software,

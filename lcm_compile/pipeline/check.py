@@ -12,6 +12,8 @@ from lcm_compile.graphs import (
     ALL_STAGES,
     DRAW,
     ENCODE_IMAGE,
+    IP_IMAGE,
+    IP_WEIGHT,
     MASKED,
     STAGES,
     T2I_ADAPTERS,
@@ -21,13 +23,14 @@ from lcm_compile.graphs import (
 from lcm_compile.pipeline.control import check_control, control_stages, guide_stages
 from lcm_compile.pipeline.hires import check_hires, larger_folder
 from lcm_compile.pipeline.image_start import check_images
+from lcm_compile.pipeline.ip_image import check_ip_image
 from lcm_compile.pipeline.loras import check_contracts, check_loras
 from lcm_compile.pipeline.prompts import check_prompts
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.whole_loop import check_whole_loop
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import COEFFICIENTS
-from lcm_compile.spec import ControlNetSpec
+from lcm_compile.spec import ControlNetSpec, IpAdapterSpec
 
 
 def check_stages(bundle: EngineBundle) -> None:
@@ -58,6 +61,12 @@ def check_stages(bundle: EngineBundle) -> None:
     if all(widths := [tokenizer.width for tokenizer in settings.tokenizers]):
         text = gives["encode"].get("hidden_states", ())
         wanted.append(({"hidden_states": text[-1:]}, {"hidden_states": (sum(widths),)}))
+    if (settings.ip_weight is None) == (IP_IMAGE in contracts):
+        raise unfit_stages(bundle, [IP_IMAGE], [settings.ip_weight])
+    if IP_IMAGE in contracts:
+        side = takes[IP_IMAGE].get("pixels", (0,))[-1]
+        wanted.append((takes[IP_IMAGE], {"pixels": (1, 3, side, side), "shown": (1,)}))
+        given |= {**gives[IP_IMAGE], IP_WEIGHT: (1,)}
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
@@ -133,6 +142,8 @@ def check_request(bundle: EngineBundle, request: Request) -> None:
         spec = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
         builds = spec.command()
     check_control(request.control, guides, builds)
+    spec = replace(manifest.spec, whole_loop=False, ip_adapter=IpAdapterSpec("FILE"))
+    check_ip_image(request, manifest.pipeline.ip_weight is not None, spec.command())
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)

@@ -23,8 +23,8 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, STAGES, T2I_ADAPTERS
-from lcm_compile.pipeline.control import Control, check_control, put_control, strengths_of
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES, T2I_ADAPTERS
+from lcm_compile.pipeline.control import Control, check_control, guide_stages, put_control, strengths_of
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
@@ -41,6 +41,7 @@ from lcm_compile.pipeline.drawing import (
 )
 from lcm_compile.pipeline.hires import both, check_hires, second_passes
 from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
+from lcm_compile.pipeline.ip_image import IpPrompt, check_ip_image, ip_prompts_of
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
 from lcm_compile.pipeline.loras import Choice, check_loras
 from lcm_compile.pipeline.noise import Noise
@@ -53,7 +54,7 @@ from lcm_compile.pipeline.prompts import (
     negative_condition_of,
 )
 from lcm_compile.pipeline.request import LATENT, Request, draw_seed, drawn_steps, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import Given, begun_at
+from lcm_compile.pipeline.source_picture import Given, begun_at, source_picture
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -145,6 +146,8 @@ class Pipeline(ABC):
         hires_upscaler: str | None = None,
         hires_strength: float | None = None,
         hires_steps: int | None = None,
+        ip_image: Given | None = None,
+        ip_weight: float | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
 
@@ -191,6 +194,9 @@ class Pipeline(ABC):
         hires_strength: The share of the steps of the second pass that are drawn; by default 0.7.
         hires_steps: The steps of the second pass, of which that share is drawn; by default as many as
             `steps`.
+        ip_image: The picture that the bundle's IP-Adapter reads beside the prompt, for all pictures of the
+            call: a path or a PIL image, of any size. Its centre is read, as wide as high.
+        ip_weight: How strongly that picture counts, by default the bundle's own; 0 is not at all.
         seed: The seed of the noise; by default a random one. One seed gives a single stream of noise for all
             pictures of the call, as one torch.Generator does in diffusers. So of a list of prompts the second
             has other noise than it has alone. A list has one seed for each picture, as a list of generators
@@ -229,6 +235,8 @@ class Pipeline(ABC):
             hires_strength=hires_strength,
             hires_steps=hires_steps,
             **begun_at(image, mask, outpaint),
+            ip_image=None if ip_image is None else source_picture(ip_image, "ip-image"),
+            ip_weight=ip_weight,
         )
         drawing = self.draw(requests)
         if text := warning_of_one_colour(drawing.pictures):
@@ -294,6 +302,7 @@ class Pipeline(ABC):
         check_loras(pictures[0], self.settings)
         check_images(pictures, contracts)
         check_control(pictures[0].control, guide_stages(self.runners))
+        check_ip_image(pictures[0], IP_IMAGE in self.runners)
         check_hires(pictures[0], contracts)
 
     @abstractmethod
@@ -411,6 +420,8 @@ class LcmPipeline(Pipeline):
         steps = plan.steps
         guided = self.needs_second_pass(request)
         loras = self.prompts.loras.choose(request)
+        ip_prompts = ip_prompts_of(request, self.settings.ip_weight, guided)
+        new_images = self.prompts.ip_images.missing(ip_prompts)
         batches = list(batches_of(pictures, self.settings.shape.batch))
         prompts = list(pairwise([[], *(self.conditions_of(rows, loras) for rows, _ in batches)]))
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
@@ -420,12 +431,13 @@ class LcmPipeline(Pipeline):
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
-        encodings = stages * encoded + (len(begin.sources) if begin else 0)
+        encodings = stages * encoded + len(new_images) + (len(begin.sources) if begin else 0)
         adapter = T2I_ADAPTERS[0] if T2I_ADAPTERS[0] in self.runners else ""
         each = len(steps) * (1 + guided) + decodes
         passes = Passes(encodings + bool(adapter), len(batches), each)
-        encodes = bool(ENCODE_IMAGE in self.runners and begin)
-        others = [name for name, there in ((ENCODE_IMAGE, encodes), (adapter, adapter)) if there]
+        encodes, reads = bool(ENCODE_IMAGE in self.runners and begin), request.ip_image is not None
+        stages_there = ((ENCODE_IMAGE, encodes), (IP_IMAGE, reads), (adapter, bool(adapter)))
+        others = [name for name, there in stages_there if there]
         clock = Clock(self.runners["encode"], (*STAGES, *others))
         graphs = self.find_graphs(steps, guided, request)
         control: Control | None = None
@@ -443,6 +455,10 @@ class LcmPipeline(Pipeline):
                 texts[key] = self.prompts.text(key)
                 clock.lap("encode")
                 yield passes.add(1)
+            while new_images:
+                self.prompts.ip_images.tokens(new_images.pop(0))
+                clock.lap(IP_IMAGE)
+                yield passes.add(1)
             if now != before:
                 if control is None:
                     control = put_control(self.runners, request, self.settings, steps)
@@ -450,7 +466,8 @@ class LcmPipeline(Pipeline):
                     if adapter:
                         yield passes.add(1)
                 texts = {key: texts[key] for key in now}
-                loop = self.open_loop([texts[key] for key in now], steps, request, graphs, loras, control)
+                read = [(texts[key], image) for key, image in zip(now, ip_prompts, strict=True)]
+                loop = self.open_loop(read, steps, request, graphs, loras, control)
                 clock.lap("context")
                 if "context" in self.runners:
                     yield passes.add(len(new))
@@ -500,21 +517,25 @@ class LcmPipeline(Pipeline):
 
     def open_loop(
         self,
-        texts: Sequence[Text],
+        read: Sequence[tuple[Text, IpPrompt | None]],
         steps: Sequence[Step],
         request: Request,
         graphs: CapturedLoop | None,
         loras: Choice,
         control: Control | None,
     ) -> Loop | CapturedLoop:
-        """Computes the conditions of the steps for these texts, and returns the loop that uses them."""
+        """Computes the conditions of the steps for what is read, and returns the loop that uses them.
+
+        That is for each pass a text, and what an IP-Adapter reads beside it.
+        """
         scale = self.put(np.asarray([request.guidance_scale], np.float32))
         own = self.prompts.loras.inputs(loras, "step")
         if graphs:
             # The context is computed again, because copying a cached one to its place takes as long.
-            return graphs.begin([text.arrays for text in texts], scale, own, control)
+            arrays = [self.prompts.with_ip_image(text, image) for text, image in read]
+            return graphs.begin(arrays, scale, own, control)
         timesteps = [step.timestep for step in steps]
-        conditions = [self.prompts.conditions(text, timesteps) for text in texts]
+        conditions = [self.prompts.conditions(text, timesteps, image) for text, image in read]
         coefficients = put_coefficients(self.runners, steps)
         rescale = request.guidance_rescale
         return Loop(self.runners, steps, coefficients, conditions, scale, rescale, own, control)

@@ -79,6 +79,10 @@ class Request:
         reads images.
     hires_strength: The share of the steps of the second pass that are drawn, from 0 to 1; None is 0.7.
     hires_steps: The steps of the second pass, of which that share is drawn; None is `steps`.
+    ip_image: The picture that a bundle's IP-Adapter reads, as an image is given; all pictures of a drawing
+        share it. None, the default, draws as without an IP-Adapter.
+    ip_weight: How strongly that picture counts, any finite number; 0 is not at all. None, the default, is
+        the bundle's own, of `build --ip-adapter`.
     """
 
     prompt: str
@@ -110,6 +114,8 @@ class Request:
     hires_upscaler: str | None = None
     hires_strength: float | None = None
     hires_steps: int | None = None
+    ip_image: SourcePicture | None = None
+    ip_weight: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_weights", weights_of(self.lora_weights))
@@ -154,6 +160,21 @@ class Request:
             )
         self.take_image()
         self.check_hires()
+        self.take_ip_image()
+
+    def take_ip_image(self) -> None:
+        """Opens the IP-Adapter's picture. Raises UsageError if it or its weight can't be used."""
+        if self.ip_image is not None:
+            object.__setattr__(self, "ip_image", source_picture(self.ip_image, "ip-image"))
+        if self.ip_weight is None:
+            return
+        if self.ip_image is None:
+            raise UsageError(
+                "an ip-weight is given without the picture that it is for", "give an ip-image too"
+            )
+        if not math.isfinite(weight := signed_number(self.ip_weight, "ip-weight")):
+            raise UsageError(f"ip-weight must be a finite number, not {weight}")
+        object.__setattr__(self, "ip_weight", weight)
 
     def take_image(self) -> None:
         """Opens the image and the mask. Raises UsageError if they can't be used."""
@@ -400,6 +421,8 @@ SHARED = {
     "upscaler": "hires upscaler",
     "second_strength": "hires strength",
     "second_steps": "hires steps",
+    "ip_image": "ip-image",
+    "ip_weight": "ip-weight",
 }
 # The numbers for a ControlNet, with the least and the largest value.
 CONTROL_NUMBERS = {

@@ -28,7 +28,7 @@ from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec, T2IAdapterSpec
+from lcm_compile.spec import ControlNetSpec, IpAdapterSpec, T2IAdapterSpec
 
 
 class Tape(TorchDispatchMode):
@@ -294,32 +294,38 @@ def test_prompts_that_share_a_drawing(case, engine, tape, request):
 
 @pytest.fixture(scope="module")
 def controlled(tmp_path_factory):
-    """SD1.5's architecture with two ControlNets and a T2I-Adapter."""
+    """SD1.5's architecture with two ControlNets, a T2I-Adapter and an IP-Adapter."""
     folder = tmp_path_factory.mktemp("controlled")
     base = factories.write_sd15(folder / "base")
     nets = [factories.write_controlnet(base, folder / f"net-{seed}", seed) for seed in (3, 4)]
+    factories.write_image_encoder(folder / "ip/image_encoder")
     guides = {
         "controlnets": tuple(ControlNetSpec(str(net)) for net in nets),
         "t2i_adapters": (T2IAdapterSpec(str(factories.write_t2i_adapter(folder / "adapter"))),),
+        "ip_adapter": IpAdapterSpec(str(factories.write_ip_adapter(base, folder / "ip/adapter.safetensors"))),
     }
     spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", **guides)
     return build(spec, folder / "bundle").folder
 
 
 @pytest.mark.parametrize("engine", [Fresh, FixedScript])
-def test_controlnets_and_t2i_adapters(engine, tape, controlled):
+def test_controlnets_and_adapters(engine, tape, controlled):
     plain = pipeline_of(controlled, engine, cuda_graph=False)
     pipeline = pipeline_of(controlled, engine)
     pictures = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in (1, 2, 3)]
+    photo = factories.painting()
     seen = set()
     for options, kind in (
         ({}, "all"),
+        ({"ip_image": photo}, "all"),
+        ({"ip_image": photo.rotate(90), "ip_weight": 0.4}, "all"),
         ({"control_weight": [0.5, 1.5, 0.7], "seed": 8}, "all"),
         ({"control": pictures[::-1]}, "all"),
         ({"control_end": [0.5, 1.0, 0.75]}, "some end"),
         (GUIDED, "guided"),
         ({"control_weight": 0}, "none"),
         (GUIDED | {"control": pictures[::-1], "control_weight": -0.3, "negative_prompt": RING}, "guided"),
+        (GUIDED | {"ip_image": photo}, "guided"),
         ({"control_end": [0.5, 1.0, 0.75], "control_weight": [0.2, 0.9, 0.4]}, "some end"),
         ({"control_weight": 0, "seed": 9}, "none"),
         ({}, "all"),
