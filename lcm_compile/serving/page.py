@@ -24,7 +24,7 @@ TYPES = {
     "svg": "image/svg+xml",
 }
 SWAGGER = ("swagger-ui-bundle.js", "swagger-ui.css")
-# Nothing but what this server has; pictures that the page makes itself are blob: and, in Swagger's style, data:.
+# Nothing but what this server has. Pictures that the page makes are blob:, those in Swagger's style data:.
 POLICY = "; ".join(
     (
         "default-src 'none'",

@@ -99,7 +99,7 @@ export class Source {
     context.lineCap = context.lineJoin = "round";
     context.beginPath();
     context.moveTo(pen.x, pen.y);
-    context.lineTo(to.x, to.y);
+    context.lineTo(to.x + 0.01, to.y); // a line without a length would leave no dot
     context.stroke();
     this.pen = to;
     this.encode();
