@@ -135,8 +135,8 @@ def test_draws_while_one_types(page, served):
     assert not np.array_equal(second, first)
     np.testing.assert_array_equal(second, api(served, prompt=PROMPT + " on blue"))
     assert re.search(r"^\d+ ms", page.inner_text(".ms"))
-    for stage in ("encode", "4 steps", "decode"):
-        assert stage in page.inner_text(".ms")
+    for stage in ("encode", "context", "4 steps", "decode"):
+        assert re.search(rf"{stage} \d+\.\d", page.inner_text(".ms"))
     playwright.expect(page.locator("#told")).to_have_text(re.compile(r"Drawn in \d+ milliseconds\."))
     page.fill("#prompt", "x" * 32_001)
     playwright.expect(page.locator(".pane .error")).to_contain_text("the prompt has 32001 characters")
@@ -349,7 +349,7 @@ def test_fits_a_phone_in_light_and_dark(browser, served, scheme):
         page.get_by_role("button", name="Keep").click()
         page.click("#add-pane")
         page.get_by_label("Drawing").first.check(force=True)
-        page.wait_for_timeout(200)
+        page.wait_for_selector("#source:visible")
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         outside = """[...document.querySelectorAll("body *")].filter((one) => {
           const box = one.getBoundingClientRect();

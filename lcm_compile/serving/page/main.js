@@ -52,6 +52,7 @@ class Page {
       const settings = fromFragment(location.hash);
       if (settings) this.drawAgain(settings, null);
     });
+    window.addEventListener("resize", () => this.growPrompt());
     setInterval(() => this.countDown(), 250);
   }
 

@@ -7,6 +7,7 @@ import { fileName, linkOf } from "./settings.js";
 const FEW_STEP = ["lcm", "tcd"];
 const SMALL = 256 * 256; // pixels up to which pictures come as PNG: enlarged, one would see what JPEG leaves out
 const ENLARGED = 2.5; // from how many times a picture's size on its pixels are shown as they are
+const LEAST_SHOWN = 0.05; // milliseconds; what is known already, such as the same prompt's text, takes none
 const STAGES = ["waited", "encode", "context", "encode-image", "step", "decode"];
 
 /** A model and its picture. `page` has what panes share: prompt, negative, seed, source, strength, server. */
@@ -210,8 +211,8 @@ export class Pane {
 
   /** Shows the milliseconds of each stage, as a bar and in words. */
   showTimes({ ms, roundTrip }) {
-    const parts = STAGES.filter((stage) => ms[stage] !== undefined && !(stage === "waited" && ms.waited < 0.5));
-    const sum = (stage) => [ms[stage]].flat().reduce((all, one) => all + one, 0);
+    const sum = (stage) => [ms[stage] ?? 0].flat().reduce((all, one) => all + one, 0);
+    const parts = STAGES.filter((stage) => sum(stage) >= LEAST_SHOWN);
     const bar = this.find(".bar");
     bar.replaceChildren(...parts.map((stage) => {
       const part = document.createElement("span");

@@ -13,10 +13,11 @@ export function setKey(key) {
   else sessionStorage.setItem(KEY, key);
 }
 
-/** Returns the headers that carry the key. */
+/** Returns the headers that carry the key: as a password, which may hold any letter. */
 export function keyHeaders() {
   const key = sessionStorage.getItem(KEY);
-  return key === null ? {} : { Authorization: `Bearer ${key}` };
+  if (key === null) return {};
+  return { Authorization: `Basic ${btoa(String.fromCharCode(...new TextEncoder().encode(`:${key}`)))}` };
 }
 
 /** Takes the key out of the address, where the server printed it, so that no one reads it there. */
