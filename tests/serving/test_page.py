@@ -186,36 +186,43 @@ def test_a_stroke_on_the_paper_becomes_a_picture(browser, served):
         picture_of(page, PROMPT)
         page.get_by_label("Drawing").first.check(force=True)
         paper = page.locator("#drawing")
-        box = paper.bounding_box()
 
         def drawn(after=None):
-            """The picture sent last, which is another than `after`, and what is drawn from it."""
+            """The picture sent last, which is another than `after`, and what is drawn from it and shown."""
             page.wait_for_function("after => sent.length && sent.at(-1) !== after", arg=after)
-            last = page.evaluate("sent.at(-1)")
-            image = base64.b64decode(last)
-            assert Image.open(io.BytesIO(image)).size == (64, 64)
-            expected = api(served, image=image, strength=float(page.input_value("#strength input")))
-            assert shows(page, expected)
-            return last, expected
+            seen = None
+            for _ in range(200):
+                if (last := page.evaluate("sent.at(-1)")) != seen:
+                    seen, image = last, base64.b64decode(last)
+                    assert Image.open(io.BytesIO(image)).size == (64, 64)
+                    strength = float(page.input_value("#strength input"))
+                    expected = api(served, image=image, strength=strength)
+                if np.array_equal(pixels_of(page.locator(".picture")), expected):
+                    return last, expected
+                page.wait_for_timeout(50)
+            raise AssertionError("another picture is shown")
 
         white, blank = drawn()
         page.get_by_title("blue").locator("..").click()
-        page.mouse.move(box["x"] + 40, box["y"] + 40)
-        page.mouse.down()
-        page.mouse.move(box["x"] + 200, box["y"] + 160)
-        page.mouse.up()
-        blue, stroke = drawn(after=white)
-        assert not np.array_equal(stroke, blank)
+        paper.click(position={"x": 60, "y": 60})
+        blue, clicked = drawn(after=white)
+        assert not np.array_equal(clicked, blank)
         page.click("#undo")
         np.testing.assert_array_equal(drawn(after=blue)[1], blank)
         paper.focus()
         page.keyboard.press(" ")
         dot, picture = drawn(after=white)
         page.keyboard.press("ArrowRight")
-        _, longer = drawn(after=dot)
+        line, longer = drawn(after=dot)
         assert not np.array_equal(longer, picture)
         page.get_by_label("Strength").press("End")
         drawn()
+        box = paper.bounding_box()
+        page.mouse.move(box["x"] + 40, box["y"] + 40)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 200, box["y"] + 160, steps=4)
+        page.mouse.up()
+        drawn(after=line)
 
         page.get_by_label("Webcam").first.check(force=True)
         count = "document.querySelector('.picture').dataset.count"
@@ -234,7 +241,9 @@ def test_models_side_by_side(page, served):
     page.reload()
     assert shows(page, api(served, prompt="a blue circle", model="pairs"), pane=1)
     page.get_by_label("Drawing").first.check(force=True)
-    playwright.expect(page.get_by_text("This model draws from the prompt alone.").nth(1)).to_be_visible()
+    hints = page.locator(".pane .hint")
+    playwright.expect(hints.nth(1)).to_have_text("This model draws from the prompt alone.")
+    assert hints.nth(0).is_hidden()
     page.get_by_label("Remove this model").first.click()
     assert page.locator(".pane").count() == 1
     assert page.get_by_label("Model", exact=True).input_value() == "pairs"
@@ -271,6 +280,20 @@ def test_a_kept_picture_is_drawn_again_from_its_link(browser, page, served):
         assert "#" not in other.url
 
 
+def test_a_link_draws_exactly_what_it_says_or_tells(browser, served):
+    link = "#prompt=a+blue+star&seed=3&steps=12&guidance_scale=1.25&lora=style:0.777&model=small"
+    with opened(browser, f"{served.url}/{link}") as page:
+        picture_of(page, "a blue star")
+        settings = {"prompt": "a blue star", "seed": 3, "steps": 12, "guidance_scale": 1.25}
+        assert shows(page, api(served, **settings, loras={"style": 0.777}))
+        assert page.locator(".pane .hint").is_hidden()
+        page.evaluate("location.hash = 'prompt=a+star&seed=3&model=gone&lora=lost:1'")
+        picture_of(page, "a star")
+        assert page.inner_text(".pane .hint") == (
+            "Not on this server: model gone, LoRA lost. So the picture is another."
+        )
+
+
 def test_a_lost_server_comes_back_and_the_key_is_kept(browser, small):
     refused = "Failed to load resource"  # the browser's own word for a server that is not there, or says 401
     with Served(f"small={small}", env={"LCM_COMPILE_API_KEY": KEY}) as server:
@@ -278,7 +301,7 @@ def test_a_lost_server_comes_back_and_the_key_is_kept(browser, small):
             page.wait_for_selector("#key-dialog[open]")
             page.keyboard.type("wrong")
             page.keyboard.press("Enter")
-            playwright.expect(page.locator("#key-error")).to_have_text("the API key is missing or wrong")
+            playwright.expect(page.get_by_text("the API key is missing or wrong")).to_be_visible()
             page.keyboard.type(KEY)
             page.keyboard.press("Enter")
             page.wait_for_selector(".picture[data-count]")

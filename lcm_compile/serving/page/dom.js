@@ -23,20 +23,18 @@ export function labelled(label, control) {
 
 /** Returns a slider under its label, with its value beside it: {row, control, set}. */
 export function slider(label, { min, max, step, value }, changed) {
-  const output = make("output");
+  const output = make("span", { className: "value", ariaHidden: "true" }); // screen readers tell a slider's value
   const control = make("input", { type: "range", min, max, step, oninput: () => { show(); changed(); } });
   const { row } = labelled(label, control);
-  const show = () => {
-    const digits = (String(step).split(".")[1] ?? "").length;
-    output.textContent = control.valueAsNumber.toFixed(digits);
-  };
+  const digits = (String(step).split(".")[1] ?? "").length;
+  const show = () => { output.textContent = Number(control.valueAsNumber.toFixed(3)).toFixed(digits); };
   const set = (number) => {
     if (number < Number(control.min)) control.min = number;
     if (number > Number(control.max)) control.max = number;
+    control.step = Number(number.toFixed(digits)) === number ? step : "any"; // else it would be rounded
     control.value = number;
     show();
   };
-  output.htmlFor.add(control.id);
   row.classList.add("slider");
   row.insertBefore(output, control);
   set(value);

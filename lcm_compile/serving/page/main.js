@@ -24,7 +24,7 @@ class Page {
     this.strengthSlider = slider("Strength", { min: 0, max: 1, step: 0.05, value: 0.6 }, () => this.changed());
     $("strength").append(this.strengthSlider.row);
     this.server = new Server(() => this.showServer());
-    this.source = new Source(() => this.draw(), () => this.panes.some((pane) => pane.isBusy));
+    this.source = new Source(() => this.panes.forEach((pane) => pane.drawFromSource()), () => this.panes.some((pane) => pane.isBusy));
     this.gallery = new Gallery(this);
     $("prompt").addEventListener("input", () => { this.growPrompt(); this.changed(); });
     $("prompt").addEventListener("keydown", (event) => {
@@ -48,9 +48,9 @@ class Page {
       this.server.connect();
     });
     window.addEventListener("hashchange", () => {
-      takeKeyFromAddress();
+      if (takeKeyFromAddress()) this.server.connect();
       const settings = fromFragment(location.hash);
-      if (settings) this.drawAgain(settings, null);
+      if (settings && this.panes.length) this.drawAgain(settings, null);
     });
     window.addEventListener("resize", () => this.growPrompt());
     setInterval(() => this.countDown(), 250);

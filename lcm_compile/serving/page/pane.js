@@ -17,6 +17,7 @@ export class Pane {
     this.stream = null;
     this.picture = null; // the last one: {wanted, image, seed, size, format, ms, roundTrip, file}
     this.times = [];
+    this.missing = []; // what the settings name that is not here
     this.loras = {}; // the sliders of LoRAs by name
     this.root = fill("pane");
     this.canvas = this.find(".picture");
@@ -62,6 +63,18 @@ export class Pane {
     const names = this.page.server.models.map((model) => model.id);
     options(this.model.control, names, saved?.model);
     this.showModel(saved);
+    this.missing = saved && this.facts ? this.missingOf(saved) : [];
+  }
+
+  /** Returns what saved settings name that the server has not, in words. */
+  missingOf(saved) {
+    const { id, sizes, loras, files } = this.facts;
+    const others = Object.keys(saved.loras ?? {}).filter((name) => !(name in loras) && !files.includes(name));
+    return [
+      ...(saved.model && saved.model !== id ? [`model ${saved.model}`] : []),
+      ...(saved.size && !sizes.includes(saved.size) ? [`size ${saved.size}`] : []),
+      ...others.map((name) => `LoRA ${name}`),
+    ];
   }
 
   /** Shows what the chosen model takes, with its own settings where none are saved. */
@@ -142,8 +155,23 @@ export class Pane {
   // Drawing.
 
   changed() {
+    this.missing = [];
     this.draw();
     this.page.save();
+  }
+
+  /** Draws from what the source shows now. */
+  drawFromSource() {
+    if (this.facts?.images) this.draw();
+    else this.showHint();
+  }
+
+  showHint() {
+    const isLeftOut = this.page.source.mode !== "noise" && this.facts && !this.facts.images;
+    const parts = this.missing.length ? [`Not on this server: ${this.missing.join(", ")}. So the picture is another.`] : [];
+    if (isLeftOut) parts.push("This model draws from the prompt alone.");
+    this.find(".hint").textContent = parts.join(" ");
+    this.find(".hint").hidden = parts.length === 0;
   }
 
   /** Opens a stream, now that the server is there. */
@@ -172,10 +200,9 @@ export class Pane {
     const { page } = this;
     const [width, height] = this.sides;
     const wanted = { prompt: page.prompt, negative_prompt: page.negative, seed: page.seed, ...this.own };
-    const begins = page.source.mode !== "noise";
-    this.find(".from-prompt").hidden = !begins || this.facts.images;
+    this.showHint();
     let image = null;
-    if (begins && this.facts.images) {
+    if (page.source.mode !== "noise" && this.facts.images) {
       image = page.source.image;
       if (image === null) return; // there is none yet; it comes
       wanted.strength = page.strength;

@@ -20,14 +20,15 @@ export function keyHeaders() {
   return { Authorization: `Basic ${btoa(String.fromCharCode(...new TextEncoder().encode(`:${key}`)))}` };
 }
 
-/** Takes the key out of the address, where the server printed it, so that no one reads it there. */
+/** Takes the key out of the address, so that no one reads it there. Returns whether there was one. */
 export function takeKeyFromAddress() {
   const fields = new URLSearchParams(location.hash.slice(1));
   const key = fields.get("key");
-  if (key === null) return;
+  if (key === null) return false;
   setKey(key);
   fields.delete("key");
   history.replaceState(null, "", fields.size ? `#${fields}` : location.pathname + location.search);
+  return true;
 }
 
 /**
@@ -43,7 +44,9 @@ export class Server {
     this.triesAt = 0;
     this.pause = 0;
     this.timer = 0;
-    window.addEventListener("online", () => this.state === "lost" && this.connect());
+    const retry = () => this.state === "lost" && !document.hidden && this.connect();
+    window.addEventListener("online", retry);
+    document.addEventListener("visibilitychange", retry);
   }
 
   get isThere() {
