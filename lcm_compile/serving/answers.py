@@ -16,7 +16,7 @@ from starlette.responses import Response
 from lcm_compile.errors import LcmCompileError, LoraError, UsageError
 from lcm_compile.serving.catalog import UnknownModel
 from lcm_compile.serving.dispatcher import QueueFull
-from lcm_compile.serving.guard import TOO_LARGE, BodyTooLarge, error_body
+from lcm_compile.serving.guard import error_body
 from lcm_compile.serving.jobs import ClientGone, TooLate
 from lcm_compile.serving.metrics import Metrics
 
@@ -78,9 +78,6 @@ def add_error_answers(app: FastAPI, metrics: Metrics) -> None:
         assert isinstance(error, HTTPException)
         return json_answer(error_body(str(error.detail), error.status_code), error.status_code, error.headers)
 
-    async def large(request: HttpRequest, error: Exception) -> Response:
-        return json_answer(error_body(TOO_LARGE, 413), 413)
-
     async def gone(request: HttpRequest, error: Exception) -> Response:
         metrics.errors.labels("ClientGone").inc()
         return Response(status_code=499)  # nobody reads it
@@ -88,5 +85,4 @@ def add_error_answers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(LcmCompileError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(BodyTooLarge, large)
     app.add_exception_handler(ClientGone, gone)

@@ -42,7 +42,7 @@ def make_app(service: Service) -> ASGIApp:
     for routes in (openai_routes, a1111_routes, health_routes, live_routes):
         app.include_router(routes(service))
     add_error_answers(app, service.metrics)
-    return Guard(Counting(app, service), service.settings)
+    return Counting(Guard(app, service.settings), service)
 
 
 class Counting:

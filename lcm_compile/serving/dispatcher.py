@@ -19,6 +19,8 @@ from lcm_compile.serving.messages import Cancel, Draw, Drawn, Failed, Preview, P
 from lcm_compile.serving.worker_process import WorkerProcess
 
 TRIES = 2  # of a picture whose worker dies while it draws it
+# Seconds that a worker gets to stop drawing: it does so between two passes, which may be slow.
+PATIENCE = 120.0
 # Groups that a worker has at once: the one that it draws, and the next, so that it need not wait for it.
 GROUPS = 2
 
@@ -77,6 +79,7 @@ class Group:
     number: int
     pictures: list[Picture]
     is_first: bool = False  # whether it is drawn, or waits behind another
+    is_cancelled: bool = False
 
 
 class Dispatcher:
@@ -95,7 +98,8 @@ class Dispatcher:
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._seconds = 1.0  # of a picture, as a moving mean
-        self.watch: Callable[[Picture], None] = lambda picture: None  # called for each one that is drawn
+        # Called with the pictures of each call of the engines.
+        self.watch: Callable[[Sequence[Picture]], None] = lambda pictures: None
 
     def add(self, worker: WorkerProcess) -> None:
         """Takes a worker, which may not be ready yet."""
@@ -121,16 +125,23 @@ class Dispatcher:
 
     def cancel(self, pictures: Sequence[Picture]) -> None:
         """Takes those that are not drawn out of the queue, and stops workers that draw for nobody."""
-        gone = {picture for picture in pictures if not picture.future.done()}
-        if not gone:
+        if all(picture.future.done() and not picture.future.cancelled() for picture in pictures):
             return
-        for picture in gone:
-            picture.future.cancel()
-        self._waiting = deque(picture for picture in self._waiting if picture not in gone)
+        for picture in pictures:
+            picture.future.cancel()  # it may be so already, by who waited for it
+        self._waiting = deque(picture for picture in self._waiting if not picture.future.done())
         for worker, groups in self._groups.items():
             for group in groups:
-                if all(picture.future.done() for picture in group.pictures):
+                if not group.is_cancelled and all(picture.future.done() for picture in group.pictures):
+                    group.is_cancelled = True
                     worker.send(Cancel(group.number))
+                    if group.is_first:
+                        loop = asyncio.get_running_loop()
+                        loop.call_later(PATIENCE, self._kill_if_it_hangs, worker, group)
+
+    def _kill_if_it_hangs(self, worker: WorkerProcess, group: Group) -> None:
+        if group in self._groups[worker]:
+            worker.kill()
 
     def _give(self) -> None:
         """Gives pictures to workers that have room."""
@@ -217,10 +228,12 @@ class Dispatcher:
                 seconds = float(message.ms["total"]) / 1000 / len(group.pictures)
                 self._seconds += 0.1 * (seconds - self._seconds)
                 picture.future.set_result((message.pictures[i], {**message.ms}))
-                self.watch(picture)
             else:
                 kind = UsageError if message.asked_wrong else LcmCompileError
                 picture.future.set_exception(kind(message.message, message.hint))
+        drawn = [picture for picture in group.pictures if not picture.future.cancelled()]
+        if isinstance(message, Drawn) and drawn:
+            self.watch(drawn)
 
     def lose(self, worker: WorkerProcess, how: str) -> None:
         """Puts what a dead worker had back to the front of the queue, unless it was its second try."""

@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from urllib.parse import urlsplit
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -101,7 +102,7 @@ def keys_in(scope: Scope, headers: Headers) -> Iterable[bytes]:
     """Yields what a request has as its key: a bearer token, a password, or a WebSocket's subprotocol."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
-        yield value.strip().encode()
+        yield value.strip().encode("latin-1")  # as headers are read
     elif kind.lower() == "basic":
         with contextlib.suppress(binascii.Error, ValueError):
             yield base64.b64decode(value, validate=True).partition(b":")[2]
@@ -167,8 +168,11 @@ def error_body(text: str, status: int, code: str | None = None) -> Mapping[str, 
     return {"error": {"message": text, "type": kind, "param": None, "code": code}, "detail": text}
 
 
-class BodyTooLarge(Exception):
-    """A request has more bytes than its headers said, or than the server reads."""
+class BodyTooLarge(HTTPException):
+    """A request has more bytes than the server reads."""
+
+    def __init__(self) -> None:
+        super().__init__(413, TOO_LARGE)
 
 
 class LimitedReader:

@@ -77,10 +77,9 @@ def job_of(
     draws alone. Raises UsageError if something can't be drawn, before anything waits.
     """
     model, loras = catalog.find(asked.model)
-    if not 1 <= asked.count <= settings.most_images:
-        raise UsageError(
-            f"the number of pictures must be from 1 to {settings.most_images}, not {asked.count}"
-        )
+    most = min(settings.most_images, settings.queue)
+    if not 1 <= asked.count <= most:
+        raise UsageError(f"the number of pictures must be from 1 to {most}, not {asked.count}")
     for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
         check_length(asked.fields.get(name), name, settings)
     check_length(asked.prompt, "prompt", settings)

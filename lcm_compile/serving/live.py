@@ -116,7 +116,7 @@ class LiveStream:
 
     async def _job(self, wanted: Wanted, data: bytes | None) -> Job:
         fields: dict[str, Any] = {}
-        asked = wanted.asked()
+        asked = wanted.asked(self._service.settings.most_pixels)
         bundle = None
         if wanted.image:
             if data is None:

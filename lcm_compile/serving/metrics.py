@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,9 +20,15 @@ class Metrics:
         self.registry = CollectorRegistry()
         name = "lcm_compile"
         self._pictures = Counter(f"{name}_pictures", "Pictures drawn.", ["model"], registry=self.registry)
+        self._calls = Counter(
+            f"{name}_calls",
+            "Calls of the engines, of one picture or a batch.",
+            ["model"],
+            registry=self.registry,
+        )
         self._stage = Histogram(
             f"{name}_stage_seconds",
-            "Seconds of a picture in each stage; step is all of its steps.",
+            "Seconds of a call in each stage; step is all of its steps.",
             ["stage"],
             buckets=SECONDS,
             registry=self.registry,
@@ -42,12 +48,13 @@ class Metrics:
         ):
             Gauge(f"{name}_{gauge}", text, registry=self.registry).set_function(function)
 
-    def count(self, model: str, picture: Picture) -> None:
-        """Counts a picture that was drawn."""
-        _, ms = picture.future.result()
-        self._pictures.labels(model).inc()
-        self._queued.observe(picture.waited)
-        for stage, value in ms.items():
+    def count(self, model: str, pictures: Sequence[Picture]) -> None:
+        """Counts a call of a model's engines that drew these pictures."""
+        self._calls.labels(model).inc()
+        self._pictures.labels(model).inc(len(pictures))
+        for picture in pictures:
+            self._queued.observe(picture.waited)
+        for stage, value in pictures[0].future.result()[1].items():
             if stage != "load":
                 self._stage.labels(stage).observe((sum(value) if isinstance(value, list) else value) / 1000)
 

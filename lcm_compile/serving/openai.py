@@ -25,7 +25,7 @@ from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.guard import error_body
 from lcm_compile.serving.jobs import Asked, Job, draw, job_of, while_connected
 from lcm_compile.serving.service import Service
-from lcm_compile.serving.uploads import image_of, mask_of_alpha
+from lcm_compile.serving.uploads import image_of, image_of_base64, mask_of_alpha
 
 # Clients expect to find tokens; none are counted here.
 USAGE = {
@@ -112,12 +112,20 @@ class Generation(BaseModel):
     loras: Annotated[dict[str, float], BeforeValidator(read_loras)] = Field(
         default_factory=dict, validation_alias=AliasChoices("loras", "lora"), description="Weights by name."
     )
+    control: str | list[str] | None = Field(
+        None, description="What the model's ControlNets read, in base64 or as data: URLs."
+    )
+    control_weight: float | list[float] | None = None
 
-    def asked(self, **fields: Any) -> Asked:
-        """Returns it as what is drawn; `fields` are others of Request."""
+    def asked(self, most_pixels: int, **fields: Any) -> Asked:
+        """Returns it as what is drawn; `fields` are others of Request. Raises UsageError."""
         fields |= {"negative_prompt": self.negative_prompt or None}
         if self.prompt_syntax is not None:
             fields["prompt_syntax"] = self.prompt_syntax
+        if self.control:
+            several = [self.control] if isinstance(self.control, str) else self.control
+            fields["control"] = [image_of_base64(one, "control picture", most_pixels) for one in several]
+            fields["control_weight"] = self.control_weight
         return Asked(
             self.prompt,
             self.model,
@@ -164,7 +172,8 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/v1/images/generations")
     async def generations(request: HttpRequest, body: Generation) -> Response:
         """Draws pictures of a prompt."""
-        job = job_of(body.asked(), service.catalog, service.settings)
+        asked = await asyncio.to_thread(body.asked, service.settings.most_pixels)
+        job = job_of(asked, service.catalog, service.settings)
         return await answer(service, request, body, job, "image_generation")
 
     schema = Edit.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -178,7 +187,7 @@ def openai_routes(service: Service) -> APIRouter:
         """Draws from a picture: all of it, or where the mask, or the picture itself, is transparent."""
         async with request.form(max_files=20, max_fields=100, max_part_size=1 << 20) as form:
             body, fields, size = await read_edit(form, service)
-        asked = body.asked(**fields)
+        asked = body.asked(service.settings.most_pixels, **fields)
         bundle = None
         if asked.size is None:
             bundle = service.catalog.find(asked.model)[0].nearest(size)

@@ -47,7 +47,7 @@ class Service:
             lambda: sum(worker.ready for worker in self.workers),
         )
         names = {b.folder: model.name for model in catalog.models.values() for b in model.bundles.values()}
-        self.dispatcher.watch = lambda picture: self.metrics.count(names[picture.bundle.folder], picture)
+        self.dispatcher.watch = lambda some: self.metrics.count(names[some[0].bundle.folder], some)
 
     @property
     def is_ready(self) -> bool:

@@ -110,6 +110,11 @@ class WorkerProcess:
         if self._wanted:
             self.start()
 
+    def kill(self) -> None:
+        """Kills the process, as if it had died."""
+        if self._process is not None:
+            self._process.kill()
+
     def stop(self) -> None:
         """Ends the process, and waits for it."""
         self._wanted = self.ready = False
