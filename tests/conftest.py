@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -80,48 +81,62 @@ def backend_timings():
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
-    """A folder that all workers share: a build into it is a hit for those that come later."""
+    """Opens a folder that all workers share; within the block no other worker has it open."""
     own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if worker else own) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
+    parent = (own.parent if worker else own) / "shared"
+    parent.mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def opened(name):
+        with (parent / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield parent / name
+
+    return opened
 
 
-def once(folder, write):
-    """Lets the first of all workers write a folder, and returns it."""
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            write(folder)
-    return folder
+@pytest.fixture(scope="session")
+def shared_bundle(shared):
+    """Builds a bundle that all workers share: it is a hit for those that come later."""
+
+    def built(spec, name):
+        with shared(name) as folder:
+            return build(spec, folder)
+
+    return built
 
 
 @pytest.fixture(scope="session")
 def sdxl_checkpoint(shared):
-    return once(shared / "sdxl_checkpoint", factories.write_sdxl)
+    with shared("sdxl_checkpoint") as folder:
+        return folder if folder.exists() else factories.write_sdxl(folder)
 
 
 @pytest.fixture(scope="session")
 def sd15_checkpoint(shared):
-    return once(shared / "sd15_checkpoint", factories.write_sd15)
+    with shared("sd15_checkpoint") as folder:
+        return folder if folder.exists() else factories.write_sd15(folder)
 
 
 @pytest.fixture(scope="session")
-def sdxl_bundle(sdxl_checkpoint, shared):
+def sdxl_bundle(sdxl_checkpoint, shared_bundle):
     """The folder of a plain SDXL bundle for ONNX Runtime on this CPU. Copy it before changing it."""
     spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime")
-    return build(spec, shared / "sdxl").folder
+    return shared_bundle(spec, "sdxl").folder
 
 
 @pytest.fixture(scope="session")
 def sdxl_graphs(sdxl_checkpoint, shared):
     """The folder of an export to ONNX: the graphs of sdxl_bundle. Copy it before changing it."""
     spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32")
-    return once(shared / "sdxl_graphs", lambda folder: export(spec, folder))
+    with shared("sdxl_graphs") as folder:
+        if not folder.exists():
+            export(spec, folder)
+    return folder
 
 
 @pytest.fixture(scope="session", params=[False, True], ids=["staged", "whole loop"])
-def pairs(request, sdxl_checkpoint, shared):
+def pairs(request, sdxl_checkpoint, shared_bundle):
     """The folder of a bundle that draws two pictures at a time."""
     spec = BuildSpec(
         base=str(sdxl_checkpoint),
@@ -131,15 +146,15 @@ def pairs(request, sdxl_checkpoint, shared):
         batch=2,
         whole_loop=request.param,
     )
-    return build(spec, shared / f"pairs-{request.param}").folder
+    return shared_bundle(spec, f"pairs-{request.param}").folder
 
 
 @pytest.fixture(scope="session")
-def a10_bundle(sdxl_checkpoint, shared):
+def a10_bundle(sdxl_checkpoint, shared_bundle):
     """A plain SDXL bundle for an A10, built without one."""
     pytest.importorskip("tensorrt_rtx")
     spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm")
-    return build(spec, shared / "a10")
+    return shared_bundle(spec, "a10")
 
 
 @pytest.fixture
