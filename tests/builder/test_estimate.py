@@ -62,6 +62,7 @@ def test_within_thirty_percent_of_what_was_measured(family, monkeypatch):
 
 def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle, tmp_path):
     words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--out", tmp_path, "--dry-run")
+    words += ("--backend", "onnxruntime")
     told = json.loads(command(*words, "--json")[1])["estimate"]
     assert told["bundle_bytes"] == pytest.approx(size(sdxl_bundle / "engines"), rel=0.3)
     out = command(*words)[1]
