@@ -32,6 +32,7 @@ from lcm_compile.commands.export import export
 from lcm_compile.commands.fuse import fuse
 from lcm_compile.commands.inspect import inspect
 from lcm_compile.commands.run import run
+from lcm_compile.commands.serve import serve
 from lcm_compile.commands.targets import targets
 from lcm_compile.commands.train_lora import train_lora
 from lcm_compile.commands.verify import verify
@@ -172,6 +173,7 @@ def cli() -> None:
 for command in (
     build,
     run,
+    serve,
     verify,
     bench,
     compare,

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "builder": {"proof", "pipeline", "bundles", "engines", "export", "stages", "lora", "checkpoint"},
     "output": {"builder", "pipeline", "bundles", "lora", "checkpoint"},
 }
+MAY_IMPORT["serving"] = {"output", "pipeline", "bundles"}
 MAY_IMPORT["benchmarks"] = MAY_IMPORT.keys() - {"training", "export"}
 MAY_IMPORT["commands"] = {*MAY_IMPORT}
 # The files that open the package: they import the commands, or what `import lcm_compile` offers.

@@ -23,7 +23,6 @@ from lcm_compile.commands.image_options import (
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
 from lcm_compile.graphs import ENCODE_IMAGE
-from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,14 +30,11 @@ if TYPE_CHECKING:
     from lcm_compile.bundles.bundle import EngineBundle
     from lcm_compile.output.grid import Axis
     from lcm_compile.output.images import Names
-    from lcm_compile.output.picture_settings import Origin
     from lcm_compile.pipeline.pipeline import Pipeline
     from lcm_compile.pipeline.request import Request
-    from lcm_compile.spec import LoraSpec
 
 CUT_SHOWN = 200  # characters of the end of a prompt that did not fit
 TOLD = "lcm_compile.told"  # in the meta data of click's context
-WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")
 
 
 @click.command()
@@ -208,7 +204,7 @@ def draw_again(
     from lcm_compile.commands.find_bundle import find_bundle, find_drawer
     from lcm_compile.output.console import note
     from lcm_compile.output.images import picture_paths
-    from lcm_compile.output.picture_settings import read_origin
+    from lcm_compile.output.picture_settings import digests_of, read_origin
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.control_picture import find_control
     from lcm_compile.pipeline.load import load
@@ -273,7 +269,7 @@ def draw_pictures(
 
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.images import save_picture
-    from lcm_compile.output.picture_settings import control_facts, parameters, settings_of
+    from lcm_compile.output.picture_settings import control_facts, origin_of, parameters, settings_of
     from lcm_compile.pipeline.drawing import warning_of_one_colour
 
     note_syntax(requests[0])
@@ -366,7 +362,7 @@ def draw_sheet(
     from lcm_compile.output.console import Bar, note, print_json
     from lcm_compile.output.grid import FIELDS, draw_grid, requests
     from lcm_compile.output.images import save_picture, sheet_path
-    from lcm_compile.output.picture_settings import settings_of
+    from lcm_compile.output.picture_settings import origin_of, settings_of
     from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.control_picture import without_pixels
     from lcm_compile.pipeline.load import load
@@ -441,38 +437,3 @@ def warn_of_cut(bundle: EngineBundle, cut: str) -> None:
         note(f"warning: the prompt is over {longest} tokens; cut: {shown!r}", always=True)
         if longest < CHUNK_TOKENS * MOST_CHUNKS and is_first("hint of more tokens"):
             note(f"hint: build --prompt-tokens {longest + CHUNK_TOKENS} makes a bundle that reads more")
-
-
-def origin_of(bundle: EngineBundle, request: Request) -> Origin:
-    """Returns what draws a picture, for its file."""
-    from lcm_compile.output.picture_settings import Origin
-
-    spec = bundle.manifest.spec
-    if request.control and not request.control_weight:  # which the bundle's own then stands for
-        request = replace(request, control_weight=bundle.manifest.pipeline.control_weights)
-    name = Path(spec.base).name
-    for ending in WEIGHT_FILES:
-        name = name.removesuffix(ending)
-    weights = bundle.manifest.pipeline.few_step
-    return Origin(
-        request,
-        bundle.digest,
-        name,
-        f"lcm-compile {__version__}",
-        spec.weights,
-        weights.name if weights else None,
-        digests_of(request.loras),
-    )
-
-
-def digests_of(loras: Sequence[LoraSpec]) -> tuple[str, ...]:
-    """Returns the sha256 of each LoRA's file. Raises LoraError if one can't be found."""
-    if not loras:
-        return ()
-    from lcm_compile.lora.find import find_lora, lora_digest
-    from lcm_compile.system.cache import Digests
-
-    digests = Digests()
-    found = tuple(lora_digest(find_lora(lora), digests) for lora in loras)
-    digests.save()
-    return found

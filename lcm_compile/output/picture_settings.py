@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,18 @@ from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.pipeline.control_picture import for_each, without_pixels
 from lcm_compile.pipeline.request import Request
 from lcm_compile.samplers import SAMPLERS
+from lcm_compile.spec import BuildSpec, LoraSpec
 from lcm_compile.system.dataclass_json import from_json
+from lcm_compile.version import __version__
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from lcm_compile.bundles.bundle import EngineBundle
+
 SETTINGS = "lcm-compile"  # the name of the JSON text in a PNG
 NAMESPACE = "urn:lcm-compile:"  # of the JSON text in XMP
+WEIGHT_FILES = (".safetensors", ".ckpt", ".bin")  # the endings of a base that is one file
 SEGMENT = 65_000  # bytes: what a JPEG has room for in EXIF and in XMP each
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -49,6 +54,44 @@ class Origin:
     weights: str | None = None
     few_step: str | None = None
     lora_sha256: tuple[str, ...] = ()
+
+
+def origin_of(bundle: EngineBundle, request: Request) -> Origin:
+    """Returns what draws a picture, for its file."""
+    manifest = bundle.manifest
+    if request.control and not request.control_weight:  # which the bundle's own then stands for
+        request = replace(request, control_weight=manifest.pipeline.control_weights)
+    weights = manifest.pipeline.few_step
+    return Origin(
+        request,
+        bundle.digest,
+        model_name(manifest.spec),
+        f"lcm-compile {__version__}",
+        manifest.spec.weights,
+        weights.name if weights else None,
+        digests_of(request.loras),
+    )
+
+
+def model_name(spec: BuildSpec) -> str:
+    """Returns the name of a base, without its folder and ending."""
+    name = Path(spec.base).name
+    for ending in WEIGHT_FILES:
+        name = name.removesuffix(ending)
+    return name
+
+
+def digests_of(loras: Sequence[LoraSpec]) -> tuple[str, ...]:
+    """Returns the sha256 of each LoRA's file. Raises LoraError if one can't be found."""
+    if not loras:
+        return ()
+    from lcm_compile.lora.find import find_lora, lora_digest
+    from lcm_compile.system.cache import Digests
+
+    digests = Digests()
+    found = tuple(lora_digest(find_lora(lora), digests) for lora in loras)
+    digests.save()
+    return found
 
 
 def settings_of(origin: Origin) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Called with the pictures (n, height, width, 3) of each batch, in 8 bits.
 Show = Callable[[np.ndarray], None]
+# What shows the pictures that are foreseen after so many steps, the first of which is 1.
+Previews = Mapping[int, Show]
+NO_PREVIEWS: Previews = MappingProxyType({})
 
 
 def show_nothing(pictures: np.ndarray) -> None:

@@ -29,11 +29,14 @@ from lcm_compile.pipeline.control import Control, check_control, control_stages,
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
+    NO_PREVIEWS,
     Clock,
     Drawing,
     Pictures,
+    Previews,
     Show,
     batches_of,
+    eight_bits,
     show_nothing,
     warning_of_one_colour,
 )
@@ -214,6 +217,7 @@ class Pipeline(ABC):
         requests: Request | Sequence[Request],
         report: PassReport = lambda done, total: None,
         show: Show = show_nothing,
+        previews: Previews = NO_PREVIEWS,
     ) -> Drawing:
         """Draws requests and returns the drawing. Raises the same errors as calling the pipeline.
 
@@ -221,16 +225,23 @@ class Pipeline(ABC):
         sampler, steps and guidance scale, and all or none of them a negative prompt.
 
         `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
-        (n, height, width, 3) of each batch as soon as they are drawn.
+        (n, height, width, 3) of each batch as soon as they are drawn. `previews` has what shows the pictures
+        of a batch that are foreseen after so many of its steps, 1 to all but the last: x̂0, decoded. A bundle
+        of one graph shows none.
         """
-        with closing(self.progress(requests, show)) as progress:
+        with closing(self.progress(requests, show, previews)) as progress:
             while True:
                 try:
                     report(*next(progress))
                 except StopIteration as stop:
                     return stop.value
 
-    def progress(self, requests: Request | Sequence[Request], show: Show = show_nothing) -> Progress:
+    def progress(
+        self,
+        requests: Request | Sequence[Request],
+        show: Show = show_nothing,
+        previews: Previews = NO_PREVIEWS,
+    ) -> Progress:
         """Draws requests. Yields (passes done, passes in total) after every stage; returns the drawing.
 
         On a GPU other threads wait until this generator has ended or is closed. Raises UsageError if the
@@ -247,7 +258,7 @@ class Pipeline(ABC):
         check_control(pictures[0].control, len(control_stages(self.runners)))
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
-            passes = self.passes(pictures, show)
+            passes = self.passes(pictures, show, previews)
             while True:
                 with self._computing if exclusive else nullcontext():
                     self.check_usable()
@@ -258,7 +269,7 @@ class Pipeline(ABC):
                 yield done
 
     @abstractmethod
-    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+    def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Does what `progress` does, for one drawing at a time if the engines are exclusive.
 
         Each of the pictures is a request of one picture.
@@ -309,7 +320,7 @@ class Pipeline(ABC):
 class LcmPipeline(Pipeline):
     """The pipeline of a bundle with an engine for each stage."""
 
-    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+    def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
         request = pictures[0]  # all are alike in what is read from it
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
@@ -363,12 +374,20 @@ class LcmPipeline(Pipeline):
                 if begin and (parts := begin.kept(i, rows)):
                     state = loop.keep(state, parts)
                 clock.lap("step")
+                if i + 1 < len(steps) and (preview := previews.get(i + 1)):
+                    preview(self.foreseen(state)[kept])
+                    clock.lap("decode")
                 yield passes.add(1 + guided)
             picture = self.runners["decode"].to_host(loop.decode(state[0]))
             clock.lap("decode")
             drawn.add(picture, kept, self.runners["step"].to_host(state[0]))
             yield passes.add(1)
         return Drawing(drawn.all(), {**clock.ms(), "load": self.load_ms}, cut, self.graph_status(graphs))
+
+    def foreseen(self, state: State) -> np.ndarray:
+        """Returns the pictures (b, height, width, 3) in 8 bits that a step foresees."""
+        decode = self.runners["decode"]
+        return np.array(eight_bits(decode.to_host(decode({"latent": state[1]})["picture"])))
 
     def needs_second_pass(self, request: Request) -> bool:
         """Returns whether the UNet runs twice in each step. A full LCM takes the guidance scale as input."""

@@ -10,7 +10,7 @@ import numpy as np
 from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import DRAW, StageContract, TensorSpec
-from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Show, batches_of
+from lcm_compile.pipeline.drawing import Clock, Drawing, Pictures, Previews, Show, batches_of
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.pipeline import LcmPipeline, Pipeline, Progress
 from lcm_compile.pipeline.prompts import Condition, condition_of, cut_of, ids_of, numbers_of
@@ -48,8 +48,10 @@ def check_whole_loop(contract: StageContract, request: Request) -> None:
 class WholeLoopPipeline(Pipeline):
     """The pipeline of a bundle with a single engine, which encodes the prompt in every call."""
 
-    def passes(self, pictures: Sequence[Request], show: Show) -> Progress:
+    def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Draws pictures. Yields (calls done, calls in total) after every call; returns the drawing.
+
+        No step can be seen, so there are no previews.
 
         Raises UsageError as check_whole_loop does, and BackendError if the engine returns NaN.
         """

@@ -1,0 +1,151 @@
+"""A client's request in this project's own terms, as it is checked and drawn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+from starlette.requests import HTTPConnection
+
+from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.pipeline.check import check_request
+from lcm_compile.pipeline.request import Request, draw_seed
+from lcm_compile.serving.catalog import Catalog, Model, Size
+from lcm_compile.serving.dispatcher import Dispatcher, Picture
+from lcm_compile.serving.settings import ServerSettings
+
+T = TypeVar("T")
+SEEDS = 1 << 64
+# Called with the number of a picture in its job, a step, and the pixels that are foreseen after it.
+ShowStep = Callable[[int, int, np.ndarray], None]
+
+
+class TooLate(LcmCompileError):
+    """A request took longer than the server allows."""
+
+
+class ClientGone(Exception):
+    """The client closed its connection before its pictures were drawn."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a client asks for. None stands for what the model is made for.
+
+    `size` is the height and width in pixels. `fields` are other fields of Request.
+    """
+
+    prompt: str
+    model: str | None = None
+    count: int = 1
+    size: Size | None = None
+    seed: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float | None = None
+    loras: Mapping[str, float] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Pictures of one request, each a Request of its own, and the bundle that draws them."""
+
+    model: Model
+    bundle: EngineBundle
+    requests: tuple[Request, ...]
+
+    @property
+    def size(self) -> Size:
+        """The height and width of the pictures in pixels."""
+        shape = self.bundle.manifest.pipeline.shape
+        return shape.height, shape.width
+
+
+def job_of(
+    asked: Asked, catalog: Catalog, settings: ServerSettings, bundle: EngineBundle | None = None
+) -> Job:
+    """Returns the job of what a client asks for; `bundle` is what draws it, if that is settled.
+
+    Each of several pictures has a seed of its own, one above the last one's, and is the one that its seed
+    draws alone. Raises UsageError if something can't be drawn, before anything waits.
+    """
+    model, loras = catalog.find(asked.model)
+    most = min(settings.most_images, settings.queue)
+    if not 1 <= asked.count <= most:
+        raise UsageError(f"the number of pictures must be from 1 to {most}, not {asked.count}")
+    for name in ("negative_prompt", "prompt_2", "negative_prompt_2"):
+        check_length(asked.fields.get(name), name, settings)
+    check_length(asked.prompt, "prompt", settings)
+    bundle = bundle or model.of_size(asked.size)
+    own = bundle.manifest.pipeline.drawing(asked.sampler, asked.steps, asked.guidance_scale, asked.eta)
+    seed = draw_seed() if asked.seed is None else asked.seed
+    first = Request(
+        asked.prompt, seed, **own, **asked.fields, **catalog.lora_fields(model, {**loras, **asked.loras})
+    )
+    check_request(bundle, first)
+    return Job(model, bundle, tuple(replace(first, seed=(seed + i) % SEEDS) for i in range(asked.count)))
+
+
+def check_length(text: str | None, name: str, settings: ServerSettings) -> None:
+    """Raises UsageError if a prompt is too long."""
+    if text is not None and len(text) > settings.most_prompt:
+        raise UsageError(f"the {name} has {len(text)} characters, and may have {settings.most_prompt}")
+
+
+async def draw(
+    job: Job,
+    dispatcher: Dispatcher,
+    timeout: float,
+    previews: Sequence[int] = (),
+    show: ShowStep = lambda picture, step, pixels: None,
+    began: Callable[[Sequence[Picture]], None] = lambda pictures: None,
+) -> list[Picture]:
+    """Draws a job, and returns its pictures, whose futures are done.
+
+    `began` is called with them when they are in the queue. If this is cancelled, so are they. Raises
+    QueueFull if there is no room, TooLate after `timeout` seconds, and what the workers' errors are.
+    """
+    pictures = [
+        Picture(job.bundle, request, tuple(previews), partial(show, i))
+        for i, request in enumerate(job.requests)
+    ]
+    dispatcher.put(pictures)
+    began(pictures)
+    try:
+        async with asyncio.timeout(timeout):
+            await asyncio.gather(*(picture.future for picture in pictures))
+    except TimeoutError:
+        raise TooLate(
+            f"the pictures were not drawn within {timeout:g} s", "ask for fewer, or later"
+        ) from None
+    finally:
+        dispatcher.cancel(pictures)
+    return pictures
+
+
+async def while_connected(connection: HTTPConnection, work: Coroutine[Any, Any, T]) -> T:
+    """Returns what the work does. If the client goes before, it is cancelled, and ClientGone is raised."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(disconnected(connection))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+
+
+async def disconnected(connection: HTTPConnection) -> None:
+    """Returns when the client has gone. Its request must have been read before."""
+    while (await connection.receive())["type"] != "http.disconnect":  # type: ignore[attr-defined]
+        pass

@@ -1,0 +1,55 @@
+"""Pictures that clients send."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import warnings
+
+from PIL import Image, ImageChops
+
+from lcm_compile.errors import UsageError
+
+# What is opened: formats without scripts, links or other files in them.
+ALLOWED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+def image_of(data: bytes, called: str, most_pixels: int) -> Image.Image:
+    """Returns the picture in a file's bytes. Raises UsageError if it is none, or has too many pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=ALLOWED)
+            if image.width * image.height > most_pixels:
+                raise UsageError(
+                    f"the {called} has {image.width * image.height} pixels, and may have {most_pixels}"
+                )
+            image.load()
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"the {called} can't be read as a picture ({type(error).__name__})", "send a PNG, JPEG or WebP"
+        ) from error
+    return image
+
+
+def image_of_base64(text: str, called: str, most_pixels: int) -> Image.Image:
+    """Returns the picture of a base64 text or a data: URL. Raises UsageError; no other URL is opened."""
+    head, comma, tail = text.partition(",")
+    if "://" in text[:16] or (comma and not head.startswith("data:")):
+        raise UsageError(f"the {called} must be the picture itself in base64; no URL is opened here")
+    try:
+        data = base64.b64decode(tail if comma else text, validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise UsageError(f"the {called} is not base64: {error}") from error
+    return image_of(data, called, most_pixels)
+
+
+def mask_of_alpha(mask: Image.Image) -> Image.Image:
+    """Returns what OpenAI's clients send as a mask as one that is white where the picture is repainted.
+
+    That is where its alpha is 0. A mask without transparency is one already, as other servers take it.
+    """
+    if not mask.has_transparency_data:
+        return mask
+    return ImageChops.invert(mask.convert("RGBA").getchannel("A"))

@@ -1,0 +1,130 @@
+"""The server's side of a worker: starts its process, talks to it, and starts it again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from lcm_compile.serving.messages import Ready, Start
+from lcm_compile.system.child_process import ended, python_command
+
+MOST_PAUSE = 30.0  # seconds before a worker that keeps dying is started again
+GRACE = 10.0  # seconds that a worker gets to end
+
+
+class WorkerProcess:
+    """A worker. All methods are called in the thread of the event loop.
+
+    `told` is called with each of its messages, and `died` with how it ended, in words, if it does so by
+    itself; it is started again then, at once if it was ready, and else after a pause that doubles.
+    """
+
+    def __init__(
+        self,
+        folders: tuple[Path, ...],
+        environment: Mapping[str, str],
+        told: Callable[[WorkerProcess, object], None],
+        died: Callable[[WorkerProcess, str], None],
+    ) -> None:
+        self._folders = folders
+        self._environment = environment
+        self._told = told
+        self._died = died
+        self._pause = 0.0
+        self._wanted = False
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection[object, object] | None = None
+        self.ready = False
+
+    @property
+    def pid(self) -> int | None:
+        """The process, if it runs."""
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Starts the process, which loads the bundles, and then tells that it is ready."""
+        self._wanted = True
+        own, other = multiprocessing.Pipe()
+        descriptor = other.fileno()
+        self._process = subprocess.Popen(
+            python_command("lcm_compile.serving.worker", "main", descriptor),
+            stdin=subprocess.DEVNULL,
+            pass_fds=[descriptor],
+            env={**os.environ, **self._environment},
+        )
+        other.close()
+        self._connection = own
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._receive, args=(loop, own, self._process), daemon=True).start()
+        self.send(Start(self._folders))
+
+    def send(self, message: object) -> None:
+        """Sends a message. If the process has just died, `died` will be called, and nothing is raised."""
+        assert self._connection is not None
+        with contextlib.suppress(OSError):
+            self._connection.send(message)
+
+    def _receive(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        connection: Connection[object, object],
+        process: subprocess.Popen[bytes],
+    ) -> None:
+        """Runs in a thread of its own: hands messages to the event loop until the process ends."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                message = connection.recv()
+                loop.call_soon_threadsafe(self._take, message)
+        try:
+            process.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        connection.close()
+        with contextlib.suppress(RuntimeError):  # the event loop has ended
+            loop.call_soon_threadsafe(self._ended, process)
+
+    def _take(self, message: object) -> None:
+        if isinstance(message, Ready):
+            self.ready, self._pause = True, 0.0
+        self._told(self, message)
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> None:
+        """Tells that the process has ended, and starts another."""
+        if process is not self._process or not self._wanted:
+            return
+        was_ready, self.ready = self.ready, False
+        self._died(self, ended(process.returncode))
+        self._pause = 0.0 if was_ready else min(max(2 * self._pause, 1.0), MOST_PAUSE)
+        asyncio.get_running_loop().call_later(self._pause, self._start_again)
+
+    def _start_again(self) -> None:
+        if self._wanted:
+            self.start()
+
+    def kill(self) -> None:
+        """Kills the process, as if it had died."""
+        if self._process is not None:
+            self._process.kill()
+
+    def stop(self) -> None:
+        """Ends the process, and waits for it."""
+        self._wanted = self.ready = False
+        if self._process is None or self._connection is None:
+            return
+        with contextlib.suppress(OSError):
+            self._connection.close()
+        deadline = time.monotonic() + GRACE
+        while self._process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,148 @@
+"""Who may use a server: keys, names, other web pages, and sizes of requests."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+
+import pytest
+from conftest import Served
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+KEY = "right-kéy"
+
+
+@pytest.fixture(scope="module")
+def guarded(small):
+    """A server with a key that pages of one other origin may use."""
+    words = ("--allow-origin", "https://friend.example", "--allow-host", "pictures.example")
+    with Served(f"small={small}", *words, env={"LCM_COMPILE_API_KEY": KEY}) as server:
+        yield server
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}".encode()}
+
+
+def basic(key):
+    return {"authorization": "Basic " + base64.b64encode(f"user:{key}".encode()).decode()}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/sdapi/v1/options", "/metrics"])
+def test_everything_needs_the_key(guarded, path):
+    get = guarded.client.get
+    for headers in ({}, bearer("wrong"), bearer(""), basic("wrong"), {"authorization": "Basic §".encode()}):
+        answer = get(path, headers=headers)
+        assert answer.status_code == 401 and "key" in answer.json()["error"]["message"]
+    for headers in (bearer(KEY), basic(KEY)):
+        assert get(path, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_need_none(guarded, path):
+    assert guarded.client.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:{port}", 200),
+        ("localhost", 200),
+        ("[::1]:80", 200),
+        ("10.1.2.3:8000", 200),
+        ("pictures.example", 200),
+        ("evil.example:{port}", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_the_server_answers_to_its_own_names_alone(guarded, host, status):
+    headers = {"host": host.format(port=guarded.port), **bearer(KEY)}
+    assert guarded.client.get("/v1/models", headers=headers).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://127.0.0.1:{port}", 200),
+        ("https://friend.example", 200),
+        ("https://evil.example", 403),
+        ("http://127.0.0.1:1", 403),
+        ("https://friend.example.evil.example", 403),
+        ("null", 403),
+    ],
+)
+def test_pages_of_other_origins_are_refused(guarded, origin, status):
+    headers = {"origin": origin.format(port=guarded.port), **bearer(KEY)}
+    answer = guarded.client.post("/sdapi/v1/interrupt", headers=headers)
+    assert answer.status_code == status
+    allowed = answer.headers.get("access-control-allow-origin")
+    assert allowed == (origin if "friend.example" in origin and status == 200 else None)
+
+
+def test_a_browser_may_ask_before(guarded):
+    headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    path = "/v1/images/generations"
+    friend = guarded.client.options(path, headers={"origin": "https://friend.example", **headers})
+    assert friend.status_code == 204 and friend.headers["access-control-allow-headers"] == "authorization"
+    other = guarded.client.options(path, headers={"origin": "https://evil.example", **headers})
+    assert other.status_code == 403 and "access-control-allow-origin" not in other.headers
+
+
+def test_a_picture_of_another_page_is_not_loaded(guarded):
+    headers = {"sec-fetch-site": "cross-site", **bearer(KEY)}
+    assert guarded.client.get("/v1/models", headers=headers).status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed"),
+    [
+        ({"origin": "http://127.0.0.1:{port}"}, True),
+        ({}, True),
+        ({"origin": "https://evil.example"}, False),
+        ({"host": "evil.example"}, False),
+    ],
+)
+@pytest.mark.parametrize("key", [KEY, "wrong", None])
+def test_a_websocket_is_guarded_too(guarded, headers, allowed, key):
+    own = {name: value.format(port=guarded.port) for name, value in headers.items() if name != "host"}
+    protocols = ["lcm-compile"] + ([f"lcm-compile.key.{key.encode().hex()}"] if key else [])
+    url = f"ws://{headers.get('host', '127.0.0.1')}:{guarded.port}/live"
+
+    def open_socket():
+        own_address = socket.create_connection(("127.0.0.1", guarded.port))
+        with connect(url, additional_headers=own, subprotocols=protocols, sock=own_address) as opened:
+            opened.send(json.dumps({"id": 3, "prompt": "a star", "seed": 1}))
+            return opened.recv()
+
+    if allowed and key == KEY:
+        assert b'"id": 3' in open_socket()
+    else:
+        with pytest.raises(InvalidStatus):
+            open_socket()
+
+
+def test_a_request_has_a_largest_size(guarded):
+    headers = {"content-type": "application/json", **bearer(KEY)}
+    most = 64 << 20
+    with socket.create_connection(("127.0.0.1", guarded.port)) as raw:
+        lines = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", f"Content-Length: {most + 1}"]
+        lines.append(f"Authorization: Bearer {KEY}")
+        raw.sendall("\r\n".join([*lines, "", "{"]).encode())
+        assert b" 413 " in raw.recv(100)
+
+    def endless():
+        for _ in range(66):
+            yield b" " * (1 << 20)
+
+    answer = guarded.client.post("/v1/images/generations", content=endless(), headers=headers)
+    assert answer.status_code == 413
+
+
+def test_the_address_is_local_or_warned_of(small):
+    with Served(f"small={small}", "--host", "0.0.0.0") as server:
+        code, told = server.stop()
+    assert code == 0 and "warning: anyone who reaches 0.0.0.0 may draw here" in told
