@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
-from xml.sax.saxutils import quoteattr
 
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import LcmCompileError, UsageError
@@ -221,6 +219,8 @@ def save_options(form: str, settings: Mapping[str, Any], parameters: str) -> dic
             info.add_text("parameters", parameters)
         info.add_text(SETTINGS, text)
         return {"pnginfo": info}
+    from xml.sax.saxutils import quoteattr  # imports http and ssl, which no PNG needs
+
     exif = user_comment(parameters) if parameters else b""
     xmp = XMP.format(namespace=NAMESPACE, text=quoteattr(text)).encode()
     if form == "JPEG" and max(len(exif), len(xmp)) > SEGMENT:
@@ -271,6 +271,8 @@ def settings_text(image: Image) -> str | None:
         return str(text)
     if not isinstance(xmp, bytes) or NAMESPACE.encode() not in xmp or b"<!DOCTYPE" in xmp:
         return None
+    from xml.etree import ElementTree
+
     try:
         root = ElementTree.fromstring(xmp.strip(b"\0 \n"))
     except ElementTree.ParseError as error:

@@ -252,12 +252,18 @@ def test_pictures_are_those_drawn_without(case, engine, tape, request):
         seen.add(kind)
 
 
-@pytest.mark.parametrize("inpainting", [False, True])
-@pytest.mark.parametrize(("engine", "backend"), [(Fixed, "onnxruntime"), (Fresh, "torchscript")])
-def test_pictures_that_begin_at_a_picture(engine, backend, inpainting, tape, tmp_path):
-    base = factories.write_sdxl(tmp_path / "base", in_channels=9 if inpainting else 4, out_channels=4)
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend=backend, image=True)
-    folder = build(spec, tmp_path / "bundle").folder
+@pytest.fixture(scope="module", params=[False, True], ids=["any model", "inpainting"])
+def reads_pictures(request, tmp_path_factory):
+    """A bundle that begins at pictures, and whether its model is told what it repaints."""
+    folder = tmp_path_factory.mktemp("reads")
+    base = factories.write_sdxl(folder / "base", in_channels=9 if request.param else 4, out_channels=4)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", image=True)
+    return build(spec, folder / "bundle").folder, request.param
+
+
+@pytest.mark.parametrize("engine", [FixedScript, Fresh])
+def test_pictures_that_begin_at_a_picture(engine, tape, reads_pictures):
+    folder, inpainting = reads_pictures
     plain, pipeline = pipeline_of(folder, engine, cuda_graph=False), pipeline_of(folder, engine)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
     half = Image.fromarray(np.tile(np.asarray([0, 255], np.uint8).repeat(32), (64, 1)))
