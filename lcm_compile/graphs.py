@@ -14,6 +14,10 @@ from lcm_compile.precisions import Precision
 DRAW = "draw"
 # The stage that turns a picture into a latent, which is the last of a bundle that has it.
 ENCODE_IMAGE = "encode-image"
+# The stage that turns the picture for an IP-Adapter into tokens, which are read beside those of the text.
+IP_IMAGE = "ip-image"
+# The inputs of whatever reads these tokens: the tokens, and how strongly they count.
+IP_TOKENS, IP_WEIGHT = "ip_tokens", "ip_weight"
 
 # The input of the step by which an inpainting model is told what it repaints.
 MASKED = "masked"
@@ -86,4 +90,8 @@ class ExportedGraph:
 STAGES = ("encode", "context", "step", "decode")
 # The stages of ControlNets, which each step runs before `step`; most bundles have none.
 CONTROLS = ("control", "control-2", "control-3", "control-4")
-ALL_STAGES = ("encode", "context", *CONTROLS, "step", "decode", ENCODE_IMAGE)
+# The stages of T2I-Adapters, which each picture that guides runs once.
+T2I_ADAPTERS = ("t2i-adapter", "t2i-adapter-2", "t2i-adapter-3", "t2i-adapter-4")
+# What is added to a base to guide it by pictures, in the order in which these are given.
+GUIDES = (*CONTROLS, *T2I_ADAPTERS)
+ALL_STAGES = ("encode", IP_IMAGE, *T2I_ADAPTERS, "context", *CONTROLS, "step", "decode", ENCODE_IMAGE)

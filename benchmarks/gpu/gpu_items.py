@@ -199,7 +199,7 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     from lcm_compile.builder.plan import default_precision, plan_graphs
     from lcm_compile.builder.prepare import LoraFiles, cast_stages
     from lcm_compile.proof.recording import Recordings, Rehearsal, write_proof
-    from lcm_compile.stages.contracts import MODEL_STAGES, make_contracts
+    from lcm_compile.stages.contracts import make_contracts, models_in
 
     spec = replace(Engines(model, "auto").spec(work, target), precision=default_precision(TARGETS[target]))
     plan = plan_graphs(spec, "onnx")
@@ -214,7 +214,7 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
     rehearsal, recordings = kind(contracts, settings, folder), Recordings.empty()
     seconds: dict[str, float] = {}
     start = time.perf_counter()
-    for model_name in MODEL_STAGES:
+    for model_name in models_in(plan.checkpoint):
         for cast in cast_stages(plan, model_name, LoraFiles(plan), rehearsal, recordings):
             seconds[cast.stage.name] = round(time.perf_counter() - start, 1)
             note(seconds_to=seconds)

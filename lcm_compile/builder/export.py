@@ -100,7 +100,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     loras = LoraFiles(plan)
     provenance: list[LoraProvenance] = []
     if plan.adds_to_base:
-        with watch.task("check that the LoRAs fit"):
+        with watch.task("check that what is added fits"):
             provenance = call(check_fit, plan, loras)
     embeddings = read_embeddings(plan.checkpoint)
     settings = write_tokenizers(folder, plan)
@@ -109,7 +109,7 @@ def export_into(folder: Path, plan: ExportPlan, report: Report) -> ExportManifes
     recordings = Recordings.empty(len(plan.calibration))
     stages, figures, peaks = [], {}, {}
     (folder / "graphs").mkdir()
-    for model in models_of(plan.spec):
+    for model in models_of(plan.spec, plan.checkpoint):
         with watch.task(f"export {model}"):
             made = call(prepare_model, plan, model, loras, rehearsal, recordings)
         for prepared in made:
@@ -219,7 +219,8 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         **vars(defaults),
         few_step=FewStepWeights(row.name, row.made_for, plan.few_step_licence) if row else None,
         **lora_settings(plan),
-        control_weights=tuple(float(controlnet.weight) for controlnet in plan.spec.controlnets),
+        control_weights=tuple(float(guide.weight) for guide in plan.spec.guides),
+        ip_weight=float(plan.spec.ip_adapter.weight) if plan.spec.ip_adapter else None,
     )
 
 

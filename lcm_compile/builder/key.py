@@ -29,7 +29,9 @@ REASONS_SHOWN = 8
 # The inputs that a command line chooses, by the start of their names. They are listed first.
 ASKED = (
     "ControlNet",
+    "IP-Adapter",
     "LoRA",
+    "T2I-Adapter",
     "backend",
     "clip skip",
     "embedding",

@@ -19,12 +19,14 @@ from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size
+from lcm_compile.checkpoint.ip_adapter import has_ip_adapter
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
+from lcm_compile.checkpoint.t2i_adapter import adapters_of, check_adapter_sizes
 from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
-from lcm_compile.graphs import ENCODE_IMAGE, STAGES, LoraInputs
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES, LoraInputs
 from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.few_step import FewStep, licence_of
 from lcm_compile.lora.find import PlannedLora, find_loras, plan_few_step
@@ -67,8 +69,9 @@ class ExportPlan:
 
     @property
     def adds_to_base(self) -> bool:
-        """Whether LoRAs or textual inversions are added to the base, which must fit it."""
-        return bool(self.loras or self.spec.lora_skip or self.checkpoint.embeddings)
+        """Whether LoRAs, textual inversions or an IP-Adapter are added to the base, which must fit it."""
+        added = self.loras or self.checkpoint.embeddings or has_ip_adapter(self.checkpoint)
+        return bool(added or self.spec.lora_skip)
 
     @property
     def is_large(self) -> bool:
@@ -158,6 +161,8 @@ class Plan:
                 ],
                 "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
                 "controlnets": [str(controlnet) for controlnet in export.spec.controlnets],
+                "t2i_adapters": [str(adapter) for adapter in export.spec.t2i_adapters],
+                "ip_adapter": export.spec.ip_adapter and str(export.spec.ip_adapter),
                 "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
                 "prompt_tokens": export.spec.prompt_tokens,
@@ -234,8 +239,11 @@ def plan_export(
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    stages = [name for name in STAGES if name != "context" or name in spec.rewrites] + controls_of(checkpoint)
+    check_adapter_sizes(checkpoint, shape.height, shape.width)
+    stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
+    stages += [*controls_of(checkpoint), *adapters_of(checkpoint)]
     stages += [ENCODE_IMAGE] if spec.image else []
+    stages += [IP_IMAGE] if has_ip_adapter(checkpoint) else []
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}
     if checkpoint.is_inpainting and (spec.whole_loop or not spec.image):
         raise UsageError(

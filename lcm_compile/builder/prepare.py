@@ -12,24 +12,27 @@ from typing import Any
 from torch import nn
 
 from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
+from lcm_compile.checkpoint.checkpoint import MODELS
 from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.ip_adapter import IP_LAYERS, has_ip_adapter
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import CONTROLS, DRAW, ExportedGraph
+from lcm_compile.graphs import DRAW, GUIDES, IP_IMAGE, ExportedGraph
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
 from lcm_compile.spec import LoraProvenance, LoraSpec
-from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, make_contracts
+from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, make_contracts, models_in
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
+from lcm_compile.stages.ip_layers import add_ip_layers, check_ip_layers
 from lcm_compile.stages.lora_branches import Branch, FixedLora, add_branch, slot_layers
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
-CONDITIONS = ("encode", "context", *CONTROLS)
+CONDITIONS = ("encode", IP_IMAGE, "context", *GUIDES)
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ class LoraFiles:
 
 
 def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
-    """Checks that the LoRAs and textual inversions fit the base, before any weights of the base are read.
+    """Checks that what is added to the base fits it, before any weights of the base are read.
 
     Returns for each LoRA what the bundle records about it. Raises LoraError if one does not fit, and
-    CheckpointError if a textual inversion does not.
+    CheckpointError if a textual inversion or the IP-Adapter does not.
     """
     if plan.checkpoint.embeddings:
         for name in plan.checkpoint.tokenizers:
             load_tokenizer(plan.checkpoint, name)
     components = plan.checkpoint.components
-    modules = {name: empty_module(components[name]) for name in components if name not in CONTROLS}
+    modules = {name: empty_module(components[name]) for name in components if name in MODELS}
+    if has_ip_adapter(plan.checkpoint):
+        check_ip_layers(modules["unet"], empty_module(components[IP_LAYERS]))
     provenance = check_loras(modules, loras.read())
     for lora, spec in loras.read():
         if spec.name is not None:
@@ -125,8 +130,8 @@ def prepare_model(
         name = made.stage.name
         full = make_stage(plan.checkpoint, contracts[name], made.modules)
         graph = twin = export_stage(full, plan.graph_format, plan.precisions[name], graphs_in(rehearsal))
-        # The text encoders' graph does not depend on the picture's size.
-        if name != "encode" and has_twin(plan):
+        # The graphs of the text and image encoders do not depend on the picture's size.
+        if name not in ("encode", IP_IMAGE) and has_twin(plan):
             twin = export_twin(made.stage, graph)
         done = Prepared(
             graph,
@@ -135,7 +140,7 @@ def prepare_model(
             made.peaks,
             made.fp32_layers,
             quantized_layers=made.quantized_layers,
-            calibration=[trace[name] for trace in recordings.calibration] if name == "encode" else (),
+            calibration=[t[name] for t in recordings.calibration] if name in ("encode", IP_IMAGE) else (),
         )
         if plan.checked == MODULE:
             runner = runners[name]
@@ -147,12 +152,12 @@ def prepare_model(
 
 
 def beside(name: str, stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns which of a model's stages must be run to record one: for a ControlNet, all after it.
+    """Returns which of a model's stages must be run to record one: for what guides it, all after that.
 
     The stages before it are replayed.
     """
     names = [*stages]
-    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in CONTROLS else {}
+    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in GUIDES else {}
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:
@@ -169,7 +174,7 @@ def prepare_whole_loop(plan: ExportPlan, loras: LoraFiles, rehearsal: Rehearsal)
     recordings = Recordings.empty(len(plan.calibration))
     modules: dict[str, nn.Module] = {}
     made: list[Cast] = []
-    for model in MODEL_STAGES:
+    for model in models_in(plan.checkpoint):
         for cast in cast_stages(plan, model, loras, rehearsal, recordings):
             made.append(cast)
             modules.update(cast.modules)
@@ -220,6 +225,8 @@ def cast_stages(
         for name in components
         if name in checkpoint.components
     }
+    if layers := modules.pop(IP_LAYERS, None):
+        add_ip_layers(modules["unet"], layers)
     main = main_stage(model)
     before_rewrites = first_call(plan, main, modules, rehearsal, recordings.reference)
     shapes = (plan.shape, plan.proof_shape)
@@ -258,7 +265,7 @@ def merge_into(name: str, plan: ExportPlan, loras: LoraFiles, module: nn.Module)
     read, inputs = loras.read(), plan.checkpoint.loras
     fused = [(lora, spec) for lora, spec in read if spec.name is None]
     merge_loras({name: module}, fused)
-    if not inputs or name == "vae" or name in CONTROLS:
+    if not inputs or name == "vae" or name not in MODELS:
         return
     fixed: dict[nn.Module, list[FixedLora]] = {}
     at_run_time = [lora for lora, spec in read if spec.name is not None]
@@ -300,7 +307,7 @@ def first_call(
 ) -> Call:
     """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
     plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
-    names = [n for n in (name, *(CONTROLS if name == "step" else ())) if n in plain.contracts]
+    names = [n for n in (name, *(GUIDES if name == "step" else ())) if n in plain.contracts]
     stages = {n: make_stage(plan.checkpoint, plain.contracts[n], modules) for n in names}
     with ExitStack() as stack:
         runners = {n: stack.enter_context(rehearsal.runner_of(stage)) for n, stage in stages.items()}

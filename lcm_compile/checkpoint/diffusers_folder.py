@@ -157,8 +157,9 @@ def find_component(folder: Path, name: str, variants: Variants = FULL_FIRST) -> 
     or if shards are missing.
     """
     config = read_json(folder / "config.json")
-    stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
-    pickled = "pytorch_model" if name.startswith("text_encoder") else stem
+    of_transformers = name.endswith("_encoder") or name.startswith("text_encoder")
+    stem = "model" if of_transformers else "diffusion_pytorch_model"
+    pickled = "pytorch_model" if of_transformers else stem
     for start, ending in ((stem, "safetensors"), (pickled, "bin")):
         for variant in variants:
             files = weight_files(folder, start, f".{variant}" if variant else "", ending)

@@ -6,8 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
+from lcm_compile.checkpoint.ip_adapter import (
+    IP_ENCODER,
+    IP_LAYERS,
+    IP_PROJECTION,
+    layers_of,
+    projection_of,
+)
 from lcm_compile.errors import CheckpointError, first_line
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, GUIDES
 
 
 def empty_module(component: Component) -> Any:
@@ -35,25 +42,32 @@ def empty_unet(config: Mapping[str, Any]) -> Any:
 
 def module_of(name: str, config: Mapping[str, Any]) -> Any:
     """Returns a new module of a component, on torch's current device."""
+    if name == IP_PROJECTION:
+        return projection_of(config)
+    if name == IP_LAYERS:
+        return layers_of(config)
     kind = class_of(name, config)
-    if name in ("unet", "vae", *CONTROLS):
+    if name in ("unet", "vae", *GUIDES):
         return kind.from_config(dict(config))
     import transformers
 
-    return kind(transformers.CLIPTextConfig(**config))
+    settings = transformers.CLIPVisionConfig if name == IP_ENCODER else transformers.CLIPTextConfig
+    return kind(settings(**config))
 
 
 def class_of(name: str, config: Mapping[str, Any]) -> Any:
     """Returns the class of a component's module, from diffusers or transformers."""
-    if name in ("unet", "vae", *CONTROLS):
+    if name in ("unet", "vae", *GUIDES):
         import diffusers
 
-        if name in CONTROLS:
-            return diffusers.ControlNetModel
+        if name in GUIDES:
+            return diffusers.ControlNetModel if name in CONTROLS else diffusers.T2IAdapter
         vae = diffusers.AutoencoderTiny if is_tiny(config) else diffusers.AutoencoderKL
         return diffusers.UNet2DConditionModel if name == "unet" else vae
     import transformers
 
+    if name == IP_ENCODER:
+        return transformers.CLIPVisionModelWithProjection
     if name == "text_encoder_2":
         return transformers.CLIPTextModelWithProjection
     return transformers.CLIPTextModel

@@ -7,7 +7,9 @@ from dataclasses import replace
 from lcm_compile.checkpoint.controlnet import with_controlnets
 from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
+from lcm_compile.checkpoint.ip_adapter import with_ip_adapter
 from lcm_compile.checkpoint.random_weights import open_random
+from lcm_compile.checkpoint.t2i_adapter import with_t2i_adapters
 from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
 from lcm_compile.errors import UsageError
 from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
@@ -16,9 +18,9 @@ from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
 def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     """Returns the base that a spec names, with what the spec asks for besides LoRAs. Loads no weights.
 
-    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE, textual inversion
-    or ControlNet has this name, or if there are too few layers to skip, and CheckpointError if one can't be
-    downloaded or read, or if the VAE or a ControlNet does not fit the base.
+    With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE, textual inversion,
+    ControlNet, T2I-Adapter or IP-Adapter has this name, or if there are too few layers to skip, and
+    CheckpointError if one can't be downloaded or read, or if it does not fit the base.
     """
     seed = spec.random_seed
     if seed is None:
@@ -29,7 +31,11 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     checkpoint = with_prompts(checkpoint, spec.prompt_tokens // CHUNK_TOKENS, spec.clip_skip or 0)
     if spec.vae:
         checkpoint = with_vae(checkpoint, spec.vae, half)
-    return with_controlnets(checkpoint, [net.source for net in spec.controlnets], half)
+    checkpoint = with_controlnets(checkpoint, [net.source for net in spec.controlnets], half)
+    checkpoint = with_t2i_adapters(checkpoint, [adapter.source for adapter in spec.t2i_adapters], half)
+    if spec.ip_adapter:
+        checkpoint = with_ip_adapter(checkpoint, spec.ip_adapter.source, spec.ip_encoder, half)
+    return checkpoint
 
 
 def with_prompts(checkpoint: Checkpoint, chunks: int, clip_skip: int) -> Checkpoint:

@@ -9,9 +9,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
-from lcm_compile.checkpoint.controlnet import controlnet_weights
+from lcm_compile.checkpoint.controlnet import control_lora_weights, controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
+from lcm_compile.checkpoint.ip_adapter import IP_ENCODER, IP_LAYERS, IP_PROJECTION, ip_weights
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
+from lcm_compile.checkpoint.t2i_adapter import todays_names
 from lcm_compile.checkpoint.weight_files import read_tensors
 from lcm_compile.checkpoint.write_single_file import (
     is_open_clip,
@@ -21,7 +23,7 @@ from lcm_compile.checkpoint.write_single_file import (
     vae_weights,
 )
 from lcm_compile.errors import CheckpointError, first_few
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, GUIDES
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +43,8 @@ BESIDE_VAE = re.compile(rf"loss\..*|{LEFT_OVERS.pattern}")
 UNUSED_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
 
 
-def stored_component(component: Component) -> torch.nn.Module:
-    """Returns a component in fp32 from its files.
+def stored_component(component: Component, unet: Component) -> torch.nn.Module:
+    """Returns a component in fp32 from its files. `unet` is the base's, which a control-LoRA changes.
 
     Raises CheckpointError if a file can't be read, or if the tensors do not fit the config.
     """
@@ -54,10 +56,12 @@ def stored_component(component: Component) -> torch.nn.Module:
             "give --vae a folder with config.json, or a hub id",
         )
     module = empty_module(component)
-    tensors: Weights = {}
-    for path in component.weight_files:
-        tensors |= read_tensors(path, component.prefix)[0]
-    weights = as_diffusers(component, module, tensors)
+    weights = tensors_of(component)
+    if component.changes_unet:
+        own = as_diffusers(unet, empty_module(unet), tensors_of(unet))
+        weights = control_lora_weights(module, weights, own)
+    else:
+        weights = as_diffusers(component, module, weights)
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = {
         "lacks": sorted(needed.keys() - weights.keys()),
@@ -74,7 +78,9 @@ def stored_component(component: Component) -> torch.nn.Module:
             "give a model whose config.json and weights were saved together"
             if component.folder
             else "give a diffusers folder of it, with its config.json"
-            if component.name in CONTROLS
+            if component.name in GUIDES
+            else "give the adapter's whole file to --ip-adapter"
+            if component.name in (IP_PROJECTION, IP_LAYERS)
             else "give --config DIR, a diffusers folder of its architecture, or another file",
         )
     copies = {
@@ -83,6 +89,14 @@ def stored_component(component: Component) -> torch.nn.Module:
     }
     module.load_state_dict(copies, assign=True)
     return module
+
+
+def tensors_of(component: Component) -> Weights:
+    """Returns the tensors in a component's files. Raises CheckpointError if one can't be read."""
+    tensors: Weights = {}
+    for path in component.weight_files:
+        tensors |= read_tensors(path, component.prefix)[0]
+    return tensors
 
 
 def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights:
@@ -95,6 +109,12 @@ def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights
         return text_encoder_weights(component, module, tensors)
     if component.name in CONTROLS:
         return controlnet_weights(module, tensors, component.prefix)
+    if component.name in GUIDES:
+        return todays_names(tensors)
+    if component.name in (IP_PROJECTION, IP_LAYERS):
+        return ip_weights(component, tensors)
+    if component.name == IP_ENCODER:
+        return {key: tensor for key, tensor in tensors.items() if not key.endswith(".position_ids")}
     own = module.state_dict()
     if component.name == "unet":
         if not component.prefix:

@@ -107,9 +107,15 @@ def unpickle(path: Path) -> Any:
 
 
 def named_tensors(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """Returns the content of a pickle. Raises CheckpointError if it is anything but named tensors."""
+    """Returns the content of a pickle. Raises CheckpointError if it is anything but named tensors.
+
+    The two dicts of an IP-Adapter become one, in which the keys begin with their names.
+    """
     import torch
 
+    if isinstance(content, dict) and content.keys() == {"image_proj", "ip_adapter"}:
+        parts = [(name, part) for name, part in content.items() if isinstance(part, dict)]
+        content = {f"{name}.{key}": tensor for name, part in parts for key, tensor in part.items()}
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in content.items()
     ):

@@ -9,6 +9,7 @@ from typing import Any
 from lcm_compile.builder.estimate import Estimate
 from lcm_compile.builder.plan import ExportPlan, Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
+from lcm_compile.checkpoint.ip_adapter import IP_ENCODER
 from lcm_compile.lora.few_step import is_non_commercial
 from lcm_compile.lora.find import PlannedLora
 from lcm_compile.output.console import print_table, size_text
@@ -29,7 +30,8 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"{p.role} LoRA", lora_line(p)) for p in export.loras),
             *(((("LoRA slots", slots_line(export)),)) if export.spec.lora_slots else ()),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
-            *(("ControlNet", str(controlnet)) for controlnet in export.spec.controlnets),
+            *((guide.kind, str(guide)) for guide in export.spec.guides),
+            *((("IP-Adapter", ip_adapter_line(export)),) if export.spec.ip_adapter else ()),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
             ("prompt tokens", str(export.spec.prompt_tokens)),
@@ -54,6 +56,11 @@ def lora_line(lora: PlannedLora) -> str:
     """Returns a planned LoRA's file, its weight, and the name that this is changed by if it is not fused."""
     called = "" if lora.spec.name is None else f", by default; run --lora-weight {lora.spec.name}=W"
     return f"{lora.path} × {lora.spec.effective}{called}"
+
+
+def ip_adapter_line(export: ExportPlan) -> str:
+    """Returns a plan's IP-Adapter with its weight, and where its image encoder is."""
+    return f"{export.spec.ip_adapter}, with {export.checkpoint.components[IP_ENCODER].location}"
 
 
 def slots_line(export: ExportPlan) -> str:

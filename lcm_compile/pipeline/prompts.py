@@ -13,6 +13,7 @@ from lcm_compile.bundles.manifest import PipelineSettings, TokenizerSettings
 from lcm_compile.engines.runner import Array
 from lcm_compile.errors import REBUILD, UsageError
 from lcm_compile.graphs import DRAW, StageContract
+from lcm_compile.pipeline.ip_image import IpImages, IpPrompt
 from lcm_compile.pipeline.loop import Arrays, Runners, conditions_of, put_timesteps, reads_text, takes
 from lcm_compile.pipeline.loras import NO_LORAS, Choice, Loras
 from lcm_compile.pipeline.request import PAIRS, Request
@@ -71,13 +72,14 @@ def negative_condition_of(
 class Text:
     """The text states of the prompts of a batch, and the guidance scale and sizes if a stage takes them.
 
-    `cut` is the longest end of a prompt that did not fit. `conditions` are the timesteps that were last asked
-    for, and the inputs of the step for this text at each of them; threads replace both together.
+    `cut` is the longest end of a prompt that did not fit. `conditions` are the timesteps and what an
+    IP-Adapter reads that were last asked for, and the inputs of the step for this text at each timestep;
+    threads replace them together.
     """
 
     arrays: Arrays
     cut: str = ""
-    conditions: tuple[tuple[float, ...], Sequence[Arrays]] = ((), ())
+    conditions: tuple[tuple[tuple[float, ...], IpPrompt | None], Sequence[Arrays]] = (((), None), ())
 
 
 class Prompts:
@@ -98,6 +100,7 @@ class Prompts:
         self._settings = settings
         self._kept = kept
         self.loras = Loras(runners, settings)
+        self.ip_images = IpImages(runners)
         self._texts: dict[Condition, Text] = {}  # the last used one is at the end
         self._lock = threading.Lock()  # held while the texts change
 
@@ -114,18 +117,26 @@ class Prompts:
                 del self._texts[next(iter(self._texts))]
         return text
 
-    def conditions(self, text: Text, timesteps: Sequence[float]) -> Sequence[Arrays]:
+    def conditions(
+        self, text: Text, timesteps: Sequence[float], ip_prompt: IpPrompt | None = None
+    ) -> Sequence[Arrays]:
         """Returns the step's other inputs for a text: one dict for each of the timesteps."""
         known, conditions = text.conditions
-        if known != tuple(timesteps):
+        if known != (asked := (tuple(timesteps), ip_prompt)):
             times = put_timesteps(self._runners, timesteps)
-            conditions = conditions_of(self._runners, text.arrays, times)[: len(timesteps)]
-            text.conditions = tuple(timesteps), conditions
+            arrays = self.with_ip_image(text, ip_prompt)
+            conditions = conditions_of(self._runners, arrays, times)[: len(timesteps)]
+            text.conditions = asked, conditions
         return conditions
 
+    def with_ip_image(self, text: Text, ip_prompt: IpPrompt | None) -> Arrays:
+        """Returns a text's arrays, with the inputs for what an IP-Adapter reads if there is one."""
+        return {**text.arrays, **self.ip_images.inputs(ip_prompt)}
+
     def blank(self) -> Arrays:
-        """Returns new arrays of the shapes that a text has."""
+        """Returns new arrays of the shapes that `with_ip_image` gives."""
         numbers = self._numbers(Condition(None, loras=self.loras.usual))
+        numbers |= self.ip_images.inputs(None)
         return {**self._zeros(), **{name: array + 0 for name, array in numbers.items()}}
 
     def tokens(self, asked: Condition) -> dict[str, list[Tokens]]:

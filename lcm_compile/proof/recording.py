@@ -173,12 +173,14 @@ class Rehearsal:
 
 
 def with_sample(request: Request, settings: PipelineSettings) -> Request:
-    """Returns a request in which each ControlNet of a bundle reads a picture that is made here.
+    """Returns a request in which each ControlNet and the IP-Adapter of a bundle read a picture made here.
 
-    Its strength is 1, whatever the bundle's own is, so that every ControlNet is run.
+    Its strength is 1, whatever the bundle's own is, so that each is run.
     """
-    count = len(settings.control_weights)
-    return replace(request, control=(sample_picture(settings.shape),) * count, control_weight=(1.0,) * count)
+    count, sample = len(settings.control_weights), sample_picture(settings.shape)
+    if settings.ip_weight is not None:
+        request = replace(request, ip_image=sample, ip_weight=1.0)
+    return replace(request, control=(sample,) * count, control_weight=(1.0,) * count)
 
 
 def picture_of(trace: Trace) -> np.ndarray:

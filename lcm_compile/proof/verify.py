@@ -5,6 +5,7 @@ from __future__ import annotations
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import Parity
 from lcm_compile.errors import REBUILD, BundleError, ParityError
+from lcm_compile.graphs import IP_IMAGE
 from lcm_compile.pipeline.load import load
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import FLAT, compare_calls, picture_floor, psnr_db, stage_floor
@@ -26,7 +27,7 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
     figures = {}
     with load(bundle) as pipeline:
         for name, runner in pipeline.runners.items():
-            if same_shape or (name == "encode" and same_batch):
+            if same_shape or (name == "encode" and same_batch) or name == IP_IMAGE:
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
                 figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
         pipeline.prompts.loras.proof_factors = True

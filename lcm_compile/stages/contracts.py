@@ -10,13 +10,27 @@ from typing import Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component, is_tiny
 from lcm_compile.checkpoint.controlnet import controls_of
+from lcm_compile.checkpoint.ip_adapter import (
+    IP_ENCODER,
+    IP_LAYERS,
+    IP_PROJECTION,
+    has_ip_adapter,
+    image_size,
+    tokens_shape,
+)
+from lcm_compile.checkpoint.t2i_adapter import adapters_of, feature_sizes, setting
 from lcm_compile.graphs import (
     CONTROLS,
     DOWN,
     DRAW,
     ENCODE_IMAGE,
+    GUIDES,
+    IP_IMAGE,
+    IP_TOKENS,
+    IP_WEIGHT,
     MASKED,
     STRENGTHS,
+    T2I_ADAPTERS,
     UP,
     LoraInputs,
     StageContract,
@@ -29,7 +43,8 @@ from lcm_compile.spec import BuildSpec, Shape
 # the stages in this order.
 MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
-    "unet": (("context", *CONTROLS, "step"), ("unet", *CONTROLS)),
+    "ip-adapter": ((IP_IMAGE,), (IP_ENCODER, IP_PROJECTION)),
+    "unet": ((*T2I_ADAPTERS, "context", *CONTROLS, "step"), ("unet", IP_LAYERS, *GUIDES)),
     "vae": (("decode", ENCODE_IMAGE), ("vae",)),
 }
 # How many timesteps one call of the context stage takes. A picture of more steps calls it again.
@@ -43,9 +58,14 @@ def main_stage(model: str) -> str:
     return next(name for name in reversed(MODEL_STAGES[model][0]) if name != ENCODE_IMAGE)
 
 
-def models_of(spec: BuildSpec) -> tuple[str, ...]:
+def models_in(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Returns the models of MODEL_STAGES that a checkpoint has: all, or those but for the IP-Adapter's."""
+    return tuple(m for m, (_, components) in MODEL_STAGES.items() if components[0] in checkpoint.components)
+
+
+def models_of(spec: BuildSpec, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Returns what is in memory at a time: one model after another, or all of them for a single graph."""
-    return (DRAW,) if spec.whole_loop else tuple(MODEL_STAGES)
+    return (DRAW,) if spec.whole_loop else models_in(checkpoint)
 
 
 def graph_contracts(checkpoint: Checkpoint, shape: Shape, spec: BuildSpec) -> dict[str, StageContract]:
@@ -84,12 +104,17 @@ def make_contracts(
     tokens = token_specs(checkpoint, shape)
     text = text_specs(checkpoint, shape, tokens[0].shape[1])
     contracts = {"encode": StageContract("encode", tokens, text)}
+    contracts |= {name: adapter_contract(checkpoint, name, shape) for name in adapters_of(checkpoint)}
     conditions = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
     if checkpoint.has_guidance_embedding:
         conditions += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
     if len(text) > 1:
         conditions += (TensorSpec("time_ids", (shape.batch, 6), "float32", SIZES),)
-    plain = conditions
+    plain = conditions  # what ControlNets read
+    if has_ip_adapter(checkpoint):
+        contracts[IP_IMAGE] = ip_image_contract(checkpoint)
+        weight = TensorSpec(IP_WEIGHT, (1,), "float32", "how strongly the picture's tokens count")
+        conditions += (*contracts[IP_IMAGE].outputs, weight)
     if "context" in rewrites:
         timesteps = TensorSpec("timesteps", (CONTEXT_STEPS,), "float32", "training timesteps, 0 to 999")
         keys_values, times = context_specs(checkpoint, shape, tokens[0].shape[1])
@@ -102,6 +127,8 @@ def make_contracts(
         inputs = control_inputs(plain, latent, shape)
         contracts |= {name: StageContract(name, inputs, residuals) for name in controls}
         conditions += residuals
+    for name in adapters_of(checkpoint)[:1]:  # the features of several have the same sizes, and are added up
+        conditions += contracts[name].outputs
     if checkpoint.is_inpainting:
         conditions = (masked_spec(latent), *conditions)
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
@@ -170,6 +197,17 @@ def image_contract(checkpoint: Checkpoint, shape: Shape, latent: tuple[int, int,
     mean = TensorSpec("mean", one, "float32", "mean of the clean latent, scaled as the step takes it")
     std = TensorSpec("std", one, "float32", "the standard deviation of the latent")
     return StageContract(ENCODE_IMAGE, (picture,), (mean,) if is_tiny(checkpoint.vae) else (mean, std))
+
+
+def ip_image_contract(checkpoint: Checkpoint) -> StageContract:
+    """Returns the contract of an IP-Adapter's image encoder, which takes one picture, whatever the batch."""
+    side = image_size(checkpoint)
+    pixels = TensorSpec("pixels", (1, 3, side, side), "float32", "the picture as CLIP reads it, normalised")
+    shown = TensorSpec("shown", (1,), "float32", "1, or 0 for the tokens of no picture, of a negative prompt")
+    tokens = TensorSpec(
+        IP_TOKENS, tokens_shape(checkpoint), "float32", "tokens of the picture, as wide as the text states"
+    )
+    return StageContract(IP_IMAGE, (pixels, shown), (tokens,))
 
 
 def token_specs(checkpoint: Checkpoint, shape: Shape) -> tuple[TensorSpec, ...]:
@@ -244,6 +282,21 @@ def control_inputs(
     )
 
 
+def adapter_contract(checkpoint: Checkpoint, name: str, shape: Shape) -> StageContract:
+    """Returns the contract of a T2I-Adapter, which takes one picture, whatever the batch."""
+    component = checkpoint.components[name]
+    channels = setting(component, "in_channels")
+    meaning = f"control picture, {'RGB' if channels == 3 else 'grey'}, 0 to 1"
+    size = (1, channels, shape.height, shape.width)
+    features = tuple(
+        TensorSpec(f"feature_{i}", (1, *one), "float32", f"what a T2I-Adapter adds at the UNet's block {i}")
+        for i, one in enumerate(feature_sizes(component, shape.height, shape.width))
+    )
+    picture = TensorSpec("control", size, "float32", meaning)
+    strength = TensorSpec("strength", (1,), "float32", "what the features are multiplied by")
+    return StageContract(name, (picture, strength), features)
+
+
 def residual_specs(unet: Mapping[str, Any], latent: tuple[int, int, int, int]) -> tuple[TensorSpec, ...]:
     """Returns the outputs of a ControlNet, which are inputs of the step: a residual for each skip connection.
 
@@ -294,6 +347,16 @@ def context_specs(
         )
         for name, (layers, heads, head_width) in forms.items()
     )
+    if has_ip_adapter(checkpoint):
+        keys_values += tuple(
+            TensorSpec(
+                f"ip_{spec.name}",
+                (*spec.shape[:3], tokens_shape(checkpoint)[1], spec.shape[4]),
+                spec.dtype,
+                f"the same for the tokens of the IP-Adapter's picture; {IP_WEIGHT} is in the values",
+            )
+            for spec in keys_values
+        )
     meaning = "time embeddings of all ResBlocks, side by side"
     return keys_values, TensorSpec("times", (CONTEXT_STEPS, shape.batch, width), "float32", meaning)
 

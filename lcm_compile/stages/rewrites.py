@@ -20,7 +20,10 @@ from lcm_compile.errors import CheckpointError
 from lcm_compile.stages.lora_branches import join_branches, move_branch
 
 # Keys and values (2·layers, b, heads, tokens, head width) for each group of cross_attentions, by its name.
+# Those of an IP-Adapter's picture have `ip_` in front of the name.
 KeysValues = Mapping[str, Tensor]
+# Text states (b, n, c), the tokens of an IP-Adapter's picture (1, m, c), and their weight (1,).
+TextAndPicture = tuple[Tensor, Tensor, Tensor]
 
 
 def rewrite_unet(
@@ -62,9 +65,10 @@ def attribute(module: Any, name: str) -> Any:
 class Context(nn.Module):
     """The layers of a UNet that compute cross-attention's keys and values and the ResBlocks' time embeddings.
 
-    Its inputs are hidden_states (b, n, c), timesteps (s,), the embedding of pooled text and size ids (b, e)
-    or None, and the embedding of the guidance scale (1, g) or None. It returns keys and values, one tensor
-    for each group of cross_attentions, and times (s, b, t): the time embeddings of all ResBlocks joined.
+    Its inputs are hidden_states (b, n, c), or with an IP-Adapter TextAndPicture; timesteps (s,), the
+    embedding of pooled text and size ids (b, e) or None, and the embedding of the guidance scale (1, g) or
+    None. It returns keys and values, one tensor for each group of cross_attentions, then those of the
+    picture, and times (s, b, t): the time embeddings of all ResBlocks joined.
     """
 
     def __init__(self, unet: Any) -> None:
@@ -75,27 +79,43 @@ class Context(nn.Module):
         self.time_cond_width = unet.config.time_cond_proj_dim
         self.time_projection = joined([resnet.time_emb_proj for resnet in resnets(unet)])
         self.heads: dict[str, tuple[int, int, int]] = {}
-        projections = {}
+        projections, of_picture = {}, {}
         for name, layers in cross_attentions(unet).items():
             projections[name] = joined([linear for layer in layers for linear in (layer.to_k, layer.to_v)])
+            if reads_picture(layers[0]):
+                both = [linear for layer in layers for linear in (layer.to_k_ip, layer.to_v_ip)]
+                of_picture[name] = joined(both)
             width = layers[0].to_k.out_features // layers[0].heads
             self.heads[name] = (2 * len(layers), layers[0].heads, width)
-        self.projections = nn.ModuleDict(projections)
+        self.projections, self.ip_projections = nn.ModuleDict(projections), nn.ModuleDict(of_picture)
 
     def forward(
-        self, hidden_states: Tensor, timesteps: Tensor, added: Tensor | None, guidance: Tensor | None
+        self,
+        states: Tensor | TextAndPicture,
+        timesteps: Tensor,
+        added: Tensor | None,
+        guidance: Tensor | None,
     ) -> tuple[list[Tensor], Tensor]:
-        batch, tokens, _ = hidden_states.shape
-        keys_values = []
-        for name, (layers, heads, width) in self.heads.items():
-            projected = self.projections[name](hidden_states)  # (b, n, 2·layers·heads·width)
-            split = projected.view(batch, tokens, layers, heads, width)
-            keys_values.append(split.permute(2, 0, 3, 1, 4).contiguous())
+        hidden_states, *picture = states if isinstance(states, tuple) else (states,)
+        batch = len(hidden_states)
+        keys_values = [self.split(name, self.projections[name](hidden_states)) for name in self.heads]
+        if picture:
+            tokens, weight = picture
+            weights = torch.cat([torch.ones_like(weight), weight])  # of keys, and of values
+            for name, projection in self.ip_projections.items():
+                both = self.split(name, projection(tokens)).unflatten(0, (-1, 2))
+                weighted = (both * weights[:, None, None, None, None]).flatten(0, 1)
+                keys_values.append(weighted.expand(-1, batch, -1, -1, -1).contiguous())
         embedding = self.time_embedding(self.time_proj(timesteps).to(hidden_states.dtype), guidance)
         embedding = embedding[:, None].expand(-1, batch, -1)  # (s, b, e)
         if added is not None:
             embedding = embedding + self.add_embedding(added)[None]
         return keys_values, self.time_projection(F.silu(embedding))
+
+    def split(self, name: str, projected: Tensor) -> Tensor:
+        """Returns keys and values of a group (2·layers, b, heads, n, width) of their product (b, n, …)."""
+        layers, heads, width = self.heads[name]
+        return projected.unflatten(-1, (layers, heads, width)).permute(2, 0, 3, 1, 4).contiguous()
 
 
 def split_context(unet: Any) -> Context:
@@ -114,6 +134,8 @@ def split_context(unet: Any) -> Context:
         for i, layer in enumerate(layers):
             layer.set_processor(GivenKeysValues(name, 2 * i))
             layer.to_k = layer.to_v = nn.Identity()
+            if reads_picture(layer):
+                del layer.to_k_ip, layer.to_v_ip
     start = 0
     for resnet in resnets(unet):
         stop = start + resnet.time_emb_proj.out_features
@@ -211,14 +233,22 @@ class PassFirst(nn.Module):
 # ---- attention ----
 
 
-def attend(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(
+    layer: Any, query: Tensor, key: Tensor, value: Tensor, picture: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Returns attention (b, n, c) for query (b, n, h·d), key and value (b, h, m, d).
 
-    The arithmetic is that of diffusers' AttnProcessor2_0.
+    The arithmetic is that of diffusers' AttnProcessor2_0; with the key and the weighted value of an
+    IP-Adapter's `picture`, that of its IPAdapterAttnProcessor2_0.
     """
     batch, tokens, width = query.shape
     query = query.view(batch, tokens, layer.heads, -1).transpose(1, 2)
     attended = F.scaled_dot_product_attention(query, key, value)
+    if picture is not None:
+        # In single products: TensorRT for RTX 1.7 crashes when it builds the sum of two Attention nodes.
+        key, value = picture
+        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+        attended = attended + scores.softmax(-1) @ value
     return layer.to_out[0](attended.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -235,8 +265,39 @@ class GivenKeysValues:
         encoder_hidden_states: KeysValues,
         attention_mask: None = None,
     ) -> Tensor:
-        given = encoder_hidden_states[self.name]
-        return attend(attn, attn.to_q(hidden_states), given[self.index], given[self.index + 1])
+        given, of_picture = (encoder_hidden_states.get(prefix + self.name) for prefix in ("", "ip_"))
+        assert given is not None
+        picture = None if of_picture is None else (of_picture[self.index], of_picture[self.index + 1])
+        return attend(attn, attn.to_q(hidden_states), given[self.index], given[self.index + 1], picture)
+
+
+class TextAndPictureAttention:
+    """An attention processor with an IP-Adapter's layers, whose states are TextAndPicture.
+
+    The picture's values are multiplied by its weight, which is the same as multiplying what is attended to.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: TextAndPicture,
+        attention_mask: None = None,
+    ) -> Tensor:
+        text, tokens, weight = encoder_hidden_states
+        tokens = tokens.expand(len(text), -1, -1)
+
+        def by_heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        picture = by_heads(attn.to_k_ip(tokens)), by_heads(attn.to_v_ip(tokens) * weight)
+        key, value = by_heads(attn.to_k(text)), by_heads(attn.to_v(text))
+        return attend(attn, attn.to_q(hidden_states), key, value, picture)
+
+
+def reads_picture(layer: Any) -> bool:
+    """Returns whether a cross-attention has the layers of an IP-Adapter."""
+    return hasattr(layer, "to_k_ip")
 
 
 class FusedSelfAttention:

@@ -14,13 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from lcm_compile.checkpoint.find import Checkpoint
-from lcm_compile.graphs import CONTROLS, ENCODE_IMAGE, MASKED, StageContract, is_lora_input
+from lcm_compile.checkpoint.ip_adapter import IP_ENCODER, IP_PROJECTION, reads_hidden_states
+from lcm_compile.graphs import (
+    CONTROLS,
+    ENCODE_IMAGE,
+    IP_IMAGE,
+    IP_TOKENS,
+    IP_WEIGHT,
+    MASKED,
+    T2I_ADAPTERS,
+    StageContract,
+    is_lora_input,
+)
 from lcm_compile.samplers.step import COEFFICIENTS
 from lcm_compile.samplers.step import Step as SamplerStep
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import draw_contract, make_contracts
 from lcm_compile.stages.lora_branches import WithLoras
-from lcm_compile.stages.rewrites import rewrite_unet, rewrite_vae
+from lcm_compile.stages.rewrites import TextAndPicture, rewrite_unet, rewrite_vae
 
 LOG_VARIANCE = (-30.0, 20.0)  # what diffusers clamps the log of the latent's variance to
 
@@ -87,6 +98,11 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         module = Step(modules["unet"], names, ratio)
     elif contract.name in CONTROLS:
         module = Control(modules[contract.name], names)
+    elif contract.name in T2I_ADAPTERS:
+        module = Adapter(modules[contract.name])
+    elif contract.name == IP_IMAGE:
+        hidden = reads_hidden_states(checkpoint)
+        module = IpImage(modules[IP_ENCODER], modules[IP_PROJECTION], hidden)
     elif contract.name == "decode":
         module = Decode(modules["vae"], rgb8=contract.outputs[0].dtype == "uint8")
     elif contract.name == ENCODE_IMAGE:
@@ -231,7 +247,8 @@ class ContextStage(nn.Module):
             added = torch.cat([given["pooled"], embedded], dim=-1).to(dtype)
         if "guidance" in given:
             guidance = guidance_embedding(given["guidance"], context.time_cond_width).to(dtype)
-        keys_values, times = context(given["hidden_states"].to(dtype), given["timesteps"], added, guidance)
+        states = with_picture(given["hidden_states"].to(dtype), given)
+        keys_values, times = context(states, given["timesteps"], added, guidance)
         return tuple(array.float() for array in (*keys_values, times))
 
 
@@ -255,6 +272,11 @@ class Step(nn.Module):
             *down, mid = [v.to(self.dtype) for k, v in given.items() if k.startswith("residual_")]
             arguments["down_block_additional_residuals"] = down
             arguments["mid_block_additional_residual"] = mid
+        if "feature_0" in given:
+            features = [v.to(self.dtype) for k, v in given.items() if k.startswith("feature_")]
+            arguments["down_intrablock_additional_residuals"] = [
+                feature.expand(len(latent), -1, -1, -1) for feature in features
+            ]
         seen = torch.cat([latent, given[MASKED]], dim=1) if MASKED in given else latent
         prediction = self.unet(seen.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
@@ -265,7 +287,8 @@ class Step(nn.Module):
 
     def context_arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
         """Returns the UNet's arguments besides the latent, if its context was moved to the context stage."""
-        keys_values = {k: v.to(self.dtype) for k, v in given.items() if k.startswith("keys_values")}
+        names = [name for name in given if name.removeprefix("ip_").startswith("keys_values")]
+        keys_values = {name: given[name].to(self.dtype) for name in names}
         return {"timestep": given["time"].to(self.dtype), "encoder_hidden_states": keys_values}
 
     def arguments(self, given: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -279,7 +302,7 @@ class Step(nn.Module):
         if "guidance" in given:
             embedding = guidance_embedding(given["guidance"], config.time_cond_proj_dim)
             options["timestep_cond"] = embedding.to(self.dtype)
-        states = given["hidden_states"].to(self.dtype)
+        states = with_picture(given["hidden_states"].to(self.dtype), given)
         return {"timestep": given["timestep"], "encoder_hidden_states": states, **options}
 
     @property
@@ -310,6 +333,49 @@ class Control(nn.Module):
             return_dict=False,
         )
         return tuple(residual.float() * given["strength"] for residual in (*down, mid))
+
+
+class Adapter(nn.Module):
+    """Runs a T2I-Adapter on a picture, and multiplies its features by the strength."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, control: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
+        features = self.adapter(control.to(weight_type(self.adapter)))
+        return tuple(feature.float() * strength for feature in features)
+
+
+def with_picture(states: Tensor, given: Mapping[str, Tensor]) -> Tensor | TextAndPicture:
+    """Returns text states with the tokens of an IP-Adapter's picture and their weight, if these are given."""
+    if IP_TOKENS not in given:
+        return states
+    return states, given[IP_TOKENS].to(states.dtype), given[IP_WEIGHT].to(states.dtype)
+
+
+class IpImage(nn.Module):
+    """Encodes a picture to the tokens of an IP-Adapter, which reads the encoder's embedding or hidden states.
+
+    Where nothing is shown, they are those that diffusers gives a negative prompt: of an embedding of zeros,
+    or of the hidden states of a picture of zeros.
+    """
+
+    def __init__(self, encoder: nn.Module, projection: nn.Module, hidden: bool) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.encoder = encoder
+        self.projection = projection
+
+    def forward(self, pixels: Tensor, shown: Tensor) -> Tensor:
+        # (1, 3, h, w), (1,) → (1, n, d)
+        dtype = weight_type(self.encoder)
+        if self.hidden:
+            seen = self.encoder((pixels * shown).to(dtype), output_hidden_states=True).hidden_states[-2]
+        else:
+            seen = self.encoder(pixels.to(dtype)).image_embeds * shown.to(dtype)
+        tokens: Tensor = self.projection(seen)
+        return tokens.float()
 
 
 def weight_type(module: nn.Module) -> torch.dtype:

@@ -87,11 +87,16 @@ def test_build_makes_several_at_once(command, spec, tmp_path):
     words += ["--size", "64x64", "--size", "64x96", "--out", tmp_path / "bundle"]
     _, out, _ = command("build", *words, "--dry-run", "--json")
     assert [plan["shape"]["width"] for plan in json.loads(out)] == [64, 96]
-    command("build", *words)
+    _, _, err = command("build", *words)
+    assert err.count("miss:") == 2
     with load(tmp_path / "bundle", height=64, width=96) as pipeline:
         assert pipeline("a star", seed=1)[0].size == (96, 64)
     _, _, err = command("build", *words)
-    assert err.count("hit:") == 1 and not list(tmp_path.glob("bundle/sizes/.*"))
+    assert (
+        err.count("hit:") == 2
+        and "inputs are those of 64x96" in err
+        and not list(tmp_path.glob("bundle/sizes/.*"))
+    )
 
 
 def test_a_size_of_another_lora_is_refused(spec, lora, sized, tmp_path):

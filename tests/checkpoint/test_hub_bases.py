@@ -13,6 +13,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import factories
 import pytest
 import torch
 
@@ -101,6 +102,10 @@ def hub(sdxl_checkpoint, tmp_path_factory):
         ):
             (folder / junk).parent.mkdir(exist_ok=True)
             (folder / junk).write_text("not needed")
+    adapter = root / COMMITS["main"] / "sdxl_models"
+    factories.write_ip_adapter(sdxl_checkpoint, adapter / "ip.safetensors")
+    factories.write_image_encoder(adapter / "image_encoder", hidden=48, projection=40)  # which does not fit
+    factories.write_image_encoder(root / COMMITS["main"] / "models/image_encoder")
     with (root / COMMITS["v1"] / "unet/config.json").open("a") as config:
         config.write("\n")
     handler = type("Handler", (Hub,), {"root": root, "fetched": []})
@@ -177,6 +182,17 @@ def test_a_revision(hub, tmp_path):
     assert {name[0] for name in fetched} == {"a", "b"}
     found, err = plan(tmp_path, "own/model@v1", "--no-lcm", HF_HUB_OFFLINE="1")
     assert found and found["key"] == keys[1], err
+
+
+def test_of_image_encoders_the_one_that_fits_is_fetched(hub, sdxl_checkpoint, tmp_path):
+    address, fetched = hub
+    fetched.clear()
+    words = "--no-lcm", "--ip-adapter", "own/model:sdxl_models/ip.safetensors:0.6"
+    found, err = plan(tmp_path, str(sdxl_checkpoint), *words, HF_ENDPOINT=address)
+    assert found is not None and found["ip_adapter"] == words[-1], err
+    of_encoder = {"models/image_encoder/config.json", "models/image_encoder/model.safetensors"}
+    others = {"sdxl_models/ip.safetensors", "sdxl_models/image_encoder/config.json"}
+    assert {name.partition(" ")[2] for name in fetched} == of_encoder | others
 
 
 def test_a_path_wins(sdxl_checkpoint, hub, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import factories
 import numpy as np
 import pytest
 
@@ -15,7 +16,7 @@ from lcm_compile.errors import BundleError, LcmCompileError
 from lcm_compile.export import onnx_graph
 from lcm_compile.proof.parity import STAGE_FLOORS
 from lcm_compile.proof.verify import verify
-from lcm_compile.spec import Shape
+from lcm_compile.spec import IpAdapterSpec, Shape
 from lcm_compile.system.child_process import call_in_child
 
 
@@ -30,12 +31,15 @@ def large(monkeypatch):
 
 def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", image=True)
+    adapter = factories.write_ip_adapter(sdxl_checkpoint, tmp_path / "adapter.safetensors", "plus")
+    factories.write_image_encoder(tmp_path / "image_encoder")
+    added = {"image": True, "ip_adapter": IpAdapterSpec(str(adapter))}
+    spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", **added)
     manifest = build(spec, tmp_path / "b").manifest
     assert manifest.pipeline.shape.height == 64 and manifest.proof.shape.height == 32
     told = {name: figure.checked.endswith("of a twin of 1×32×32") for name, figure in manifest.parity.items()}
     of_the_twin = ("context", "step", "decode", "encode-image", "picture")
-    assert told == {"encode": False, **dict.fromkeys(of_the_twin, True)}
+    assert told == {"encode": False, "ip-image": False, **dict.fromkeys(of_the_twin, True)}
     assert all(figure.db >= STAGE_FLOORS["fp16"] for figure in manifest.parity.values())
 
 
