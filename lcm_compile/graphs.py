@@ -90,4 +90,8 @@ class ExportedGraph:
 STAGES = ("encode", "context", "step", "decode")
 # The stages of ControlNets, which each step runs before `step`; most bundles have none.
 CONTROLS = ("control", "control-2", "control-3", "control-4")
-ALL_STAGES = ("encode", IP_IMAGE, "context", *CONTROLS, "step", "decode", ENCODE_IMAGE)
+# The stages of T2I-Adapters, which each picture that guides runs once.
+T2I_ADAPTERS = ("t2i-adapter", "t2i-adapter-2", "t2i-adapter-3", "t2i-adapter-4")
+# What is added to a base to guide it by pictures, in the order in which these are given.
+GUIDES = (*CONTROLS, *T2I_ADAPTERS)
+ALL_STAGES = ("encode", IP_IMAGE, *T2I_ADAPTERS, "context", *CONTROLS, "step", "decode", ENCODE_IMAGE)

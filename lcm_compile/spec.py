@@ -7,10 +7,10 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, T2I_ADAPTERS
 from lcm_compile.precisions import ASKED_PRECISIONS
 
 LORA_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -203,39 +203,39 @@ class EmbeddingSpec:
         return self.source if self.token is None else f"{self.source}:{self.token}"
 
 
-CONTROLNET_FORM = "write PATH, or PATH:0.8"
+GUIDE_FORM = "write PATH, or PATH:0.8"
 
 
 @dataclass(frozen=True)
 class ControlNetSpec:
     """A ControlNet, and the strength that pictures have for which none is asked.
 
-    `source` is a path, or `OWNER/NAME` on the hub. Raises UsageError for a strength that is not finite.
+    `source` is a path, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for a strength that is not
+    finite.
     """
 
+    kind: ClassVar[str] = "ControlNet"
     source: str
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UsageError("a ControlNet has no path", CONTROLNET_FORM)
+            raise UsageError(f"a {self.kind} has no path", GUIDE_FORM)
         if not math.isfinite(self.weight):
             raise UsageError(
-                f"the weight {self.weight} of ControlNet {self.source} is not finite", CONTROLNET_FORM
+                f"the weight {self.weight} of {self.kind} {self.source} is not finite", GUIDE_FORM
             )
 
     @classmethod
-    def parse(cls, text: str) -> ControlNetSpec:
-        """Returns the ControlNet of `SOURCE` or `SOURCE:WEIGHT`. No file is checked."""
+    def parse(cls, text: str) -> Self:
+        """Returns what `SOURCE` or `SOURCE:WEIGHT` names. No file is checked."""
         source, colon, last = text.rpartition(":")
         if not colon or ends_path(last):
             return cls(text)
         try:
             return cls(source, float(last))
         except ValueError:
-            raise UsageError(
-                f"ControlNet weight {last!r} in {text!r} is not a number", CONTROLNET_FORM
-            ) from None
+            raise UsageError(f"{cls.kind} weight {last!r} in {text!r} is not a number", GUIDE_FORM) from None
 
     def __str__(self) -> str:
         return f"{self.source}:{self.weight!r}"
@@ -281,6 +281,13 @@ class IpAdapterSpec:
 
 
 @dataclass(frozen=True)
+class T2IAdapterSpec(ControlNetSpec):
+    """A T2I-Adapter, and the strength that pictures have for which none is asked."""
+
+    kind: ClassVar[str] = "T2I-Adapter"
+
+
+@dataclass(frozen=True)
 class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
 
@@ -290,10 +297,10 @@ class BuildSpec:
     of LoRAs' keys to leave out. `prompt_tokens` is the room for a prompt: chunks of 77 tokens. `clip_skip` is
     the number of the text encoders' last layers that are skipped, as diffusers counts them. `lora_slots` is
     how many LoRAs each picture may bring, of up to `lora_rank`. With `image` the bundle has a stage that
-    encodes pictures, to draw from them. `controlnets` are those that a picture guides at every step.
-    `ip_adapter` reads a picture beside the prompt, through the image encoder in the folder, file or hub id
-    `ip_encoder`; None is the one beside the adapter's file. Raises UsageError for values that can't be right
-    with any base or on any machine.
+    encodes pictures, to draw from them. `controlnets` are those that a picture guides at every step, and
+    `t2i_adapters` those that read a picture once. `ip_adapter` reads a picture beside the prompt, through the
+    image encoder in the folder, file or hub id `ip_encoder`; None is the one beside the adapter's file.
+    Raises UsageError for values that can't be right with any base or on any machine.
     """
 
     base: str
@@ -321,6 +328,7 @@ class BuildSpec:
     lora_rank: int = 64
     image: bool = False
     controlnets: tuple[ControlNetSpec, ...] = ()
+    t2i_adapters: tuple[T2IAdapterSpec, ...] = ()
     ip_adapter: IpAdapterSpec | None = None
     ip_encoder: str | None = None
 
@@ -333,14 +341,16 @@ class BuildSpec:
             raise UsageError(
                 "--whole-loop builds one graph, which can't hold an IP-Adapter", "drop --whole-loop"
             )
-        if self.controlnets and self.whole_loop:
+        if self.guides and self.whole_loop:
             raise UsageError(
-                "--whole-loop builds one graph, which can't hold a ControlNet", "drop --whole-loop"
+                f"--whole-loop builds one graph, which can't hold a {self.guides[0].kind}",
+                "drop --whole-loop",
             )
-        if len(self.controlnets) > len(CONTROLS):
-            raise UsageError(
-                f"{len(self.controlnets)} ControlNets are given, and a bundle has {len(CONTROLS)} at most"
-            )
+        for guides, most in ((self.controlnets, len(CONTROLS)), (self.t2i_adapters, len(T2I_ADAPTERS))):
+            if len(guides) > most:
+                raise UsageError(
+                    f"{len(guides)} {guides[0].kind}s are given, and a bundle has {most} at most"
+                )
         for name in self.without:
             if name not in REWRITES:
                 raise unknown_name("rewrite", name, REWRITES)
@@ -393,6 +403,11 @@ class BuildSpec:
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
 
     @property
+    def guides(self) -> tuple[ControlNetSpec, ...]:
+        """The ControlNets and then the T2I-Adapters: what reads pictures that guide, in their order."""
+        return (*self.controlnets, *self.t2i_adapters)
+
+    @property
     def few_step_weights(self) -> LoraSpec | None:
         """The few-step LoRA that is named, or None for the one that the method's table has."""
         return self.few_step_lora or self.lcm_lora
@@ -426,8 +441,9 @@ class BuildSpec:
             inputs["LoRA slots"] = f"{self.lora_slots} of rank {self.lora_rank}"
         if self.image:
             inputs["pictures"] = "encoded"
-        for i, controlnet in enumerate(self.controlnets, 1):
-            inputs[f"ControlNet {i} weight"] = repr(float(controlnet.weight))
+        for guides in (self.controlnets, self.t2i_adapters):
+            for i, guide in enumerate(guides, 1):
+                inputs[f"{guide.kind} {i} weight"] = repr(float(guide.weight))
         if self.ip_adapter:
             inputs["IP-Adapter weight"] = repr(float(self.ip_adapter.weight))
         return inputs | {"whole loop": "one graph"} if self.whole_loop else inputs

@@ -18,6 +18,7 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from PIL import Image, ImageDraw
@@ -147,22 +148,22 @@ def write_sdxl(
     torch.manual_seed(seed)
     one = write_tokenizer(folder / "_1")
     two = write_tokenizer(folder / "_2", pad_token="!")
-    unet = UNet2DConditionModel(
-        sample_size=64 // factor,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        transformer_layers_per_block=(1, 2),
-        attention_head_dim=(2, 4),
-        cross_attention_dim=32 + 48,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=40 + 6 * 8,
-        norm_num_groups=8,
-        **unet_kwargs,
-    )
+    config = {
+        "sample_size": 64 // factor,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "transformer_layers_per_block": (1, 2),
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 32 + 48,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 40 + 6 * 8,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**config | unet_kwargs)
     pipe = StableDiffusionXLPipeline(
         vae=lively(tiny_vae(factor)),
         text_encoder=lively(CLIPTextModel(text_config(one, 32, 32)), 4),
@@ -184,17 +185,17 @@ def write_sd15(
     """A checkpoint of SD1.5's architecture (PNDM settings, convolutional projections, no pooled text)."""
     torch.manual_seed(seed)
     tokenizer = write_tokenizer(folder / "_1")
-    unet = UNet2DConditionModel(
-        sample_size=64 // factor,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-        **unet_kwargs,
-    )
+    config = {
+        "sample_size": 64 // factor,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    }
+    unet = UNet2DConditionModel(**config | unet_kwargs)
     pipe = StableDiffusionPipeline(
         vae=lively(tiny_vae(factor)),
         text_encoder=lively(CLIPTextModel(text_config(tokenizer, 32, 32)), 4),
@@ -326,11 +327,24 @@ def write_controlnet(base, folder, seed=3, **config):
     """A ControlNet for a base, in a diffusers folder. What it adds is as large as what a trained one adds."""
     torch.manual_seed(seed)
     pipe = DiffusionPipeline.from_pretrained(base)
-    widths = (8, 16, 32, 48)[: len(pipe.vae.config.block_out_channels)]
     unet = UNet2DConditionModel.from_config({**pipe.unet.config, **config})
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
-    lively(net)
-    # A new ControlNet adds nothing: its convolutions to the UNet, and the last of the picture's, are zeros.
+    net = lively(new_controlnet(pipe, unet))
+    randomize_own_layers(net)
+    net.save_pretrained(folder)
+    return folder
+
+
+def new_controlnet(pipe, unet):
+    """An untrained ControlNet for a pipeline's pictures, with the weights of a UNet."""
+    widths = (8, 16, 32, 48)[: len(pipe.vae.config.block_out_channels)]
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=widths)
+
+
+OWN_LAYERS = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+
+
+def randomize_own_layers(net):
+    """A new ControlNet adds nothing: its convolutions to the UNet, and the picture's last, are zeros."""
     with torch.no_grad():
         for weight in net.controlnet_cond_embedding.parameters():
             if weight.ndim > 1:
@@ -338,8 +352,73 @@ def write_controlnet(base, folder, seed=3, **config):
         for module in (net.controlnet_down_blocks, net.controlnet_mid_block):
             for weight in module.parameters():
                 weight.normal_(0, 0.2)
+
+
+def write_control_lora(base, folder, path, rank=4, seed=3):
+    """A control-LoRA for a base in a file, and the ControlNet that it stands for in a diffusers folder."""
+    torch.manual_seed(seed)
+    pipe = DiffusionPipeline.from_pretrained(base)
+    net = new_controlnet(pipe, pipe.unet)
+    randomize_own_layers(net)
+    names, tensors = dict(original_keys(net)), {"lora_controlnet": torch.zeros(0)}
+    for key, weight in net.state_dict().items():
+        if key.startswith(OWN_LAYERS) or weight.ndim == 1:
+            if not key.startswith(OWN_LAYERS):
+                weight.add_(torch.randn_like(weight), alpha=0.02)
+            tensors[names[key]] = weight
+            continue
+        layer, kernel = names[key].removesuffix(".weight"), weight.shape[2:]
+        up = torch.randn(weight.shape[0], rank, *(1 for _ in kernel)) * 0.05
+        down = torch.randn(rank, *weight.shape[1:]) * 0.2
+        weight.add_(torch.tensordot(up.flatten(1), down, 1))
+        tensors |= {f"{layer}.up": up, f"{layer}.down": down}
     net.save_pretrained(folder)
+    return save_tensors(tensors, path)
+
+
+def write_t2i_adapter(folder, seed=3, **config):
+    """A T2I-Adapter, in a diffusers folder, whose features are as large as what they are added to."""
+    torch.manual_seed(seed)
+    adapter = T2IAdapter(**{"channels": [32, 64], "num_res_blocks": 2, "downscale_factor": 8, **config})
+    with torch.no_grad():
+        for weight in lively(adapter).parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.2 / weight[0].numel() ** 0.5)
+    adapter.save_pretrained(folder)
     return folder
+
+
+def write_original_t2i_adapter(folder, path):
+    """A diffusers folder's T2I-Adapter as one file under the original's names."""
+    adapter, named = T2IAdapter.from_pretrained(folder), {}
+    light = adapter.config.adapter_type == "light_adapter"
+    for key, weight in adapter.state_dict().items():
+        match key.split(".")[1:]:
+            case ["body", block, "resnets", number, *leaf]:
+                place = f"{block}.body.{number}" if light else str(2 * int(block) + int(number))
+                named[f"body.{place}.{'.'.join(leaf)}"] = weight
+            case ["body", block, *leaf]:
+                place = block if light else 2 * int(block)
+                named[f"body.{place}.{'.'.join(leaf)}"] = weight
+            case leaf:
+                named[".".join(leaf)] = weight
+    torch.save(named, path)
+    return path
+
+
+# Three blocks: the features of an SDXL adapter reach the middle one, and a light adapter needs as many.
+DEEP_SDXL = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+}
+DEEP_SD15 = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 def outline(size, seed=0):

@@ -33,7 +33,7 @@ from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import BundleManifest, StageFile
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.graphs import DRAW, ENCODE_IMAGE
+from lcm_compile.graphs import CONTROLS, DRAW, ENCODE_IMAGE
 from lcm_compile.output.reports import loss_lines
 from lcm_compile.pipeline.cuda_graphs import USED
 from lcm_compile.precisions import Precision
@@ -135,11 +135,11 @@ def contest(
     UsageError or BackendError if a rival can't be used here.
     """
     manifest = bundle.manifest
-    if manifest.spec.controlnets or manifest.spec.ip_adapter:
-        kind = "a ControlNet" if manifest.spec.controlnets else "an IP-Adapter"
+    if manifest.spec.t2i_adapters or manifest.spec.ip_adapter:
+        kind = "a T2I-Adapter" if manifest.spec.t2i_adapters else "an IP-Adapter"
         raise UsageError(
             f"{bundle.folder} has {kind}, and bench measures bundles without",
-            replace(manifest.spec, controlnets=(), ip_adapter=None, ip_encoder=None).command(),
+            replace(manifest.spec, t2i_adapters=(), ip_adapter=None, ip_encoder=None).command(),
         )
     rivals = check_rivals(tuple(against), bundle)
     others = {name: other for name, other in rivals.items() if other is not None}
@@ -182,7 +182,8 @@ def cases_of(contestants: Contest, measured: Measured, peaks: Mapping[Precision,
             peaks.get(stage.precision),
         )
         for stage in bundle.manifest.stages
-        if stage.contract.name != ENCODE_IMAGE  # the pictures are drawn from prompts alone
+        # No picture begins at another one, and what ControlNets take is counted as the step's.
+        if stage.contract.name not in (ENCODE_IMAGE, *CONTROLS)
     ]
     return picture_case(bundle, contestants.others, stages, measured), *stages, *cold_cases(measured)
 
@@ -323,13 +324,19 @@ def stage_case(
         name,
         times.pop(SELF, ()),
         {rival: RivalSamples(samples, batch=batches.get(rival)) for rival, samples in times.items()},
-        engine_bytes=engine_bytes(bundle, stage),
+        engine_bytes=sum(engine_bytes(bundle, one) for one in timed_as(name, bundle)),
         parity_db=None if figure is None else round(figure.db, 2),
         flop=None if work is None else passes * work.flop,
         weight_bytes=None if work is None else passes * work.weights * PRODUCT_BYTES[stage.precision.product],
         limit_ms=None if work is None or peak is None else passes * peak.limit_ms(work, stage.precision),
         passes=passes,
     )
+
+
+def timed_as(name: str, bundle: EngineBundle) -> list[StageFile]:
+    """Returns the stages whose time is counted as that of a stage: itself, and ControlNets as the step."""
+    names = (*CONTROLS, name) if name == "step" else (name,)
+    return [stage for stage in bundle.manifest.stages if stage.contract.name in names]
 
 
 def cold_cases(measured: Measured) -> list[Case]:

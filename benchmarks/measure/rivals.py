@@ -23,8 +23,11 @@ from lcm_compile.benchmarks.measure.worker import Draw, Drawn, Maker
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.bundles.manifest import MANIFEST, PipelineSettings
 from lcm_compile.checkpoint.checkpoint import SCHEDULER
+from lcm_compile.checkpoint.controlnet import controls_of
+from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import BackendError, UsageError, unknown_name
-from lcm_compile.graphs import MASKED
+from lcm_compile.graphs import CONTROLS, MASKED
+from lcm_compile.pipeline.control_picture import sample_picture
 from lcm_compile.spec import CHUNK_TOKENS, BuildSpec, Shape
 
 if TYPE_CHECKING:
@@ -40,7 +43,8 @@ class Setup:
     """The settings that all rivals share.
 
     `precision` is the floating-point type of the bundle's engines: "fp32", "fp16" or "bf16". `pipeline` has
-    what the bundle draws with by default.
+    what the bundle draws with by default. `controlnets` are the diffusers folders of its ControlNets, which
+    all read the picture of proofs.
     """
 
     shape: Shape
@@ -48,6 +52,7 @@ class Setup:
     threads: int
     gpu: bool
     pipeline: PipelineSettings
+    controlnets: tuple[Path, ...] = ()
 
     @property
     def drawing(self) -> dict[str, Any]:
@@ -80,11 +85,13 @@ def draw_with_bundle(folder: Path, drawing: Mapping[str, Any] | None = None) -> 
     from lcm_compile.pipeline.request import Request
 
     pipeline = load(folder, prompt_cache=0)
-    batch = pipeline.settings.shape.batch
-    how = drawing or pipeline.settings.drawing()
+    settings = pipeline.settings
+    how = drawing or settings.drawing()
+    control = (sample_picture(settings.shape),) * len(settings.control_weights)
 
     def draw(prompt: str, seed: int) -> Drawn:
-        drawn = pipeline.draw(Request(prompt, seed, num_images=batch, **how))
+        batch = settings.shape.batch
+        drawn = pipeline.draw(Request(prompt, seed, num_images=batch, control=control, **how))
         times = {name: ms for name, ms in drawn.ms.items() if name not in ("total", "load")}
         stages = {name: sum(ms) if isinstance(ms, list) else ms for name, ms in times.items()}
         return Drawn(drawn.pictures, stages, drawn.cuda_graph)
@@ -94,6 +101,7 @@ def draw_with_bundle(folder: Path, drawing: Mapping[str, Any] | None = None) -> 
 
 def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
     """Loads a diffusers pipeline with the bundle's sampler. `dtype` is the name of a torch dtype."""
+    import diffusers
     import torch
     from diffusers import DiffusionPipeline
 
@@ -101,13 +109,27 @@ def open_diffusers(folder: Path, dtype: str, setup: Setup) -> DiffusionPipeline:
     from lcm_compile.checkpoint.write_folder import make_scheduler
 
     torch.set_num_threads(setup.threads)
+    kind, options = DiffusionPipeline, {"torch_dtype": getattr(torch, dtype)}
     with quiet_libraries():
-        pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+        if setup.controlnets:
+            kind = controlnet_pipeline(folder)
+            nets = [diffusers.ControlNetModel.from_pretrained(net, **options) for net in setup.controlnets]
+            options["controlnet"] = nets[0] if len(nets) == 1 else nets
+        pipe = kind.from_pretrained(folder, **options)
     pipe.scheduler = make_scheduler(setup.pipeline.sampler, setup.pipeline.scheduler)
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "watermark"):
         pipe.watermark = None
     return pipe.to("cuda" if setup.gpu else "cpu")
+
+
+def controlnet_pipeline(folder: Path) -> Any:
+    """Returns diffusers' class of pipelines with ControlNets for the base in a folder."""
+    import diffusers
+
+    if (folder / "text_encoder_2").is_dir():
+        return diffusers.StableDiffusionXLControlNetPipeline
+    return diffusers.StableDiffusionControlNetPipeline
 
 
 def draw_with_diffusers(
@@ -119,9 +141,13 @@ def draw_with_diffusers(
     # On a GPU the host runs ahead of the computation, so that its clock can't time single stages.
     stages = {} if setup.gpu else time_stages(pipe)
     how = drawing or setup.drawing
-    timesteps, options = setup.pipeline.scheduler.timesteps, {}
+    timesteps, options = setup.pipeline.scheduler.timesteps, dict[str, Any]()
     if timesteps and len(timesteps) == how["steps"] and drawing is None:
         options["timesteps"] = list(timesteps)
+    if count := len(setup.controlnets):
+        pictures, weights = [sample_picture(setup.shape).pixels] * count, [*setup.pipeline.control_weights]
+        options["image"] = pictures if count > 1 else pictures[0]
+        options["controlnet_conditioning_scale"] = weights if count > 1 else weights[0]
 
     def draw(prompt: str, seed: int) -> Drawn:
         stages.update(dict.fromkeys(stages, 0.0))
@@ -142,7 +168,10 @@ def draw_with_diffusers(
 
 
 def time_stages(pipe: Any) -> dict[str, float]:
-    """Makes a pipeline time its stages. Returns their milliseconds, which it adds to as it draws."""
+    """Makes a pipeline time its stages. Returns their milliseconds, which it adds to as it draws.
+
+    What ControlNets take is the step's, as in a bundle's pictures.
+    """
     ms = {"encode": 0.0, "step": 0.0, "decode": 0.0}
 
     def timed(stage: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -154,14 +183,20 @@ def time_stages(pipe: Any) -> dict[str, float]:
 
     pipe.encode_prompt = partial(timed, "encode", pipe.encode_prompt)
     pipe.vae.decode = partial(timed, "decode", pipe.vae.decode)
-    starts = []
-    pipe.unet.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+    starts: list[float] = []
 
     def end(*_: Any) -> None:
         ms["step"] += (time.perf_counter() - starts.pop()) * 1000
 
-    pipe.unet.register_forward_hook(end)
+    for module in unet_and_controlnets(pipe):
+        module.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter()))
+        module.register_forward_hook(end)
     return ms
+
+
+def unet_and_controlnets(pipe: Any) -> list[Any]:
+    """Returns what a pipeline runs in each step: its UNet, and its ControlNets if it has any."""
+    return [pipe.unet, *([pipe.controlnet] if hasattr(pipe, "controlnet") else [])]
 
 
 def draw_eagerly(folder: Path, setup: Setup) -> Draw:
@@ -170,10 +205,10 @@ def draw_eagerly(folder: Path, setup: Setup) -> Draw:
 
 
 def channels_last(pipe: Any) -> Any:
-    """Moves the UNet's and the VAE's weights to the channels-last memory format; returns the pipeline."""
+    """Moves all weights but the text encoders' to the channels-last memory format; returns the pipeline."""
     import torch
 
-    for module in (pipe.unet, pipe.vae):
+    for module in (*unet_and_controlnets(pipe), pipe.vae):
         module.to(memory_format=torch.channels_last)
     return pipe
 
@@ -184,12 +219,14 @@ def draw_eagerly_in_bf16(folder: Path, setup: Setup) -> Draw:
 
 
 def draw_compiled(folder: Path, setup: Setup) -> Draw:
-    """Draws with torch.compile of the UNet and of the VAE's decoding, in the bundle's precision."""
+    """Draws with torch.compile of UNet, ControlNets and the VAE's decoding, in the bundle's precision."""
     import torch
 
     dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[setup.precision]
     pipe: Any = channels_last(open_diffusers(folder, dtype, setup))
     pipe.unet = torch.compile(pipe.unet)
+    if setup.controlnets:
+        pipe.controlnet.forward = torch.compile(pipe.controlnet.forward)
     pipe.vae.decode = torch.compile(pipe.vae.decode)
     return draw_with_diffusers(pipe, setup)
 
@@ -279,6 +316,11 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
         )
     if "openvino" in found and importlib.util.find_spec("openvino") is None:
         raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
+    if "openvino" in found and spec.controlnets:
+        raise UsageError(
+            "the rival openvino draws without ControlNets, and this bundle has one",
+            "leave out --against openvino",
+        )
     if "openvino" in found and not manifest.target.is_cpu:
         raise UsageError(
             "the rival openvino runs on processors only, and this bundle is for a GPU",
@@ -314,6 +356,9 @@ def makers(
     with tempfile.TemporaryDirectory(dir=home(), prefix=".bench-") as work:
         folders: dict[bool, Path] = {}
         made = {}
+        if spec.controlnets and any(bundle is None for bundle in names.values()):
+            report("write the ControlNets for the rivals")
+            setup = replace(setup, controlnets=write_controlnets(spec, Path(work)))
         for name, bundle in names.items():
             if bundle is not None:
                 made[name] = Maker(draw_with_bundle, (bundle.folder,))
@@ -326,7 +371,8 @@ def makers(
             if rival.few_step not in folders:
                 report("fuse the rivals' weights")
                 place = Path(work) / ("few-step" if rival.few_step else "ordinary")
-                folders[rival.few_step] = fuse_for(spec, rival.few_step, place, setup.gpu)
+                alone = replace(spec, controlnets=())
+                folders[rival.few_step] = fuse_for(alone, rival.few_step, place, setup.gpu)
             made[name] = Maker(rival.load, (folders[rival.few_step], setup))
         yield made
 
@@ -344,6 +390,28 @@ def build_ordinary(spec: BuildSpec, backend: str) -> Path:
     from lcm_compile.builder.build import build
 
     return build(replace(ordinary(spec), backend=backend, whole_loop=False)).folder
+
+
+def write_controlnets(spec: BuildSpec, work: Path) -> tuple[Path, ...]:
+    """Writes a spec's ControlNets as diffusers folders into `work`, and returns these.
+
+    Raises what opening and loading them raises.
+    """
+    from lcm_compile.system.child_process import call_in_child
+
+    count = len(spec.controlnets)
+    call_in_child(save_controlnets, spec, work)  # whose end frees the memory
+    return tuple(work / name for name in CONTROLS[:count])
+
+
+def save_controlnets(spec: BuildSpec, work: Path) -> None:
+    """Writes each ControlNet of a spec to the folder of its name in `work`."""
+    from lcm_compile.checkpoint.load import load_component
+
+    checkpoint = open_base(spec, half=False)
+    for name in controls_of(checkpoint):
+        module: Any = load_component(checkpoint, name)
+        module.save_pretrained(work / name)
 
 
 def fuse_for(spec: BuildSpec, few_step: bool, folder: Path, gpu: bool) -> Path:

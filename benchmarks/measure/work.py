@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.find import Checkpoint
 from lcm_compile.spec import Shape
 
@@ -29,8 +30,8 @@ class Work:
 def count_work(checkpoint: Checkpoint, shape: Shape) -> dict[str, Work]:
     """Returns the work of one pass by stage, for all pictures of a batch.
 
-    "encode" is the prompt through all text encoders, "step" one pass of the UNet, and "decode" one pass of
-    the VAE's decoder. Raises CheckpointError if a config describes no valid model.
+    "encode" is the prompt through all text encoders, "step" one pass of the UNet and the ControlNets, and
+    "decode" one pass of the VAE's decoder. Raises CheckpointError if a config describes no valid model.
     """
     from lcm_compile.checkpoint.empty_modules import empty_module
     from lcm_compile.checkpoint.load import quiet_libraries
@@ -41,9 +42,10 @@ def count_work(checkpoint: Checkpoint, shape: Shape) -> dict[str, Work]:
             for name, component in checkpoint.components.items()
         }
     text = [count_text(modules[name], checkpoint, name, shape) for name in checkpoint.text_encoders]
+    step = [count_unet(modules[name], checkpoint, shape) for name in ("unet", *controls_of(checkpoint))]
     return {
         "encode": sum(text[1:], text[0]),
-        "step": count_unet(modules["unet"], checkpoint, shape),
+        "step": sum(step[1:], step[0]),
         "decode": count_decoder(modules["vae"], checkpoint, shape),
     }
 
@@ -75,7 +77,7 @@ def count_text(module: Any, checkpoint: Checkpoint, name: str, shape: Shape) -> 
 
 
 def count_unet(unet: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
-    """Returns the work of one pass of the UNet on latents of shape (batch, channels, height, width)."""
+    """Returns the work of one pass of the UNet, or a ControlNet, on latents (batch, channels, h, w)."""
     config, batch = checkpoint.unet, shape.batch
     height, width = (side // checkpoint.vae_factor for side in (shape.height, shape.width))
     length = checkpoint.prompt_chunks * checkpoint.text_length(checkpoint.text_encoders[0])
@@ -83,7 +85,9 @@ def count_unet(unet: Any, checkpoint: Checkpoint, shape: Shape) -> Work:
     if "text_encoder_2" in checkpoint.components:
         pooled = checkpoint.components["text_encoder_2"].config["projection_dim"]
         options["added_cond_kwargs"] = {"text_embeds": empty(batch, pooled), "time_ids": empty(batch, 6)}
-    if checkpoint.has_guidance_embedding:
+    if hasattr(unet, "controlnet_cond_embedding"):
+        options["controlnet_cond"] = empty(batch, 3, shape.height, shape.width)
+    elif checkpoint.has_guidance_embedding:
         options["timestep_cond"] = empty(batch, config["time_cond_proj_dim"])
     latent = empty(batch, config["in_channels"], height, width)
     hidden = empty(batch, length, config["cross_attention_dim"])

@@ -21,7 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import LcmCompileError
+from lcm_compile.pipeline.control_picture import sample_picture
 from lcm_compile.system.child_process import die_with_parent, ended, portable, python_command
 
 ENDING = 5  # seconds that a process has to end by itself before it is killed
@@ -247,8 +249,13 @@ def cold_run(folder: Path, prompt: str, seed: int, path: Path, threads: int) -> 
 
     Raises LcmCompileError if the command fails.
     """
-    start = time.perf_counter()
     command = ["run", prompt, "--engine", str(folder), "--seed", str(seed), "--out", str(path)]
+    settings = read_manifest(folder)[0].pipeline
+    if settings.control_weights:
+        lines = path.with_name("lines.png")
+        sample_picture(settings.shape).image.save(lines)
+        command += ["--control", str(lines)] * len(settings.control_weights)
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "lcm_compile", *command],
         capture_output=True,

@@ -11,6 +11,7 @@ from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.controlnet import controls_of
+from lcm_compile.checkpoint.t2i_adapter import adapters_of
 from lcm_compile.checkpoint.weight_files import read_header
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, models_in
@@ -71,7 +72,8 @@ def estimate(export: ExportPlan) -> Estimate:
     weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
     stored = {model: STORED_BYTES[export.precisions[main_stage(model)].product] for model in weights}
     engines = sum(stored[model] * count for model, count in weights.items())
-    for name in controls_of(export.checkpoint):  # which are counted as the UNet's, and may not be in 8 bits
+    # Both are counted as the UNet's, and may not be in 8 bits.
+    for name in (*controls_of(export.checkpoint), *adapters_of(export.checkpoint)):
         wider = STORED_BYTES[export.precisions[name].product] - stored["unet"]
         engines += wider * parameters(components[name])
     engines = int(engines)
@@ -128,11 +130,13 @@ def disk_for(costs: Sequence[Estimate]) -> int:
 
 
 def parameters(component: Component) -> int:
-    """Returns the number of a model's weights, from its files' headers or, if it has no files, its config.
+    """Returns the number of a model's weights, from its files' headers.
+
+    It is its config's if it has no files, or if they are a control-LoRA's, which hold no complete weights.
 
     Raises CheckpointError if a file or the config can't be read.
     """
-    if not component.files:
+    if not component.files or component.changes_unet:
         from lcm_compile.checkpoint.empty_modules import empty_module
 
         return sum(weight.numel() for weight in empty_module(component).parameters())

@@ -219,7 +219,7 @@ def write_tokenizers(folder: Path, plan: ExportPlan) -> PipelineSettings:
         **vars(defaults),
         few_step=FewStepWeights(row.name, row.made_for, plan.few_step_licence) if row else None,
         **lora_settings(plan),
-        control_weights=tuple(float(controlnet.weight) for controlnet in plan.spec.controlnets),
+        control_weights=tuple(float(guide.weight) for guide in plan.spec.guides),
         ip_weight=float(plan.spec.ip_adapter.weight) if plan.spec.ip_adapter else None,
     )
 

@@ -31,6 +31,7 @@ ASKED = (
     "ControlNet",
     "IP-Adapter",
     "LoRA",
+    "T2I-Adapter",
     "backend",
     "clip skip",
     "embedding",

@@ -21,6 +21,7 @@ from lcm_compile.checkpoint.families import CALIBRATION_PROMPTS, SAMPLE_PROMPT
 from lcm_compile.checkpoint.find import Checkpoint, check_size
 from lcm_compile.checkpoint.ip_adapter import has_ip_adapter
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
+from lcm_compile.checkpoint.t2i_adapter import adapters_of, check_adapter_sizes
 from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, choose_backend, find_backend
 from lcm_compile.errors import BackendError, UsageError, unknown_name
@@ -160,6 +161,7 @@ class Plan:
                 ],
                 "embeddings": [str(p.spec) for p in export.checkpoint.embeddings],
                 "controlnets": [str(controlnet) for controlnet in export.spec.controlnets],
+                "t2i_adapters": [str(adapter) for adapter in export.spec.t2i_adapters],
                 "ip_adapter": export.spec.ip_adapter and str(export.spec.ip_adapter),
                 "few_step": export.few_step and export.few_step.name,
                 "shape": vars(export.shape),
@@ -237,7 +239,9 @@ def plan_export(
     height, width = checkpoint.default_size
     shape = Shape(spec.batch, spec.height or height, spec.width or width)
     check_size(checkpoint, shape.height, shape.width)
-    stages = [name for name in STAGES if name != "context" or name in spec.rewrites] + controls_of(checkpoint)
+    check_adapter_sizes(checkpoint, shape.height, shape.width)
+    stages = [name for name in STAGES if name != "context" or name in spec.rewrites]
+    stages += [*controls_of(checkpoint), *adapters_of(checkpoint)]
     stages += [ENCODE_IMAGE] if spec.image else []
     stages += [IP_IMAGE] if has_ip_adapter(checkpoint) else []
     precisions = {name: precision if name == "step" else precision.without_eight_bits for name in stages}

@@ -17,7 +17,7 @@ from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.ip_adapter import IP_LAYERS, has_ip_adapter
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import CONTROLS, DRAW, IP_IMAGE, ExportedGraph
+from lcm_compile.graphs import DRAW, GUIDES, IP_IMAGE, ExportedGraph
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
 from lcm_compile.lora.read import Lora, read_loras
@@ -32,7 +32,7 @@ from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
-CONDITIONS = ("encode", IP_IMAGE, "context", *CONTROLS)
+CONDITIONS = ("encode", IP_IMAGE, "context", *GUIDES)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ def prepare_model(
 
 
 def beside(name: str, stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns which of a model's stages must be run to record one: for a ControlNet, all after it.
+    """Returns which of a model's stages must be run to record one: for what guides it, all after that.
 
     The stages before it are replayed.
     """
     names = [*stages]
-    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in CONTROLS else {}
+    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in GUIDES else {}
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:
@@ -307,7 +307,7 @@ def first_call(
 ) -> Call:
     """Returns a stage's first call in the proof's picture, computed by the model before it is rewritten."""
     plain = replace(rehearsal, contracts=make_contracts(plan.checkpoint, plan.proof_shape))
-    names = [n for n in (name, *(CONTROLS if name == "step" else ())) if n in plain.contracts]
+    names = [n for n in (name, *(GUIDES if name == "step" else ())) if n in plain.contracts]
     stages = {n: make_stage(plan.checkpoint, plain.contracts[n], modules) for n in names}
     with ExitStack() as stack:
         runners = {n: stack.enter_context(rehearsal.runner_of(stage)) for n, stage in stages.items()}

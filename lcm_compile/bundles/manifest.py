@@ -87,7 +87,8 @@ class PipelineSettings:
     fields after the prompt are what is drawn if nothing else is asked for; `eta` is for this sampler alone.
     `loras` are those whose weights are inputs, each with its name as the source and its default weights, and
     `lora_parts` the parts of the model that can have weights of their own. `control_weights` has the strength
-    of each ControlNet, and `ip_weight` the IP-Adapter's weight, or None if there is no IP-Adapter.
+    of each ControlNet and then of each T2I-Adapter, and `ip_weight` the IP-Adapter's weight, or None if there
+    is no IP-Adapter.
     """
 
     shape: Shape

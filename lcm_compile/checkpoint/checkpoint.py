@@ -52,7 +52,8 @@ class Component:
 
     If it comes from a diffusers `folder`, `files` are the weight files in that folder, and `variant` is
     `fp16` or None. Otherwise `files` is one file with all models, in which the keys of this model begin with
-    `prefix`. For random weights there are no files.
+    `prefix`. For random weights there are no files. One that `changes_unet` is a control-LoRA, whose files
+    hold changes to the weights of the base's UNet.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Component:
     variant: str | None = None
     folder: Path | None = None
     prefix: str = ""
+    changes_unet: bool = False
 
     @property
     def location(self) -> str:

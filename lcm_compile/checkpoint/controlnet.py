@@ -4,6 +4,12 @@ A ControlNet is a copy of a UNet's first half, with a small network that reads a
 convolution after each block. It is a diffusers folder, or a file (safetensors, or a pickle of weights): under
 diffusers' names, or under those of the original, which may begin with `control_model.`. A file holds no
 settings. They are the base's own, because a ControlNet is a copy of such a UNet.
+
+A control-LoRA, Stability's smaller form, is a file that holds of most layers only the change to the UNet's
+weights, under the original's names: the product of `….up` (o, r) and `….down` (r, i), which may have the
+dimensions of a convolution's kernel. The layers that read the picture, the convolutions after the blocks, the
+biases and the norms are complete. The UNet is the bundle's without its LoRAs: they were not there when the
+control-LoRA was trained, and change no other ControlNet either.
 """
 
 from __future__ import annotations
@@ -15,20 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Checkpoint, Component
-from lcm_compile.checkpoint.diffusers_folder import FULL_FIRST, HALF_FIRST, find_component, needed_files
-from lcm_compile.checkpoint.find import hub_id
-from lcm_compile.checkpoint.hub import fetch
+from lcm_compile.checkpoint.diffusers_folder import find_component
 from lcm_compile.checkpoint.original_unet_names import count, original_name, original_names
 from lcm_compile.checkpoint.single_file import CONTROL_FIRST
+from lcm_compile.checkpoint.source import locate_model
 from lcm_compile.checkpoint.weight_files import Shapes, read_header
-from lcm_compile.errors import CheckpointError, UsageError, first_few
+from lcm_compile.errors import CheckpointError, first_few
 from lcm_compile.graphs import CONTROLS
-from lcm_compile.system.files import user_path
 
 if TYPE_CHECKING:
     import torch
 
 CLASS = "ControlNetModel"
+CONTROL_LORA = "lora_controlnet"  # an empty tensor by which a control-LoRA is known
 ORIGINAL = "control_model."  # what the original's keys begin with in a file that was saved with the base
 ORIGINAL_FIRST, DIFFUSERS_FIRST = CONTROL_FIRST
 HINT_BLOCK = (16, 32, 96, 256)  # channels of the layers that read the picture, in every published ControlNet
@@ -75,24 +80,9 @@ def with_controlnets(checkpoint: Checkpoint, sources: Sequence[str], half: bool)
 
 def find_controlnet(source: str, name: str, checkpoint: Checkpoint, half: bool) -> Component:
     """Returns the ControlNet of a source as the component `name`. Raises as `with_controlnets` does."""
-    path = user_path(source)
-    variants = FULL_FIRST
-    if not path.exists() and (hub := hub_id(source)):
-        variants = HALF_FIRST if half else FULL_FIRST
-        try:
-            path = fetch(hub[0], lambda names: needed_files(names, variants, ("",)), hub[1])
-        except ConnectionError as error:
-            raise CheckpointError(
-                f"the ControlNet {source} is neither a path nor in the hub cache, and can't be downloaded: "
-                f"{error}",
-                "check the network (or HF_HOME, HF_TOKEN), or give a folder or a file to --controlnet",
-            ) from error
+    path, variants = locate_model(source, "ControlNet", "--controlnet", half)
     if path.is_file():
         return controlnet_in_file(path, name, checkpoint)
-    if not path.is_dir():
-        raise UsageError(
-            f"--controlnet {source} does not exist", "give a hub id, a diffusers folder or a file"
-        )
     component = find_component(path, name, variants)
     if (kind := component.config.get("_class_name", CLASS)) != CLASS:
         raise CheckpointError(
@@ -108,24 +98,41 @@ def controlnet_in_file(path: Path, name: str, checkpoint: Checkpoint) -> Compone
     """
     shapes, _ = read_header(path)
     hint = "give a ControlNet's diffusers folder or its whole file to --controlnet"
-    if any(key.startswith("lora_controlnet") for key in shapes):
-        raise CheckpointError(f"{path} is a control-LoRA, which is not read", hint)
+    changes = CONTROL_LORA in shapes
+    if changes and not checkpoint.components["unet"].files:
+        raise CheckpointError(
+            f"{path} is a control-LoRA, which is added to the base's weights, and random ones are asked for",
+            "drop --weights, or give a complete ControlNet to --controlnet",
+        )
     if "difference" in shapes:
         raise CheckpointError(
             f"{path} holds a ControlNet's difference to a base, and not the ControlNet itself", hint
         )
     prefix = ORIGINAL if ORIGINAL + ORIGINAL_FIRST in shapes else ""
-    if not prefix and DIFFUSERS_FIRST not in shapes and ORIGINAL_FIRST not in shapes:
+    if not is_controlnet(shapes):
         raise CheckpointError(
             f"{path} is no ControlNet: it has neither {DIFFUSERS_FIRST} nor {ORIGINAL_FIRST} "
             f"(it has {first_few([*shapes])})",
             hint,
         )
-    bare = {key.removeprefix(prefix): shape for key, shape in shapes.items()}
     unet = checkpoint.unet
     config = {key: unet[key] for key in COPIED if unet.get(key) is not None}
-    config |= {"_class_name": CLASS, "conditioning_embedding_out_channels": hint_channels(bare)}
-    return Component(name, {**config, **shown_by(bare)}, (path,), prefix=prefix)
+    return Component(name, {**config, **shown_by(shapes)}, (path,), prefix=prefix, changes_unet=changes)
+
+
+def is_controlnet(shapes: Shapes) -> bool:
+    """Returns whether a file's keys are a ControlNet's."""
+    return any(key in shapes for key in (DIFFUSERS_FIRST, ORIGINAL_FIRST, ORIGINAL + ORIGINAL_FIRST))
+
+
+def whole_shapes(shapes: Shapes) -> Shapes:
+    """Returns the shapes of a file's weights; those of a control-LoRA's factors are their product's."""
+    products = {
+        f"{layer}.weight": (*shapes[key][:1], *shapes[f"{layer}.down"][1:])
+        for key in shapes
+        if (layer := key.removesuffix(".up")) != key and f"{layer}.down" in shapes
+    }
+    return {**shapes, **products}
 
 
 def hint_channels(shapes: Shapes) -> list[int]:
@@ -140,7 +147,8 @@ def hint_channels(shapes: Shapes) -> list[int]:
 
 
 def shown_by(shapes: Shapes) -> dict[str, Any]:
-    """Returns what a file's shapes show of the settings in MUST_FIT."""
+    """Returns what a ControlNet's file shows of its settings: those in MUST_FIT and its picture's layers."""
+    shapes = whole_shapes({key.removeprefix(ORIGINAL): shape for key, shape in shapes.items()})
     widths = [shape[1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")]
     if DIFFUSERS_FIRST in shapes:
         numbered = numbers(r"down_blocks\.(\d+)\.resnets\.0\.conv1\.weight", shapes)
@@ -152,9 +160,11 @@ def shown_by(shapes: Shapes) -> dict[str, Any]:
             if f"input_blocks.{n}.0.op.weight" in shapes:
                 channels.append(0)
             else:
-                channels[-1] = shapes[f"input_blocks.{n}.0.out_layers.3.weight"][0]
+                channels[-1] = shapes.get(f"input_blocks.{n}.0.out_layers.3.weight", (0,))[0]
         added = shapes.get("label_emb.0.0.weight")
     return {
+        "_class_name": CLASS,
+        "conditioning_embedding_out_channels": hint_channels(shapes),
         "block_out_channels": channels,
         "cross_attention_dim": max(widths, default=0),
         "addition_embed_type": "text_time" if added else None,
@@ -213,9 +223,10 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return known.get(width or 0, f"a model with text states of {width}")
 
 
-def controlnet_weights(
-    module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], prefix: str
-) -> dict[str, torch.Tensor]:
+Tensors = Mapping[str, "torch.Tensor"]
+
+
+def controlnet_weights(module: torch.nn.Module, tensors: Tensors, prefix: str) -> dict[str, torch.Tensor]:
     """Returns a ControlNet's tensors under diffusers' names; of no known name, under their own.
 
     `prefix` is what the original's keys begin with.
@@ -225,6 +236,25 @@ def controlnet_weights(
     names = {original: name for name, original in original_keys(module)}
     bare = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     return {names.get(key, key): tensor for key, tensor in bare.items()}
+
+
+def control_lora_weights(module: torch.nn.Module, tensors: Tensors, unet: Tensors) -> dict[str, torch.Tensor]:
+    """Returns a ControlNet's tensors under diffusers' names: those of a UNet, changed by a control-LoRA's.
+
+    What is of no known name, or does not fit the UNet's weight, is under a name or in a shape of its own.
+    """
+    names = {original: name for name, original in original_keys(module)}
+    weights = {name: unet[name] for name in module.state_dict() if name in unet}
+    for key, tensor in tensors.items():
+        layer, _, leaf = key.rpartition(".")
+        name, down = names.get(f"{layer}.weight"), tensors.get(f"{layer}.down")
+        if leaf == "up" and name in weights and down is not None and tensor.shape[1:2] == down.shape[:1]:
+            change = tensor.float().flatten(1) @ down.float().flatten(1)
+            fits = change.numel() == unet[name].numel()
+            weights[name] = unet[name].float() + change.view_as(unet[name]) if fits else change
+        elif key != CONTROL_LORA and not (leaf == "down" and f"{layer}.up" in tensors):
+            weights[names.get(key, key)] = tensor
+    return weights
 
 
 def original_keys(module: torch.nn.Module) -> Iterator[tuple[str, str]]:

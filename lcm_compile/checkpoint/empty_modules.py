@@ -14,7 +14,7 @@ from lcm_compile.checkpoint.ip_adapter import (
     projection_of,
 )
 from lcm_compile.errors import CheckpointError, first_line
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, GUIDES
 
 
 def empty_module(component: Component) -> Any:
@@ -47,7 +47,7 @@ def module_of(name: str, config: Mapping[str, Any]) -> Any:
     if name == IP_LAYERS:
         return layers_of(config)
     kind = class_of(name, config)
-    if name in ("unet", "vae", *CONTROLS):
+    if name in ("unet", "vae", *GUIDES):
         return kind.from_config(dict(config))
     import transformers
 
@@ -57,11 +57,11 @@ def module_of(name: str, config: Mapping[str, Any]) -> Any:
 
 def class_of(name: str, config: Mapping[str, Any]) -> Any:
     """Returns the class of a component's module, from diffusers or transformers."""
-    if name in ("unet", "vae", *CONTROLS):
+    if name in ("unet", "vae", *GUIDES):
         import diffusers
 
-        if name in CONTROLS:
-            return diffusers.ControlNetModel
+        if name in GUIDES:
+            return diffusers.ControlNetModel if name in CONTROLS else diffusers.T2IAdapter
         vae = diffusers.AutoencoderTiny if is_tiny(config) else diffusers.AutoencoderKL
         return diffusers.UNet2DConditionModel if name == "unet" else vae
     import transformers

@@ -27,7 +27,10 @@ def load_component(
     """
     component = checkpoint.components[name]
     with quiet_libraries():
-        module = stored_component(component) if component.files else random_component(checkpoint, name)
+        if component.files:
+            module = stored_component(component, checkpoint.components["unet"])
+        else:
+            module = random_component(checkpoint, name)
         if change is not None:
             change(module)
         if checkpoint.embeddings and name in checkpoint.text_encoders:

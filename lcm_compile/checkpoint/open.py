@@ -9,6 +9,7 @@ from lcm_compile.checkpoint.embeddings import with_embeddings
 from lcm_compile.checkpoint.find import Checkpoint, open_checkpoint
 from lcm_compile.checkpoint.ip_adapter import with_ip_adapter
 from lcm_compile.checkpoint.random_weights import open_random
+from lcm_compile.checkpoint.t2i_adapter import with_t2i_adapters
 from lcm_compile.checkpoint.vae import download_vae, fp16_vae, with_fp16_vae, with_own_vae, with_vae
 from lcm_compile.errors import UsageError
 from lcm_compile.spec import CHUNK_TOKENS, BuildSpec
@@ -18,8 +19,8 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     """Returns the base that a spec names, with what the spec asks for besides LoRAs. Loads no weights.
 
     With `half`, fp16 weights are preferred on the hub. Raises UsageError if no base, VAE, textual inversion,
-    ControlNet or IP-Adapter has this name, or if there are too few layers to skip, and CheckpointError if one
-    can't be downloaded or read, or if the VAE, a ControlNet or the IP-Adapter does not fit the base.
+    ControlNet, T2I-Adapter or IP-Adapter has this name, or if there are too few layers to skip, and
+    CheckpointError if one can't be downloaded or read, or if it does not fit the base.
     """
     seed = spec.random_seed
     if seed is None:
@@ -31,6 +32,7 @@ def open_base(spec: BuildSpec, half: bool) -> Checkpoint:
     if spec.vae:
         checkpoint = with_vae(checkpoint, spec.vae, half)
     checkpoint = with_controlnets(checkpoint, [net.source for net in spec.controlnets], half)
+    checkpoint = with_t2i_adapters(checkpoint, [adapter.source for adapter in spec.t2i_adapters], half)
     if spec.ip_adapter:
         checkpoint = with_ip_adapter(checkpoint, spec.ip_adapter.source, spec.ip_encoder, half)
     return checkpoint

@@ -9,10 +9,11 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from lcm_compile.checkpoint.checkpoint import Component, is_tiny
-from lcm_compile.checkpoint.controlnet import controlnet_weights
+from lcm_compile.checkpoint.controlnet import control_lora_weights, controlnet_weights
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.ip_adapter import IP_ENCODER, IP_LAYERS, IP_PROJECTION, ip_weights
 from lcm_compile.checkpoint.single_file import LEFT_OVERS, VAE
+from lcm_compile.checkpoint.t2i_adapter import todays_names
 from lcm_compile.checkpoint.weight_files import read_tensors
 from lcm_compile.checkpoint.write_single_file import (
     is_open_clip,
@@ -22,7 +23,7 @@ from lcm_compile.checkpoint.write_single_file import (
     vae_weights,
 )
 from lcm_compile.errors import CheckpointError, first_few
-from lcm_compile.graphs import CONTROLS
+from lcm_compile.graphs import CONTROLS, GUIDES
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +43,8 @@ BESIDE_VAE = re.compile(rf"loss\..*|{LEFT_OVERS.pattern}")
 UNUSED_TEXT = re.compile(r"(.*\.)?position_ids|logit_scale|attn_mask|text_projection(\.weight)?")
 
 
-def stored_component(component: Component) -> torch.nn.Module:
-    """Returns a component in fp32 from its files.
+def stored_component(component: Component, unet: Component) -> torch.nn.Module:
+    """Returns a component in fp32 from its files. `unet` is the base's, which a control-LoRA changes.
 
     Raises CheckpointError if a file can't be read, or if the tensors do not fit the config.
     """
@@ -55,10 +56,12 @@ def stored_component(component: Component) -> torch.nn.Module:
             "give --vae a folder with config.json, or a hub id",
         )
     module = empty_module(component)
-    tensors: Weights = {}
-    for path in component.weight_files:
-        tensors |= read_tensors(path, component.prefix)[0]
-    weights = as_diffusers(component, module, tensors)
+    weights = tensors_of(component)
+    if component.changes_unet:
+        own = as_diffusers(unet, empty_module(unet), tensors_of(unet))
+        weights = control_lora_weights(module, weights, own)
+    else:
+        weights = as_diffusers(component, module, weights)
     needed = {name: tensor.shape for name, tensor in module.state_dict().items()}
     wrong = {
         "lacks": sorted(needed.keys() - weights.keys()),
@@ -75,7 +78,7 @@ def stored_component(component: Component) -> torch.nn.Module:
             "give a model whose config.json and weights were saved together"
             if component.folder
             else "give a diffusers folder of it, with its config.json"
-            if component.name in CONTROLS
+            if component.name in GUIDES
             else "give the adapter's whole file to --ip-adapter"
             if component.name in (IP_PROJECTION, IP_LAYERS)
             else "give --config DIR, a diffusers folder of its architecture, or another file",
@@ -88,6 +91,14 @@ def stored_component(component: Component) -> torch.nn.Module:
     return module
 
 
+def tensors_of(component: Component) -> Weights:
+    """Returns the tensors in a component's files. Raises CheckpointError if one can't be read."""
+    tensors: Weights = {}
+    for path in component.weight_files:
+        tensors |= read_tensors(path, component.prefix)[0]
+    return tensors
+
+
 def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights:
     """Returns a component's tensors under the names of its diffusers or transformers module.
 
@@ -98,6 +109,8 @@ def as_diffusers(component: Component, module: Any, tensors: Weights) -> Weights
         return text_encoder_weights(component, module, tensors)
     if component.name in CONTROLS:
         return controlnet_weights(module, tensors, component.prefix)
+    if component.name in GUIDES:
+        return todays_names(tensors)
     if component.name in (IP_PROJECTION, IP_LAYERS):
         return ip_weights(component, tensors)
     if component.name == IP_ENCODER:

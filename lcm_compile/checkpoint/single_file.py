@@ -121,13 +121,13 @@ def under(prefix: str, keys: Iterable[str]) -> bool:
 def refuse_others(path: Path, shapes: Shapes) -> None:
     """Raises CheckpointError if a file is no text-to-image base of these architectures."""
     hint = "give a complete checkpoint's file or folder to --base"
+    if under("control_model.", shapes) or any(key in shapes for key in CONTROL_FIRST):
+        raise CheckpointError(f"{path} is a ControlNet, not a base", f"--controlnet {path}, with a --base")
     if FIRST not in shapes and any(
         re.search(r"lora|\.hada_|\.lokr_|\.diff(_b)?$|\.oft_blocks$|\.on_input$|\.a1\.weight$", key)
         for key in shapes
     ):
         raise CheckpointError(f"{path} is a LoRA, not a base", f"--lora {path} fuses it into a --base")
-    if under("control_model.", shapes) or any(key in shapes for key in CONTROL_FIRST):
-        raise CheckpointError(f"{path} is a ControlNet, not a base", f"--controlnet {path}, with a --base")
     kinds = {
         "joint_blocks.": "a Stable Diffusion 3 model",
         "double_blocks.": "a Flux model or one derived from it",

@@ -103,13 +103,14 @@ def build(
         for remark in (*remarks, *other_methods(export)):
             if remark:
                 note(remark)
+    planned = [*plans, *(further for plan in plans for further in further_plans(plan, sizes))]
     if dry_run:
         check_additions(plans)
-        show_plans([*plans, *(further for plan in plans for further in further_plans(plan, sizes))], as_json)
+        show_plans(planned, as_json)
         return
-    for plan in plans:
+    for plan in planned:
         note_reasons(plan)
-    note_memory(plans)
+    note_memory(planned)
     with BuildProgress() as progress:
         try:
             built = build_plans(plans, force, progress)

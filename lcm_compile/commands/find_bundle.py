@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from lcm_compile.builder.key import briefly
-from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
-from lcm_compile.bundles.inventory import list_bundles
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.bundles.sizes import folder_of_size, further_sizes
 from lcm_compile.bundles.store import recent, remember
-from lcm_compile.checkpoint.find import same_base
 from lcm_compile.engines import find_backend
 from lcm_compile.errors import BundleError, LcmCompileError, UsageError
 from lcm_compile.spec import BuildSpec
@@ -64,6 +60,11 @@ def find_bundle_of(base: str, gpu: str) -> EngineBundle:
     Raises BundleError if there is none, or if the base or a LoRA has changed since the build: a base's name
     never runs an outdated engine.
     """
+    # A tenth of a second that a `run` of the last used bundle does not need.
+    from lcm_compile.builder.key import briefly
+    from lcm_compile.builder.plan import make_plan
+    from lcm_compile.checkpoint.find import same_base
+
     target = find_target(gpu).name
     for folder in recent():
         try:
@@ -93,6 +94,8 @@ def find_drawer(picture: Path, digest: str, model: str) -> EngineBundle:
 
     Raises BundleError if there is none on this machine.
     """
+    from lcm_compile.bundles.inventory import list_bundles
+
     for stored in list_bundles():
         for folder in (stored.folder, *further_sizes(stored.folder)):
             with contextlib.suppress(BundleError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,36 +71,43 @@ def read_border(
 
 
 def open_images(asked: MutableMapping[str, Any]) -> list[Path]:
-    """Opens the PICTURES among the fields of a request, once for all its pictures.
+    """Opens the PICTURES and the `control` of a request, once for all its pictures.
 
-    An `outpaint` among them becomes these two. Returns the paths of their files. Raises UsageError if one
+    An `outpaint` among them becomes the first two. Returns the paths of their files. Raises UsageError if one
     can't be read.
     """
+    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.source_picture import ALPHA, begun_at, source_picture
+    from lcm_compile.system.files import user_path
 
     paths = []
     for name, called in PICTURES.items():
         given = asked.get(name)
         if isinstance(given, str) and (name, given) != ("mask", ALPHA):
             asked[name] = source_picture(given, called)
-            paths.append(Path(given).expanduser())
+            paths.append(user_path(given))
+    paths += map(user_path, asked.get("control", ()))
+    if (detectors := asked.pop("control_detector", None)) or "control" in asked:
+        asked["control"] = control_pictures(asked.get("control"), detectors)
     if (border := asked.pop("outpaint", None)) is not None:
         asked.update(begun_at(asked.get("image"), asked.get("mask"), border))
     return paths
 
 
 def with_images(request: Request, given: MutableMapping[str, Any], folders: Iterable[Path]) -> Request:
-    """Returns a saved picture's request with the `given` fields, and with its PICTURES opened.
+    """Returns a saved picture's request with the `given` fields, and with its PICTURES and control opened.
 
     Those that are not given are searched for in the folders. Raises UsageError if one is not there.
     """
+    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.source_picture import ALPHA, find_again, outpainted
 
     folders = [*folders]
     if given.get("outpaint") and "image" not in given and request.image is not None:
         given["image"] = find_again(replace(request.image, border=()), folders, "image")
+    detectors = None if "control" in given else given.pop("control_detector", None)
     open_images(given)
-    own = {}
+    own: dict[str, Any] = {}
     for name, called in PICTURES.items():
         named = getattr(request, name)
         if named is None or name in given:
@@ -111,31 +118,41 @@ def with_images(request: Request, given: MutableMapping[str, Any], folders: Iter
             given.update(outpainted(given["image"], named.border))
         else:
             own[name] = find_again(named, folders, called)
+    if "control" not in given:
+        found = [find_again(named, folders, "control") for named in request.control]
+        own["control"] = control_pictures(found, detectors)
     return replace(request, **{**own, **given})
 
 
 def sources_of(request: Request) -> list[SourcePicture]:
-    """Returns the PICTURES of a request that have the name of a file."""
-    given = (getattr(request, name) for name in PICTURES)
+    """Returns the pictures that a request is given and that have the name of a file."""
+    given = [*(getattr(request, name) for name in PICTURES), *request.control]
     return [one for one in given if one is not None and one.name]
 
 
 def refuse_replacing(paths: Iterable[Path], images: Iterable[Path]) -> None:
-    """Raises UsageError if a picture would be saved in the place of one that it begins at."""
+    """Raises UsageError if a picture would be saved in the place of one that it is drawn from."""
     files = [image.resolve() for image in images]
     for path in paths:
         if path.resolve() in files:
             raise UsageError(
-                f"--out {path} is what the picture begins at, and would be lost", "give another --out"
+                f"--out {path} is what the picture is drawn from, and would be lost", "give another --out"
             )
 
 
 def told(request: Request) -> Mapping[str, Any]:
-    """Returns what a picture begins at, and what an IP-Adapter reads, for JSON."""
+    """Returns the pictures that a picture is drawn from, and how it is enlarged, for JSON."""
+    from lcm_compile.output.picture_settings import hires_facts
+
+    names = "name", "sha256", "alpha", "border"
+    pictures = {name: getattr(request, name) for name in PICTURES}
+    facts = {
+        called: picture and {name: getattr(picture, name) for name in names}
+        for called, picture in pictures.items()
+    }
     return {
-        "image": request.image and asdict(request.image),
+        **facts,
         "strength": request.denoising_strength if request.image else None,
-        "mask": request.mask and asdict(request.mask),
-        "ip_image": request.ip_image and asdict(request.ip_image),
         "ip_weight": request.ip_weight,
+        "hires": hires_facts(request),
     }

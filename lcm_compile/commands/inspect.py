@@ -1,4 +1,4 @@
-"""`inspect`: shows what a bundle, a LoRA or a checkpoint is."""
+"""`inspect`: shows what a bundle, a LoRA, a checkpoint, a ControlNet or a T2I-Adapter is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lcm_compile.commands.options import json_option, lora_skip_option
 @lora_skip_option
 @json_option
 def inspect(name: str, base: str | None, lora_skip: tuple[str, ...], as_json: bool) -> None:
-    """Show what a bundle, a LoRA or a checkpoint is."""
+    """Show what a bundle, a LoRA, a checkpoint, a ControlNet or a T2I-Adapter is."""
     from lcm_compile.output.console import print_json
     from lcm_compile.output.describe import describe
     from lcm_compile.output.reports import print_checkpoint, print_description, print_lora

@@ -106,25 +106,32 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--control",
                 multiple=True,
                 metavar="PICTURE",
-                help="The picture that the bundle's ControlNet reads; repeated for several ControlNets.",
+                help="The picture that the bundle's ControlNet or T2I-Adapter reads; repeated for several, "
+                "ControlNets' first.",
+            ),
+            click.option(
+                "--control-detector",
+                multiple=True,
+                metavar="canny[:LOW,HIGH]|none",
+                help="Make the ControlNet's picture of a photo; repeatable, one for all or for each.",
             ),
             click.option(
                 "--control-weight",
                 multiple=True,
                 type=float,
-                help="Strength of the ControlNet, by default the bundle's; repeatable, as are the next two.",
+                help="Its strength, by default the bundle's; repeatable, as are the next two.",
             ),
             click.option(
                 "--control-start",
                 multiple=True,
                 type=float,
-                help="Share of the steps, 0 to 1, before which the ControlNet does nothing.",
+                help="Share of the steps, 0 to 1, before which it does nothing.",
             ),
             click.option(
                 "--control-end",
                 multiple=True,
                 type=float,
-                help="Share of the steps, 0 to 1, after which the ControlNet does nothing.",
+                help="Share of the steps, 0 to 1, after which it does nothing.",
             ),
             pair_option("--original-size", "HEIGHTxWIDTH", "The size that SDXL is told a picture had"),
             pair_option("--crop", "TOP,LEFT", "Where SDXL is told it was cropped; by default at 0,0"),
@@ -171,6 +178,19 @@ def request_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="FILE|ID[:W][@PART=W,…]",
                 help="A LoRA for one of the bundle's slots, and its weight; repeatable.",
             ),
+            click.option(
+                "--hires",
+                type=float,
+                metavar="FACTOR",
+                help="Enlarge what is drawn, such as by 2, and draw on with the bundle's larger size.",
+            ),
+            click.option("--hires-upscaler", help="How --hires enlarges: latent, the default, or lanczos."),
+            click.option(
+                "--hires-strength",
+                type=float,
+                help="Share of the second pass's steps that are drawn, 0 to 1; by default 0.7.",
+            ),
+            click.option("--hires-steps", type=int, help="Steps of the second pass; by default --steps."),
             click.option("--num-images", type=int, default=1, show_default=True, help="Pictures to draw."),
             click.option("--index", type=int, help="Draw only this one of --num-images, counted from 0."),
         )
@@ -251,22 +271,28 @@ def base_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def controlnet_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --controlnet, as ControlNetSpecs in the parameter `controlnets`."""
+def guide_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --controlnet and --t2i-adapter, as specs in the parameters `controlnets` and `t2i_adapters`."""
 
     def read(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[Any, ...]:
-        from lcm_compile.spec import ControlNetSpec
+        from lcm_compile.spec import ControlNetSpec, T2IAdapterSpec
 
-        return tuple(ControlNetSpec.parse(text) for text in texts)
+        kind = ControlNetSpec if parameter.name == "controlnets" else T2IAdapterSpec
+        return tuple(kind.parse(text) for text in texts)
 
-    return click.option(
-        "--controlnet",
-        "controlnets",
-        multiple=True,
-        metavar="DIR|FILE|ID[:W]",
-        callback=read,
-        help="A ControlNet, whose picture run --control gives, and its usual strength; repeatable.",
-    )(command)
+    for option, parameter, what in (
+        ("--t2i-adapter", "t2i_adapters", "T2I-Adapter"),
+        ("--controlnet", "controlnets", "ControlNet"),
+    ):
+        command = click.option(
+            option,
+            parameter,
+            multiple=True,
+            metavar="DIR|FILE|ID[:W]",
+            callback=read,
+            help=f"A {what}: run --control gives its picture, W is its usual strength; repeatable.",
+        )(command)
+    return command
 
 
 def ip_adapter_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -372,7 +398,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 metavar="REWRITE",
                 help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
             ),
-            controlnet_option,
+            guide_options,
             ip_adapter_options,
             click.option(
                 "--image",

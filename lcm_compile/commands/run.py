@@ -22,7 +22,7 @@ from lcm_compile.commands.image_options import (
 )
 from lcm_compile.commands.options import json_option, quiet_option, request_options
 from lcm_compile.errors import Interrupted, UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, T2I_ADAPTERS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,11 +88,9 @@ def run(
     from lcm_compile.output.console import note
     from lcm_compile.output.images import Names
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control_picture import control_pictures
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request, draw_seed, requests_for
 
-    asked["control"] = control_pictures(asked["control"])  # read once for all pictures
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
     if again is not None:
@@ -204,24 +202,22 @@ def draw_again(
     from lcm_compile.commands.find_bundle import find_bundle, find_drawer
     from lcm_compile.output.console import note
     from lcm_compile.output.images import picture_paths
-    from lcm_compile.output.picture_settings import digests_of, read_origin
+    from lcm_compile.output.picture_settings import digests_of, larger_digest, read_origin
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control_picture import find_control
     from lcm_compile.pipeline.load import load
 
     origin = read_origin(picture)
     named = folder is not None or base is not None or gpu is not None
     bundle = find_bundle(folder, base, gpu) if named else find_drawer(picture, origin.bundle, origin.model)
-    if bundle.digest != origin.bundle:
-        note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
-    if not given.get("control"):
-        given = {**given, "control": find_control(origin.request.control, picture.parent)}
     if "loras" not in given and digests_of(origin.request.loras) != origin.lora_sha256:
         files = ", ".join(lora.source for lora in origin.request.loras)
         raise UsageError(f"{files} is not what drew {picture}: its content is another", "give --lora FILE")
     folders = picture.parent, Path()
     request = with_images(origin.request, given, folders)
     check_request(bundle, request)
+    same = request.hires != origin.request.hires or origin.larger == larger_digest(bundle, request)
+    if bundle.digest != origin.bundle or not same:
+        note(f"warning: another bundle drew {picture}, so this picture may differ from it", always=True)
     note_remarks(bundle, request)
     paths = picture_paths(out, f"{picture.stem}-again", 1)
     refuse_replacing(paths, [folder / one.name for folder in folders for one in sources_of(request)])
@@ -324,14 +320,15 @@ def note_error(path: Path, rank: int, error: float) -> None:
     from lcm_compile.output.console import note
     from lcm_compile.pipeline.loras import error_text
 
-    note(f"warning: {error_text(path, rank, error)}", always=True)
+    if is_first(text := error_text(path, rank, error)):  # a second pass tells it again
+        note(f"warning: {text}", always=True)
 
 
 def timing_line(ms: Mapping[str, Any]) -> str:
     """Returns a line with the milliseconds of a picture and of its stages."""
     if "step" not in ms:  # one graph draws everything
         return f"{ms['total']:.0f} ms"
-    pictures = {"image": ENCODE_IMAGE, "ip-image": IP_IMAGE}
+    pictures = {"image": ENCODE_IMAGE, "ip-image": IP_IMAGE, "adapter": T2I_ADAPTERS[0]}
     image = "".join(f"{called} {ms[name]:.0f}, " for called, name in pictures.items() if name in ms)
     return (
         f"{ms['total']:.0f} ms ({image}encode {ms['encode'] + ms['context']:.0f}, "
@@ -365,7 +362,6 @@ def draw_sheet(
     from lcm_compile.output.images import save_picture, sheet_path
     from lcm_compile.output.picture_settings import origin_of, settings_of
     from lcm_compile.pipeline.check import check_request
-    from lcm_compile.pipeline.control_picture import without_pixels
     from lcm_compile.pipeline.load import load
 
     asked = requests(axes, fixed)
@@ -383,10 +379,7 @@ def draw_sheet(
     settings["request"] = {name: value for name, value in settings["request"].items() if name not in varied}
     save_picture(sheet, path, {"grid": grid, **settings})
     if as_json:
-        pictures = [
-            {**asdict(one, dict_factory=without_pixels), "ms": drawing.ms}
-            for one, drawing in zip(asked, drawings, strict=True)
-        ]
+        pictures = [{**asdict(one), "ms": drawing.ms} for one, drawing in zip(asked, drawings, strict=True)]
         print_json({"sheet": str(path), "engine": str(bundle.folder), "pictures": pictures})
         return
     print(path)

@@ -90,9 +90,8 @@ def serve(
 
     Without a bundle it serves the one used last. Ctrl-C ends it when what was asked for is drawn.
     """
-    missing = [
-        name for name in ("fastapi", "uvicorn", "prometheus_client") if not importlib.util.find_spec(name)
-    ]
+    needed = ("fastapi", "fastapi_offline", "uvicorn", "prometheus_client")
+    missing = [name for name in needed if not importlib.util.find_spec(name)]
     if missing:
         raise UsageError(f"serving needs {', '.join(missing)}", "pip install 'lcm-compile[serve]'")
     from lcm_compile.commands.find_bundle import find_bundle

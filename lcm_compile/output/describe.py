@@ -1,4 +1,4 @@
-"""Detects what a path holds (a bundle, a checkpoint or a LoRA), and describes it for `inspect`."""
+"""Detects what a path holds (a bundle, a checkpoint, a LoRA, …), and describes it for `inspect`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
 from lcm_compile.bundles.sizes import sizes_of
-from lcm_compile.checkpoint import single_file, weight_files
+from lcm_compile.checkpoint import controlnet, single_file, t2i_adapter, weight_files
+from lcm_compile.checkpoint.diffusers_folder import find_component, read_json
 from lcm_compile.checkpoint.families import DEMO_STYLE, FAMILIES, detect_family
 from lcm_compile.checkpoint.find import Checkpoint, Component, open_checkpoint
 from lcm_compile.errors import BundleError, CheckpointError, UsageError
@@ -31,15 +32,17 @@ FOLDERS = {
     "model_index.json": "checkpoint",
     **dict.fromkeys((*LORA_FILES, CONFIG), "lora"),
 }
+# The class in the config.json of a model's own folder → the kind of the folder.
+CLASSES = {controlnet.CLASS: "ControlNet", t2i_adapter.CLASS: "T2I-Adapter"}
 
 
 def describe(name: str, base: str | None, lora_skip: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns a description of a bundle, a checkpoint or a LoRA; its first key is the kind.
+    """Returns a description of what a name stands for; its first key is the kind.
 
-    `name` is a path, a LoRA's hub id or "demo". A LoRA is compared with the checkpoint `base`, if given, and
-    its keys that match a pattern of `lora_skip` are left out. Raises BundleError, CheckpointError or
-    LoraError if it is damaged or missing, and UsageError if there is a `base` or a pattern for something that
-    is not a LoRA.
+    That is a bundle, a checkpoint, a LoRA, a ControlNet or a T2I-Adapter. `name` is a path, a LoRA's hub id
+    or "demo". A LoRA is compared with the checkpoint `base`, if given, and its keys that match a pattern of
+    `lora_skip` are left out. Raises BundleError, CheckpointError or LoraError if it is damaged or missing,
+    and UsageError if there is a `base` or a pattern for something that is not a LoRA.
     """
     path = user_path(name)
     kind = kind_of(name, path)
@@ -59,19 +62,27 @@ def describe(name: str, base: str | None, lora_skip: Sequence[str] = ()) -> dict
         return describe_demo()
     if kind == "bundle":
         return describe_bundle(path, *read_manifest(path))
+    if kind in CLASSES.values():
+        return describe_guide(kind, path, name)
     if kind == "checkpoint":
         return describe_checkpoint(open_checkpoint(str(path.absolute())))
     return describe_single_file(path)
 
 
 def kind_of(name: str, path: Path) -> str:
-    """Returns "demo", "bundle", "checkpoint", "lora" or "single file". Raises BundleError if it is none."""
+    """Returns "demo", "bundle", "checkpoint", "lora", "single file" or one of CLASSES.
+
+    Raises BundleError if it is none.
+    """
     if name == "demo":
         return "demo"
     if path.is_dir():
         for file, kind in FOLDERS.items():
             if (path / file).is_file():
                 return kind
+        config = path / "config.json"
+        if config.is_file() and (found := CLASSES.get(read_json(config).get("_class_name", ""))):
+            return found
         raise BundleError(
             f"{name} is no bundle, checkpoint or LoRA: it holds none of {', '.join(FOLDERS)}",
             "give the folder that holds one, or a LoRA's file",
@@ -80,12 +91,46 @@ def kind_of(name: str, path: Path) -> str:
         raise BundleError(
             f"there is no bundle, LoRA or checkpoint at {name}", "give a path, a LoRA's hub id, or demo"
         )
-    if weight_files.is_pickle(path):
-        return "lora"
     try:
-        return "single file" if single_file.FIRST in weight_files.read_header(path)[0] else "lora"
-    except CheckpointError:  # a LoRA's hub id, or a file of which read_lora says what is wrong
+        shapes, _ = weight_files.read_header(path)
+    except (CheckpointError, OSError):  # a LoRA's hub id, or a file of which read_lora says what is wrong
         return "lora"
+    if controlnet.is_controlnet(shapes):
+        return "ControlNet"
+    if t2i_adapter.is_adapter(shapes):
+        return "T2I-Adapter"
+    whole = single_file.FIRST in shapes and not weight_files.is_pickle(path)
+    return "single file" if whole else "lora"
+
+
+def describe_guide(kind: str, path: Path, name: str) -> dict[str, Any]:
+    """Returns the description of a ControlNet or a T2I-Adapter, in a diffusers folder or a file.
+
+    Raises CheckpointError if it is damaged.
+    """
+    adapter = kind == "T2I-Adapter"
+    if path.is_dir():
+        component, made = find_component(path, "control"), kind
+    else:
+        shapes, _ = weight_files.read_header(path)
+        shown = t2i_adapter.shown_by(shapes) if adapter else controlnet.shown_by(shapes)
+        component, made = Component("control", shown, (path,)), kind
+        if controlnet.CONTROL_LORA in shapes:
+            rank = max(shape[0] for key, shape in shapes.items() if key.endswith(".down"))
+            made = f"control-LoRA of rank {rank}, which build adds to the base's UNet"
+    facts = describe_component(component)
+    data = {kind.lower(): str(path), "kind": made}
+    if adapter:
+        data |= {key: t2i_adapter.setting(component, key) for key in t2i_adapter.DEFAULTS}
+    else:
+        data["made_for"] = controlnet.kind_of(component.config)
+    option = "--t2i-adapter" if adapter else "--controlnet"
+    data |= {
+        "parameters": facts["parameters"],
+        "dtype": facts["dtype"],
+        "build": f"{option} {shlex.quote(name)}",
+    }
+    return data
 
 
 def describe_few_step(lora: Lora, name: str) -> dict[str, Any] | None:
@@ -213,6 +258,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         else None,
         "embeddings": [dict(embedding) for embedding in manifest.embeddings],
         "controlnets": [vars(controlnet) for controlnet in manifest.spec.controlnets],
+        "t2i_adapters": [vars(adapter) for adapter in manifest.spec.t2i_adapters],
         "ip_adapter": vars(manifest.spec.ip_adapter) if manifest.spec.ip_adapter else None,
         "stages": [
             {

@@ -150,8 +150,8 @@ def draw_grid(
 
     across, *down = [[axis.label(value) for value in axis.values] for axis in axes]
     labels = ["\n".join(row) for row in itertools.product(*down)]
-    shape = pipeline.settings.shape
-    size = (shape.width, shape.height)
+    height, width = fixed.size(pipeline.settings.shape)
+    size = (width, height)
     return grid_sheet(draw(), size, across, labels, title(axes, fixed)), drawings
 
 

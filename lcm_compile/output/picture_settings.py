@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
-from xml.sax.saxutils import quoteattr
 
+from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.pipeline.control_picture import for_each, without_pixels
-from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.control_picture import for_each
+from lcm_compile.pipeline.hires import larger_folder
+from lcm_compile.pipeline.request import UPSCALERS, Request
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.spec import BuildSpec, LoraSpec
 from lcm_compile.system.dataclass_json import from_json
@@ -46,7 +46,8 @@ class Origin:
     """What drew a picture: the request, with the picture's index, and the bundle's digest.
 
     `model` is the name of the base, without a path. `weights` says that they are random. `few_step` are its
-    few-step weights, as METHOD:VARIANT. `lora_sha256` are the digests of the LoRAs in its slots.
+    few-step weights, as METHOD:VARIANT. `lora_sha256` are the digests of the LoRAs in its slots. `larger` is
+    the digest of the bundle's size that drew the second pass, if there was one.
     """
 
     request: Request
@@ -56,6 +57,7 @@ class Origin:
     weights: str | None = None
     few_step: str | None = None
     lora_sha256: tuple[str, ...] = ()
+    larger: str | None = None
 
 
 def origin_of(bundle: EngineBundle, request: Request) -> Origin:
@@ -74,7 +76,18 @@ def origin_of(bundle: EngineBundle, request: Request) -> Origin:
         manifest.spec.weights,
         weights.name if weights else None,
         digests_of(request.loras),
+        larger_digest(bundle, request),
     )
+
+
+def larger_digest(bundle: EngineBundle, request: Request) -> str | None:
+    """Returns the digest of the size of a bundle that draws a request's second pass, if it has one.
+
+    Raises UsageError if the bundle has no such size.
+    """
+    if request.hires is None:
+        return None
+    return read_manifest(larger_folder(bundle.folder, request, bundle.manifest.pipeline.shape))[1]
 
 
 def model_name(spec: BuildSpec) -> str:
@@ -100,7 +113,7 @@ def digests_of(loras: Sequence[LoraSpec]) -> tuple[str, ...]:
 
 def settings_of(origin: Origin) -> dict[str, Any]:
     """Returns the settings of a picture for its JSON text, which `read_origin` reads."""
-    return asdict(origin, dict_factory=without_pixels)
+    return asdict(origin)
 
 
 def control_facts(request: Request) -> list[dict[str, Any]]:
@@ -114,25 +127,47 @@ def control_facts(request: Request) -> list[dict[str, Any]]:
         strict=True,
     )
     return [
-        {"file": one.file, "sha256": one.sha256, "weight": weight, "start": start, "end": end}
+        {
+            "file": one.name,
+            "sha256": one.sha256,
+            "detector": one.detector or None,
+            "weight": weight,
+            "start": start,
+            "end": end,
+        }
         for one, weight, start, end in numbers
     ]
+
+
+def hires_facts(request: Request) -> dict[str, Any] | None:
+    """Returns how a second pass is drawn, with the defaults in place of None; None without one."""
+    if request.hires is None:
+        return None
+    return {
+        "factor": request.hires,
+        "upscaler": request.upscaler,
+        "strength": request.second_strength,
+        "steps": request.second_steps,
+    }
 
 
 def parameters(origin: Origin, width: int, height: int) -> str:
     """Returns the settings of a picture of this size in pixels, as A1111's web UI writes them.
 
     Readers look for `Negative prompt:` and a line that begins with `Steps:`, so a prompt's own lose the
-    colon. They split the last line at commas and colons, so no value has one, or quotes.
+    colon. They split the last line at commas and colons, so no value has one, or quotes. The size of a
+    picture of two passes is that of the first.
     """
     request = origin.request
+    factor, second = request.hires or 1, hires_facts(request) or {}
     values = {
         "Steps": request.steps,
         "Sampler": SAMPLERS[request.sampler].label,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
         **({"Denoising strength": request.denoising_strength} if request.image else {}),
-        "Size": f"{width}x{height}",
+        **({"Denoising strength": second["strength"]} if second else {}),
+        "Size": f"{round(width / factor)}x{round(height / factor)}",
         "Model hash": origin.bundle[:10],
         "Model": origin.model,
         **({"Few-step weights": origin.few_step} if origin.few_step else {}),
@@ -146,6 +181,8 @@ def parameters(origin: Origin, width: int, height: int) -> str:
             if (image := request.ip_image)
             else {}
         ),
+        **({"Hires upscale": f"{factor:g}", "Hires steps": second["steps"]} if second else {}),
+        **({"Hires upscaler": UPSCALERS[second["upscaler"]]} if second else {}),
         "Version": origin.software,
     }
     last = ", ".join(f"{name}: {plain(str(value))}" for name, value in values.items())
@@ -182,6 +219,8 @@ def save_options(form: str, settings: Mapping[str, Any], parameters: str) -> dic
             info.add_text("parameters", parameters)
         info.add_text(SETTINGS, text)
         return {"pnginfo": info}
+    from xml.sax.saxutils import quoteattr  # imports http and ssl, which no PNG needs
+
     exif = user_comment(parameters) if parameters else b""
     xmp = XMP.format(namespace=NAMESPACE, text=quoteattr(text)).encode()
     if form == "JPEG" and max(len(exif), len(xmp)) > SEGMENT:
@@ -232,6 +271,8 @@ def settings_text(image: Image) -> str | None:
         return str(text)
     if not isinstance(xmp, bytes) or NAMESPACE.encode() not in xmp or b"<!DOCTYPE" in xmp:
         return None
+    from xml.etree import ElementTree
+
     try:
         root = ElementTree.fromstring(xmp.strip(b"\0 \n"))
     except ElementTree.ParseError as error:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lcm_compile.builder.estimate import Estimate
-from lcm_compile.builder.plan import ExportPlan, Plan
 from lcm_compile.bundles.manifest import Parity, StageFile
-from lcm_compile.checkpoint.ip_adapter import IP_ENCODER
-from lcm_compile.lora.few_step import is_non_commercial
-from lcm_compile.lora.find import PlannedLora
 from lcm_compile.output.console import print_table, size_text
 from lcm_compile.system.limits import available_memory
+
+# A `run` prints too, and has no use for all that plans a build.
+if TYPE_CHECKING:
+    from lcm_compile.builder.estimate import Estimate
+    from lcm_compile.builder.plan import ExportPlan, Plan
+    from lcm_compile.lora.find import PlannedLora
 
 
 def print_plan(plan: Plan, cost: Estimate | None) -> None:
@@ -30,7 +31,7 @@ def print_plan(plan: Plan, cost: Estimate | None) -> None:
             *((f"{p.role} LoRA", lora_line(p)) for p in export.loras),
             *(((("LoRA slots", slots_line(export)),)) if export.spec.lora_slots else ()),
             *(("embedding", str(p.spec)) for p in export.checkpoint.embeddings),
-            *(("ControlNet", str(controlnet)) for controlnet in export.spec.controlnets),
+            *((guide.kind, str(guide)) for guide in export.spec.guides),
             *((("IP-Adapter", ip_adapter_line(export)),) if export.spec.ip_adapter else ()),
             *((("LoRA keys left out", ", ".join(export.spec.lora_skip)),) if export.spec.lora_skip else ()),
             ("shape", str(export.shape)),
@@ -60,6 +61,8 @@ def lora_line(lora: PlannedLora) -> str:
 
 def ip_adapter_line(export: ExportPlan) -> str:
     """Returns a plan's IP-Adapter with its weight, and where its image encoder is."""
+    from lcm_compile.checkpoint.ip_adapter import IP_ENCODER
+
     return f"{export.spec.ip_adapter}, with {export.checkpoint.components[IP_ENCODER].location}"
 
 
@@ -78,6 +81,8 @@ def few_step_line(export: ExportPlan) -> str:
 
 def licence_line(export: ExportPlan) -> str | None:
     """Returns a line on few-step weights that must not be used commercially, or None."""
+    from lcm_compile.lora.few_step import is_non_commercial
+
     if not is_non_commercial(export.few_step_licence):
         return None
     return f"licence: the few-step weights are {export.few_step_licence}, not for commercial use"

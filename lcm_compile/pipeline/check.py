@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lcm_compile.bundles.bundle import EngineBundle
+from lcm_compile.bundles.bundle import EngineBundle, open_bundle
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import (
     ALL_STAGES,
@@ -16,10 +16,12 @@ from lcm_compile.graphs import (
     IP_WEIGHT,
     MASKED,
     STAGES,
+    T2I_ADAPTERS,
     StageContract,
     is_lora_input,
 )
-from lcm_compile.pipeline.control import check_control, control_stages
+from lcm_compile.pipeline.control import check_control, control_stages, guide_stages
+from lcm_compile.pipeline.hires import check_hires, larger_folder
 from lcm_compile.pipeline.image_start import check_images
 from lcm_compile.pipeline.ip_image import check_ip_image
 from lcm_compile.pipeline.loras import check_contracts, check_loras
@@ -68,12 +70,14 @@ def check_stages(bundle: EngineBundle) -> None:
     if "context" in contracts:
         wanted.append((takes["context"], select(given, takes["context"])))
         given = {**gives["context"], "time": gives["context"].get("times", ())[1:]}
-    controls = control_stages(contracts)
-    if len(settings.control_weights) != len(controls):
-        raise unfit_stages(bundle, controls, settings.control_weights)
-    for name in controls:
+    guides, controls = guide_stages(contracts), control_stages(contracts)
+    if len(settings.control_weights) != len(guides):
+        raise unfit_stages(bundle, guides, settings.control_weights)
+    grey, colours = ({"control": (1, n, shape.height, shape.width), "strength": (1,)} for n in (1, 3))
+    for name in guides:
+        needs = select(controlled, takes[name]) if name in controls else colours
         given |= gives[name]
-        wanted.append((takes[name], select(controlled, takes[name])))
+        wanted.append((takes[name], grey if name in T2I_ADAPTERS and takes[name] == grey else needs))
         wanted.append((gives[name], select(takes["step"], gives[name])))
     given |= {"latent": latent, "noise": latent, "previous_x0": latent, "coefficients": (len(COEFFICIENTS),)}
     given[MASKED] = (*latent[:1], sum(latent[1:2]) + 1, *latent[2:])
@@ -122,24 +126,31 @@ def unfit_stages(bundle: EngineBundle, has: Collection[Any], needs: Collection[A
 
 
 def check_request(bundle: EngineBundle, request: Request) -> None:
-    """Raises UsageError if a bundle can't draw this request; it needs no loaded engine."""
+    """Raises UsageError if a bundle can't draw this request; it needs no loaded engine.
+
+    Raises BundleError if the size that a second pass needs is damaged.
+    """
     manifest = bundle.manifest
     schedule(request.sampler, request.steps, manifest.pipeline.scheduler, request.eta)
     contracts = [stage.contract for stage in manifest.stages]
     check_images([request], contracts, manifest.spec)
     check_prompts(request, manifest.pipeline.tokenizers, contracts)
     check_loras(request, manifest.pipeline)
-    nets = len(manifest.pipeline.control_weights)
+    guides = guide_stages(contract.name for contract in contracts)
     builds = ""
-    if request.control and not nets:
+    if request.control and not guides:
         spec = replace(manifest.spec, whole_loop=False, controlnets=(ControlNetSpec("DIR"),))
         builds = spec.command()
-    check_control(request.control, nets, builds)
+    check_control(request.control, guides, builds)
     spec = replace(manifest.spec, whole_loop=False, ip_adapter=IpAdapterSpec("FILE"))
     check_ip_image(request, manifest.pipeline.ip_weight is not None, spec.command())
     for contract in contracts:
         if contract.name == DRAW:
             check_whole_loop(contract, request)
+    check_hires(request, contracts, manifest.spec)
+    if request.hires is not None:
+        schedule(request.sampler, request.second_steps, manifest.pipeline.scheduler, request.eta)
+        open_bundle(larger_folder(bundle.folder, request, manifest.pipeline.shape))
 
 
 def select(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -36,13 +36,15 @@ class Drawing:
 
     `ms` has a number for each stage, a list for "step", the host's "total", and "load", the time that loading
     took. `cut` is the longest end of a prompt that did not fit. `cuda_graph` is "used" if the stages were
-    launched as CUDA graphs on a GPU, or says why they were not.
+    launched as CUDA graphs on a GPU, or says why they were not. `latents` (n, c, h, w) are what the pictures
+    are decoded from, or None where one graph draws everything.
     """
 
     pictures: np.ndarray
     ms: dict[str, Any]
     cut: str
     cuda_graph: str
+    latents: np.ndarray | None = None
 
     def images(self) -> list[Image]:
         """Returns the pictures as PIL images."""
@@ -102,26 +104,40 @@ class Pictures:
         self._clock = clock
         self._show = show
         self._pictures: list[np.ndarray] = []
+        self._latents: list[np.ndarray] = []
 
-    def add(self, pictures: np.ndarray, kept: slice, *others: np.ndarray) -> None:
-        """Adds the kept ones of pictures (b, height, width, 3), as 8 bits.
+    def keep(self, latents: np.ndarray, kept: slice) -> None:
+        """Keeps the kept ones of latents (b, c, h, w). Raises BackendError if they hold NaN."""
+        check_finite(latents)
+        self._latents.append(np.array(latents[kept]))
 
-        Raises BackendError if the pictures or `others` hold NaN. Arrays of 8 bits can't hold any.
+    def add(self, pictures: np.ndarray, kept: slice) -> None:
+        """Adds the kept ones of pictures (b, height, width, 3), as 8 bits, which can't hold NaN.
+
+        Raises BackendError if floats do.
         """
-        floats = [array for array in (pictures, *others) if array.dtype != np.uint8]
-        if not all(np.isfinite(array).all() for array in floats):
-            raise BackendError(
-                "the engines drew NaN: they overflow their precision on this machine",
-                "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
-            )
+        check_finite(pictures)
         new = np.array(eight_bits(pictures[kept]))  # copied, because an engine may reuse its memory
         self._pictures.append(new)
         with self._clock.stopped():
             self._show(new)
 
     def all(self) -> np.ndarray:
-        """Returns all pictures (n, height, width, 3)."""
-        return np.concatenate(self._pictures)
+        """Returns all pictures (n, height, width, 3), which may be none."""
+        return np.concatenate(self._pictures) if self._pictures else np.zeros((0, 0, 0, 3), np.uint8)
+
+    def latents(self) -> np.ndarray | None:
+        """Returns the latents of all pictures (n, c, h, w), if they were kept."""
+        return np.concatenate(self._latents) if self._latents else None
+
+
+def check_finite(array: np.ndarray) -> None:
+    """Raises BackendError if what engines drew holds NaN or infinity."""
+    if array.dtype != np.uint8 and not np.isfinite(array).all():
+        raise BackendError(
+            "the engines drew NaN: they overflow their precision on this machine",
+            "lcm-compile verify BUNDLE; then build with --precision fp32 or bf16",
+        )
 
 
 def is_of_one_colour(picture: np.ndarray) -> bool:

@@ -5,8 +5,8 @@ The order of the draws from a seed, and the noise, are those of diffusers' pipel
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from lcm_compile.graphs import ENCODE_IMAGE, MASKED, StageContract
 from lcm_compile.pipeline.noise import Noise
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.source_picture import SourcePicture, check_mask
-from lcm_compile.samplers.step import Schedule
+from lcm_compile.samplers.step import Schedule, Step
 from lcm_compile.spec import BuildSpec, Shape
 
 # An image, and the mask whose white part is taken out of it, if one is.
@@ -44,14 +44,16 @@ class ImageStart:
         pictures: Sequence[Request],
         known: Encoded,
     ) -> None:
-        self._encoder, self._step = runners[ENCODE_IMAGE], runners["step"]
+        self._runners, self._step = runners, runners["step"]
         self._shape, self._plan, self._noise = shape, plan, noise
         self._is_told = takes_masked(self._step.contract)
         self._from_noise = begins_at_noise(pictures[0])
-        images = {"image": encodes_image(self._step.contract, pictures[0]), MASKED: self._is_told}
+        self._encodes_image = encodes_image(self._step.contract, pictures[0])
+        images = {"image": self._encodes_image, MASKED: self._is_told}
         sources = dict.fromkeys(source_of(one, name) for one in pictures for name in images if images[name])
         self._known = known
-        self._latents: Encoded = {source: found for source in sources if (found := known.get(source))}
+        given = {s: {"mean": s[0].latent[None]} for s in sources if s[0].latent is not None}
+        self._latents: Encoded = given | {s: found for s in sources if (found := known.get(s))}
         self.sources = [source for source in sources if source not in self._latents]
         self._masks: dict[SourcePicture, np.ndarray] = {}
         for mask in {one.mask for one in pictures if one.mask}:
@@ -59,8 +61,9 @@ class ImageStart:
 
     def encode(self) -> Iterator[None]:
         """Encodes the sources one after another, and yields after each."""
-        runner, size = self._encoder, (self._shape.height, self._shape.width)
+        size = self._shape.height, self._shape.width
         for image, mask in self.sources:
+            runner = self._runners[ENCODE_IMAGE]
             pixels = image.pixels(*size)
             if mask is not None:
                 pixels = np.where(mask.mask(*size)[..., None] > 0, np.float32(GREY), pixels)
@@ -82,35 +85,50 @@ class ImageStart:
             latents += np.concatenate([one["std"] for one in found]) * self._noise.posterior(name, rows)
         return latents
 
-    def first(self, rows: Sequence[Request]) -> np.ndarray:
-        """Returns the first latents (b, c, h, w)."""
-        noise = self._noise.draw(0, rows)
-        if self._from_noise:
-            return self._plan.first(noise)
-        return self._plan.steps[0].noisy(self.clean(rows), noise)
+    def batch(self, rows: Sequence[Request]) -> BatchStart:
+        """Returns how the pictures of one call of the engines begin, whose sources are encoded."""
+        noise, steps, put = self._noise.draw(0, rows), self._plan.steps, self._step.to_device
+        clean = self.clean(rows) if self._encodes_image else None
+        first = self._plan.first(noise) if clean is None or self._from_noise else steps[0].noisy(clean, noise)
+        if rows[0].mask is None:
+            return BatchStart(first, all_masked(self._step), steps, noise)
+        mask = np.stack([self._masks[row.mask] for row in rows if row.mask is not None])
+        if self._is_told:
+            told = np.concatenate([mask, self.clean(rows, MASKED)], axis=1)
+            return BatchStart(first, {MASKED: put(told)}, steps, noise)
+        assert clean is not None
+        return BatchStart(first, {}, steps, noise, clean, mask, put)
 
-    def masks(self, rows: Sequence[Request]) -> np.ndarray:
-        """Returns the masks of pictures that have one (b, 1, h, w)."""
-        return np.stack([self._masks[row.mask] for row in rows if row.mask is not None])
 
-    def masked(self, rows: Sequence[Request]) -> dict[str, Array]:
-        """Returns the input MASKED of the step on the device, or {} if it takes none."""
-        if not self._is_told:
-            return {}
-        told = np.concatenate([self.masks(rows), self.clean(rows, MASKED)], axis=1)
-        return {MASKED: self._step.to_device(told)}
+@dataclass(frozen=True)
+class BatchStart:
+    """How the pictures of one call of the engines begin.
 
-    def kept(self, i: int, rows: Sequence[Request]) -> tuple[Array, Array] | None:
+    `first` are their first latents (b, c, h, w), and `masked` is the input MASKED of the step on the device,
+    {} if it takes none. `noise` is what the first latents have. If masks keep parts that are put back after
+    every step, `clean` are the latents that these parts are of, `mask` (b, 1, h, w) is 1 where they are not,
+    and `put` brings an array to the device.
+    """
+
+    first: np.ndarray
+    masked: Mapping[str, Array]
+    steps: Sequence[Step]
+    noise: np.ndarray
+    clean: np.ndarray | None = None
+    mask: np.ndarray | None = None
+    put: Callable[[np.ndarray], Array] | None = None
+
+    def kept(self, i: int) -> tuple[Array, Array] | None:
         """Returns (m, k) on the device, for a latent after step i that becomes m·latent + k, or None.
 
         m is where the masks repaint, and k what they keep of the image, as noisy as the next step begins.
         """
-        if rows[0].mask is None or self._is_told:
+        if self.put is None or self.clean is None or self.mask is None:
             return None
-        mask, latent = self.masks(rows), self.clean(rows)
-        if i + 1 < len(self._plan.steps):
-            latent = self._plan.steps[i + 1].noisy(latent, self._noise.draw(0, rows))
-        return self._step.to_device(mask), self._step.to_device((1 - mask) * latent)
+        latent = self.clean
+        if i + 1 < len(self.steps):
+            latent = self.steps[i + 1].noisy(latent, self.noise)
+        return self.put(self.mask), self.put((1 - self.mask) * latent)
 
 
 def source_of(picture: Request, name: str) -> Source:
@@ -156,7 +174,9 @@ def sampled_images(contracts: Iterable[StageContract], picture: Request) -> Coll
     Where there is a mask, diffusers samples the masked image for every model, and so draws for it.
     """
     stages = {contract.name: contract for contract in contracts}
-    if picture.image is None or all(spec.name != "std" for spec in stages[ENCODE_IMAGE].outputs):
+    if picture.image is None or picture.image.latent is not None:
+        return ()
+    if all(spec.name != "std" for spec in stages[ENCODE_IMAGE].outputs):
         return ()
     image = ["image"] if encodes_image(stages["step"], picture) else []
     return image if picture.mask is None else [*image, MASKED]
@@ -170,16 +190,17 @@ def check_images(
     `spec` is what the bundle was built from, if that is known.
     """
     contracts = [*contracts]
-    given = {(request.image, request.mask) for request in requests}
+    # A latent is not encoded.
+    given = {(one.image, one.mask) for one in requests if one.image and one.image.latent is None}
     for image, mask in given:
-        if image is not None and mask is not None:
+        if mask is not None:
             check_mask(image, mask)
-        elif image is not None and any(takes_masked(c) for c in contracts if c.name == "step"):
+        elif any(takes_masked(c) for c in contracts if c.name == "step"):
             raise UsageError(
                 "this bundle is of an inpainting model, and the image comes without a mask",
                 "give a mask; one that is white all over repaints everything",
             )
-    if given == {(None, None)} or any(contract.name == ENCODE_IMAGE for contract in contracts):
+    if not given or any(contract.name == ENCODE_IMAGE for contract in contracts):
         return
     rebuilt = "with --image"
     if spec is not None:

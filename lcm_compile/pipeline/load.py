@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from lcm_compile.engines.runner import ForwardingRunner, Runner, closed
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
 from lcm_compile.pipeline.check import check_stages
+from lcm_compile.pipeline.hires import larger_folder
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.prompts import PROMPTS_KEPT
+from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.pipeline.whole_loop import pipeline_class
 from lcm_compile.system.dataclass_json import from_json
@@ -35,15 +37,17 @@ def load(
     wait: bool = True,
     prompt_cache: int = PROMPTS_KEPT,
     cuda_graph: bool = True,
+    open_size: Callable[[Path], Pipeline] | None = None,
 ) -> Pipeline:
     """Returns the pipeline of a bundle, with its engines loaded. Threads may share it.
 
     `height` and `width` in pixels choose one of the bundle's sizes; None stands for its own. With `wait`
     False the engines load in a thread, and each stage waits for its own engine. `prompt_cache` is the number
     of prompts whose conditioning is kept. With `cuda_graph` the stages are launched as CUDA graphs on a GPU
-    if they can be captured; `Drawing.cuda_graph` says whether they were. Raises BundleError if there is no
-    bundle, or it is damaged or for another GPU, UsageError if it has no such size, and BackendError if its
-    backend is not installed.
+    if they can be captured; `Drawing.cuda_graph` says whether they were. `open_size` gives the pipeline of a
+    size's folder for second passes, by default a new one; it is closed with this one. Raises BundleError if
+    there is no bundle, or it is damaged or for another GPU, UsageError if it has no such size, and
+    BackendError if its backend is not installed.
     """
     start = time.perf_counter()
     if height is not None or width is not None:
@@ -80,9 +84,17 @@ def load(
     finally:
         if loader is not None:
             loader.shutdown(wait=False)
+
+    def open_larger(request: Request) -> Pipeline:
+        folder = larger_folder(bundle.folder, request, manifest.pipeline.shape)
+        if open_size is not None:
+            return open_size(folder)
+        return load(open_bundle(folder), wait=False, prompt_cache=prompt_cache, cuda_graph=cuda_graph)
+
     load_ms = (time.perf_counter() - start) * 1000
     open_with = pipeline_class(runners)
-    return open_with(manifest.pipeline, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph)
+    settings = manifest.pipeline
+    return open_with(settings, runners, tokenizers, load_ms, held, prompt_cache, cuda_graph, open_larger)
 
 
 class LoadingRunner(ForwardingRunner):

@@ -32,7 +32,7 @@ class Loop:
     for the negative prompt. Each list has an entry for each step: the inputs of the step stage for this text.
     `coefficients` has an entry for each step as well, empty if the step stage takes none. `rescale` is the
     share of guidance rescale: see guided. `loras` are the LoRA inputs of the step stage. `control` is what
-    ControlNets read, which guide both passes.
+    guides both passes by pictures.
     """
 
     runners: Runners
@@ -76,8 +76,8 @@ class Loop:
         return state[0] * repainted + other, state[1]
 
     def controlled(self, i: int, inputs: Arrays) -> Arrays:
-        """Returns the inputs of step i, with what the ControlNets add if there are any."""
-        return {**inputs, **self.control.residuals(self.runners, i, inputs)} if self.control else inputs
+        """Returns the inputs of step i, with what ControlNets and T2I-Adapters add."""
+        return {**inputs, **self.control.added(self.runners, i, inputs)} if self.control else inputs
 
     def decode(self, latent: Array) -> Array:
         """Returns the pictures (b, height, width, 3), valid until the next call of the decoder."""

@@ -61,20 +61,22 @@ class NoiseStream:
     shape after every step but the last. So with n > 1, even picture 0 differs from the picture that the same
     seed gives alone.
 
-    `encoded` are names of images whose latents are sampled with a draw of (1, c, h, w) each: "image" before
-    the first latents, and "masked" after them.
+    `encoded` are names of images whose latents are sampled with a draw of (images, c, h, w) each: "image"
+    before the first latents, and "masked" after them. `images` is 1 if all pictures begin at the same.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, ...], encoded: Collection[str] = ()) -> None:
+    def __init__(
+        self, seed: int, shape: tuple[int, ...], encoded: Collection[str] = (), images: int = 1
+    ) -> None:
         self._noise = TorchNoise(seed)
-        self._shape = shape
+        self._shape, self._images = shape, images
         self.posteriors = {"image": self._posterior()} if "image" in encoded else {}
         self._draws = [self._noise(shape)]
         if "masked" in encoded:
             self.posteriors["masked"] = self._posterior()
 
     def _posterior(self) -> np.ndarray:
-        return self._noise((1, *self._shape[1:]))[0]
+        return self._noise((self._images, *self._shape[1:]))
 
     def __getitem__(self, i: int) -> np.ndarray:
         """Returns draw i (n, c, h, w) in float32.
@@ -87,11 +89,16 @@ class NoiseStream:
 
 
 class Noise:
-    """The noise of pictures (c, h, w) of any requests. Each request's own is that of its NoiseStream."""
+    """The noise of pictures (c, h, w) of any requests. Each request's own is that of its NoiseStream.
 
-    def __init__(self, shape: tuple[int, ...], encoded: Collection[str] = ()) -> None:
+    With `own_images` each of a request's pictures begins at an image of its own.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], encoded: Collection[str] = (), own_images: bool = False
+    ) -> None:
         self.shape = shape
-        self._encoded = encoded
+        self._encoded, self._own_images = encoded, own_images
         self._streams: dict[tuple[int, int], NoiseStream] = {}  # by seed and number of pictures
 
     def draw(self, i: int, pictures: Sequence[Request]) -> np.ndarray:
@@ -104,14 +111,17 @@ class Noise:
 
     def posterior(self, name: str, pictures: Sequence[Request]) -> np.ndarray:
         """Returns what each picture's image of this name is sampled with (b, c, h, w)."""
-        return np.stack([stream.posteriors[name] for stream in self._streams_of(pictures)])
+        places = [picture.index or 0 if self._own_images else 0 for picture in pictures]
+        streams = zip(self._streams_of(pictures), places, strict=True)
+        return np.stack([stream.posteriors[name][place] for stream, place in streams])
 
     def _streams_of(self, pictures: Sequence[Request]) -> list[NoiseStream]:
         known, self._streams = self._streams, {}
         for picture in pictures:
             key = (picture.seed, picture.num_images)
+            images = picture.num_images if self._own_images else 1
             self._streams[key] = known.get(key) or NoiseStream(
-                picture.seed, (picture.num_images, *self.shape), self._encoded
+                picture.seed, (picture.num_images, *self.shape), self._encoded, images
             )
             known[key] = self._streams[key]
         return [self._streams[picture.seed, picture.num_images] for picture in pictures]

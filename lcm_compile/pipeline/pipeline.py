@@ -14,9 +14,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -24,8 +23,8 @@ from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.engines.capture import Capturer
 from lcm_compile.engines.runner import Array, Runner, closed
 from lcm_compile.errors import UsageError
-from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES
-from lcm_compile.pipeline.control import Control, check_control, control_stages, put_control, strengths_of
+from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES, T2I_ADAPTERS
+from lcm_compile.pipeline.control import Control, check_control, guide_stages, put_control, strengths_of
 from lcm_compile.pipeline.control_picture import control_pictures
 from lcm_compile.pipeline.cuda_graphs import SWITCHED_OFF, CapturedLoop, CudaGraphs
 from lcm_compile.pipeline.drawing import (
@@ -40,6 +39,7 @@ from lcm_compile.pipeline.drawing import (
     show_nothing,
     warning_of_one_colour,
 )
+from lcm_compile.pipeline.hires import both, check_hires, second_passes
 from lcm_compile.pipeline.image_start import Encoded, ImageStart, all_masked, check_images, sampled_images
 from lcm_compile.pipeline.ip_image import IpPrompt, check_ip_image, ip_prompts_of
 from lcm_compile.pipeline.loop import Loop, State, put_coefficients, put_timesteps, takes
@@ -53,8 +53,8 @@ from lcm_compile.pipeline.prompts import (
     condition_of,
     negative_condition_of,
 )
-from lcm_compile.pipeline.request import Request, draw_seed, pictures_of, requests_for
-from lcm_compile.pipeline.source_picture import SourcePicture, begun_at, source_picture
+from lcm_compile.pipeline.request import LATENT, Request, draw_seed, drawn_steps, pictures_of, requests_for
+from lcm_compile.pipeline.source_picture import Given, begun_at, source_picture
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.samplers import schedule
 from lcm_compile.samplers.step import Step
@@ -89,11 +89,13 @@ class Pipeline(ABC):
         held: IO[bytes] | None = None,
         prompt_cache: int = 0,
         cuda_graph: bool = True,
+        open_larger: Callable[[Request], Pipeline] | None = None,
     ) -> None:
         """Takes what `load` has read from a bundle.
 
         `prompt_cache` is the number of prompts whose conditioning is kept. `held` is the file whose lock
-        keeps the bundle from being removed. `cuda_graph` may be changed between two pictures.
+        keeps the bundle from being removed. `cuda_graph` may be changed between two pictures. `open_larger`
+        loads the size of the bundle that a request's second pass is drawn in.
         """
         self.settings = settings
         self.runners = runners
@@ -101,6 +103,9 @@ class Pipeline(ABC):
         self.load_ms = load_ms
         self.cuda_graph = cuda_graph
         self._held = held
+        self._open_larger = open_larger
+        self._larger: dict[tuple[int, int], Pipeline] = {}  # by their pictures' height and width
+        self._opening = threading.Lock()
         self._process = os.getpid()
         self._closed = False
         self._turn = Turn()
@@ -128,15 +133,20 @@ class Pipeline(ABC):
         target_size: tuple[int, int] | None = None,
         lora_weights: Mapping[str, float | LoraSpec] | Sequence[LoraSpec] = (),
         loras: Sequence[str | LoraSpec] = (),
-        image: str | Path | Image | SourcePicture | None = None,
+        image: Given | None = None,
         strength: float | None = None,
-        mask: str | Path | Image | SourcePicture | None = None,
-        control: Any = None,
+        mask: Given | None = None,
+        control: Given | Sequence[Given] | None = None,
         control_weight: float | Sequence[float] | None = None,
         control_start: float | Sequence[float] | None = None,
         control_end: float | Sequence[float] | None = None,
+        control_detector: str | Sequence[str] | None = None,
         outpaint: tuple[int, int, int, int] | None = None,
-        ip_image: str | Path | Image | SourcePicture | None = None,
+        hires: float | None = None,
+        hires_upscaler: str | None = None,
+        hires_strength: float | None = None,
+        hires_steps: int | None = None,
+        ip_image: Given | None = None,
         ip_weight: float | None = None,
     ) -> list[Image]:
         """Draws a prompt, or each prompt of a list, and returns PIL images.
@@ -163,18 +173,27 @@ class Pipeline(ABC):
         target_size: The height and width in pixels that SDXL is told to aim at.
         lora_weights: The weights of the bundle's LoRAs that are not fused, by name.
         loras: The LoRAs for the bundle's slots, such as `style.safetensors:0.7`.
-        image: The picture to begin at, for all prompts: a path or a PIL image, of any size. It is scaled to
-            cover the bundle's size, and cropped around its centre.
+        image: The picture to begin at, for all prompts: a path, a PIL image, an array (height, width, 3) of 8
+            bits, or the bytes of a picture's file, of any size. It is scaled to cover the bundle's size, and
+            cropped around its centre.
         strength: The share of the steps that are drawn from the image, from 0 to 1; by default 0.8, or 1 with
             a mask.
         mask: What is repainted of the image: white is, and black is kept. "alpha" is its own transparency.
-        control: The picture that the bundle's ControlNet reads, for all pictures of the call: a path, a PIL
-            image or an array; for several ControlNets a list with one for each.
-        control_weight: The strength of the ControlNet, by default the bundle's own; for several a list.
-        control_start: The share of the steps before which the ControlNet does nothing, by default 0.
+        control: The picture that the bundle's ControlNet or T2I-Adapter reads, for all pictures of the call,
+            given as an image is; for several a list with one for each, ControlNets' first.
+        control_weight: The strength of each, by default the bundle's own; for several a list.
+        control_start: The share of the steps before which it does nothing, by default 0.
         control_end: The share of the steps after which it does nothing, by default 1.
+        control_detector: What makes the ControlNet's picture of a photo: `canny` or `canny:LOW,HIGH`, which
+            need OpenCV; for several a list, in which `none` reads a picture as it is.
         outpaint: The pixels that the image is extended by at the left, top, right and bottom, to draw what is
             around it; in place of a mask.
+        hires: The factor by which the pictures are enlarged, and then drawn on with the bundle's engines of
+            that larger size, which are loaded when they are first needed. By default there is no second pass.
+        hires_upscaler: How they are enlarged: `latent`, the default, or `lanczos`.
+        hires_strength: The share of the steps of the second pass that are drawn; by default 0.7.
+        hires_steps: The steps of the second pass, of which that share is drawn; by default as many as
+            `steps`.
         ip_image: The picture that the bundle's IP-Adapter reads beside the prompt, for all pictures of the
             call: a path or a PIL image, of any size. Its centre is read, as wide as high.
         ip_weight: How strongly that picture counts, by default the bundle's own; 0 is not at all.
@@ -206,11 +225,15 @@ class Pipeline(ABC):
             target_size=target_size,
             lora_weights=lora_weights,
             loras=loras,
-            control=control_pictures(control),  # read once for all pictures
+            control=control_pictures(control, control_detector),  # read once for all pictures
             control_weight=control_weight,
             control_start=control_start,
             control_end=control_end,
             strength=strength,
+            hires=hires,
+            hires_upscaler=hires_upscaler,
+            hires_strength=hires_strength,
+            hires_steps=hires_steps,
             **begun_at(image, mask, outpaint),
             ip_image=None if ip_image is None else source_picture(ip_image, "ip-image"),
             ip_weight=ip_weight,
@@ -235,7 +258,7 @@ class Pipeline(ABC):
         `report` is called with (passes done, passes in total) after every stage, and `show` with the pictures
         (n, height, width, 3) of each batch as soon as they are drawn. `previews` has what shows the pictures
         of a batch that are foreseen after so many of its steps, 1 to all but the last: x̂0, decoded. A bundle
-        of one graph shows none.
+        of one graph shows none, and of two passes only the first does.
         """
         with closing(self.progress(requests, show, previews)) as progress:
             while True:
@@ -258,13 +281,7 @@ class Pipeline(ABC):
         """
         self.check_usable()
         pictures = pictures_of(requests)
-        contracts = [runner.contract for runner in self.runners.values()]
-        for asked in pictures:
-            check_prompts(asked, self.settings.tokenizers, contracts)
-        check_loras(pictures[0], self.settings)
-        check_images(pictures, contracts)
-        check_control(pictures[0].control, len(control_stages(self.runners)))
-        check_ip_image(pictures[0], IP_IMAGE in self.runners)
+        self.check(pictures)
         exclusive = self.exclusive
         with self._turn.taken() if exclusive else nullcontext():
             passes = self.passes(pictures, show, previews)
@@ -276,6 +293,17 @@ class Pipeline(ABC):
                     except StopIteration as stop:
                         return stop.value
                 yield done
+
+    def check(self, pictures: Sequence[Request]) -> None:
+        """Raises UsageError if this bundle can't draw these pictures, which are drawn together."""
+        contracts = [runner.contract for runner in self.runners.values()]
+        for asked in pictures:
+            check_prompts(asked, self.settings.tokenizers, contracts)
+        check_loras(pictures[0], self.settings)
+        check_images(pictures, contracts)
+        check_control(pictures[0].control, guide_stages(self.runners))
+        check_ip_image(pictures[0], IP_IMAGE in self.runners)
+        check_hires(pictures[0], contracts)
 
     @abstractmethod
     def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
@@ -310,8 +338,27 @@ class Pipeline(ABC):
             with self._computing:
                 self.free()
 
+    def larger(self, request: Request) -> Pipeline:
+        """Returns the pipeline of the second pass of a request, which this one owns.
+
+        Its engines are loaded when they are first needed. Raises UsageError if the bundle has no such size.
+        """
+        size = request.size(self.settings.shape)
+        with self._opening:
+            self.check_usable()
+            if size not in self._larger:
+                if self._open_larger is None:
+                    raise UsageError("only a pipeline that load has returned draws a second pass")
+                self._larger[size] = self._open_larger(request)
+            larger = self._larger[size]
+            larger.cuda_graph, larger.prompts.loras.told = self.cuda_graph, self.prompts.loras.told
+            return larger
+
     def free(self) -> None:
         """Frees what the pipeline owns."""
+        with self._opening:
+            for larger in self._larger.values():
+                larger.close()
         for runner in self.runners.values():
             runner.close()
         if self._held is not None:
@@ -331,6 +378,42 @@ class LcmPipeline(Pipeline):
 
     def passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
         """Draws pictures. Yields (passes done, passes in total) after every stage; returns the drawing."""
+        how = self.one_pass if pictures[0].hires is None else self.two_passes
+        return (yield from how(pictures, show, previews))
+
+    def two_passes(self, pictures: Sequence[Request], show: Show, previews: Previews) -> Progress:
+        """Does what `passes` does, for pictures that are enlarged and drawn on."""
+        request = pictures[0]  # all are alike in what is read from it
+        # What may be refused of the second pass is refused before the first one is drawn.
+        schedule(request.sampler, request.second_steps, self.settings.scheduler, request.eta)
+        larger, latent = self.larger(request), request.upscaler == LATENT
+        assert isinstance(larger, LcmPipeline)
+        first = Passing(self.one_pass(pictures, show_nothing, previews, decodes=not latent))
+        steps = drawn_steps(request.second_strength, request.second_steps) - request.steps
+        batches = len([*batches_of(pictures, self.settings.shape.batch)])
+        more = batches * (steps * (1 + self.needs_second_pass(request)) + latent)
+        more += 0 if latent else len(pictures)  # which are encoded
+        for done, total in first:
+            yield done, 2 * total + more
+        pictures = second_passes(pictures, first.drawing, larger.latent_shape())
+        second = Passing(larger.one_pass(pictures, show, NO_PREVIEWS, own_images=True))
+        for later, total in second:
+            yield done + later, done + total
+        return both(first.drawing, second.drawing)
+
+    def one_pass(
+        self,
+        pictures: Sequence[Request],
+        show: Show,
+        previews: Previews,
+        decodes: bool = True,
+        own_images: bool = False,
+    ) -> Progress:
+        """Does what `passes` does, at one size.
+
+        Without `decodes` the drawing has latents and no pictures. With `own_images` each picture of a seed
+        begins at an image of its own, so that their latents are sampled with noise of their own.
+        """
         request = pictures[0]  # all are alike in what is read from it
         plan = schedule(request.sampler, request.steps, self.settings.scheduler, request.eta)
         plan = plan.begun_at(request.first_step) if request.image else plan
@@ -344,16 +427,20 @@ class LcmPipeline(Pipeline):
         encoded = sum(len(set(now) - set(before)) for before, now in prompts)
         stages = 2 if "context" in self.runners else 1
         contracts = [runner.contract for runner in self.runners.values()]
-        noise = Noise(self.latent_shape(), sampled_images(contracts, request))
+        noise = Noise(self.latent_shape(), sampled_images(contracts, request), own_images)
         begin = None
         if request.image:
             begin = ImageStart(self.runners, self.settings.shape, plan, noise, pictures, self._encoded)
         encodings = stages * encoded + len(new_images) + (len(begin.sources) if begin else 0)
-        passes = Passes(encodings, len(batches), len(steps) * (1 + guided))
-        others = *((ENCODE_IMAGE,) if begin else ()), *((IP_IMAGE,) if request.ip_image else ())
+        adapter = T2I_ADAPTERS[0] if T2I_ADAPTERS[0] in self.runners else ""
+        each = len(steps) * (1 + guided) + decodes
+        passes = Passes(encodings + bool(adapter), len(batches), each)
+        encodes, reads = bool(ENCODE_IMAGE in self.runners and begin), request.ip_image is not None
+        stages_there = ((ENCODE_IMAGE, encodes), (IP_IMAGE, reads), (adapter, bool(adapter)))
+        others = [name for name, there in stages_there if there]
         clock = Clock(self.runners["encode"], (*STAGES, *others))
         graphs = self.find_graphs(steps, guided, request)
-        control = put_control(self.runners, request, self.settings, steps)
+        control: Control | None = None
         clock.lap("")
 
         for _ in begin.encode() if begin else ():
@@ -373,6 +460,11 @@ class LcmPipeline(Pipeline):
                 clock.lap(IP_IMAGE)
                 yield passes.add(1)
             if now != before:
+                if control is None:
+                    control = put_control(self.runners, request, self.settings, steps)
+                    clock.lap(adapter)
+                    if adapter:
+                        yield passes.add(1)
                 texts = {key: texts[key] for key in now}
                 read = [(texts[key], image) for key, image in zip(now, ip_prompts, strict=True)]
                 loop = self.open_loop(read, steps, request, graphs, loras, control)
@@ -380,26 +472,30 @@ class LcmPipeline(Pipeline):
                 if "context" in self.runners:
                     yield passes.add(len(new))
                 cut = max(cut, texts[now[0]].cut, key=len)
-            first = begin.first(rows) if begin else plan.first(noise.draw(0, rows))
-            state: State = (self.put(first), None)
-            masked = begin.masked(rows) if begin else all_masked(self.runners["step"])
+            own = begin.batch(rows) if begin else None
+            state: State = (self.put(own.first if own else plan.first(noise.draw(0, rows))), None)
+            masked = own.masked if own else all_masked(self.runners["step"])
             for i, step in enumerate(steps):
                 # Made while a GPU computes the step before: the host waits for nothing but the picture.
                 fresh = self.put(noise.draw(i + 1, rows)) if step.noise_scale else None
                 clock.lap("")
                 state = loop.step(i, state, fresh, masked)
-                if begin and (parts := begin.kept(i, rows)):
+                if own and (parts := own.kept(i)):
                     state = loop.keep(state, parts)
                 clock.lap("step")
                 if i + 1 < len(steps) and (preview := previews.get(i + 1)):
                     preview(self.foreseen(state)[kept])
                     clock.lap("decode")
                 yield passes.add(1 + guided)
-            picture = self.runners["decode"].to_host(loop.decode(state[0]))
-            clock.lap("decode")
-            drawn.add(picture, kept, self.runners["step"].to_host(state[0]))
-            yield passes.add(1)
-        return Drawing(drawn.all(), {**clock.ms(), "load": self.load_ms}, cut, self.graph_status(graphs))
+            if decodes:
+                picture = self.runners["decode"].to_host(loop.decode(state[0]))
+                clock.lap("decode")
+            drawn.keep(self.runners["step"].to_host(state[0]), kept)
+            if decodes:
+                drawn.add(picture, kept)
+                yield passes.add(1)
+        ms = {**clock.ms(), "load": self.load_ms}
+        return Drawing(drawn.all(), ms, cut, self.graph_status(graphs), drawn.latents())
 
     def foreseen(self, state: State) -> np.ndarray:
         """Returns the pictures (b, height, width, 3) in 8 bits that a step foresees."""
@@ -519,11 +615,23 @@ class Turn:
                 self._thread = None
 
 
-class Passes:
-    """Counts the passes through the models: those of all prompts, and each batch's steps and decoding."""
+class Passing:
+    """Iterates over the passes of a drawing. At the end `drawing` is there."""
 
-    def __init__(self, prompts: int, batches: int, steps: int) -> None:
-        self._total = prompts + batches * (steps + 1)
+    drawing: Drawing
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        self.drawing = yield from self._progress
+
+
+class Passes:
+    """Counts the passes through the models: those of all prompts and images, and those of each batch."""
+
+    def __init__(self, prompts: int, batches: int, each: int) -> None:
+        self._total = prompts + batches * each
         self._done = 0
 
     def add(self, count: int) -> tuple[int, int]:

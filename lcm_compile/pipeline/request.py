@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
-from lcm_compile.pipeline.control_picture import ControlPicture, check_span, control_numbers, control_pictures
+from lcm_compile.pipeline.control_picture import check_span, control_numbers, control_pictures
 from lcm_compile.pipeline.source_picture import ALPHA, SourcePicture, source_picture
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
@@ -57,22 +57,28 @@ class Request:
         numbers or to LoraSpecs, whose strengths are for parts of the model. Without one the bundle's own
         counts. The field has LoraSpecs whose sources are the names.
     loras: The LoRAs to put into the bundle's slots, as LoraSpecs or in the form of `LoraSpec.parse`.
-    image: The picture to begin at: a path, a PIL image or a SourcePicture. None, the default, begins at
-        noise.
+    image: The picture to begin at: a path, the bytes of a picture's file, a PIL image, an array (height,
+        width, 3) of 8 bits or a SourcePicture. None, the default, begins at noise.
     strength: The share of the steps that are drawn from the image, from 0 to 1: the first ones are left out.
         None is 0.8, or 1 with a mask.
     mask: What is repainted of the image, as an image is given: white is, and black is kept. "alpha" is the
         transparency of the image itself.
-    control: The picture that a bundle's ControlNet reads: a file's path, a PIL image or an array (height,
-        width, 3) of 8 bits; for several ControlNets a list with one for each. All pictures of a request share
-        it. It is resized to the bundle's size without keeping its aspect ratio. Kept as a tuple of
-        ControlPicture; the default, (), is none.
-    control_weight: The strength of the ControlNet without a unit, any finite number; for several a list with
-        one for each. 0 is none, and the bundle's own, of `build --controlnet`, is the default, ().
-    control_start: The share of the steps, from 0 to 1, before which the ControlNet does nothing; for several
-        a list. The default, (), is 0.
+    control: The picture that a bundle's ControlNet or T2I-Adapter reads, as an image is given; for several a
+        list with one for each, ControlNets' first. All pictures of a request share it. It is resized to the
+        bundle's size without keeping its aspect ratio. Kept as a tuple of SourcePicture; the default, (), is
+        none.
+    control_weight: The strength of the ControlNet or adapter without a unit, any finite number; for several a
+        list with one for each. 0 is none, and the bundle's own, of its `build`, is the default, ().
+    control_start: The share of the steps, from 0 to 1, before which it does nothing; for several a list. The
+        default, (), is 0.
     control_end: The share of the steps, from 0 to 1, after which it does nothing; above its start. The
         default, (), is 1.
+    hires: The factor, above 1 and up to 16, by which a finished picture is enlarged and then drawn on, which
+        needs a bundle that has the larger size too. None, the default, draws no second pass.
+    hires_upscaler: How it is enlarged, one of UPSCALERS; None is `latent`, and `lanczos` needs a bundle that
+        reads images.
+    hires_strength: The share of the steps of the second pass that are drawn, from 0 to 1; None is 0.7.
+    hires_steps: The steps of the second pass, of which that share is drawn; None is `steps`.
     ip_image: The picture that a bundle's IP-Adapter reads, as an image is given; all pictures of a drawing
         share it. None, the default, draws as without an IP-Adapter.
     ip_weight: How strongly that picture counts, any finite number; 0 is not at all. None, the default, is
@@ -100,10 +106,14 @@ class Request:
     image: SourcePicture | None = None
     strength: float | None = None
     mask: SourcePicture | None = None
-    control: tuple[ControlPicture, ...] = ()
+    control: tuple[SourcePicture, ...] = ()
     control_weight: tuple[float, ...] = ()
     control_start: tuple[float, ...] = ()
     control_end: tuple[float, ...] = ()
+    hires: float | None = None
+    hires_upscaler: str | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
     ip_image: SourcePicture | None = None
     ip_weight: float | None = None
 
@@ -127,10 +137,10 @@ class Request:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, pair(getattr(self, name), name.replace("_", " "), least))
         for name, called in WHOLE_NUMBERS.items():
-            if name != "index" or self.index is not None:
+            if name not in MAY_BE_NONE or getattr(self, name) is not None:
                 object.__setattr__(self, name, whole_number(getattr(self, name), called))
         for name, (called, most) in NUMBERS.items():
-            if name not in ("eta", "strength") or getattr(self, name) is not None:
+            if name not in MAY_BE_NONE or getattr(self, name) is not None:
                 object.__setattr__(self, name, number(getattr(self, name), called, most))
         object.__setattr__(self, "control", control_pictures(self.control))
         for name, limits in CONTROL_NUMBERS.items():
@@ -149,6 +159,7 @@ class Request:
                 "the number of images says of how many it is one",
             )
         self.take_image()
+        self.check_hires()
         self.take_ip_image()
 
     def take_ip_image(self) -> None:
@@ -177,12 +188,27 @@ class Request:
         if mask is not None:
             mask = image.as_mask() if mask == ALPHA else source_picture(mask, "mask")
             object.__setattr__(self, "mask", mask)
-        if self.first_step == self.steps:
-            least = math.ceil(1000 / self.steps) / 1000
+        check_strength("strength", self.denoising_strength, self.steps)
+
+    def check_hires(self) -> None:
+        """Raises UsageError if the second pass can't be drawn at any size."""
+        if self.hires is None:
+            for name in HIRES:
+                if getattr(self, name) is not None:
+                    raise UsageError(f"{name.replace('_', ' ')} is given without hires", "give hires=2 too")
+            return
+        if self.hires <= 1:
             raise UsageError(
-                f"a strength of {self.denoising_strength:g} leaves none of {self.steps} steps to draw",
-                f"give a strength of {least:g} or more, or more steps",
+                f"hires must be above 1, not {self.hires:g}", "2 draws twice the height and width"
             )
+        if self.image is not None:
+            raise UsageError(
+                "hires enlarges what is drawn from noise, and an image is given",
+                "draw from the image at the larger size: --height and --width choose it",
+            )
+        if self.upscaler not in UPSCALERS:
+            raise unknown_name("hires upscaler", str(self.hires_upscaler), UPSCALERS)
+        check_strength("hires strength", self.second_strength, self.second_steps)
 
     @property
     def denoising_strength(self) -> float:
@@ -196,7 +222,33 @@ class Request:
         """The number of the first step that is drawn: those before it are left out if there is an image."""
         if self.image is None:
             return 0
-        return self.steps - min(int(self.steps * self.denoising_strength), self.steps)
+        return self.steps - drawn_steps(self.denoising_strength, self.steps)
+
+    @property
+    def upscaler(self) -> str:
+        """The upscaler of hires, or what it is by default."""
+        return LATENT if self.hires_upscaler is None else self.hires_upscaler
+
+    @property
+    def second_strength(self) -> float:
+        """The strength of the second pass of hires, or what it is by default."""
+        return HIRES_STRENGTH if self.hires_strength is None else self.hires_strength
+
+    @property
+    def second_steps(self) -> int:
+        """The steps of the second pass of hires, or what they are by default."""
+        return self.steps if self.hires_steps is None else self.hires_steps
+
+    def second_pass(self, image: SourcePicture) -> Request:
+        """Returns the second pass of hires, which begins at an enlarged image: it is a request of its own."""
+        own: dict[str, Any] = dict.fromkeys(("hires", *HIRES))
+        own |= {"image": image, "strength": self.second_strength, "steps": self.second_steps}
+        return replace(self, **own)
+
+    def size(self, shape: Shape) -> tuple[int, int]:
+        """Returns the height and width of the pictures in pixels, of a bundle that draws them in a shape."""
+        factor = self.hires or 1
+        return round(shape.height * factor), round(shape.width * factor)
 
     def pictures(self) -> list[Request]:
         """Returns a request for each picture alone."""
@@ -330,8 +382,14 @@ NUMBERS = {
     "guidance_rescale": ("guidance rescale", 1),
     "eta": ("eta", 1),
     "strength": ("strength", 1),
+    "hires": ("hires", 16),
+    "hires_strength": ("hires strength", 1),
 }
 STRENGTH = 0.8  # by default, as in diffusers' StableDiffusionImg2ImgPipeline
+HIRES_STRENGTH = 0.7  # by default, as in A1111's web UI
+LATENT, LANCZOS = "latent", "lanczos"
+UPSCALERS = {LATENT: "Latent", LANCZOS: "Lanczos"}  # each with its name in A1111's web UI
+HIRES = ("hires_upscaler", "hires_strength", "hires_steps")  # the fields that count only with hires
 # The prompts besides `prompt`, with their names in messages.
 OTHER_PROMPTS = {
     "negative_prompt": "negative prompt",
@@ -359,6 +417,10 @@ SHARED = {
     "control_weight": "control weight",
     "control_start": "control start",
     "control_end": "control end",
+    "hires": "hires",
+    "upscaler": "hires upscaler",
+    "second_strength": "hires strength",
+    "second_steps": "hires steps",
     "ip_image": "ip-image",
     "ip_weight": "ip-weight",
 }
@@ -374,7 +436,24 @@ WHOLE_NUMBERS = {
     "steps": "steps",
     "num_images": "the number of images",
     "index": "the index of a picture",
+    "hires_steps": "hires steps",
 }
+MAY_BE_NONE = {"index", "eta", "strength", "hires", "hires_strength", "hires_steps"}
+
+
+def drawn_steps(strength: float, steps: int) -> int:
+    """Returns how many of the steps are drawn from an image, as diffusers counts them."""
+    return min(int(steps * strength), steps)
+
+
+def check_strength(name: str, strength: float, steps: int) -> None:
+    """Raises UsageError if a strength leaves no step to draw; `name` is its own."""
+    if steps > 0 and not drawn_steps(strength, steps):
+        least = math.ceil(1000 / steps) / 1000
+        raise UsageError(
+            f"a {name} of {strength:g} leaves none of {steps} steps to draw",
+            f"give a {name} of {least:g} or more, or more steps",
+        )
 
 
 def weights_of(given: Any) -> tuple[LoraSpec, ...]:

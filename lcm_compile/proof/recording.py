@@ -179,7 +179,7 @@ def with_sample(request: Request, settings: PipelineSettings) -> Request:
     """
     count, sample = len(settings.control_weights), sample_picture(settings.shape)
     if settings.ip_weight is not None:
-        request = replace(request, ip_image=sample.pixels, ip_weight=1.0)
+        request = replace(request, ip_image=sample, ip_weight=1.0)
     return replace(request, control=(sample,) * count, control_weight=(1.0,) * count)
 
 

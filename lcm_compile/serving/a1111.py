@@ -22,10 +22,12 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
+from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.bundles.manifest import PipelineSettings
 from lcm_compile.errors import UsageError
+from lcm_compile.graphs import DRAW, ENCODE_IMAGE
 from lcm_compile.output.picture_settings import SETTINGS, origin_of, parameters, settings_text
-from lcm_compile.pipeline.request import MOST_GUIDANCE
+from lcm_compile.pipeline.request import LANCZOS, LATENT, MOST_GUIDANCE, UPSCALERS
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.serving.answers import json_answer
 from lcm_compile.serving.catalog import Model, UnknownModel
@@ -59,6 +61,13 @@ class TextToImage(BaseModel):
     eta: float | None = None
     send_images: bool | None = True
     override_settings: dict[str, Any] | None = None
+    denoising_strength: float | None = None
+    enable_hr: bool | None = False
+    hr_scale: float | None = Field(2.0, gt=0)
+    hr_resize_x: int | None = Field(0, ge=0)
+    hr_resize_y: int | None = Field(0, ge=0)
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = Field(0, ge=0)
 
 
 class ImageToImage(TextToImage):
@@ -190,8 +199,8 @@ def a1111_routes(service: Service) -> APIRouter:
         )
 
     nothing: dict[str, list[dict[str, Any]]] = {
-        "upscalers": [upscaler("None", 1)],
-        "latent-upscale-modes": [],
+        "upscalers": [upscaler("None", 1), upscaler(UPSCALERS[LANCZOS], 4)],
+        "latent-upscale-modes": [{"name": UPSCALERS[LATENT]}],
         "sd-vae": [],
         "hypernetworks": [],
         "face-restorers": [],
@@ -343,14 +352,41 @@ def snapped(
     return steps, guidance
 
 
+def hires_of(body: TextToImage, model: Model, bundle: EngineBundle) -> dict[str, Any]:
+    """Returns the second pass that a client asks for as fields of a Request, or {}.
+
+    Of the model's sizes with the first pass's proportions it is drawn in the larger one that is nearest to
+    what is asked for. If there is none, there is no second pass.
+    """
+    manifest = bundle.manifest
+    shape, stages = manifest.pipeline.shape, {stage.contract.name for stage in manifest.stages}
+    factors = [
+        height / shape.height
+        for height, width in model.bundles
+        if height > shape.height and height * shape.width == width * shape.height
+    ]
+    if not body.enable_hr or not factors or DRAW in stages:
+        return {}
+    wanted = body.hr_scale or 2.0
+    for new, old in ((body.hr_resize_x, body.width), (body.hr_resize_y, body.height)):
+        wanted = new / old if new and old else wanted
+    asks_latent = (body.hr_upscaler or UPSCALERS[LATENT]).startswith(UPSCALERS[LATENT])
+    return {
+        "hires": min(factors, key=lambda factor: max(factor / wanted, wanted / factor)),
+        "hires_upscaler": LATENT if asks_latent or ENCODE_IMAGE not in stages else LANCZOS,
+        "hires_strength": body.denoising_strength,
+        "hires_steps": snapped(body.hr_second_pass_steps or None, None, manifest.pipeline)[0],
+    }
+
+
 async def paint(desk: Desk, request: HttpRequest, body: TextToImage, fields: Mapping[str, Any]) -> Response:
     """Draws what a client asks for, and answers as A1111 does."""
     service = desk.service
     override = (body.override_settings or {}).get("sd_model_checkpoint")
     model = desk.find(override) if override else desk.chosen
-    asked = asked_of(body, model, fields)
     height, width = next(iter(model.bundles))
     bundle = model.nearest((max(body.height or height, 1), max(body.width or width, 1)))
+    asked = asked_of(body, model, fields or hires_of(body, model, bundle))
     job = job_of(asked, service.catalog, service.settings, bundle)
     mine = desk.running.setdefault(address_of(request), [])
     entry: list[Running] = []
@@ -382,6 +418,8 @@ async def paint(desk: Desk, request: HttpRequest, body: TextToImage, fields: Map
 def info_of(job: Job, model: Model) -> dict[str, Any]:
     """Returns what A1111 tells of pictures that were drawn."""
     first, (height, width) = job.requests[0], job.size
+    drawn_height, drawn_width = first.size(job.bundle.manifest.pipeline.shape)
+    strength = first.denoising_strength if first.image else first.second_strength if first.hires else None
     origins = [without_folders(origin_of(job.bundle, request)) for request in job.requests]
     seeds = [request.seed for request in job.requests]
     count = len(seeds)
@@ -409,10 +447,10 @@ def info_of(job: Job, model: Model) -> dict[str, Any]:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": first.denoising_strength if first.image else None,
+        "denoising_strength": strength,
         "extra_generation_params": {},
         "index_of_first_image": 0,
-        "infotexts": [parameters(origin, width, height) for origin in origins],
+        "infotexts": [parameters(origin, drawn_width, drawn_height) for origin in origins],
         "styles": [],
         "job_timestamp": time.strftime("%Y%m%d%H%M%S"),
         "clip_skip": 1,

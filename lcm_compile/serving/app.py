@@ -14,6 +14,7 @@ from lcm_compile.serving.guard import Guard
 from lcm_compile.serving.health import health_routes
 from lcm_compile.serving.live import live_routes
 from lcm_compile.serving.openai import openai_routes
+from lcm_compile.serving.page import page_routes
 from lcm_compile.serving.service import Service
 from lcm_compile.version import __version__
 
@@ -34,8 +35,10 @@ def make_app(service: Service) -> ASGIApp:
         version=__version__,
         description="Draws pictures in few steps on compiled engines.",
         lifespan=lifespan,
+        docs_url=None,  # `page` has one that loads nothing from elsewhere
         redoc_url=None,
     )
+    app.include_router(page_routes())
     for routes in (openai_routes, a1111_routes, health_routes, live_routes):
         app.include_router(routes(service))
     add_error_answers(app, service.metrics)

@@ -130,6 +130,17 @@ async def draw(
     return pictures
 
 
+def server_timing(pictures: Sequence[Picture]) -> dict[str, str]:
+    """Returns the header Server-Timing: the milliseconds that a request's pictures waited, and were drawn."""
+    waited = max(picture.waited for picture in pictures) * 1000
+    ms = [picture.future.result()[1] for picture in pictures]
+    stages = {"queue": waited}
+    for name in ms[0]:
+        if name != "load":
+            stages[name] = sum(sum(v) if isinstance(v := one[name], list) else v for one in ms)
+    return {"Server-Timing": ", ".join(f"{name};dur={value:.2f}" for name, value in stages.items())}
+
+
 async def while_connected(connection: HTTPConnection, work: Coroutine[Any, Any, T]) -> T:
     """Returns what the work does. If the client goes before, it is cancelled, and ClientGone is raised."""
     task = asyncio.ensure_future(work)

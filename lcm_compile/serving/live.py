@@ -3,7 +3,7 @@
 The client sends what it wants as JSON in text, as often as it changes; a binary message is the picture that
 later requests with `"image": true` begin at. The latest request is drawn next, and those that it overtook
 never are. An answer is one binary message: four bytes with the length of the JSON that follows (big-endian),
-the JSON, and the file of the picture. Errors are JSON in text.
+the JSON, and the file of the picture, which holds its settings. Errors are JSON in text.
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class LiveStream:
 
     async def _send(self, wanted: Wanted, job: Job, pictures: list[Picture]) -> None:
         form = wanted.output_format or "jpeg"
-        pixels, ms = pictures[0].future.result()
-        file = await self._service.preview(pixels, form, wanted.output_compression)
+        [file] = await self._service.files(job, pictures, form, wanted.output_compression)
+        ms = pictures[0].future.result()[1]
         facts = {
             "id": wanted.id,
             "seed": pictures[0].request.seed,

@@ -23,7 +23,7 @@ from lcm_compile.serving.answers import json_answer, status_of, text_of, validat
 from lcm_compile.serving.catalog import Model, Size, UnknownModel, read_lora
 from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.guard import error_body
-from lcm_compile.serving.jobs import Asked, Job, draw, job_of, while_connected
+from lcm_compile.serving.jobs import Asked, Job, draw, job_of, server_timing, while_connected
 from lcm_compile.serving.service import Service
 from lcm_compile.serving.uploads import image_of, image_of_base64, mask_of_alpha
 
@@ -287,7 +287,8 @@ async def answer(service: Service, request: HttpRequest, body: Generation, job: 
             own["b64_json"] = base64.b64encode(file).decode()
         data.append(own)
     facts = facts_of_answer(job, form)
-    return json_answer({"created": created, "data": data, **facts, "usage": USAGE})
+    answer = {"created": created, "data": data, **facts, "usage": USAGE}
+    return json_answer(answer, headers=server_timing(pictures))
 
 
 def facts_of_answer(job: Job, form: str) -> dict[str, Any]:

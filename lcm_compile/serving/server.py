@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from urllib.parse import quote
 
 import uvicorn
 
@@ -26,9 +27,18 @@ def serve(catalog: Catalog, settings: ServerSettings, told: Callable[[str], None
     """
     service = Service(catalog, settings, told)
     listening = listen(settings.host, settings.port)
+    told(f"serving at {page_address(settings, listening.getsockname()[1])}")
     Server(service).run([listening])
     if service.failure is not None:
         raise service.failure
+
+
+def page_address(settings: ServerSettings, port: int) -> str:
+    """Returns the address of the page, with the key in the part that browsers send to no server."""
+    host = settings.host.strip("[]")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    key = f"#key={quote(settings.api_key, safe='')}" if settings.api_key is not None else ""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{key}"
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -91,7 +91,7 @@ class Worker:
     def pipeline(self, folder: Path) -> Pipeline:
         """Returns the pipeline of a bundle, which is loaded when it is first asked for."""
         if folder not in self._pipelines:
-            self._pipelines[folder] = load(folder)
+            self._pipelines[folder] = load(folder, open_size=self.pipeline)
         return self._pipelines[folder]
 
     def draw(self, message: Draw) -> None:

@@ -18,16 +18,19 @@ from lcm_compile.checkpoint.ip_adapter import (
     image_size,
     tokens_shape,
 )
+from lcm_compile.checkpoint.t2i_adapter import adapters_of, feature_sizes, setting
 from lcm_compile.graphs import (
     CONTROLS,
     DOWN,
     DRAW,
     ENCODE_IMAGE,
+    GUIDES,
     IP_IMAGE,
     IP_TOKENS,
     IP_WEIGHT,
     MASKED,
     STRENGTHS,
+    T2I_ADAPTERS,
     UP,
     LoraInputs,
     StageContract,
@@ -41,7 +44,7 @@ from lcm_compile.spec import BuildSpec, Shape
 MODEL_STAGES = {
     "text": (("encode",), ("text_encoder", "text_encoder_2")),
     "ip-adapter": ((IP_IMAGE,), (IP_ENCODER, IP_PROJECTION)),
-    "unet": (("context", *CONTROLS, "step"), ("unet", IP_LAYERS, *CONTROLS)),
+    "unet": ((*T2I_ADAPTERS, "context", *CONTROLS, "step"), ("unet", IP_LAYERS, *GUIDES)),
     "vae": (("decode", ENCODE_IMAGE), ("vae",)),
 }
 # How many timesteps one call of the context stage takes. A picture of more steps calls it again.
@@ -101,6 +104,7 @@ def make_contracts(
     tokens = token_specs(checkpoint, shape)
     text = text_specs(checkpoint, shape, tokens[0].shape[1])
     contracts = {"encode": StageContract("encode", tokens, text)}
+    contracts |= {name: adapter_contract(checkpoint, name, shape) for name in adapters_of(checkpoint)}
     conditions = (TensorSpec("timestep", (1,), "float32", "training timestep, 0 to 999"), *text)
     if checkpoint.has_guidance_embedding:
         conditions += (TensorSpec("guidance", (1,), "float32", "guidance scale minus 1"),)
@@ -123,6 +127,8 @@ def make_contracts(
         inputs = control_inputs(plain, latent, shape)
         contracts |= {name: StageContract(name, inputs, residuals) for name in controls}
         conditions += residuals
+    for name in adapters_of(checkpoint)[:1]:  # the features of several have the same sizes, and are added up
+        conditions += contracts[name].outputs
     if checkpoint.is_inpainting:
         conditions = (masked_spec(latent), *conditions)
     contracts["step"] = step_contract(checkpoint, latent, conditions, "lcm-step" in rewrites)
@@ -274,6 +280,21 @@ def control_inputs(
         ),
         TensorSpec("strength", (1,), "float32", "what the residuals are multiplied by"),
     )
+
+
+def adapter_contract(checkpoint: Checkpoint, name: str, shape: Shape) -> StageContract:
+    """Returns the contract of a T2I-Adapter, which takes one picture, whatever the batch."""
+    component = checkpoint.components[name]
+    channels = setting(component, "in_channels")
+    meaning = f"control picture, {'RGB' if channels == 3 else 'grey'}, 0 to 1"
+    size = (1, channels, shape.height, shape.width)
+    features = tuple(
+        TensorSpec(f"feature_{i}", (1, *one), "float32", f"what a T2I-Adapter adds at the UNet's block {i}")
+        for i, one in enumerate(feature_sizes(component, shape.height, shape.width))
+    )
+    picture = TensorSpec("control", size, "float32", meaning)
+    strength = TensorSpec("strength", (1,), "float32", "what the features are multiplied by")
+    return StageContract(name, (picture, strength), features)
 
 
 def residual_specs(unet: Mapping[str, Any], latent: tuple[int, int, int, int]) -> tuple[TensorSpec, ...]:

@@ -22,6 +22,7 @@ from lcm_compile.graphs import (
     IP_TOKENS,
     IP_WEIGHT,
     MASKED,
+    T2I_ADAPTERS,
     StageContract,
     is_lora_input,
 )
@@ -97,6 +98,8 @@ def make_stage(checkpoint: Checkpoint, contract: StageContract, modules: Mapping
         module = Step(modules["unet"], names, ratio)
     elif contract.name in CONTROLS:
         module = Control(modules[contract.name], names)
+    elif contract.name in T2I_ADAPTERS:
+        module = Adapter(modules[contract.name])
     elif contract.name == IP_IMAGE:
         hidden = reads_hidden_states(checkpoint)
         module = IpImage(modules[IP_ENCODER], modules[IP_PROJECTION], hidden)
@@ -269,6 +272,11 @@ class Step(nn.Module):
             *down, mid = [v.to(self.dtype) for k, v in given.items() if k.startswith("residual_")]
             arguments["down_block_additional_residuals"] = down
             arguments["mid_block_additional_residual"] = mid
+        if "feature_0" in given:
+            features = [v.to(self.dtype) for k, v in given.items() if k.startswith("feature_")]
+            arguments["down_intrablock_additional_residuals"] = [
+                feature.expand(len(latent), -1, -1, -1) for feature in features
+            ]
         seen = torch.cat([latent, given[MASKED]], dim=1) if MASKED in given else latent
         prediction = self.unet(seen.to(self.dtype), **arguments, return_dict=False)[0].float()
         if "coefficients" not in given:
@@ -325,6 +333,18 @@ class Control(nn.Module):
             return_dict=False,
         )
         return tuple(residual.float() * given["strength"] for residual in (*down, mid))
+
+
+class Adapter(nn.Module):
+    """Runs a T2I-Adapter on a picture, and multiplies its features by the strength."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, control: Tensor, strength: Tensor) -> tuple[Tensor, ...]:
+        features = self.adapter(control.to(weight_type(self.adapter)))
+        return tuple(feature.float() * strength for feature in features)
 
 
 def with_picture(states: Tensor, given: Mapping[str, Tensor]) -> Tensor | TextAndPicture:

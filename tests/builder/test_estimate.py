@@ -11,7 +11,6 @@ from diffusers import StableDiffusionXLPipeline
 
 from lcm_compile import BuildSpec
 from lcm_compile.builder.estimate import estimate, parameters
-from lcm_compile.builder.export import export
 from lcm_compile.builder.plan import make_plan
 from lcm_compile.bundles.store import bundles_folder
 
@@ -63,6 +62,7 @@ def test_within_thirty_percent_of_what_was_measured(family, monkeypatch):
 
 def test_the_dry_run_tells(command, sdxl_checkpoint, sdxl_bundle, tmp_path):
     words = ("build", "--base", sdxl_checkpoint, "--no-lcm", "--gpu", "cpu", "--out", tmp_path, "--dry-run")
+    words += ("--backend", "onnxruntime")
     told = json.loads(command(*words, "--json")[1])["estimate"]
     assert told["bundle_bytes"] == pytest.approx(size(sdxl_bundle / "engines"), rel=0.3)
     out = command(*words)[1]
@@ -104,17 +104,20 @@ def test_room_is_looked_for_for_all_targets_of_a_command(
     assert "export" not in err and list((tmp_path / "b").iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def graphs(sdxl_checkpoint, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export") / "graphs"
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"), folder)
-    return folder
-
-
 def test_from_an_export_the_dry_run_tells_and_room_is_looked_for(
-    refused, command, free_disk, graphs, sdxl_bundle, tmp_path
+    refused, command, free_disk, sdxl_graphs, sdxl_bundle, tmp_path
 ):
-    words = ("build", "--from", graphs, "--gpu", "cpu", "--backend", "onnxruntime", "--out", tmp_path / "b")
+    words = (
+        "build",
+        "--from",
+        sdxl_graphs,
+        "--gpu",
+        "cpu",
+        "--backend",
+        "onnxruntime",
+        "--out",
+        tmp_path / "b",
+    )
     told = json.loads(command(*words, "--dry-run", "--json")[1])["estimate"]
     assert told["bundle_bytes"] == pytest.approx(size(sdxl_bundle / "engines"), rel=0.3)
     assert told["disk_bytes"] == told["bundle_bytes"]  # the graphs are there already
@@ -126,9 +129,9 @@ def test_from_an_export_the_dry_run_tells_and_room_is_looked_for(
     assert command(*words)[0] == 0
 
 
-def test_from_an_export_room_is_looked_for_for_all_targets(refused, free_disk, graphs, tmp_path):
+def test_from_an_export_room_is_looked_for_for_all_targets(refused, free_disk, sdxl_graphs, tmp_path):
     pytest.importorskip("tensorrt_rtx")
-    words = ("build", "--from", graphs, "--out", tmp_path / "b", "--gpu", "cpu", "--gpu", "a10")
-    free_disk(int(1.5 * size(graphs / "graphs")) + 1_000_000)
+    words = ("build", "--from", sdxl_graphs, "--out", tmp_path / "b", "--gpu", "cpu", "--gpu", "a10")
+    free_disk(int(1.5 * size(sdxl_graphs / "graphs")) + 1_000_000)
     err = refused(1, ["MB free", "make room"], *words)
     assert "build encode" not in err and list((tmp_path / "b").iterdir()) == []

@@ -26,7 +26,7 @@ def lora(sd15_checkpoint, tmp_path_factory):
 def spec(sd15_checkpoint, lora):
     loras = (LoraSpec(str(lora)),)
     return BuildSpec(
-        str(sd15_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime", loras=loras, height=64
+        str(sd15_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", loras=loras, height=64
     )
 
 
@@ -48,9 +48,9 @@ def test_each_size_draws_what_its_own_bundle_draws(spec, sized, tmp_path):
 
 def test_what_depends_on_no_size_is_stored_once(sized):
     further = sized / "sizes" / "64x96"
-    for name in ("engines/encode.onnx", "tokenizers/tokenizer.json"):
+    for name in ("engines/encode.pt", "tokenizers/tokenizer.json"):
         assert (sized / name).samefile(further / name)
-    assert not (sized / "engines/step.onnx").samefile(further / "engines/step.onnx")
+    assert not (sized / "engines/step.pt").samefile(further / "engines/step.pt")
 
 
 def test_commands_know_the_sizes(command, refused, sized, tmp_path):
@@ -87,11 +87,16 @@ def test_build_makes_several_at_once(command, spec, tmp_path):
     words += ["--size", "64x64", "--size", "64x96", "--out", tmp_path / "bundle"]
     _, out, _ = command("build", *words, "--dry-run", "--json")
     assert [plan["shape"]["width"] for plan in json.loads(out)] == [64, 96]
-    command("build", *words)
+    _, _, err = command("build", *words)
+    assert err.count("miss:") == 2
     with load(tmp_path / "bundle", height=64, width=96) as pipeline:
         assert pipeline("a star", seed=1)[0].size == (96, 64)
     _, _, err = command("build", *words)
-    assert err.count("hit:") == 1 and not list(tmp_path.glob("bundle/sizes/.*"))
+    assert (
+        err.count("hit:") == 2
+        and "inputs are those of 64x96" in err
+        and not list(tmp_path.glob("bundle/sizes/.*"))
+    )
 
 
 def test_a_size_of_another_lora_is_refused(spec, lora, sized, tmp_path):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import factories
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from diffusers.utils.state_dict_utils import convert_sai_sd_control_lora_state_dict_to_peft
 from safetensors.torch import load_file
 
 from lcm_compile import BuildSpec
@@ -17,6 +20,7 @@ from lcm_compile.builder.plan import make_plan
 from lcm_compile.checkpoint.controlnet import original_keys, with_controlnets
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.checkpoint.load import load_component
+from lcm_compile.checkpoint.random_weights import open_random
 from lcm_compile.errors import CheckpointError, UsageError
 from lcm_compile.spec import ControlNetSpec
 
@@ -82,6 +86,63 @@ def test_the_originals_names_are_those_that_diffusers_converts(tmp_path):
         assert torch.equal(theirs[key], weight), key
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_a_control_lora_is_the_unet_changed(nets, family, tmp_path):
+    base, _ = nets[family]
+    path = factories.write_control_lora(base, tmp_path / "whole", tmp_path / "lora.safetensors")
+    found = load_component(opened(base, path), "control").state_dict()
+    whole = ControlNetModel.from_pretrained(tmp_path / "whole").state_dict()
+    assert found.keys() == whole.keys()
+    for key, weight in whole.items():
+        torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-5)
+
+
+def test_a_control_loras_names_are_those_that_diffusers_converts(tmp_path):
+    """Of a UNet of four blocks with two layers each, as SD1.5's, since diffusers' tables are for those.
+
+    What its `load_lora_adapter` makes of them would lack the biases.
+    """
+    small = {**factories.SMALL_UNET, "layers_per_block": 2}
+    types = {"down_block_types": (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")}
+    types["up_block_types"] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    base = factories.write_sd15(tmp_path / "base", **small, **types)
+    path = factories.write_control_lora(base, tmp_path / "whole", tmp_path / "lora.safetensors")
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet").state_dict()
+    theirs = convert_sai_sd_control_lora_state_dict_to_peft(load_file(path))
+    ours = load_component(opened(base, path), "control").state_dict()
+    assert len(theirs) > len(ours)
+    for key, weight in ours.items():
+        layer = key.removesuffix(".weight")
+        if f"{layer}.lora_B.weight" in theirs:
+            up, down = (theirs[f"{layer}.lora_{one}.weight"].flatten(1) for one in "BA")
+            expected = unet[key] + (up @ down).reshape(weight.shape)
+        else:
+            expected = theirs[key]
+        torch.testing.assert_close(weight, expected, rtol=0, atol=1e-5)
+
+
+def test_a_control_lora_that_does_not_fit(nets, tmp_path):
+    base, _ = nets["sd15"]
+    path = factories.write_control_lora(base, tmp_path / "whole", tmp_path / "lora.safetensors")
+    tensors = load_file(path)
+    with pytest.raises(CheckpointError, match="random ones are asked for"):
+        with_controlnets(open_random("sd15", 0), [str(path)], half=False)
+    with pytest.raises(CheckpointError, match="is a ControlNet, not a base"):
+        open_checkpoint(str(path))
+
+    def load(told, **changes):
+        changed = {key: t for key, t in {**tensors, **changes}.items() if t is not None}
+        file = factories.save_tensors(changed, tmp_path / "changed.safetensors")
+        with pytest.raises(CheckpointError, match=told):
+            load_component(opened(base, file), "control")
+
+    load("has no place for 1 weights", **{"time_embed.0.down": None})
+    load("another shape of 1 weights", **{"input_blocks.0.0.down": torch.zeros(4, 9, 3, 3)})
+    load("lacks 1 weights", **{"zero_convs.0.0.weight": None})
+    wider = {k: t[..., :16] for k, t in tensors.items() if k.endswith("attn2.to_k.down")}
+    load("is for a model with text states of 16", **wider)
+
+
 def test_two_are_components_of_their_own_and_in_the_key(nets):
     base, folder = nets["sd15"]
     assert {"control", "control-2"} < opened(base, folder, folder).components.keys()
@@ -130,9 +191,6 @@ def test_other_kinds_are_refused_by_name(nets, tmp_path):
     reads = changed(folder, tmp_path / "reads", conditioning_channels=4)
     path = factories.write_original_controlnet(folder, tmp_path / "net.safetensors")
     tensors = load_file(path)
-    lora = factories.save_tensors(
-        tensors | {"lora_controlnet": torch.zeros(0)}, tmp_path / "lora.safetensors"
-    )
     part = factories.save_tensors(tensors | {"difference": torch.zeros(0)}, tmp_path / "part.safetensors")
     none = factories.save_tensors({"a.weight": torch.zeros(1)}, tmp_path / "none.safetensors")
     pickle = tmp_path / "net.pth"
@@ -141,7 +199,6 @@ def test_other_kinds_are_refused_by_name(nets, tmp_path):
         (pools, "guess mode"),
         (union, "is a ControlNetUnionModel"),
         (reads, "reads 4 channels"),
-        (lora, "is a control-LoRA"),
         (part, "difference"),
         (none, "is no ControlNet"),
         (pickle, "is not a pickle of weights only"),
@@ -154,6 +211,23 @@ def test_other_kinds_are_refused_by_name(nets, tmp_path):
     factories.save_tensors(short, tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="lacks 1 weights"):
         load_component(opened(base, tmp_path / "short.safetensors"), "control")
+
+
+def test_a_file_of_a_hub_repository(nets):
+    base, folder = nets["sd15"]
+    snapshot = Path(os.environ["HF_HOME"]) / "hub/models--someone--nets/snapshots" / ("b" * 40)
+    (snapshot / "rank128").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("b" * 40)
+    factories.write_original_controlnet(folder, snapshot / "rank128/canny.safetensors")
+    spec = ControlNetSpec.parse("someone/nets:rank128/canny.safetensors:0.5")
+    assert (spec.source, spec.weight) == ("someone/nets:rank128/canny.safetensors", 0.5)
+    component = opened(base, spec.source).components["control"]
+    assert component.files == (snapshot / "rank128/canny.safetensors",)
+    with pytest.raises(CheckpointError, match=r"someone/nets has no depth\.pth on the hub"):
+        opened(base, "someone/nets:depth.pth")
+    with pytest.raises(CheckpointError, match="neither a path nor in the hub cache"):
+        opened(base, "someone/else:depth.pth")
 
 
 def test_bad_options(nets, refused, tmp_path):

@@ -113,7 +113,7 @@ def test_pictures_are_those_of_diffusers(base_of, tmp_path, family):
         no_lcm=True,
         few_step="lcm",
         embeddings=(EmbeddingSpec(str(path), WORD),),
-        backend="onnxruntime",
+        backend="torchscript",
     )
     with load(build(spec, tmp_path / "bundle")) as ours:
         pair = Pair(ours, with_vectors(base, family, found), 64, 64)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
+from factories import build_from
 
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.engines import openvino
@@ -28,9 +29,8 @@ COMPUTES_BF16 = openvino.cannot_compute(Precision.BF16) is None
 
 
 @pytest.fixture(scope="module")
-def openvino_bundle(sdxl_checkpoint, tmp_path_factory):
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="openvino")
-    return build(spec, tmp_path_factory.mktemp("openvino") / "bundle")
+def openvino_bundle(sdxl_graphs, tmp_path_factory):
+    return build_from(sdxl_graphs, "cpu", "openvino", tmp_path_factory.mktemp("openvino") / "bundle")[1]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import build_from
 
-from lcm_compile import BuildSpec, build
 from lcm_compile.benchmarks.measure.worker import Drawn, Maker, Worker
 from lcm_compile.system.processor import physical_cores, threads
 
@@ -18,12 +18,12 @@ BACKENDS = ("onnxruntime", "openvino")
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def bundle(request, sdxl_checkpoint, tmp_path_factory):
+def bundle(request, tmp_path_factory):
     if request.param == "onnxruntime":
         return request.getfixturevalue("sdxl_bundle")
     pytest.importorskip("openvino")
-    spec = BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend=request.param)
-    return build(spec, tmp_path_factory.mktemp(request.param) / "bundle").folder
+    out = tmp_path_factory.mktemp(request.param) / "bundle"
+    return build_from(request.getfixturevalue("sdxl_graphs"), "cpu", request.param, out)[1].folder
 
 
 def threads_of(folder):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lcm_compile import BuildSpec, build, load
-from lcm_compile.builder import export, prepare
+from lcm_compile.builder import prepare
 from lcm_compile.bundles.export_manifest import EXPORT
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.pipeline.request import Request
@@ -19,15 +19,7 @@ from lcm_compile.pipeline.request import Request
 
 @pytest.fixture(scope="module")
 def base(sdxl_checkpoint):
-    return BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm")
-
-
-@pytest.fixture(scope="module")
-def graphs(base, tmp_path_factory):
-    """An export in fp32. Copy it before changing it."""
-    folder = tmp_path_factory.mktemp("export") / "graphs"
-    export.export(BuildSpec(base=base.base, no_lcm=True, few_step="lcm", precision="fp32"), folder)
-    return folder
+    return BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime")
 
 
 @pytest.fixture
@@ -66,9 +58,9 @@ def test_targets_of_other_precisions_are_exported_apart(command, base, counted, 
     assert precisions == ["fp32", "fp16"]
 
 
-def test_an_export_builds_what_the_base_builds(base, graphs, tmp_path):
+def test_an_export_builds_what_the_base_builds(base, sdxl_graphs, tmp_path):
     """Moved, and in a process that can import neither diffusers nor transformers: the other machine."""
-    moved = shutil.copytree(graphs, tmp_path / "moved")
+    moved = shutil.copytree(sdxl_graphs, tmp_path / "moved")
     script = """
 import sys
 sys.modules.update(diffusers=None, transformers=None, torch=None)
@@ -86,19 +78,22 @@ main()
     assert manifest.spec.base == base.base
 
 
-def test_an_export_has_the_key_of_the_base(command, graphs, base, tmp_path):
+def test_an_export_has_the_key_of_the_base(command, sdxl_graphs, base, tmp_path):
     """What was built from an export is a hit for the same base, and the other way round."""
     out = tmp_path / "b"
-    assert command("build", "--from", graphs, "--gpu", "cpu", "--out", out)[0] == 0
+    assert command("build", "--from", sdxl_graphs, "--gpu", "cpu", "--out", out)[0] == 0
     words = ("build", "--base", base.base, "--no-lcm", "--few-step", "lcm", "--gpu", "cpu", "--out", out)
+    words += ("--backend", "onnxruntime")
     assert json.loads(command(*words, "--json")[1])["hit"] is True
-    assert json.loads(command("build", "--from", graphs, "--gpu", "cpu", "--out", out, "--json")[1])["hit"]
-    code, told, err = command("build", "--from", graphs, "--gpu", "cpu", "--out", out, "--quiet")
+    assert json.loads(command("build", "--from", sdxl_graphs, "--gpu", "cpu", "--out", out, "--json")[1])[
+        "hit"
+    ]
+    code, told, err = command("build", "--from", sdxl_graphs, "--gpu", "cpu", "--out", out, "--quiet")
     assert (code, told, err) == (0, f"{out}\n", "")
 
 
-def test_a_damaged_export_is_refused(refused, graphs, tmp_path):
-    copy = shutil.copytree(graphs, tmp_path / "copy")
+def test_a_damaged_export_is_refused(refused, sdxl_graphs, tmp_path):
+    copy = shutil.copytree(sdxl_graphs, tmp_path / "copy")
     step = copy / "graphs" / "step.onnx"
     step.write_bytes(step.read_bytes()[:-1] + b"\0")
     refused(1, ["step.onnx", "damaged"], "build", "--from", copy, "--gpu", "cpu")
@@ -116,15 +111,15 @@ def test_a_damaged_export_is_refused(refused, graphs, tmp_path):
     refused(1, "is not an export", "build", "--from", tmp_path, "--gpu", "cpu")
 
 
-def test_what_an_export_has_settled_is_not_asked_again(refused, graphs):
-    refused(2, ["--height", "--from"], "build", "--from", graphs, "--gpu", "cpu", "--height", "64")
-    refused(2, ["--base", "--from"], "build", "--from", graphs, "--base", "demo", "--gpu", "cpu")
+def test_what_an_export_has_settled_is_not_asked_again(refused, sdxl_graphs):
+    refused(2, ["--height", "--from"], "build", "--from", sdxl_graphs, "--gpu", "cpu", "--height", "64")
+    refused(2, ["--base", "--from"], "build", "--from", sdxl_graphs, "--base", "demo", "--gpu", "cpu")
     refused(2, "--base", "build", "--gpu", "cpu")
 
 
-def test_a_backend_of_other_graphs_is_refused(refused, graphs):
+def test_a_backend_of_other_graphs_is_refused(refused, sdxl_graphs):
     told = ["torchscript", "onnx"]
-    refused(1, told, "build", "--from", graphs, "--gpu", "cpu", "--backend", "torchscript")
+    refused(1, told, "build", "--from", sdxl_graphs, "--gpu", "cpu", "--backend", "torchscript")
 
 
 def test_nothing_of_the_users_is_overwritten_by_an_export(refused, base, tmp_path):

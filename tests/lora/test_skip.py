@@ -80,7 +80,7 @@ def test_what_is_left_out_is_in_the_key_the_manifest_and_the_command(base, with_
         few_step="lcm",
         loras=(LoraSpec(str(path)),),
         lora_skip=("bundle_emb.*", "*extra_0*"),
-        backend="onnxruntime",
+        backend="torchscript",
     )
     manifest, _ = read_manifest(build(spec, tmp_path / "bundle").folder)
     assert manifest.loras[0]["skipped"] == {"bundle_emb.*": 1, "*extra_0*": 2}

@@ -373,3 +373,33 @@ def test_the_few_step_method_of_a_hub_id(inspected):
     found = inspected("h1t/TCD-SD15-LoRA")["few_step"]
     assert (found["method"], found["because"]) == ("tcd", "its repository's name says so")
     assert found["build"] == "--few-step tcd --few-step-lora h1t/TCD-SD15-LoRA"
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory, sd15_checkpoint, sdxl_checkpoint):
+    """ControlNets and T2I-Adapters as folders and files, by name."""
+    folder = tmp_path_factory.mktemp("guides")
+    net = factories.write_controlnet(sdxl_checkpoint, folder / "net")
+    adapter = factories.write_t2i_adapter(folder / "adapter", in_channels=1)
+    return {
+        "net": net,
+        "file": factories.write_original_controlnet(net, folder / "net.safetensors"),
+        "lora": factories.write_control_lora(sd15_checkpoint, folder / "whole", folder / "l.safetensors", 5),
+        "adapter": adapter,
+        "pickle": factories.write_original_t2i_adapter(adapter, folder / "adapter.pth"),
+    }
+
+
+def test_what_guides_a_base_is_told(inspected, guides):
+    for source, dtype in ((guides["net"], "F32"), (guides["file"], "F16")):
+        told = inspected(source)
+        assert (told["controlnet"], told["kind"], told["dtype"]) == (str(source), "ControlNet", dtype)
+        assert told["made_for"] == "SDXL's architecture with text states of 80"
+        assert told["build"] == f"--controlnet {source}"
+    told = inspected(guides["lora"])
+    assert told["kind"].startswith("control-LoRA of rank 5,")
+    assert told["made_for"] == "a model with text states of 32"
+    for source in (guides["adapter"], guides["pickle"]):
+        told = inspected(source)
+        assert (told["t2i-adapter"], told["in_channels"], told["channels"]) == (str(source), 1, [32, 64])
+        assert told["build"] == f"--t2i-adapter {source}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import cv2
 import factories
 import numpy as np
 import pytest
@@ -17,19 +20,39 @@ from diffusers import (
 )
 from diffusers.image_processor import VaeImageProcessor
 from diffusers_reference import SCHEDULERS
-from factories import outline
+from factories import outline, painting
 from PIL import Image
 
 from lcm_compile import BuildSpec, build, load
+from lcm_compile.benchmarks.measure.bench import Measured, cases_of, contest
+from lcm_compile.benchmarks.measure.rivals import SELF
+from lcm_compile.benchmarks.measure.work import count_work
+from lcm_compile.benchmarks.measure.worker import cold_run, take_sample
+from lcm_compile.bundles.bundle import open_bundle
+from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import UsageError
-from lcm_compile.pipeline.control_picture import ControlPicture
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
+from lcm_compile.pipeline.source_picture import source_picture
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec, Shape
+from lcm_compile.spec import ControlNetSpec, LoraSpec, Shape
 
 FLOOR = 60  # dB
+
+
+def load_controlnets(base, folder, *kinds):
+    """ControlNets of these kinds for a base: what `build` is given, and diffusers' models of the same."""
+    sources, models = [], []
+    for i, kind in enumerate(kinds):
+        whole = folder / f"net-{i}"
+        if kind == "control-LoRA":
+            source = factories.write_control_lora(base, whole, folder / f"net-{i}.safetensors", seed=3 + i)
+        else:
+            source = factories.write_controlnet(base, whole, seed=3 + i)
+        sources.append(source)
+        models.append(ControlNetModel.from_pretrained(whole))
+    return sources, models
 
 
 @dataclass
@@ -81,26 +104,32 @@ class Pair:
         return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
 
 
-def make_pair(base, folder, weights, pipeline, **options):
-    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them."""
+def make_pair(base, folder, weights, kinds, pipeline, **options):
+    """A bundle of a base and its random ControlNets, and diffusers' pipeline of them.
+
+    A LoRA is fused into the base, which must not reach the control-LoRA.
+    """
     base = factories.with_scheduler(base, folder / "base", clip_sample=False)
     nets = len(weights)
-    sources = [factories.write_controlnet(base, folder / f"net-{i}", seed=3 + i) for i in range(nets)]
+    sources, models = load_controlnets(base, folder, *kinds)
+    pipe = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
+    lora = factories.write_lora(pipe, folder / "style.safetensors", "diffusers")
     specs = tuple(ControlNetSpec(str(s), w) for s, w in zip(sources, weights, strict=True))
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", controlnets=specs, **options)
+    loras = (LoraSpec(str(lora), 0.3),)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", loras=loras, controlnets=specs, **options)
     bundle = build(spec, folder / "bundle")
-    models = [ControlNetModel.from_pretrained(source) for source in sources]
-    theirs = pipeline.from_pretrained(base, controlnet=models[0] if nets == 1 else models)
-    theirs.set_progress_bar_config(disable=True)
-    return load(bundle), theirs, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
+    pipe.load_lora_weights(str(lora))
+    pipe.fuse_lora(lora_scale=0.3)
+    pipe.set_progress_bar_config(disable=True)
+    return load(bundle), pipe, [outline((80 + 16 * i, 96), i) for i in range(nets)], bundle.folder, weights
 
 
 @pytest.fixture(scope="module")
 def sd15(sd15_checkpoint, tmp_path_factory):
-    """One ControlNet, a picture at a time."""
+    """One ControlNet, a control-LoRA, a picture at a time."""
     folder = tmp_path_factory.mktemp("sd15-control")
-    options = {"backend": "onnxruntime"}
-    made = make_pair(sd15_checkpoint, folder, [0.8], StableDiffusionControlNetPipeline, **options)
+    options, kinds = {"backend": "onnxruntime"}, ["control-LoRA"]
+    made = make_pair(sd15_checkpoint, folder, [0.8], kinds, StableDiffusionControlNetPipeline, **options)
     with made[0]:
         yield Pair(*made)
 
@@ -109,8 +138,10 @@ def sd15(sd15_checkpoint, tmp_path_factory):
 def sdxl(sdxl_checkpoint, tmp_path_factory):
     """Two ControlNets, two pictures at a time."""
     folder = tmp_path_factory.mktemp("sdxl-control")
-    options = {"backend": "torchscript", "batch": 2}
-    made = make_pair(sdxl_checkpoint, folder, [1.2, 0.0], StableDiffusionXLControlNetPipeline, **options)
+    options, kinds = {"backend": "torchscript", "batch": 2}, ["whole", "control-LoRA"]
+    made = make_pair(
+        sdxl_checkpoint, folder, [1.2, 0.0], kinds, StableDiffusionXLControlNetPipeline, **options
+    )
     with made[0]:
         yield Pair(*made)
 
@@ -166,11 +197,9 @@ def test_a_depth_map_of_sixteen_bits_is_read_as_one_of_eight(tmp_path):
     shape, values = Shape(2, 64, 64), np.linspace(0, 65535, 64 * 64).reshape(64, 64)
     Image.fromarray(values.astype(np.uint16)).save(tmp_path / "16.png")
     Image.fromarray((values / 257).round().astype(np.uint8)).save(tmp_path / "8.png")
-    sixteen, eight = (ControlPicture.of(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
+    sixteen, eight = (source_picture(tmp_path / f"{bits}.png").planes(shape) for bits in (16, 8))
     assert sixteen.shape == (2, 3, 64, 64) and sixteen.max() == 1 and sixteen.min() == 0
     np.testing.assert_allclose(sixteen, eight, atol=1.01 / 255)
-    with pytest.raises(UsageError, match="holds floats"):
-        ControlPicture.of(Image.new("F", (8, 8)))
 
 
 @pytest.mark.parametrize("mode", ["P", "L", "1", "RGBA", "CMYK"])
@@ -178,7 +207,60 @@ def test_pictures_of_other_modes_are_read_as_diffusers_reads_them(mode):
     picture = outline((80, 48)).convert(mode)
     processor = VaeImageProcessor(do_convert_rgb=True, do_normalize=False)
     theirs = processor.preprocess(picture, height=64, width=96).numpy()
-    np.testing.assert_array_equal(ControlPicture.of(picture).planes(Shape(1, 64, 96)), theirs)
+    np.testing.assert_array_equal(source_picture(picture).planes(Shape(1, 64, 96)), theirs)
+
+
+def canny_as_documented(photo, low=100, high=200):
+    """What diffusers' documentation of ControlNets makes of a picture."""
+    image = cv2.Canny(np.array(photo), low, high)[:, :, None]
+    return Image.fromarray(np.concatenate([image, image, image], axis=2))
+
+
+def test_edges_are_those_of_opencv():
+    photo = painting(96, 64)
+    shape, found = Shape(1, 64, 96), source_picture(photo).detected_by("canny")
+    expected = np.asarray(canny_as_documented(photo), np.float32).transpose(2, 0, 1) / 255
+    assert 0.01 < expected.mean() < 0.5
+    np.testing.assert_array_equal(found.planes(shape)[0], expected)
+    resized = canny_as_documented(photo.resize((64, 64), Image.Resampling.LANCZOS), 20, 60)
+    found = source_picture(photo).detected_by("canny:20,60").planes(Shape(2, 64, 64))[1]
+    np.testing.assert_array_equal((found * 255).transpose(1, 2, 0), np.asarray(resized))
+    assert source_picture(photo).detected_by("none") == source_picture(photo)
+
+
+def test_a_photo_is_a_control_picture(sd15, sdxl, command, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photo = painting()
+    photo.save("photo.png")
+    canny_as_documented(photo).save("edges.png")
+    words = ["run", "a star", "--bundle", sd15.folder, "--seed", 1, "--control"]
+    detector = "--control-detector", "canny"
+    code, out, err = command(*words, "photo.png", *detector, "--out", "a.png", "--json")
+    assert code == 0, err
+    [told] = json.loads(out)["control"]
+    assert (told["file"], told["detector"]) == ("photo.png", "canny")
+    assert command(*words, "edges.png", "--out", "b.png")[0] == 0
+    drawn = Image.open("a.png").tobytes()
+    assert drawn == Image.open("b.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png")[0] == 0
+    assert drawn == Image.open("c.png").tobytes()
+    assert command("run", "--again", "a.png", "--out", "c.png", "--control-detector", "none")[0] == 0
+    assert drawn != Image.open("c.png").tobytes()
+
+    [other] = sdxl.ours("a star", seed=1, control=[photo, photo], control_detector=["canny", "none"])
+    [same] = sdxl.ours("a star", seed=1, control=[canny_as_documented(photo), photo])
+    assert (np.asarray(other) == np.asarray(same)).all()
+
+    bad = [*words, "photo.png", "--out", "d.png", "--control-detector"]
+    refused(2, ["unknown control detector 'depth'", "canny, none"], *bad, "depth")
+    refused(2, "is not canny:LOW,HIGH", *bad, "canny:5")
+    refused(2, "2 control detectors for 1", *bad, "canny", "--control-detector", "none")
+    refused(2, "without a control picture", *words[:-1], *detector)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    refused(1, ["OpenCV", "pip install 'lcm-compile[detect]'"], *bad, "canny")
+    refused(1, "pip install", "run", "--again", "a.png", "--out", "d.png")
+    refused(1, "pip install", "run", "--again", "b.png", "--out", "d.png", *detector)
+    assert not (tmp_path / "d.png").exists()
 
 
 def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeypatch):
@@ -201,10 +283,10 @@ def test_run_tells_the_control_picture(sd15, command, refused, tmp_path, monkeyp
     assert command(*again, "--control-weight", 0)[0] == 0
     assert Image.open("b.png").tobytes() != first
     outline((64, 64), seed=4).save("outline.png")
-    refused(2, ["is not the control picture", "--control FILE"], *again)
+    refused(2, ["is not the control picture", "SHA-256 differs", "--control"], *again)
     assert command(*again, "--control", "outline.png")[0] == 0
     (tmp_path / "outline.png").unlink()
-    refused(2, "neither in", *again)
+    refused(2, ["the control picture outline.png", "is not here", "--control"], *again)
 
     code, out, err = command("run", "--bundle", sd15.folder, "--out", "c.png", "--grid", "steps=1,2", *asked)
     assert code == 2 and "outline.png can't be read" in err
@@ -229,9 +311,34 @@ def test_bad_requests(sd15, sd15_checkpoint, sdxl, refused, tmp_path):
     refused(2, "must be before control end", *words, sd15.folder, *given, *span)
     refused(2, "without a control picture", *words, sd15.folder, "--control-weight", 1)
     assert not (tmp_path / "a.png").exists()
-    with pytest.raises(UsageError, match="a control picture must be"):
+    with pytest.raises(UsageError, match="the control picture must be"):
         sd15.ours("a star", control=[3])
     with pytest.raises(UsageError, match="2 values of control weight for 1"):
         Request("a star", 1, control=picture, control_weight=[1, 2])
     with pytest.raises(UsageError, match="whole-loop"):
         BuildSpec("demo", whole_loop=True, controlnets=(ControlNetSpec("x"),))
+
+
+@pytest.mark.slow
+def test_bench_draws_with_the_controlnets_too(sdxl, refused, tmp_path):
+    """In this process, which saves the minute that five others take to start."""
+    bundle = open_bundle(Path(sdxl.folder))
+    with contest(bundle, ["eager"]) as contestants:
+        drawn = {name: [take_sample(load(), "a star", 7)] for name, load in contestants.drawers.items()}
+        nothing = dict.fromkeys(drawn)
+        cases = {one.name: one for one in cases_of(contestants, Measured(drawn, nothing, nothing), {})}
+    assert [*cases] == ["picture", "encode", "context", "step", "decode"]
+    # Whoever drew without the ControlNets drew another picture.
+    assert cases["picture"].parity_db >= FLOOR
+    plain = sdxl.ours("a star", seed=7, num_images=2, control=sdxl.pictures, control_weight=0.0)
+    assert psnr_db(drawn[SELF][0].drawn.pictures[0], np.asarray(plain[0])) < 35
+    assert cases["step"].rivals["eager"].samples_ms[0] > 0
+    # Each ControlNet is counted, a copy of half of the UNet, and so are the bytes of its engine.
+    manifest = bundle.manifest
+    unet = count_work(open_base(replace(manifest.spec, controlnets=()), half=False), manifest.pipeline.shape)
+    step, passes = cases["step"], cases["step"].passes
+    assert 1.5 * passes * unet["step"].flop < step.flop < 3.5 * passes * unet["step"].flop
+    sizes = [(bundle.folder / stage.file).stat().st_size for stage in manifest.stages]
+    assert cases["picture"].engine_bytes == pytest.approx(sum(sizes), rel=0.01)
+    assert cold_run(bundle.folder, "a star", 7, tmp_path / "a.png", threads=1) > 0
+    refused(2, "draws without ControlNets", "bench", bundle.folder, "--against", "openvino")

@@ -28,7 +28,7 @@ from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
-from lcm_compile.spec import ControlNetSpec, IpAdapterSpec
+from lcm_compile.spec import ControlNetSpec, IpAdapterSpec, T2IAdapterSpec
 
 
 class Tape(TorchDispatchMode):
@@ -252,12 +252,18 @@ def test_pictures_are_those_drawn_without(case, engine, tape, request):
         seen.add(kind)
 
 
-@pytest.mark.parametrize("inpainting", [False, True])
-@pytest.mark.parametrize(("engine", "backend"), [(Fixed, "onnxruntime"), (Fresh, "torchscript")])
-def test_pictures_that_begin_at_a_picture(engine, backend, inpainting, tape, tmp_path):
-    base = factories.write_sdxl(tmp_path / "base", in_channels=9 if inpainting else 4, out_channels=4)
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend=backend, image=True)
-    folder = build(spec, tmp_path / "bundle").folder
+@pytest.fixture(scope="module", params=[False, True], ids=["any model", "inpainting"])
+def reads_pictures(request, tmp_path_factory):
+    """A bundle that begins at pictures, and whether its model is told what it repaints."""
+    folder = tmp_path_factory.mktemp("reads")
+    base = factories.write_sdxl(folder / "base", in_channels=9 if request.param else 4, out_channels=4)
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", image=True)
+    return build(spec, folder / "bundle").folder, request.param
+
+
+@pytest.mark.parametrize("engine", [FixedScript, Fresh])
+def test_pictures_that_begin_at_a_picture(engine, tape, reads_pictures):
+    folder, inpainting = reads_pictures
     plain, pipeline = pipeline_of(folder, engine, cuda_graph=False), pipeline_of(folder, engine)
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8))
     half = Image.fromarray(np.tile(np.asarray([0, 255], np.uint8).repeat(32), (64, 1)))
@@ -268,6 +274,15 @@ def test_pictures_that_begin_at_a_picture(engine, backend, inpainting, tape, tmp
             drawing, expected = pipeline.draw(asked), plain.draw(asked)
             np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(asked))
             assert drawing.cuda_graph == (USED if i else FIRST)
+    if not inpainting:  # two passes, of one size here
+        for one in (plain, pipeline):
+            one._open_larger = lambda request: pipeline_of(folder, engine)
+        for i, upscaler in enumerate(("latent", "latent", "lanczos")):
+            asked = Request(STAR, i, hires=2, hires_upscaler=upscaler)
+            drawing, expected = pipeline.draw(asked), plain.draw(asked)
+            np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(asked))
+            assert (drawing.cuda_graph == USED) == (i > 0)
+            assert expected.cuda_graph == SWITCHED_OFF
 
 
 @pytest.mark.parametrize(("case", "engine"), KINDS)
@@ -285,41 +300,43 @@ def test_prompts_that_share_a_drawing(case, engine, tape, request):
 
 @pytest.fixture(scope="module")
 def controlled(tmp_path_factory):
-    """SD1.5's architecture with two ControlNets and an IP-Adapter."""
+    """SD1.5's architecture with two ControlNets, a T2I-Adapter and an IP-Adapter."""
     folder = tmp_path_factory.mktemp("controlled")
     base = factories.write_sd15(folder / "base")
     nets = [factories.write_controlnet(base, folder / f"net-{seed}", seed) for seed in (3, 4)]
-    specs = tuple(ControlNetSpec(str(net)) for net in nets)
-    adapter = IpAdapterSpec(str(factories.write_ip_adapter(base, folder / "ip/adapter.safetensors")))
     factories.write_image_encoder(folder / "ip/image_encoder")
-    added = {"controlnets": specs, "ip_adapter": adapter}
-    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", **added)
+    guides = {
+        "controlnets": tuple(ControlNetSpec(str(net)) for net in nets),
+        "t2i_adapters": (T2IAdapterSpec(str(factories.write_t2i_adapter(folder / "adapter"))),),
+        "ip_adapter": IpAdapterSpec(str(factories.write_ip_adapter(base, folder / "ip/adapter.safetensors"))),
+    }
+    spec = BuildSpec(str(base), no_lcm=True, few_step="lcm", backend="torchscript", **guides)
     return build(spec, folder / "bundle").folder
 
 
 @pytest.mark.parametrize("engine", [Fresh, FixedScript])
-def test_controlnets_and_an_ip_adapter(engine, tape, controlled):
+def test_controlnets_and_adapters(engine, tape, controlled):
     plain = pipeline_of(controlled, engine, cuda_graph=False)
     pipeline = pipeline_of(controlled, engine)
-    both = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in (1, 2)]
+    pictures = [np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8) for seed in (1, 2, 3)]
     photo = factories.painting()
     seen = set()
     for options, kind in (
-        ({}, "both nets"),
-        ({"ip_image": photo}, "both nets"),
-        ({"ip_image": photo.rotate(90), "ip_weight": 0.4}, "both nets"),
-        ({"control_weight": [0.5, 1.5], "seed": 8}, "both nets"),
-        ({"control": both[::-1]}, "both nets"),
-        ({"control_end": [0.5, 1.0]}, "one net ends"),
+        ({}, "all"),
+        ({"ip_image": photo}, "all"),
+        ({"ip_image": photo.rotate(90), "ip_weight": 0.4}, "all"),
+        ({"control_weight": [0.5, 1.5, 0.7], "seed": 8}, "all"),
+        ({"control": pictures[::-1]}, "all"),
+        ({"control_end": [0.5, 1.0, 0.75]}, "some end"),
         (GUIDED, "guided"),
         ({"control_weight": 0}, "none"),
-        (GUIDED | {"control": both[::-1], "control_weight": -0.3, "negative_prompt": RING}, "guided"),
+        (GUIDED | {"control": pictures[::-1], "control_weight": -0.3, "negative_prompt": RING}, "guided"),
         (GUIDED | {"ip_image": photo}, "guided"),
-        ({"control_end": [0.5, 1.0], "control_weight": [0.2, 0.9]}, "one net ends"),
+        ({"control_end": [0.5, 1.0, 0.75], "control_weight": [0.2, 0.9, 0.4]}, "some end"),
         ({"control_weight": 0, "seed": 9}, "none"),
-        ({}, "both nets"),
+        ({}, "all"),
     ):
-        asked = Request(**{"prompt": STAR, "seed": 7, "control": both, **options})
+        asked = Request(**{"prompt": STAR, "seed": 7, "control": pictures, **options})
         drawing, expected = pipeline.draw(asked), plain.draw(asked)
         np.testing.assert_array_equal(drawing.pictures, expected.pictures, str(options))
         assert drawing.cuda_graph == (USED if kind in seen else FIRST)

@@ -30,7 +30,7 @@ def bundles(sdxl_checkpoint, sd15_checkpoint, tmp_path_factory):
 
     def made_once(name):
         base, batch, backend = {
-            "sdxl": (sdxl_checkpoint, 2, "onnxruntime"),
+            "sdxl": (sdxl_checkpoint, 2, "torchscript"),
             "sd15": (sd15_checkpoint, 4, "torchscript"),
             "alone": (sd15_checkpoint, 1, "torchscript"),
             "full": (full, 2, "torchscript"),

@@ -25,7 +25,10 @@ def sdxl(sdxl_checkpoint, tmp_path_factory):
     lcm = factories.write_lora(theirs, folder / "lcm.safetensors", "kohya", seed=1)
     style = factories.write_lora(theirs, folder / "style.safetensors", "peft", seed=2)
     spec = BuildSpec(
-        base=str(sdxl_checkpoint), lcm_lora=LoraSpec(str(lcm)), loras=(LoraSpec(str(style), 0.6),)
+        base=str(sdxl_checkpoint),
+        lcm_lora=LoraSpec(str(lcm)),
+        loras=(LoraSpec(str(style), 0.6),),
+        backend="onnxruntime",
     )
     theirs.load_lora_weights(lcm, adapter_name="lcm")
     theirs.load_lora_weights(style, adapter_name="style")

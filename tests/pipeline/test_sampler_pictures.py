@@ -14,6 +14,7 @@ from diffusers_reference import SCHEDULERS, reference
 from PIL import Image
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
+from lcm_compile.builder.export import export
 from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.request import Request
@@ -27,26 +28,34 @@ FLOOR = 60  # dB
 def ordinary(sd15_checkpoint, sdxl_checkpoint, tmp_path_factory):
     """A bundle of each base without an LCM-LoRA, and the base, which does not clip, as published ones."""
     folder, made = tmp_path_factory.mktemp("ordinary"), {}
-    for name, checkpoint, backend in (
-        ("sd15", sd15_checkpoint, "torchscript"),
-        ("sdxl", sdxl_checkpoint, "onnxruntime"),
-    ):
+    for name, checkpoint in ("sd15", sd15_checkpoint), ("sdxl", sdxl_checkpoint):
         base = factories.with_scheduler(checkpoint, folder / f"{name}-base", clip_sample=False)
-        made[name] = build(BuildSpec(str(base), no_lcm=True, backend=backend), folder / name).folder, base
+        spec = BuildSpec(str(base), no_lcm=True, backend="torchscript")
+        made[name] = build(spec, folder / name).folder, base
     return made
 
 
-@pytest.fixture(params=["sd15", "sdxl"])
-def pair(request, ordinary):
-    """A bundle without an LCM-LoRA, and diffusers' pipeline of the same base."""
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def opened(request, ordinary):
+    """Our pipeline of a bundle without an LCM-LoRA, and diffusers' of the same base."""
     bundle, base = ordinary[request.param]
-    return bundle, DiffusionPipeline.from_pretrained(base)
+    with load(bundle) as ours:
+        yield ours, DiffusionPipeline.from_pretrained(base)
+
+
+@pytest.fixture
+def pair(opened):
+    """The two pipelines. What a test changes of them is put back."""
+    ours, theirs = opened
+    settings, scheduler = ours.settings, theirs.scheduler
+    yield ours, theirs
+    ours.settings, theirs.scheduler = settings, scheduler
 
 
 @pytest.mark.parametrize(("steps", "scale"), [(4, 1.0), (25, 7.5)])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_pictures_are_those_of_diffusers(pair, sampler, steps, scale):
-    bundle, theirs = pair
+    ours, theirs = pair
     theirs.scheduler = SCHEDULERS[sampler](theirs.scheduler.config)
     drawn = theirs(
         "a red star",
@@ -57,15 +66,14 @@ def test_pictures_are_those_of_diffusers(pair, sampler, steps, scale):
         generator=torch.Generator("cpu").manual_seed(7),
         output_type="np",
     ).images
-    with load(bundle) as ours:
-        pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 2, sampler=sampler)).pictures
+    pictures = ours.draw(Request("a red star", 7, "blue", steps, scale, 2, sampler=sampler)).pictures
     for mine, other in zip(pictures, eight_bits(drawn), strict=True):
         assert psnr_db(other, mine) >= FLOOR
 
 
 @pytest.mark.parametrize("options", [{"guidance_rescale": 0.7}, {"eta": 0.6}], ids=str)
 def test_rescale_and_eta_are_those_of_diffusers(pair, options):
-    bundle, theirs = pair
+    ours, theirs = pair
     theirs.scheduler = SCHEDULERS["ddim"](theirs.scheduler.config)
     drawn = theirs(
         "a red star",
@@ -76,15 +84,14 @@ def test_rescale_and_eta_are_those_of_diffusers(pair, options):
         output_type="np",
         **options,
     ).images
-    with load(bundle) as ours:
-        asked = {"negative_prompt": "blue", "sampler": "ddim", "steps": 10, "guidance_scale": 20, **options}
-        [found] = ours("a red star", seed=7, **asked)
+    asked = {"negative_prompt": "blue", "sampler": "ddim", "steps": 10, "guidance_scale": 20, **options}
+    [found] = ours("a red star", seed=7, **asked)
     assert psnr_db(eight_bits(drawn)[0], np.asarray(found)) >= FLOOR
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "lcm"])
 def test_a_scheduler_that_clips(pair, sampler):
-    bundle, theirs = pair
+    ours, theirs = pair
     theirs.scheduler = SCHEDULERS[sampler]({**theirs.scheduler.config, "clip_sample": True})
     drawn = theirs(
         "a red star",
@@ -93,12 +100,11 @@ def test_a_scheduler_that_clips(pair, sampler):
         generator=torch.Generator("cpu").manual_seed(7),
         output_type="np",
     ).images
-    with load(bundle) as ours:
-        scheduler = replace(ours.settings.scheduler, clip_sample=True)
-        ours.settings = replace(ours.settings, scheduler=scheduler)
-        [found] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
-        ours.settings = replace(ours.settings, scheduler=replace(scheduler, clip_sample=False))
-        [plain] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
+    scheduler = replace(ours.settings.scheduler, clip_sample=True)
+    ours.settings = replace(ours.settings, scheduler=scheduler)
+    [found] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
+    ours.settings = replace(ours.settings, scheduler=replace(scheduler, clip_sample=False))
+    [plain] = ours("a red star", seed=7, sampler=sampler, steps=6, guidance_scale=1.0)
     assert (
         psnr_db(eight_bits(drawn)[0], np.asarray(found))
         >= FLOOR
@@ -106,34 +112,48 @@ def test_a_scheduler_that_clips(pair, sampler):
     )
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "torchscript", "openvino"])
-def test_a_scheduler_that_thresholds(sd15_checkpoint, tmp_path, backend):
-    """In the graph where one pass draws, and outside where another guides it."""
+@pytest.fixture(scope="module")
+def thresholding(sd15_checkpoint, tmp_path_factory):
+    """What is built of a base whose scheduler thresholds, its ONNX graphs, and diffusers' pictures."""
+    folder = tmp_path_factory.mktemp("thresholding")
     asked = {"thresholding": True, "sample_max_value": 1.5, "clip_sample": False}
-    base = factories.with_scheduler(sd15_checkpoint, tmp_path / "base", **asked)
-    spec = BuildSpec(str(base), no_lcm=True, backend=backend, batch=2)
+    base = factories.with_scheduler(sd15_checkpoint, folder / "base", **asked)
+    spec = BuildSpec(str(base), no_lcm=True, backend="torchscript", batch=2)
+    export(spec, folder / "graphs")
     theirs = DiffusionPipeline.from_pretrained(base)
-    config = theirs.scheduler.config
-    with load(build(spec, tmp_path / "bundle")) as ours:
-        for sampler in SAMPLERS:
-            theirs.scheduler = SCHEDULERS[sampler](config)
-            for scale in (1.0, 7.5):
-                drawn = theirs(
-                    "a red star",
-                    num_inference_steps=6,
-                    guidance_scale=scale,
-                    num_images_per_prompt=2,
-                    generator=torch.Generator("cpu").manual_seed(7),
-                    output_type="np",
-                ).images
-                pictures = ours.draw(Request("a red star", 7, "", 6, scale, 2, sampler=sampler)).pictures
-                for mine, other in zip(pictures, eight_bits(drawn), strict=True):
-                    assert psnr_db(other, mine) >= FLOOR, (sampler, scale)
+    config, drawn = theirs.scheduler.config, {}
+    for sampler in SAMPLERS:
+        theirs.scheduler = SCHEDULERS[sampler](config)
+        for scale in (1.0, 7.5):
+            drawn[sampler, scale] = theirs(
+                "a red star",
+                num_inference_steps=6,
+                guidance_scale=scale,
+                num_images_per_prompt=2,
+                generator=torch.Generator("cpu").manual_seed(7),
+                output_type="np",
+            ).images
+    return spec, folder / "graphs", drawn
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "torchscript", "openvino"])
+def test_a_scheduler_that_thresholds(thresholding, tmp_path, backend):
+    """In the graph where one pass draws, and outside where another guides it."""
+    spec, graphs, drawn = thresholding
+    if backend == spec.backend:
+        bundle = build(spec, tmp_path / "bundle")
+    else:
+        _, bundle = factories.build_from(graphs, "cpu", backend, tmp_path / "bundle")
+    with load(bundle) as ours:
+        for (sampler, scale), theirs in drawn.items():
+            pictures = ours.draw(Request("a red star", 7, "", 6, scale, 2, sampler=sampler)).pictures
+            for mine, other in zip(pictures, eight_bits(theirs), strict=True):
+                assert psnr_db(other, mine) >= FLOOR, (sampler, scale)
 
 
 def test_one_graph_for_the_complete_picture(ordinary, tmp_path):
     bundle, base = ordinary["sd15"]
-    spec = BuildSpec(str(base), no_lcm=True, backend="onnxruntime", whole_loop=True)
+    spec = BuildSpec(str(base), no_lcm=True, backend="torchscript", whole_loop=True)
     with load(build(spec, tmp_path / "bundle")) as ours, load(bundle) as staged:
         for sampler in SAMPLERS:
             asked = {"seed": 7, "sampler": sampler, "steps": 4, "guidance_scale": 1.0}

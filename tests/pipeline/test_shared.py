@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from factories import build_from
 
 from lcm_compile import BuildSpec, build, load
+from lcm_compile.builder.export import export
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.engines import onnxruntime
 from lcm_compile.errors import UsageError
@@ -25,9 +27,17 @@ BUNDLES = [
     "onnxruntime",
     "openvino",
     "torchscript",
-    "openvino, one graph",
+    "torchscript, one graph",
     pytest.param("aotinductor", marks=pytest.mark.slow),
 ]
+
+
+@pytest.fixture(scope="module")
+def graphs(sd15_checkpoint, tmp_path_factory):
+    """The ONNX graphs that two of the backends build from."""
+    folder = tmp_path_factory.mktemp("graphs") / "graphs"
+    export(BuildSpec(str(sd15_checkpoint), no_lcm=True, few_step="lcm", height=32, width=32), folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=BUNDLES)
@@ -36,6 +46,9 @@ def bundle(request, sd15_checkpoint, tmp_path_factory):
     pytest.importorskip({"openvino": "openvino"}.get(backend, "onnxruntime"))
     if backend == "aotinductor" and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
+    out = tmp_path_factory.mktemp(backend) / "bundle"
+    if backend in ("onnxruntime", "openvino"):
+        return build_from(request.getfixturevalue("graphs"), "cpu", backend, out)[1]
     spec = BuildSpec(
         str(sd15_checkpoint),
         no_lcm=True,
@@ -45,7 +58,7 @@ def bundle(request, sd15_checkpoint, tmp_path_factory):
         backend=backend,
         whole_loop=bool(comma),
     )
-    return build(spec, tmp_path_factory.mktemp(backend) / "bundle")
+    return build(spec, out)
 
 
 def requests(bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 import zlib
@@ -12,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.request import Request
-from lcm_compile.pipeline.source_picture import check_mask, source_picture
+from lcm_compile.pipeline.source_picture import check_mask, find_again, source_picture
 
 RED = (200, 30, 60)
 
@@ -111,6 +112,31 @@ def png():
     return data.getvalue()
 
 
+def test_a_picture_may_be_in_memory(tmp_path):
+    path = file_of(halves().convert("RGBA"), tmp_path / "a.png")
+    data, array = path.read_bytes(), np.asarray(Image.open(path))
+    of_path, of_bytes, of_array = (source_picture(given) for given in (path, data, array))
+    assert (of_path.name, of_bytes.name, of_array.name) == ("a.png", "", "")
+    assert of_path.sha256 == of_bytes.sha256 == hashlib.sha256(data).hexdigest()
+    with Image.open(path) as opened:  # a file's name, but it may have been changed since
+        of_image = source_picture(opened)
+    assert (of_image.name, of_image.sha256) == ("a.png", of_array.sha256)
+    for one in (of_bytes, of_array, of_image):
+        assert (one.pixels(20, 40) == of_path.pixels(20, 40)).all()
+    for named in (of_path, of_image):
+        assert (find_again(named, [tmp_path], "image").pixels(20, 40) == of_path.pixels(20, 40)).all()
+    file_of(halves(left=(1, 2, 3)), path)
+    for named in (of_path, of_image, of_bytes):
+        with pytest.raises(UsageError, match=r"SHA-256 differs|without a name"):
+            find_again(named, [tmp_path], "image")
+    grey = source_picture(array[..., 0])
+    assert (grey.pixels(20, 40)[..., 1] * 255 == array[..., 0]).all()
+    wrong = (b"", b"text", array[None], array[..., :2], array / 255, array[:0], Image.new("RGB", (0, 5)))
+    for given in wrong:
+        with pytest.raises(UsageError, match="the image"):
+            source_picture(given)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -129,17 +155,19 @@ def test_what_is_no_picture_is_refused(tmp_path, content, why):
         path.mkdir()
     elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match=why) as refused:
-        Request("a star", 1, image=path)
-    assert str(path) in str(refused.value) and "BytesIO" not in str(refused.value)
+    for field in ("image", "control"):
+        with pytest.raises(UsageError, match=why) as refused:
+            Request("a star", 1, **{field: path})
+        assert str(path) in str(refused.value) and "BytesIO" not in str(refused.value)
 
 
 def test_what_is_given_wrongly_is_refused(tmp_path):
     float_picture = file_of(Image.new("F", (8, 8)), tmp_path / "a.tiff")
-    with pytest.raises(UsageError, match="floating point"):
-        Request("a star", 1, image=float_picture)
-    with pytest.raises(UsageError, match="must be a path or a PIL image, not int"):
-        Request("a star", 1, image=7)
+    for field, called in (("image", "the image"), ("control", "the control picture")):
+        with pytest.raises(UsageError, match=f"{called} .*a.tiff is in floating point"):
+            Request("a star", 1, **{field: float_picture})
+        with pytest.raises(UsageError, match=f"{called} must be a path, .*, not int"):
+            Request("a star", 1, **{field: 7})
     for field in ({"strength": 0.5}, {"mask": halves()}):
         with pytest.raises(UsageError, match="without the image"):
             Request("a star", 1, **field)

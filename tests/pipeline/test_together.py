@@ -78,7 +78,7 @@ def together(sd15_checkpoint, tmp_path_factory):
         str(sd15_checkpoint),
         no_lcm=True,
         few_step="lcm",
-        backend="onnxruntime",
+        backend="torchscript",
         loras=(LoraSpec.parse(f"{lora}:runtime"),),
         controlnets=(ControlNetSpec(str(net)),),
         image=True,

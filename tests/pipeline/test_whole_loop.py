@@ -150,6 +150,7 @@ def test_verify_inspect_and_run_take_it(sd15, command, tmp_path):
     [
         (("--steps", 3), "one graph of 4 steps"),
         (("--grid", "steps=4..5"), "one graph of 4 steps"),
+        (("--hires", 2), "draws no second pass"),
     ],
 )
 def test_what_takes_another_graph_is_refused_before_engines_are_loaded(

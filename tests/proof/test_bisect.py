@@ -24,14 +24,6 @@ from lcm_compile.proof.bisect import bisect
 
 
 @pytest.fixture(scope="module")
-def graphs(sdxl_checkpoint, tmp_path_factory):
-    """The graphs that sdxl_bundle was built from."""
-    out = tmp_path_factory.mktemp("graphs") / "fp32"
-    export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"), out)
-    return out
-
-
-@pytest.fixture(scope="module")
 def half_graphs(sdxl_checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("graphs") / "fp16"
     export(BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp16"), out)
@@ -74,12 +66,12 @@ def unwrapped(out):
 
 
 @pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul"])
-def test_the_damaged_layer_is_named(bundle, graphs, command, op):
-    exported = onnx.load(graphs / "graphs/step.onnx")
+def test_the_damaged_layer_is_named(bundle, sdxl_graphs, command, op):
+    exported = onnx.load(sdxl_graphs / "graphs/step.onnx")
     nodes = {name: node for node in exported.graph.node for name in node.output}
     tensor = known_name(damaged(bundle, op), onnx.load(bundle / "engines/step.onnx"), nodes)
     node = nodes[tensor]
-    code, out, err = command("verify", bundle, "--bisect", "--graphs", graphs, "--json")
+    code, out, err = command("verify", bundle, "--bisect", "--graphs", sdxl_graphs, "--json")
     stages = json.loads(out)["bisected"]
     assert code == 3 and ": step\n" in err and "--force" in err
     first = stages["step"]["first"]
@@ -88,16 +80,16 @@ def test_the_damaged_layer_is_named(bundle, graphs, command, op):
     assert all(found["first"] is None for name, found in stages.items() if name != "step")
 
 
-def test_the_layer_is_printed(bundle, graphs, command):
+def test_the_layer_is_printed(bundle, sdxl_graphs, command):
     tensor = damaged(bundle)
-    code, out, _ = command("verify", bundle, "--bisect", "--graphs", graphs)
+    code, out, _ = command("verify", bundle, "--bisect", "--graphs", sdxl_graphs)
     line = next(line for line in unwrapped(out).splitlines() if line.startswith("step: "))
     assert code == 3 and "below 80 dB is" in line and f"(Conv), whose output {tensor} has" in line
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_of_a_sound_bundle_nothing_differs(sdxl_bundle, graphs, command, given):
-    code, out, _ = command("verify", sdxl_bundle, "--bisect", *(["--graphs", graphs] if given else []))
+def test_of_a_sound_bundle_nothing_differs(sdxl_bundle, sdxl_graphs, command, given):
+    code, out, _ = command("verify", sdxl_bundle, "--bisect", *(["--graphs", sdxl_graphs] if given else []))
     assert code == 0
     assert max(map(len, out.splitlines())) < 80
     lines = unwrapped(out).splitlines()
@@ -113,14 +105,14 @@ def test_a_bundle_that_is_compared_with_itself_is_compared_with_torch_too(bundle
     assert code == 3 and "none of" in line and "but the graph itself is" in line
 
 
-def test_layers_that_are_run_in_parts_give_the_same(bundle, graphs, monkeypatch):
+def test_layers_that_are_run_in_parts_give_the_same(bundle, sdxl_graphs, monkeypatch):
     damaged(bundle)
-    once = dict(bisect(open_bundle(bundle), open_export(graphs)))
+    once = dict(bisect(open_bundle(bundle), open_export(sdxl_graphs)))
     opened = []
     real = module.open_plain
     monkeypatch.setattr(module, "open_plain", lambda path: opened.append(path) or real(path))
     monkeypatch.setattr(module, "RUN_BYTES", 1_000_000)
-    in_parts = dict(bisect(open_bundle(bundle), open_export(graphs)))
+    in_parts = dict(bisect(open_bundle(bundle), open_export(sdxl_graphs)))
     assert len(opened) > len(once)
     assert {n: (b.layers, b.first and b.first.node) for n, b in in_parts.items()} == {
         n: (b.layers, b.first and b.first.node) for n, b in once.items()
@@ -133,8 +125,8 @@ def test_a_part_holds_no_more_than_its_limit(monkeypatch):
     assert list(module.parts(shapes)) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
-def test_a_layer_that_openvino_computes_wrongly_is_named(graphs, command, monkeypatch, tmp_path):
-    _, built = factories.build_from(graphs, "cpu", "openvino", tmp_path / "b")
+def test_a_layer_that_openvino_computes_wrongly_is_named(sdxl_graphs, command, monkeypatch, tmp_path):
+    _, built = factories.build_from(sdxl_graphs, "cpu", "openvino", tmp_path / "b")
     real, tensors = openvino.build, {"encode": None, "context": None, "decode": None}
 
     def build(graph, target, folder):
@@ -142,10 +134,10 @@ def test_a_layer_that_openvino_computes_wrongly_is_named(graphs, command, monkey
             tensors["step"] = damage(graph.path, "Conv")
         return real(graph, target, folder)
 
-    code, out, _ = command("verify", built.folder, "--bisect", "--graphs", graphs)
+    code, out, _ = command("verify", built.folder, "--bisect", "--graphs", sdxl_graphs)
     assert code == 0 and unwrapped(out).count(": none of ") == 4
     monkeypatch.setattr(openvino, "build", build)
-    code, out, _ = command("verify", built.folder, "--bisect", "--graphs", graphs, "--json")
+    code, out, _ = command("verify", built.folder, "--bisect", "--graphs", sdxl_graphs, "--json")
     data = json.loads(out)
     assert {name: s["first"] and s["first"]["tensor"] for name, s in data["bisected"].items()} == tensors
     assert data["passed"] and code == 0  # the bundle's own engine, which was built before, is sound
@@ -222,11 +214,11 @@ def test_without_polygraphy_the_extra_is_named(sdxl_bundle, refused, monkeypatch
     )
 
 
-def test_what_can_not_be_bisected_is_refused(sdxl_bundle, graphs, half_graphs, refused, tmp_path):
-    refused(2, "--graphs needs --bisect", "verify", sdxl_bundle, "--graphs", graphs)
+def test_what_can_not_be_bisected_is_refused(sdxl_bundle, sdxl_graphs, half_graphs, refused, tmp_path):
+    refused(2, "--graphs needs --bisect", "verify", sdxl_bundle, "--graphs", sdxl_graphs)
     refused(1, "not an export", "verify", sdxl_bundle, "--bisect", "--graphs", tmp_path)
     refused(1, ["precision of", "is fp16"], "verify", sdxl_bundle, "--bisect", "--graphs", half_graphs)
-    _, built = factories.build_from(graphs, "cpu", "openvino", tmp_path / "openvino")
+    _, built = factories.build_from(sdxl_graphs, "cpu", "openvino", tmp_path / "openvino")
     refused(1, ["no ONNX graph", "--graphs DIR"], "verify", built.folder, "--bisect")
     other = shutil.copytree(sdxl_bundle, tmp_path / "other")
     manifest = json.loads((other / MANIFEST).read_text())

@@ -116,6 +116,12 @@ def batched(sdxl_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def serve():
+    """What starts a server with some words of `lcm-compile serve`, for a `with`."""
+    return Served
+
+
+@pytest.fixture(scope="session")
 def served(small, batched, lora_files):
     """A server of `small`, which is called so, and of `pairs`."""
     words = (f"small={small}", f"pairs={batched}", "--loras", lora_files / "slots", "--queue", 32)

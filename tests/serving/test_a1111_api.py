@@ -137,8 +137,8 @@ def test_models_are_chosen_by_the_title_that_is_listed(client):
 def test_what_clients_ask_when_they_connect(client):
     assert "LCM" in [sampler["name"] for sampler in client.get_samplers()]
     assert [one["name"] for one in client.get_schedulers()] == ["automatic", "karras"]
-    assert client.get_upscalers()[0]["name"] == "None"
-    assert client.get_latent_upscale_modes() == []
+    assert [one["name"] for one in client.get_upscalers()] == ["None", "Lanczos"]
+    assert [one["name"] for one in client.get_latent_upscale_modes()] == ["Latent"]
     assert client.get_sd_vae() == []
     assert client.get_progress()["state"]["job_count"] == 0
     assert client.get_embeddings()["loaded"] == {}

@@ -208,7 +208,7 @@ def judged(bundles, count):
 @pytest.mark.parametrize(("count", "points"), [(8, 0.13), pytest.param(100, 0.03, marks=pytest.mark.slow)])
 def test_it_draws_what_it_is_asked_for(demo, count, points):
     """By the rule-based judge, as well as fp32: one picture of 8 may be another."""
-    plain, eight = judged([build(BuildSpec("demo", backend="onnxruntime")), demo], count)
+    plain, eight = judged([build(BuildSpec("demo", backend="torchscript")), demo], count)
     assert all(eight[column] >= plain[column] - points for column in plain), (plain, eight)
 
 
