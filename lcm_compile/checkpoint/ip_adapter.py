@@ -253,11 +253,11 @@ def encoder_beside(source: str, path: Path, projection: Component, half: bool) -
             unfit[place] = why_unfit(read_json(root / config), projection.config)
             if unfit[place] is None:
                 return find_encoder(f"{repository}:{place.as_posix()}", half) if on_hub else root / place
-    reasons = [f"{place}: {why}" for place, why in unfit.items()]
-    looked = "none of those beside it fits: " + "; ".join(reasons)
+    reasons = "; ".join(f"{place}: {why}" for place, why in unfit.items())
+    looked = ", ".join(map(str, places))
     raise CheckpointError(
         f"the IP-Adapter {source} has no image encoder: "
-        + (looked if reasons else f"there is none in {', '.join(map(str, places))}"),
+        + (f"none of those beside it fits: {reasons}" if reasons else f"there is none in {looked}"),
         ENCODER_HINT,
     )
 
