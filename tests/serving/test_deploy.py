@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_every_file_that_the_dockerfile_copies_is_here():
             for name in rest.split()[:-1]:
                 for engine in engines:
                     assert (ROOT / name.replace("${ENGINES}", engine)).exists(), name
+
+
+def test_a_picture_is_drawn_where_no_cache_folder_can_be_made(sdxl_bundle, tmp_path):
+    out = tmp_path / "star.png"
+    environment = {**os.environ, "HOME": "/proc/none", "LCM_COMPILE_HOME": "/proc/none/cache"}
+    words = ["run", "a star", "--bundle", str(sdxl_bundle), "--seed", "7", "--out", str(out)]
+    command = [sys.executable, "-m", "lcm_compile", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with load(sdxl_bundle) as pipeline:
+        np.testing.assert_array_equal(np.asarray(Image.open(out)), np.asarray(pipeline("a star", seed=7)[0]))
 
 
 @pytest.fixture(scope="module")
