@@ -361,6 +361,12 @@ def pictures_of(requests: Request | Sequence[Request]) -> list[Request]:
     return pictures
 
 
+def drawn_together(request: Request) -> tuple[Any, ...]:
+    """Returns what is equal for requests that may be drawn together, and can be the key of a mapping."""
+    given = (getattr(request, name) is None for name in ("negative_prompt", "image", "mask"))
+    return (*(getattr(request, name) for name in SHARED), *given)
+
+
 def listed(value: Any, name: str) -> list[Any] | None:
     """Returns a list, a tuple, a range or an array of one dimension as a list, and None for all else.
 

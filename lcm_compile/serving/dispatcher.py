@@ -8,21 +8,37 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import LcmCompileError, UsageError
-from lcm_compile.pipeline.request import SHARED, Request
+from lcm_compile.pipeline.request import Request, drawn_together
 from lcm_compile.serving.messages import Cancel, Draw, Drawn, Failed, Preview, Progress, Ready, Stopped
-from lcm_compile.serving.worker_process import WorkerProcess
 
 TRIES = 2  # of a picture whose worker dies while it draws it
 # Seconds that a worker gets to stop drawing: it does so between two passes, which may be slow.
 PATIENCE = 120.0
 # Groups that a worker has at once: the one that it draws, and the next, so that it need not wait for it.
 GROUPS = 2
+
+
+class Link(Protocol):
+    """What a dispatcher needs of a worker."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can draw now."""
+
+    def send(self, message: object) -> None:
+        """Sends it Draw or Cancel. What it answers comes to `take`, and its death to `lose`."""
+
+    def stop(self) -> None:
+        """Ends it."""
+
+    def kill(self) -> None:
+        """Ends it at once, because it does not answer; that is a death."""
 
 
 class QueueFull(LcmCompileError):
@@ -58,13 +74,7 @@ class Picture:
     tries: int = 0
 
     def __post_init__(self) -> None:
-        request = self.request
-        self.kind = (
-            self.bundle.folder,
-            self.previews,
-            *(getattr(request, name) for name in SHARED),
-            *(getattr(request, name) is None for name in ("negative_prompt", "image", "mask")),
-        )
+        self.kind = (self.bundle.folder, self.previews, drawn_together(self.request))
 
     @property
     def batch(self) -> int:
@@ -94,14 +104,14 @@ class Dispatcher:
         self._most = most
         self._batch_wait = batch_wait
         self._waiting: deque[Picture] = deque()
-        self._groups: dict[WorkerProcess, list[Group]] = {}
+        self._groups: dict[Link, list[Group]] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
         self._seconds = 1.0  # of a picture, as a moving mean
         # Called with the pictures of each call of the engines.
         self.watch: Callable[[Sequence[Picture]], None] = lambda pictures: None
 
-    def add(self, worker: WorkerProcess) -> None:
+    def add(self, worker: Link) -> None:
         """Takes a worker, which may not be ready yet."""
         self._groups[worker] = []
 
@@ -139,7 +149,7 @@ class Dispatcher:
                         loop = asyncio.get_running_loop()
                         loop.call_later(PATIENCE, self._kill_if_it_hangs, worker, group)
 
-    def _kill_if_it_hangs(self, worker: WorkerProcess, group: Group) -> None:
+    def _kill_if_it_hangs(self, worker: Link, group: Group) -> None:
         if group in self._groups[worker]:
             worker.kill()
 
@@ -193,7 +203,7 @@ class Dispatcher:
 
             self._timer = asyncio.get_running_loop().call_later(seconds, give)
 
-    def take(self, worker: WorkerProcess, message: object) -> None:
+    def take(self, worker: Link, message: object) -> None:
         """Takes a message of a worker."""
         groups = self._groups[worker]
         if isinstance(message, Ready):
@@ -235,7 +245,7 @@ class Dispatcher:
         if isinstance(message, Drawn) and drawn:
             self.watch(drawn)
 
-    def lose(self, worker: WorkerProcess, how: str) -> None:
+    def lose(self, worker: Link, how: str) -> None:
         """Puts what a dead worker had back to the front of the queue, unless it was its second try."""
         groups, self._groups[worker] = self._groups[worker], []
         back: list[Picture] = []

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.output.picture_settings import Origin, origin_of
 from lcm_compile.serving.catalog import Catalog
-from lcm_compile.serving.dispatcher import Dispatcher, Picture
+from lcm_compile.serving.dispatcher import Dispatcher, Link, Picture
 from lcm_compile.serving.encode import encoded
 from lcm_compile.serving.jobs import Job
 from lcm_compile.serving.kept_files import KeptFiles
@@ -37,7 +38,7 @@ class Service:
         self.started = int(time.time())
         self.dispatcher = Dispatcher(settings.queue, settings.batch_wait_ms / 1000)
         self.kept = KeptFiles(settings.keep_seconds)
-        self.workers: list[WorkerProcess] = []
+        self.workers: list[Link] = []
         self.stopping = False
         self.failure: LcmCompileError | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -68,7 +69,7 @@ class Service:
         for worker in self.workers:
             worker.stop()
 
-    def _take(self, worker: WorkerProcess, message: object) -> None:
+    def _take(self, worker: Any, message: object) -> None:
         if isinstance(message, Ready):
             self.told(f"worker {worker.pid} has loaded the models in {message.seconds:.1f} s")
         elif isinstance(message, Failed) and message.number == 0:
@@ -76,7 +77,7 @@ class Service:
             self.on_failure()
         self.dispatcher.take(worker, message)
 
-    def _lose(self, worker: WorkerProcess, how: str) -> None:
+    def _lose(self, worker: Any, how: str) -> None:
         self.metrics.deaths.inc()
         self.told(f"a worker died ({how}); another is started, and draws what it had")
         self.dispatcher.lose(worker, how)

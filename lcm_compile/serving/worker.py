@@ -63,10 +63,14 @@ class Worker:
             except (EOFError, OSError):
                 os._exit(0)
             if isinstance(message, Cancel):
-                if message.number > self._done:
-                    self._cancelled.add(message.number)
+                self.cancel(message.number)
             elif isinstance(message, Start | Draw):
                 self._asked.put(message)
+
+    def cancel(self, number: int) -> None:
+        """Stops a drawing between two passes of an engine, or before it begins."""
+        if number > self._done:
+            self._cancelled.add(number)
 
     def run(self) -> None:
         """Answers messages. It does not return."""

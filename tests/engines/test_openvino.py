@@ -199,3 +199,21 @@ def test_a_bf16_bundle_is_refused_where_bf16_is_not_computed(monkeypatch, decode
 
 def test_gpus_are_not_for_it():
     assert openvino.cannot_build(find_target("a10"), Precision.FP16) == "builds for the CPU only"
+
+
+def test_triton_gets_each_stage_with_its_weights_and_its_names(openvino_bundle, tmp_path, command):
+    pytest.importorskip("tritonclient")
+    from google.protobuf import text_format
+    from openvino import Core
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+    assert command("export", f"x={openvino_bundle.folder}", "--triton", tmp_path)[0] == 0
+    for stage in openvino_bundle.manifest.stages:
+        config = (tmp_path / f"x-{stage.contract.name}" / "config.pbtxt").read_text()
+        own = text_format.Parse(config, ModelConfig())
+        assert own.backend == "openvino"
+        file = tmp_path / own.name / "1" / own.default_model_filename
+        assert sorted(p.name for p in file.parent.iterdir()) == [file.with_suffix(".bin").name, file.name]
+        model = Core().read_model(file)
+        assert {t.name for t in own.input} == {i.any_name for i in model.inputs}
+        assert {t.name for t in own.output} == {o.any_name for o in model.outputs}
