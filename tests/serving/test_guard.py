@@ -33,7 +33,7 @@ def basic(key):
 @pytest.mark.parametrize("path", ["/v1/models", "/sdapi/v1/options", "/metrics"])
 def test_everything_needs_the_key(guarded, path):
     get = guarded.client.get
-    for headers in ({}, bearer("wrong"), bearer(""), basic("wrong"), {"authorization": "Basic §".encode()}):
+    for headers in ({}, bearer("wrong"), basic(""), basic("wrong"), {"authorization": "Basic §".encode()}):
         answer = get(path, headers=headers)
         assert answer.status_code == 401 and "key" in answer.json()["error"]["message"]
     for headers in (bearer(KEY), basic(KEY)):
