@@ -28,7 +28,7 @@ TOKEN = re.compile(
     | (?:[^\\()\[\]:]+ | :)""",
     re.VERBOSE,
 )
-BREAK = re.compile(r"\s*\bBREAK\b\s*")
+BREAK = re.compile(r"\bBREAK\b")
 TAG = re.compile(r"<(?P<kind>lora|lyco|hypernet):(?P<name>[^:<>]+)(?::(?P<rest>[^<>]*))?>")
 EDITED = re.compile(r"(?<!\\):\s*[.\d]+\s*$|(?<!\\)\|")  # inside square brackets: [from:to:when] and [a|b]
 # What is seldom in a prompt that is meant as plain text.
@@ -102,8 +102,10 @@ def weighted_pieces(prompt: str) -> list[Piece]:
 
 def split_at_breaks(text: str) -> Iterator[Piece]:
     """Yields the pieces of a text without brackets. Each after a BREAK begins a chunk."""
-    for number, part in enumerate(BREAK.split(text)):
-        yield Piece(part, begins_chunk=number > 0)
+    parts = BREAK.split(text)
+    for i, part in enumerate(parts):
+        begun = part.lstrip() if i > 0 else part
+        yield Piece(begun.rstrip() if i < len(parts) - 1 else begun, begins_chunk=i > 0)
 
 
 def number(text: str) -> float:

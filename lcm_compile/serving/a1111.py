@@ -18,7 +18,7 @@ from typing import Any
 
 from fastapi import APIRouter
 from PIL import ImageOps
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -32,29 +32,32 @@ from lcm_compile.samplers import SAMPLERS
 from lcm_compile.serving.answers import json_answer
 from lcm_compile.serving.catalog import Model, UnknownModel
 from lcm_compile.serving.dispatcher import Picture
-from lcm_compile.serving.jobs import Asked, Job, draw, job_of, while_connected
+from lcm_compile.serving.jobs import Asked, Job, checked, draw, while_connected
 from lcm_compile.serving.service import Service, without_folders
 from lcm_compile.serving.uploads import image_of_base64
 
-LORA_IN_PROMPT = re.compile(r"<lora:([^:>]+)(?::([-+\d.eE]+))?[^>]*>")
+LORA_IN_PROMPT = re.compile(r"<lora:([^:<>]+)((?::[^<>]*)?)>")
 # Above these a few-step model's own numbers are better: they were meant for 20 to 50 steps.
 MOST_FEW_STEPS = 8
 MOST_FEW_GUIDANCE = 2.0
 KARRAS = "karras"
+MOST_NUMBER = 1 << 20  # of pixels or pictures: a number that arithmetic can take
 
 
 class TextToImage(BaseModel):
     """What txt2img draws. Fields that are not here are ignored."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     prompt: str | None = ""
     negative_prompt: str | None = ""
     seed: int | None = -1
     steps: int | None = None
     cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
-    batch_size: int | None = Field(1, ge=1)
-    n_iter: int | None = Field(1, ge=1)
+    width: int | None = Field(None, le=MOST_NUMBER)
+    height: int | None = Field(None, le=MOST_NUMBER)
+    batch_size: int | None = Field(1, ge=1, le=MOST_NUMBER)
+    n_iter: int | None = Field(1, ge=1, le=MOST_NUMBER)
     sampler_name: str | None = None
     sampler_index: str | None = None
     scheduler: str | None = None
@@ -64,8 +67,8 @@ class TextToImage(BaseModel):
     denoising_strength: float | None = None
     enable_hr: bool | None = False
     hr_scale: float | None = Field(2.0, gt=0)
-    hr_resize_x: int | None = Field(0, ge=0)
-    hr_resize_y: int | None = Field(0, ge=0)
+    hr_resize_x: int | None = Field(0, ge=0, le=MOST_NUMBER)
+    hr_resize_y: int | None = Field(0, ge=0, le=MOST_NUMBER)
     hr_upscaler: str | None = None
     hr_second_pass_steps: int | None = Field(0, ge=0)
 
@@ -110,10 +113,10 @@ class Desk:
 
     def find(self, title: Any) -> Model:
         """Returns the model of a title, as sd-models gives them. Raises UnknownModel if there is none."""
-        name = re.sub(r"\s*\[[0-9a-f]*\]$|\.(safetensors|ckpt)$", "", str(title).strip())
+        name = re.sub(r"\[[0-9a-f]*\]$|\.(safetensors|ckpt)$", "", str(title).strip()).rstrip()
         models = self.service.catalog.models
         if name not in models:
-            raise UnknownModel(f"there is no model {name!r} here", f"choose one of {', '.join(models)}")
+            raise UnknownModel(f"there is no model {name[:100]!r} here", f"choose one of {', '.join(models)}")
         return models[name]
 
 
@@ -313,11 +316,12 @@ def asked_of(body: TextToImage, model: Model, fields: Mapping[str, Any]) -> Aske
 def without_loras(prompt: str) -> tuple[str, dict[str, float]]:
     """Returns a prompt without its `<lora:NAME:WEIGHT>`, and the weights by name."""
     loras = {}
-    for name, weight in LORA_IN_PROMPT.findall(prompt):
+    for name, rest in LORA_IN_PROMPT.findall(prompt):
+        weight = re.match(r":([-+\d.eE]+)", rest)
         try:
-            loras[name] = float(weight) if weight else 1.0
+            loras[name] = float(weight[1]) if weight else 1.0
         except ValueError:
-            raise UsageError(f"the weight of <lora:{name}> is no number: {weight}") from None
+            raise UsageError(f"the weight of <lora:{name}> is no number: {rest[1:]}") from None
     return re.sub(r"\s{2,}", " ", LORA_IN_PROMPT.sub("", prompt)).strip() if loras else prompt, loras
 
 
@@ -387,7 +391,7 @@ async def paint(desk: Desk, request: HttpRequest, body: TextToImage, fields: Map
     height, width = next(iter(model.bundles))
     bundle = model.nearest((max(body.height or height, 1), max(body.width or width, 1)))
     asked = asked_of(body, model, fields or hires_of(body, model, bundle))
-    job = job_of(asked, service.catalog, service.settings, bundle)
+    job = await checked(asked, service.catalog, service.settings, bundle)
     mine = desk.running.setdefault(address_of(request), [])
     entry: list[Running] = []
 

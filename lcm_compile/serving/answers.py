@@ -10,11 +10,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from lcm_compile.errors import LcmCompileError, LoraError, UsageError
-from lcm_compile.serving.catalog import UnknownModel
+from lcm_compile.serving.catalog import Catalog, UnknownModel
 from lcm_compile.serving.dispatcher import QueueFull
 from lcm_compile.serving.guard import error_body
 from lcm_compile.serving.jobs import ClientGone, TooLate
@@ -45,11 +46,12 @@ def text_of(error: LcmCompileError) -> str:
     return f"{error.message} ({error.hint})" if error.hint else error.message
 
 
-def error_answer(error: LcmCompileError) -> Response:
+def error_answer(error: LcmCompileError, catalog: Catalog) -> Response:
     """Returns the answer of an error."""
     status, code = status_of(error)
     headers = {"Retry-After": str(math.ceil(error.seconds))} if isinstance(error, QueueFull) else None
-    return json_answer(error_body(text_of(error), status, code), status, headers)
+    text = catalog.without_folders(text_of(error))
+    return json_answer(error_body(text, status, code), status, headers)
 
 
 def validation_text(errors: list[Any]) -> str:
@@ -61,13 +63,13 @@ def validation_text(errors: list[Any]) -> str:
     return "; ".join(parts)
 
 
-def add_error_answers(app: FastAPI, metrics: Metrics) -> None:
+def add_error_answers(app: FastAPI, metrics: Metrics, catalog: Catalog) -> None:
     """Makes an app answer errors with JSON that says what, why and what to do."""
 
     async def known(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, LcmCompileError)
         metrics.errors.labels(type(error).__name__).inc()
-        return error_answer(error)
+        return error_answer(error, catalog)
 
     async def invalid(request: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -85,4 +87,11 @@ def add_error_answers(app: FastAPI, metrics: Metrics) -> None:
     app.add_exception_handler(LcmCompileError, known)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(HTTPException, http)
+
+    async def unexpected(request: HttpRequest, error: Exception) -> Response:
+        metrics.errors.labels("Unexpected").inc()
+        return json_answer(error_body("internal error; the server's log tells more", 500), 500)
+
     app.add_exception_handler(ClientGone, gone)
+    app.add_exception_handler(ClientDisconnect, gone)
+    app.add_exception_handler(Exception, unexpected)

@@ -41,7 +41,7 @@ def make_app(service: Service) -> ASGIApp:
     app.include_router(page_routes())
     for routes in (openai_routes, a1111_routes, health_routes, live_routes):
         app.include_router(routes(service))
-    add_error_answers(app, service.metrics)
+    add_error_answers(app, service.metrics, service.catalog)
     return Counting(Guard(app, service.settings), service)
 
 

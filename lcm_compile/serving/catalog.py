@@ -78,7 +78,7 @@ class Catalog:
 
     def __init__(self, models: Sequence[Model], loras: Path | None = None) -> None:
         self.models = {model.name: model for model in models}
-        self._loras = loras
+        self._loras = loras.resolve() if loras is not None else None
 
     @property
     def default(self) -> Model:
@@ -107,6 +107,14 @@ class Catalog:
             return {}
         files = (path for path in sorted(self._loras.iterdir()) if path.name.endswith(LORA_SUFFIXES))
         return {own_name(path.name): path for path in files}
+
+    def without_folders(self, text: str) -> str:
+        """Returns a text without the folders of here, which clients are not told."""
+        bundles = [bundle.folder for model in self.models.values() for bundle in model.bundles.values()]
+        folders = [*([self._loras] if self._loras else ()), *(folder.parent for folder in bundles)]
+        for folder in folders:
+            text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
+        return text
 
     def lora_fields(self, model: Model, loras: Mapping[str, float]) -> dict[str, Any]:
         """Returns the fields `lora_weights` and `loras` of a Request for LoRAs by name.

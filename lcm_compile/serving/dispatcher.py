@@ -125,6 +125,11 @@ class Dispatcher:
         """The number of pictures that workers have."""
         return sum(len(group.pictures) for groups in self._groups.values() for group in groups)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether any picture waits or is drawn."""
+        return self.waiting + self.drawing > 0
+
     def put(self, pictures: Sequence[Picture]) -> None:
         """Puts all of these into the queue. Raises QueueFull if there is no room for them."""
         if pictures and len(self._waiting) + len(pictures) > self._most:

@@ -123,7 +123,10 @@ def is_open(path: str) -> bool:
 
 def is_same(origin: str, host: str) -> bool:
     """Returns whether a page's origin is the server itself, by the name that it was called by."""
-    return urlsplit(origin).netloc.lower() == host.lower()
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:  # it is no address
+        return False
 
 
 def shown(text: str) -> str:

@@ -93,6 +93,13 @@ def job_of(
     return Job(model, bundle, tuple(replace(first, seed=(seed + i) % SEEDS) for i in range(asked.count)))
 
 
+async def checked(
+    asked: Asked, catalog: Catalog, settings: ServerSettings, bundle: EngineBundle | None = None
+) -> Job:
+    """Returns `job_of` these, without holding up other clients: large pictures and prompts take a while."""
+    return await asyncio.to_thread(job_of, asked, catalog, settings, bundle)
+
+
 def check_length(text: str | None, name: str, settings: ServerSettings) -> None:
     """Raises UsageError if a prompt is too long."""
     if text is not None and len(text) > settings.most_prompt:

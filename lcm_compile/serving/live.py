@@ -24,7 +24,7 @@ from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.serving.answers import text_of, validation_text
 from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.guard import KEY_PROTOCOL
-from lcm_compile.serving.jobs import Job, draw, job_of
+from lcm_compile.serving.jobs import Job, checked, draw
 from lcm_compile.serving.openai import Edit
 from lcm_compile.serving.service import Service
 from lcm_compile.serving.uploads import image_of
@@ -108,7 +108,7 @@ class LiveStream:
                 pictures = await draw(job, self._service.dispatcher, self._service.settings.timeout)
             except LcmCompileError as error:
                 self._service.metrics.errors.labels(type(error).__name__).inc()
-                await self._tell(wanted.id, text_of(error))
+                await self._tell(wanted.id, self._service.catalog.without_folders(text_of(error)))
                 continue
             if self._sending is not None:
                 await self._sending
@@ -116,7 +116,7 @@ class LiveStream:
 
     async def _job(self, wanted: Wanted, data: bytes | None) -> Job:
         fields: dict[str, Any] = {}
-        asked = wanted.asked(self._service.settings.most_pixels)
+        asked = await asyncio.to_thread(wanted.asked, self._service.settings.most_pixels)
         bundle = None
         if wanted.image:
             if data is None:
@@ -130,7 +130,7 @@ class LiveStream:
                 model = self._service.catalog.find(asked.model)[0]
                 bundle = model.nearest((image.height, image.width))
         asked = replace(asked, count=1, fields={**asked.fields, **fields})
-        return job_of(asked, self._service.catalog, self._service.settings, bundle)
+        return await checked(asked, self._service.catalog, self._service.settings, bundle)
 
     async def _send(self, wanted: Wanted, job: Job, pictures: list[Picture]) -> None:
         form = wanted.output_format or "jpeg"

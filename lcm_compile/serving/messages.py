@@ -40,6 +40,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class End:
+    """To a worker: end, whatever it draws."""
+
+
+@dataclass(frozen=True)
 class Ready:
     """From a worker: its bundles are loaded, after so many seconds."""
 

@@ -8,22 +8,22 @@ import json
 import re
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import APIRouter
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.serving.answers import json_answer, status_of, text_of, validation_text
 from lcm_compile.serving.catalog import Model, Size, UnknownModel, read_lora
 from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.guard import error_body
-from lcm_compile.serving.jobs import Asked, Job, draw, job_of, server_timing, while_connected
+from lcm_compile.serving.jobs import Asked, Job, checked, draw, server_timing, while_connected
 from lcm_compile.serving.service import Service
 from lcm_compile.serving.uploads import image_of, image_of_base64, mask_of_alpha
 
@@ -48,11 +48,15 @@ def read_loras(value: Any) -> dict[str, float]:
     if value in (None, ""):
         return {}
     if isinstance(value, str):
-        with suppress(json.JSONDecodeError):
+        try:
             return read_loras(json.loads(value))
+        except json.JSONDecodeError:
+            pass
+        except RecursionError:
+            raise ValueError("its JSON is nested too deeply") from None
         return dict([read_lora_text(value)])
     if isinstance(value, Mapping):
-        return {str(name): float(weight) for name, weight in value.items()}
+        return {str(name): read_weight(weight) for name, weight in value.items()}
     if not isinstance(value, list):
         raise ValueError("must be an object of names and weights, or a list")
     found: dict[str, float] = {}
@@ -64,11 +68,19 @@ def read_loras(value: Any) -> dict[str, float]:
             weights = [one[k] for k in ("weight", "multiplier", "scale", "alpha", "strength") if k in one]
             if not names:
                 raise ValueError("a LoRA has no name")
-            name, weight = str(names[0]), float(weights[0]) if weights else 1.0
+            name, weight = str(names[0]), read_weight(weights[0]) if weights else 1.0
         else:
             raise ValueError("a LoRA must be text or an object")
         found[name] = weight
     return found
+
+
+def read_weight(value: Any) -> float:
+    """Returns the weight of a LoRA. Raises ValueError if it is no number."""
+    try:
+        return float(value)
+    except (TypeError, OverflowError):
+        raise ValueError("the weight of a LoRA must be a number") from None
 
 
 def read_lora_text(text: str) -> tuple[str, float]:
@@ -90,6 +102,8 @@ def read_size(text: str | None) -> Size | None:
 
 class Generation(BaseModel):
     """What is drawn. Fields that are not here are ignored, as those that clients send for other models."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     prompt: str = Field(description="What the pictures show.")
     model: str | None = Field(None, description="NAME, or NAME+LORA:WEIGHT… of /v1/models.")
@@ -173,7 +187,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def generations(request: HttpRequest, body: Generation) -> Response:
         """Draws pictures of a prompt."""
         asked = await asyncio.to_thread(body.asked, service.settings.most_pixels)
-        job = job_of(asked, service.catalog, service.settings)
+        job = await checked(asked, service.catalog, service.settings)
         return await answer(service, request, body, job, "image_generation")
 
     schema = Edit.model_json_schema(ref_template="#/components/schemas/{model}")
@@ -187,11 +201,11 @@ def openai_routes(service: Service) -> APIRouter:
         """Draws from a picture: all of it, or where the mask, or the picture itself, is transparent."""
         async with request.form(max_files=20, max_fields=100, max_part_size=1 << 20) as form:
             body, fields, size = await read_edit(form, service)
-        asked = body.asked(service.settings.most_pixels, **fields)
+        asked = await asyncio.to_thread(body.asked, service.settings.most_pixels, **fields)
         bundle = None
         if asked.size is None:
             bundle = service.catalog.find(asked.model)[0].nearest(size)
-        job = job_of(asked, service.catalog, service.settings, bundle)
+        job = await checked(asked, service.catalog, service.settings, bundle)
         return await answer(service, request, body, job, "image_edit")
 
     @router.get("/files/{name}")
@@ -275,7 +289,7 @@ async def answer(service: Service, request: HttpRequest, body: Generation, job: 
         facts = {"created_at": created, **facts_of_answer(job, form)}
         events = stream(service, job, drawing, shown, previews, kind, form, body.output_compression, facts)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        return DrawingStream(drawing, events, media_type="text/event-stream", headers=headers)
     pictures = await while_connected(request, draw(job, service.dispatcher, service.settings.timeout))
     files = await service.files(job, pictures, form, body.output_compression)
     data: list[dict[str, Any]] = []
@@ -309,6 +323,21 @@ def previews_of(job: Job, count: int) -> list[int]:
     return sorted({round((i + 1) * last / count) for i in range(count)}) if count else []
 
 
+class DrawingStream(StreamingResponse):
+    """A stream of events of a drawing, which is cancelled when the stream ends, even before it began."""
+
+    def __init__(self, drawing: asyncio.Future[list[Picture]], *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self._drawing = drawing
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._drawing.cancel()
+
+
 async def stream(
     service: Service,
     job: Job,
@@ -320,10 +349,7 @@ async def stream(
     quality: int | None,
     facts: Mapping[str, Any],
 ) -> AsyncIterator[bytes]:
-    """Yields server-sent events: previews while pictures are drawn, and each picture.
-
-    If the client goes, the generator is closed, and with it the drawing.
-    """
+    """Yields server-sent events: previews while pictures are drawn, and each picture."""
     try:
         while (seen := await shown.get()) is not None:
             _, step, pixels = seen
@@ -336,9 +362,8 @@ async def stream(
             yield event(f"{kind}.completed", {**own, **facts, "usage": USAGE})
     except LcmCompileError as error:
         service.metrics.errors.labels(type(error).__name__).inc()
-        yield event("error", error_body(text_of(error), *status_of(error)))
-    finally:
-        drawing.cancel()
+        text = service.catalog.without_folders(text_of(error))
+        yield event("error", error_body(text, *status_of(error)))
 
 
 def event(kind: str, data: Mapping[str, Any]) -> bytes:

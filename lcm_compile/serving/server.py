@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from urllib.parse import quote
 
@@ -17,6 +18,8 @@ from lcm_compile.serving.app import make_app
 from lcm_compile.serving.catalog import Catalog
 from lcm_compile.serving.service import Service
 from lcm_compile.serving.settings import ServerSettings
+
+SLOW = 3.0  # seconds that a client gets to send a request or read an answer when the server stops
 
 
 def serve(catalog: Catalog, settings: ServerSettings, told: Callable[[str], None]) -> None:
@@ -79,7 +82,24 @@ class Server(uvicorn.Server):
         self._service.stopping = True
         self.should_exit = True
 
-    @contextmanager
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends when what was asked for is answered, or its clients are too slow to send or read it."""
+        watching = asyncio.ensure_future(self._drop_slow_clients())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            watching.cancel()
+
+    async def _drop_slow_clients(self) -> None:
+        """Closes the connections that are left when nothing has been drawn for some seconds."""
+        idle = 0.0
+        while idle < SLOW:
+            await asyncio.sleep(0.1)
+            idle = 0.0 if self._service.dispatcher.is_busy else idle + 0.1
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Stops at a signal, and at once at a second one. uvicorn's own would raise it again at the end."""
         if threading.current_thread() is not threading.main_thread():

@@ -23,6 +23,7 @@ from lcm_compile.serving.messages import (
     Cancel,
     Draw,
     Drawn,
+    End,
     Failed,
     Preview,
     Progress,
@@ -61,6 +62,8 @@ class Worker:
             try:
                 message = self._connection.recv()
             except (EOFError, OSError):
+                os._exit(0)
+            if isinstance(message, End):
                 os._exit(0)
             if isinstance(message, Cancel):
                 self.cancel(message.number)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from lcm_compile.serving.messages import Ready, Start
+from lcm_compile.serving.messages import End, Ready, Start
 from lcm_compile.system.child_process import ended, python_command
 
 MOST_PAUSE = 30.0  # seconds before a worker that keeps dying is started again
@@ -118,10 +118,10 @@ class WorkerProcess:
     def stop(self) -> None:
         """Ends the process, and waits for it."""
         self._wanted = self.ready = False
-        if self._process is None or self._connection is None:
+        if self._process is None:
             return
-        with contextlib.suppress(OSError):
-            self._connection.close()
+        # Closing the connection would not do: a thread reads it, which keeps it open for the other end.
+        self.send(End())
         deadline = time.monotonic() + GRACE
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
