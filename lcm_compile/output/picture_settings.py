@@ -274,8 +274,9 @@ def settings_text(image: Image) -> str | None:
     from xml.etree import ElementTree
 
     try:
-        root = ElementTree.fromstring(xmp.strip(b"\0 \n"))
-    except ElementTree.ParseError as error:
+        # As text, which is UTF-8 whatever it declares: in no other encoding can a DOCTYPE be hidden.
+        root = ElementTree.fromstring(xmp.decode().strip("\0 \n\ufeff"))
+    except (ElementTree.ParseError, UnicodeDecodeError) as error:
         raise ValueError(f"its XMP is broken: {error}") from error
     name = f"{{{NAMESPACE}}}settings"  # other programs turn the attribute into an element
     found = [node.get(name) or (node.text if node.tag == name else None) for node in root.iter()]

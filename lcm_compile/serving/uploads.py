@@ -13,6 +13,9 @@ from lcm_compile.errors import UsageError
 
 # What is opened: formats without scripts, links or other files in them.
 ALLOWED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+# Pillow's modes of what these formats hold. Those with colours that were multiplied by alpha convert to few.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "I;16B", "I;16L", "F")
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 
 def image_of(data: bytes, called: str, most_pixels: int) -> Image.Image:
@@ -20,12 +23,16 @@ def image_of(data: bytes, called: str, most_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=ALLOWED)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=ALLOWED)
             if image.width * image.height > most_pixels:
                 raise UsageError(
                     f"the {called} has {image.width * image.height} pixels, and may have {most_pixels}"
                 )
             image.load()
+            if image.mode in PREMULTIPLIED:
+                image = image.convert(PREMULTIPLIED[image.mode])
+            elif image.mode not in MODES:
+                image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UsageError(
             f"the {called} can't be read as a picture ({type(error).__name__})", "send a PNG, JPEG or WebP"
