@@ -107,6 +107,7 @@ class Dispatcher:
         self._groups: dict[Link, list[Group]] = {}
         self._numbers = itertools.count(1)
         self._timer: asyncio.TimerHandle | None = None
+        self._failure: LcmCompileError | None = None  # why nobody will draw
         self._seconds = 1.0  # of a picture, as a moving mean
         # Called with the pictures of each call of the engines.
         self.watch: Callable[[Sequence[Picture]], None] = lambda pictures: None
@@ -131,12 +132,21 @@ class Dispatcher:
         return self.waiting + self.drawing > 0
 
     def put(self, pictures: Sequence[Picture]) -> None:
-        """Puts all of these into the queue. Raises QueueFull if there is no room for them."""
+        """Puts all of these into the queue. Raises QueueFull if there is no room, or what `fail` was told."""
+        if self._failure is not None:
+            raise LcmCompileError(self._failure.message, self._failure.hint)
         if pictures and len(self._waiting) + len(pictures) > self._most:
             workers = max(1, sum(worker.ready for worker in self._groups))
             raise QueueFull(len(self._waiting), max(1.0, len(self._waiting) * self._seconds / workers))
         self._waiting.extend(pictures)
         self._give()
+
+    def fail(self, error: LcmCompileError) -> None:
+        """Gives up what waits, and what is put from now on: nobody will draw it."""
+        self._failure = error
+        for picture in self._waiting:
+            picture.future.set_exception(LcmCompileError(error.message, error.hint))
+        self._waiting.clear()
 
     def cancel(self, pictures: Sequence[Picture]) -> None:
         """Takes those that are not drawn out of the queue, and stops workers that draw for nobody."""

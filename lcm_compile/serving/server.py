@@ -19,7 +19,7 @@ from lcm_compile.serving.catalog import Catalog
 from lcm_compile.serving.service import Service
 from lcm_compile.serving.settings import ServerSettings
 
-SLOW = 3.0  # seconds that a client gets to send a request or read an answer when the server stops
+SLOW = 10.0  # seconds that a client gets to send a request or read an answer when the server stops
 
 
 def serve(catalog: Catalog, settings: ServerSettings, told: Callable[[str], None]) -> None:

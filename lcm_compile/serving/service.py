@@ -74,6 +74,8 @@ class Service:
             self.told(f"worker {worker.pid} has loaded the models in {message.seconds:.1f} s")
         elif isinstance(message, Failed) and message.number == 0:
             self.failure = self.failure or LcmCompileError(message.message, message.hint)
+            if not any(own.ready for own in self.workers):
+                self.dispatcher.fail(self.failure)
             self.on_failure()
         self.dispatcher.take(worker, message)
 
