@@ -36,7 +36,8 @@ BUNDLES = [
 def graphs(sd15_checkpoint, tmp_path_factory):
     """The ONNX graphs that two of the backends build from."""
     folder = tmp_path_factory.mktemp("graphs") / "graphs"
-    export(BuildSpec(str(sd15_checkpoint), no_lcm=True, few_step="lcm", height=32, width=32), folder)
+    spec = BuildSpec(str(sd15_checkpoint), no_lcm=True, few_step="lcm", precision="fp32", height=32, width=32)
+    export(spec, folder)
     return folder
 
 
