@@ -26,7 +26,7 @@ def lora(sd15_checkpoint, tmp_path_factory):
 def spec(sd15_checkpoint, lora):
     loras = (LoraSpec(str(lora)),)
     return BuildSpec(
-        str(sd15_checkpoint), no_lcm=True, few_step="lcm", backend="torchscript", loras=loras, height=64
+        str(sd15_checkpoint), no_lcm=True, few_step="lcm", backend="onnxruntime", loras=loras, height=64
     )
 
 
@@ -48,9 +48,9 @@ def test_each_size_draws_what_its_own_bundle_draws(spec, sized, tmp_path):
 
 def test_what_depends_on_no_size_is_stored_once(sized):
     further = sized / "sizes" / "64x96"
-    for name in ("engines/encode.pt", "tokenizers/tokenizer.json"):
+    for name in ("engines/encode.onnx", "tokenizers/tokenizer.json"):
         assert (sized / name).samefile(further / name)
-    assert not (sized / "engines/step.pt").samefile(further / "engines/step.pt")
+    assert not (sized / "engines/step.onnx").samefile(further / "engines/step.onnx")
 
 
 def test_commands_know_the_sizes(command, refused, sized, tmp_path):
