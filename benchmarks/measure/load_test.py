@@ -41,6 +41,7 @@ from lcm_compile.system.processor import threads
 
 # Height and width of the pictures: those of each request are one of them in turn.
 SIZES = ((64, 64), (64, 96))
+SINGLES = 20  # pictures of one client alone in each round
 Answers = dict[int, tuple[float, float, np.ndarray]]  # by number: ms of the client, ms of the engines, pixels
 
 
@@ -111,11 +112,12 @@ def bare(pipelines: Sequence[Pipeline], numbers: Sequence[int]) -> tuple[float, 
 
 
 def measure(bundle: Path, rounds: int, count: int, clients: int) -> dict[str, Any]:
-    """Returns pictures a second of each round, and the milliseconds that the server adds to each picture.
+    """Returns pictures a second of each round, and milliseconds of pictures, bare and of one client alone.
 
     A round before them warms up. Raises LcmCompileError if a picture differs from the pipeline's own.
     """
     rates: list[dict[str, float]] = []
+    singles: dict[str, list[float]] = {"bare": [], "served": []}
     with ExitStack() as stack:
         address = stack.enter_context(serving(bundle))
         pipelines = [stack.enter_context(load(bundle, height=h, width=w)) for h, w in SIZES]
@@ -127,10 +129,10 @@ def measure(bundle: Path, rounds: int, count: int, clients: int) -> dict[str, An
                 if not np.array_equal(expected[number], answers[number][2]):
                     raise LcmCompileError(f"picture {number} of the server is not the pipeline's own")
             rates.append({"bare": count / own, "served": count / seconds})
-        numbers = range((rounds + 1) * count, (rounds + 3) * count)
-        _, alone = asyncio.run(served(address, numbers, 1))
-    added = [ms - engines for ms, engines, _ in alone.values()]
-    return {"pictures_per_second": rates[1:], "added_ms": added}
+            few = range(-(i + 1) * SINGLES, -i * SINGLES)
+            singles["bare"] += [bare(pipelines, [number])[0] * 1000 for number in few]
+            singles["served"] += [ms for ms, _, _ in asyncio.run(served(address, few, 1))[1].values()]
+    return {"pictures_per_second": rates[1:], "single_ms": singles}
 
 
 @click.command()
@@ -147,7 +149,8 @@ def main(rounds: int, pictures: int, clients: int, save: Path | None) -> None:
         samples = measure(bundle, rounds, pictures, clients)
         manifest = open_bundle(bundle).manifest
     share = statistics.median(one["served"] / one["bare"] for one in samples["pictures_per_second"])
-    added = statistics.median(samples["added_ms"])
+    singles = samples["single_ms"]
+    added = statistics.median(singles["served"]) - statistics.median(singles["bare"])
     report = {
         "environment": asdict(environment_of(manifest.target, threads(), {})),
         "backend": manifest.backend,

@@ -50,7 +50,7 @@ KEY_PAUSE = (0.3, 2.5)
 
 def wanted(i: int) -> dict[str, Any]:
     """Returns what the i-th picture shows: each has a prompt of its own, as while one types."""
-    return {"prompt": f"a {COLOURS[i % 6]} {SHAPES[i // 6 % 6]}, number {i}", "seed": i}
+    return {"prompt": f"a {COLOURS[i % 6]} {SHAPES[i // 6 % 6]}, number {i}", "seed": abs(i)}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from lcm_compile.serving.settings import ServerSettings
 
 T = TypeVar("T")
 SEEDS = 1 << 64
+SHORT = 2000  # characters of a prompt that is checked at once
 # Called with the number of a picture in its job, a step, and the pixels that are foreseen after it.
 ShowStep = Callable[[int, int, np.ndarray], None]
 
@@ -97,6 +98,10 @@ async def checked(
     asked: Asked, catalog: Catalog, settings: ServerSettings, bundle: EngineBundle | None = None
 ) -> Job:
     """Returns `job_of` these, without holding up other clients: large pictures and prompts take a while."""
+    if len(asked.prompt) < SHORT and all(
+        value is None or value == "plain" for value in asked.fields.values()
+    ):
+        return job_of(asked, catalog, settings, bundle)  # quicker than to hand it to a thread
     return await asyncio.to_thread(job_of, asked, catalog, settings, bundle)
 
 

@@ -186,7 +186,8 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/v1/images/generations")
     async def generations(request: HttpRequest, body: Generation) -> Response:
         """Draws pictures of a prompt."""
-        asked = await asyncio.to_thread(body.asked, service.settings.most_pixels)
+        most = service.settings.most_pixels
+        asked = await asyncio.to_thread(body.asked, most) if body.control else body.asked(most)
         job = await checked(asked, service.catalog, service.settings)
         return await answer(service, request, body, job, "image_generation")
 

@@ -32,6 +32,8 @@ from lcm_compile.serving.messages import (
     Stopped,
 )
 
+PROGRESS_SECONDS = 0.1  # at least, between two messages that tell how much is drawn
+
 
 def main(descriptor: int) -> None:
     """Runs in the worker's process: answers what comes through the connection until its other end is closed.
@@ -118,10 +120,14 @@ class Worker:
         number = message.number
         previews = {step: partial(self.show, number, step) for step in message.previews}
         pipeline = self.pipeline(message.folder)
+        told = time.monotonic()
         with closing(pipeline.progress(message.requests, previews=previews)) as progress:
             while number not in self._cancelled:
                 try:
-                    self.send(Progress(number, *next(progress)))
+                    done = next(progress)
+                    if time.monotonic() - told > PROGRESS_SECONDS:
+                        told = time.monotonic()
+                        self.send(Progress(number, *done))
                 except StopIteration as stop:
                     return Drawn(number, stop.value.pictures, stop.value.ms)
         return Stopped(number)
