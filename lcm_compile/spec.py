@@ -203,27 +203,25 @@ class EmbeddingSpec:
         return self.source if self.token is None else f"{self.source}:{self.token}"
 
 
-GUIDE_FORM = "write PATH, or PATH:0.8"
-
-
 @dataclass(frozen=True)
-class ControlNetSpec:
-    """A ControlNet, and the strength that pictures have for which none is asked.
+class AddedModelSpec:
+    """A model that is added to a base and reads a picture, and the weight that it has if none is asked for.
 
-    `source` is a path, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for a strength that is not
-    finite.
+    `source` is a path, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for a weight that is not finite.
     """
 
-    kind: ClassVar[str] = "ControlNet"
+    kind: ClassVar[str]
+    form: ClassVar[str] = "write PATH, or PATH:0.8"
     source: str
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.source:
-            raise UsageError(f"a {self.kind} has no path", GUIDE_FORM)
+            article = "an" if self.kind[0] in "AEIO" else "a"
+            raise UsageError(f"{article} {self.kind} has no path", self.form)
         if not math.isfinite(self.weight):
             raise UsageError(
-                f"the weight {self.weight} of {self.kind} {self.source} is not finite", GUIDE_FORM
+                f"the weight {self.weight} of {self.kind} {self.source} is not finite", self.form
             )
 
     @classmethod
@@ -235,56 +233,32 @@ class ControlNetSpec:
         try:
             return cls(source, float(last))
         except ValueError:
-            raise UsageError(f"{cls.kind} weight {last!r} in {text!r} is not a number", GUIDE_FORM) from None
-
-    def __str__(self) -> str:
-        return f"{self.source}:{self.weight!r}"
-
-
-IP_ADAPTER_FORM = "write FILE, FILE:0.6, or OWNER/NAME:FILE:0.6"
-
-
-@dataclass(frozen=True)
-class IpAdapterSpec:
-    """An IP-Adapter, and the weight that pictures have for which none is asked.
-
-    `source` is a file, a folder with one such file, or `OWNER/NAME[:FILE]` on the hub. Raises UsageError for
-    a weight that is not finite.
-    """
-
-    source: str
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.source:
-            raise UsageError("an IP-Adapter has no path", IP_ADAPTER_FORM)
-        if not math.isfinite(self.weight):
-            raise UsageError(
-                f"the weight {self.weight} of IP-Adapter {self.source} is not finite", IP_ADAPTER_FORM
-            )
-
-    @classmethod
-    def parse(cls, text: str) -> IpAdapterSpec:
-        """Returns the IP-Adapter of `SOURCE` or `SOURCE:WEIGHT`. No file is checked."""
-        source, colon, last = text.rpartition(":")
-        if not colon or ends_path(last):
-            return cls(text)
-        try:
-            return cls(source, float(last))
-        except ValueError:
-            raise UsageError(
-                f"IP-Adapter weight {last!r} in {text!r} is not a number", IP_ADAPTER_FORM
-            ) from None
+            raise UsageError(f"{cls.kind} weight {last!r} in {text!r} is not a number", cls.form) from None
 
     def __str__(self) -> str:
         return f"{self.source}:{self.weight!r}"
 
 
 @dataclass(frozen=True)
-class T2IAdapterSpec(ControlNetSpec):
-    """A T2I-Adapter, and the strength that pictures have for which none is asked."""
+class ControlNetSpec(AddedModelSpec):
+    """A ControlNet, which reads its picture at every step."""
+
+    kind: ClassVar[str] = "ControlNet"
+
+
+@dataclass(frozen=True)
+class T2IAdapterSpec(AddedModelSpec):
+    """A T2I-Adapter, which reads its picture once."""
 
     kind: ClassVar[str] = "T2I-Adapter"
+
+
+@dataclass(frozen=True)
+class IpAdapterSpec(AddedModelSpec):
+    """An IP-Adapter, which reads a picture beside the prompt. Its source may be a folder with one file."""
+
+    kind: ClassVar[str] = "IP-Adapter"
+    form: ClassVar[str] = "write FILE, FILE:0.6, or OWNER/NAME:FILE:0.6"
 
 
 @dataclass(frozen=True)
@@ -403,7 +377,7 @@ class BuildSpec:
         Shape(self.batch, 8 if self.height is None else self.height, 8 if self.width is None else self.width)
 
     @property
-    def guides(self) -> tuple[ControlNetSpec, ...]:
+    def guides(self) -> tuple[AddedModelSpec, ...]:
         """The ControlNets and then the T2I-Adapters: what reads pictures that guide, in their order."""
         return (*self.controlnets, *self.t2i_adapters)
 
