@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -66,6 +67,29 @@ class Pair:
         assert drawn.shape == images.shape
         assert images.std() > 5
         return [psnr_db(a, b) for a, b in zip(images, drawn, strict=True)]
+
+
+def least_psnr(ours, theirs, sampler, steps, scale, mine, others, **options) -> float:
+    """The least PSNR in dB of two pictures of one seed, drawn by our pipeline and by diffusers'.
+
+    `mine` and `others` are the options of each alone, `options` those of both.
+    """
+    theirs.scheduler = SCHEDULERS[sampler](theirs.scheduler.config)
+    drawn = theirs(
+        "a red star",
+        num_inference_steps=steps,
+        guidance_scale=scale,
+        num_images_per_prompt=2,
+        generator=torch.Generator("cpu").manual_seed(7),
+        output_type="np",
+        **others,
+        **options,
+    ).images
+    asked = {"sampler": sampler, "steps": steps, "guidance_scale": scale}
+    found = ours("a red star", seed=7, num_images=2, **asked, **mine, **options)
+    expected = eight_bits(drawn)
+    assert expected.std() > 5
+    return min(psnr_db(a, np.asarray(b)) for a, b in zip(expected, found, strict=True))
 
 
 def reference(checkpoint):

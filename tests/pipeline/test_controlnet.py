@@ -11,7 +11,6 @@ import cv2
 import factories
 import numpy as np
 import pytest
-import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -19,7 +18,7 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
 )
 from diffusers.image_processor import VaeImageProcessor
-from diffusers_reference import SCHEDULERS
+from diffusers_reference import least_psnr
 from factories import outline, painting
 from PIL import Image
 
@@ -31,7 +30,6 @@ from lcm_compile.benchmarks.measure.worker import cold_run, take_sample
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.checkpoint.open import open_base
 from lcm_compile.errors import UsageError
-from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.source_picture import source_picture
@@ -70,38 +68,21 @@ class Pair:
         one = len(self.pictures) == 1
         usual = lambda value, default: default if value is None else value  # noqa: E731
         each = lambda default: default if one else [default] * len(self.pictures)  # noqa: E731
-        self.theirs.scheduler = SCHEDULERS[sampler](self.theirs.scheduler.config)
-        drawn = self.theirs(
-            "a red star",
-            image=self.pictures[0] if one else self.pictures,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            num_images_per_prompt=2,
-            controlnet_conditioning_scale=usual(weight, self.weights[0] if one else self.weights),
-            control_guidance_start=usual(start, each(0.0)),
-            control_guidance_end=usual(end, each(1.0)),
-            height=64,
-            width=64,
-            generator=torch.Generator("cpu").manual_seed(7),
-            output_type="np",
-            **options,
-        ).images
-        mine = self.ours(
-            "a red star",
-            seed=7,
-            num_images=2,
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=scale,
-            control=self.pictures,
-            control_weight=weight,
-            control_start=start,
-            control_end=end,
-            **options,
-        )
-        theirs = eight_bits(drawn)
-        assert theirs.std() > 5
-        return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
+        others = {
+            "image": self.pictures[0] if one else self.pictures,
+            "controlnet_conditioning_scale": usual(weight, self.weights[0] if one else self.weights),
+            "control_guidance_start": usual(start, each(0.0)),
+            "control_guidance_end": usual(end, each(1.0)),
+            "height": 64,
+            "width": 64,
+        }
+        mine = {
+            "control": self.pictures,
+            "control_weight": weight,
+            "control_start": start,
+            "control_end": end,
+        }
+        return least_psnr(self.ours, self.theirs, sampler, steps, scale, mine, others, **options)
 
 
 def make_pair(base, folder, weights, kinds, pipeline, **options):

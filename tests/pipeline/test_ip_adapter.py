@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import factories
 import numpy as np
 import pytest
-import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -16,13 +15,12 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers_reference import SCHEDULERS
+from diffusers_reference import least_psnr
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from lcm_compile import BuildSpec, LoraSpec, build, load
 from lcm_compile.errors import UsageError
-from lcm_compile.pipeline.drawing import eight_bits
 from lcm_compile.pipeline.ip_image import clip_pixels
 from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.pipeline.request import Request
@@ -45,34 +43,10 @@ class Pair:
 
     def psnr(self, sampler="lcm", steps=4, scale=1.0, weight=None, mine=None, theirs=None, **options):
         """The least PSNR of two pictures; `mine` and `theirs` are options of one pipeline."""
-        self.theirs.scheduler = SCHEDULERS[sampler](self.theirs.scheduler.config)
         self.theirs.set_ip_adapter_scale(WEIGHT if weight is None else weight)
-        drawn = self.theirs(
-            "a red star",
-            ip_adapter_image=PHOTO,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            num_images_per_prompt=2,
-            generator=torch.Generator("cpu").manual_seed(7),
-            output_type="np",
-            **({"height": 64, "width": 64} if theirs is None else theirs),
-            **options,
-        ).images
-        found = self.ours(
-            "a red star",
-            seed=7,
-            num_images=2,
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=scale,
-            ip_image=PHOTO,
-            ip_weight=weight,
-            **(mine or {}),
-            **options,
-        )
-        expected = eight_bits(drawn)
-        assert expected.std() > 5
-        return min(psnr_db(a, np.asarray(b)) for a, b in zip(expected, found, strict=True))
+        others = {"ip_adapter_image": PHOTO, **({"height": 64, "width": 64} if theirs is None else theirs)}
+        own = {"ip_image": PHOTO, "ip_weight": weight, **(mine or {})}
+        return least_psnr(self.ours, self.theirs, sampler, steps, scale, own, others, **options)
 
 
 def make_pair(base, folder, kind, pipeline, options, **models):

@@ -19,7 +19,7 @@ from diffusers import (
     StableDiffusionXLAdapterPipeline,
     T2IAdapter,
 )
-from diffusers_reference import SCHEDULERS
+from diffusers_reference import SCHEDULERS, least_psnr
 from factories import outline, painting
 from PIL import Image
 
@@ -44,36 +44,15 @@ class Pair:
 
     def psnr(self, sampler="lcm", steps=4, scale=1.0, weight=0.8, factor=None, **options):
         """The least PSNR of two pictures. Of one adapter `weight` is a number, of several a list."""
-        self.theirs.scheduler = SCHEDULERS[sampler](self.theirs.scheduler.config)
-        drawn = self.theirs(
-            "a red star",
-            image=self.pictures[0] if len(self.pictures) == 1 else self.pictures,
-            num_inference_steps=steps,
-            guidance_scale=scale,
-            num_images_per_prompt=2,
-            adapter_conditioning_scale=weight,
-            height=64,
-            width=64,
-            generator=torch.Generator("cpu").manual_seed(7),
-            output_type="np",
+        others = {
+            "image": self.pictures[0] if len(self.pictures) == 1 else self.pictures,
+            "adapter_conditioning_scale": weight,
+            "height": 64,
+            "width": 64,
             **({} if factor is None else {"adapter_conditioning_factor": factor}),
-            **options,
-        ).images
-        mine = self.ours(
-            "a red star",
-            seed=7,
-            num_images=2,
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=scale,
-            control=self.pictures,
-            control_weight=weight,
-            control_end=factor,
-            **options,
-        )
-        theirs = eight_bits(drawn)
-        assert theirs.std() > 5
-        return min(psnr_db(a, np.asarray(b)) for a, b in zip(theirs, mine, strict=True))
+        }
+        mine = {"control": self.pictures, "control_weight": weight, "control_end": factor}
+        return least_psnr(self.ours, self.theirs, sampler, steps, scale, mine, others, **options)
 
 
 def make_pair(base, folder, sources, pipeline, pictures, **options):
