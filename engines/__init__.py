@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.errors import BackendError, unknown_name
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
+from lcm_compile.system.stopwatch import Report
 from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, GpuTarget
 
@@ -36,7 +37,10 @@ ON_THE_GPU = (
 
 
 class Backend(Protocol):
-    """What every backend module provides. The modules themselves are the implementations."""
+    """What every backend module provides. The modules themselves are the implementations.
+
+    A module that does not depend on the last arguments of a function takes them as `*_`.
+    """
 
     # The format of the graphs that it builds from.
     GRAPH_FORMAT: str
@@ -55,11 +59,22 @@ class Backend(Protocol):
         `built_with` is the package and version that built the engine, `options` are its builder options.
         """
 
-    def options(self, target: GpuTarget) -> Mapping[str, Any]:
-        """Returns the builder options for the target. They are part of the bundle's key."""
+    def options(
+        self, target: GpuTarget, precision: Precision, rewrites: Collection[str], report: Report
+    ) -> Mapping[str, Any]:
+        """Returns the builder options for the target. They are part of the bundle's key.
 
-    def build(self, graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
-        """Builds an engine file in `folder`, and returns its path. Raises BackendError if that fails."""
+        `precision` is the step's, and `rewrites` are the names of those in spec.REWRITES that are asked for.
+        `report` is called if something is measured for it. Raises BackendError if that fails.
+        """
+
+    def build(
+        self, graph: ExportedGraph, target: GpuTarget, folder: Path, options: Mapping[str, Any]
+    ) -> Path:
+        """Builds an engine file in `folder` by these options, and returns its path.
+
+        Raises BackendError if that fails.
+        """
 
     def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner:
         """Loads an engine file. Raises BackendError if that fails or the file does not fit the contract."""

@@ -89,7 +89,7 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the compiler's settings for the target, and this processor's instruction set."""
     return {**settings(target), "instruction_set": instruction_set()}
 
@@ -104,7 +104,7 @@ def settings(target: GpuTarget) -> dict[str, Any]:
     return SETTINGS if target.is_cpu else {**SETTINGS, "freezing": True}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Compiles the graph to `folder/<stage>.pt2`. Raises BackendError if torch can't compile it."""
     import torch
     from torch.export.passes import move_to_device_pass

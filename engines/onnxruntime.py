@@ -109,12 +109,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the provider, and the level of optimisation that `build` applies."""
     return {"provider": CPU if target.is_cpu else CUDA, "offline_optimisation": "extended"}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Writes the graph as ONNX Runtime's own optimiser leaves it, so that loading need not optimise again.
 
     The "extended" fusions are valid on any CPU. Layouts for one instruction set are chosen at loading. Raises

@@ -58,12 +58,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return other_version(built_with, PACKAGES)
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the provider, and that `build` embeds the engine in the ONNX file."""
     return {"provider": PROVIDER, "embedded": True}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Writes an ONNX file that contains the engine. The provider builds both when a session is opened.
 
     Raises BackendError in two cases: the graph's weights are in a file of their own, which means that the

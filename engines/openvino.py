@@ -8,21 +8,29 @@ when the engine is loaded.
 from __future__ import annotations
 
 import importlib.util
-import sys
+import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
+from lcm_compile.engines import other_version
+from lcm_compile.engines.import_openvino import import_openvino
 from lcm_compile.engines.runner import Array, Runner, as_numpy
+from lcm_compile.engines.winograd import choice
+from lcm_compile.engines.winograd.layers import replace_convolutions
+from lcm_compile.engines.winograd.library import cannot_compile, digest_of, library
+from lcm_compile.engines.winograd.library import cannot_run as cannot_run_kernels
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.system.decimal_point import decimal_point
 from lcm_compile.system.processor import instruction_set, threads
+from lcm_compile.system.stopwatch import Report, silent
 from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
@@ -40,6 +48,9 @@ NEEDS = {
 LARGE = 1 << 26
 # The path of the precision in a model's runtime information, which the .xml file keeps.
 LABEL = ["lcm_compile", "precision"]
+# And that of the sha256 of the library that a model with Winograd convolutions needs, which lies next to it.
+LIBRARY_LABEL = ["lcm_compile", "library"]
+LIBRARY = "winograd.so"
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
@@ -66,22 +77,44 @@ def cannot_compute(precision: Precision) -> str | None:
 
 
 def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
-    """Returns None: any version that knows the file's operators opens it, and `load` raises otherwise."""
-    return None
+    """Returns None unless the engine has Winograd convolutions, whose library needs one version.
+
+    Any version that knows the file's operators opens another engine, and `load` raises otherwise.
+    """
+    return other_version(built_with, PACKAGES) if options.get("winograd") else None
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
-    """Returns what `build` keeps in fp32; see purely_fp32_nodes."""
-    return {"sinusoids": "fp32"}
+def options(
+    target: GpuTarget, precision: Precision, rewrites: Collection[str], report: Report = silent
+) -> Mapping[str, Any]:
+    """Returns what `build` keeps in fp32 (see purely_fp32_nodes), and the form of convolutions by size.
+
+    The forms are measured if they are not known for this machine. Without a C++ compiler there are none.
+    """
+    forms: Mapping[str, str] = {}
+    if "winograd" in rewrites and cannot_compile() is None:
+        forms = choice.choose(precision, report)
+    return {"sinusoids": "fp32", "winograd": dict(forms)}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
-    """Writes `folder/<stage>.xml` and its .bin file. Raises BackendError if OpenVINO refuses the graph."""
+def build(
+    graph: ExportedGraph,
+    target: GpuTarget,
+    folder: Path,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """Writes `folder/<stage>.xml` and its .bin file, and the library if there are Winograd convolutions.
+
+    Raises BackendError if OpenVINO refuses the graph.
+    """
     ov = import_openvino()
     path = folder / f"{graph.contract.name}.xml"
     try:
         model = ov.Core().read_model(graph.path)
         model.set_rt_info(graph.precision.value, LABEL)
+        if replace_convolutions(model, options.get("winograd", {}), bf16=graph.precision.floats == "bf16"):
+            shutil.copyfile(library(), folder / LIBRARY)
+            model.set_rt_info(digest_of(library()), LIBRARY_LABEL)
         kept = [unsqueeze_to_reshape(node) for node in list(purely_fp32_nodes(model))]
         with decimal_point():  # otherwise it would write numbers that it can't read
             ov.save_model(model, path, compress_to_fp16=False)
@@ -146,19 +179,22 @@ def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
     return OpenVinoRunner(path, contract)
 
 
-def import_openvino() -> Any:
-    """Imports openvino without its telemetry, which would report the import over the network."""
-    name = "openvino_telemetry"
-    before = sys.modules.get(name)
-    sys.modules[name] = None  # type: ignore[assignment]  # makes its import fail, as if not installed
-    try:
-        import openvino
-    finally:
-        if before is None:
-            del sys.modules[name]
-        else:
-            sys.modules[name] = before
-    return openvino
+def add_kernels(core: Any, path: Path) -> None:
+    """Adds the library next to an engine to OpenVINO, if the engine needs it.
+
+    Raises BackendError if the library is not the one that was built with the engine, or if this processor
+    can't run its kernels.
+    """
+    root = ElementTree.parse(path).getroot()
+    label = root.find("/".join(("rt_info", *LIBRARY_LABEL)))
+    if label is None:
+        return
+    if reason := cannot_run_kernels():
+        raise BackendError(f"{path} has Winograd convolutions: {reason}", f"{REBUILD} --without winograd")
+    file = path.with_name(LIBRARY)
+    if not file.is_file() or digest_of(file) != label.get("value"):
+        raise BackendError(f"{file} is not the library that {path.name} was built with", REBUILD)
+    core.add_extension(file)
 
 
 def first_reason(error: Exception) -> str:
@@ -183,6 +219,7 @@ class OpenVinoRunner(Runner):
         ov = import_openvino()
         core = ov.Core()
         try:
+            add_kernels(core, path)
             model = core.read_model(path)
             check_contract(path, "inputs", model.inputs, contract.inputs)
             check_contract(path, "outputs", model.outputs, contract.outputs)

@@ -62,12 +62,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return other_version(built_with, PACKAGES)
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the builder options that `build` sets."""
     return {"strongly_typed": True, "optimization_level": OPTIMIZATION_LEVEL, "profiling": "detailed"}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *unused: object) -> Path:
     """Builds `folder/<stage>.engine`, and writes the result of inspect_engine to `<stage>.json` next to it.
 
     Raises BackendError as build_with does.

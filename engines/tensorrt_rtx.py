@@ -51,7 +51,7 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return other_version(built_with, PACKAGES)
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the builder options that `build` sets."""
     return {
         "strongly_typed": True,
@@ -60,7 +60,7 @@ def options(target: GpuTarget) -> Mapping[str, Any]:
     }
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Builds `folder/<stage>.engine` for the target's compute capability.
 
     Raises BackendError as tensorrt.build_with does, and if TensorRT for RTX refuses the compute capability.

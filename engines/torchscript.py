@@ -38,12 +38,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
     return None
 
 
-def options(target: GpuTarget) -> Mapping[str, Any]:
+def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns how the graph was made: frozen, with its weights as constants."""
     return {"frozen": True}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Copies the graph's file into `folder`, and returns the path of the copy."""
     path = folder / graph.path.name
     shutil.copyfile(graph.path, path)

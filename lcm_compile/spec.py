@@ -21,7 +21,10 @@ REWRITES = {
     "upsampling": "doubling a map and convolving it 3×3 becomes four 2×2 convolutions of the small map",
     "lcm-step": "the scheduler's arithmetic is part of the step's graph",
     "rgb8": "the decoder's graph ends in 8-bit RGB",
+    "winograd": "3×3 convolutions on x86 CPUs take fewer multiplications, where that is faster (OpenVINO)",
 }
+# Those that a backend makes when it builds an engine. The others are in the graphs.
+ENGINE_REWRITES = ("winograd",)
 
 CHUNK_TOKENS = 77  # of a prompt: what CLIP's text encoders read at once
 MOST_CHUNKS = 10
@@ -404,7 +407,7 @@ class BuildSpec:
         Not here are the base, the LoRAs, the shape and the precision: the key holds what the build makes of
         them, for example the content of a LoRA's file.
         """
-        inputs = {"rewrites": ", ".join(self.rewrites)}
+        inputs = {"rewrites": ", ".join(name for name in self.rewrites if name not in ENGINE_REWRITES)}
         if self.lora_skip:
             inputs["LoRA keys left out"] = ", ".join(sorted({*self.lora_skip}))
         if self.prompt_tokens != CHUNK_TOKENS:

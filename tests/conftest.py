@@ -37,6 +37,7 @@ from lcm_compile import BuildSpec, build, cli
 from lcm_compile.builder.export import export
 from lcm_compile.builder.fastest_backend import SLOW_TO_BUILD, circumstances
 from lcm_compile.engines import BACKENDS, cannot_build_from
+from lcm_compile.engines.winograd import choice
 from lcm_compile.export import EXPORTERS
 from lcm_compile.precisions import Precision
 from lcm_compile.targets import TARGETS
@@ -56,9 +57,11 @@ def collected():
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory):
-    """A store of the tests' own. In it the backends are timed already, so no test waits for that."""
+    """A store of the tests' own. Backends and convolutions are timed already, so no test waits for it."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "cpu.json").write_text(json.dumps(backend_timings()))
+    direct = {choice.circumstances(floats): {"64@8": "direct"} for floats in choice.FORMS}
+    (folder / "winograd.json").write_text(json.dumps(direct))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_COMPILE_HOME", str(folder))
         yield folder

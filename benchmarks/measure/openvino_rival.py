@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lcm_compile.engines.openvino import import_openvino
+from lcm_compile.engines.import_openvino import import_openvino
 from lcm_compile.spec import Shape
 
 PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # to OpenVINO's names

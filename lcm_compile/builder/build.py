@@ -212,5 +212,7 @@ def build_into(
 def build_stage(folder: Path, export: Export, stage: StageFile, plan: Plan) -> StageFile:
     """Builds one engine in `folder/engines` and returns its entry in the manifest. Raises BackendError."""
     build_engine = caller(export.manifest.is_large)
-    path = build_engine(plan.backend.build, export.graph(stage), plan.target, folder / "engines")
+    path = build_engine(
+        plan.backend.build, export.graph(stage), plan.target, folder / "engines", plan.options
+    )
     return replace(stage, file=path.relative_to(folder).as_posix())

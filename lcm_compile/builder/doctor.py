@@ -123,7 +123,7 @@ def try_backend(backend: Backend, target: GpuTarget, precision: Precision) -> fl
         engines.mkdir()
         stage = Stage(contract, to_precision(module, precision.floats))
         graph = export_stage(stage, backend.GRAPH_FORMAT, precision, graphs)
-        path = backend.build(graph, target, engines)
+        path = backend.build(graph, target, engines, backend.options(target, precision, (), silent))
         if backend.cannot_run(target):
             return None
         with backend.load(path, contract, target) as runner:

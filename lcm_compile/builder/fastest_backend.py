@@ -25,6 +25,7 @@ from lcm_compile.engines import BACKENDS, cannot_build_from, choose_backend, fin
 from lcm_compile.engines.runner import Runner
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
+from lcm_compile.spec import REWRITES
 from lcm_compile.system.cache import home
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.files import write_atomically
@@ -161,7 +162,8 @@ def small_engines(names: list[str], precision: Precision, folder: Path) -> Itera
             (folder / f"{form} graph").mkdir()
             graphs[form] = export_stage(stage, form, precision, folder / f"{form} graph")
         (folder / name).mkdir()
-        yield name, backend.load(backend.build(graphs[form], CPU, folder / name), contract, CPU)
+        options = backend.options(CPU, precision, REWRITES, silent)
+        yield name, backend.load(backend.build(graphs[form], CPU, folder / name, options), contract, CPU)
 
 
 def small_network() -> torch.nn.Module:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lcm_compile.bundles.manifest import BundleManifest, read_manifest
 from lcm_compile.bundles.store import bundles_folder
@@ -43,6 +44,7 @@ ASKED = (
     "target",
     "whole loop",
 )
+SOURCES = ("*.py", "*.cpp", "*.hpp")
 PACKAGE = Path(__file__).parents[1]
 # Folders and files of the package that change no graph and no engine. Editing them does not change the key.
 SHAPES_NOTHING = {
@@ -83,14 +85,16 @@ def export_key(
     return key
 
 
-def bundle_key(graphs: Mapping[str, str], name: str, backend: Backend, target: GpuTarget) -> dict[str, str]:
+def bundle_key(
+    graphs: Mapping[str, str], name: str, backend: Backend, options: Mapping[str, Any], target: GpuTarget
+) -> dict[str, str]:
     """Returns everything that a bundle depends on: its graphs, by their key, and what builds from them."""
     return {
         **graphs,
         "target": f"{target.name} {target.compute_capability or ''}".strip(),
         "backend": name,
         "backend version": str(installed_version(backend.PACKAGES)),
-        "builder options": json.dumps(backend.options(target), sort_keys=True),
+        "builder options": json.dumps(options, sort_keys=True),
     }
 
 
@@ -115,7 +119,7 @@ def code_digest(digests: Digests) -> str:
         (Path(export.__path__[0]), "export/"),
         (Path(engines.__path__[0]), "engines/"),
     ):
-        for path in root.rglob("*.py"):
+        for path in (path for pattern in SOURCES for path in root.rglob(pattern)):
             name = place + path.relative_to(root).as_posix()
             if not {name, name.partition("/")[0]} & SHAPES_NOTHING:
                 found[name] = digests.sha256(path)

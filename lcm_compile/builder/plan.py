@@ -110,7 +110,8 @@ class Plan:
     `source` says how the graphs are made, or is the export that already holds them. `out` is the folder that
     the user asked for, or None, and `folder` is where the bundle goes. `hit` says whether it is there
     already. `reasons` say why the plan is a hit, or which inputs differ. `passed_over` says why
-    `--backend auto` did not choose the backends that it tries before `backend_name`.
+    `--backend auto` did not choose the backends that it tries before `backend_name`. `options` are the
+    backend's for this build.
     """
 
     spec: BuildSpec
@@ -118,6 +119,7 @@ class Plan:
     target: GpuTarget
     backend_name: str
     passed_over: tuple[str, ...]
+    options: Mapping[str, Any]
     key: Mapping[str, str]
     out: Path | None
     folder: Path
@@ -196,11 +198,12 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, rep
         check_destination(out)
     precision, chosen = settle_precision(spec, target, report)
     backend = find_backend(chosen[0])
+    options = backend.options(target, precision, spec.rewrites, report)
 
     def settle(checkpoint: Checkpoint) -> Plan:
         engine_runs = backend.cannot_run(target) is None
         export = plan_export(spec, checkpoint, precision, backend.GRAPH_FORMAT, engine_runs)
-        return finish_plan(spec, export, target, chosen, out, force)
+        return finish_plan(spec, export, target, chosen, options, out, force)
 
     half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
@@ -322,19 +325,25 @@ def finish_plan(
     source: ExportPlan | Export,
     target: GpuTarget,
     chosen: tuple[str, tuple[str, ...]],
+    options: Mapping[str, Any],
     out: Path | None,
     force: bool,
 ) -> Plan:
-    """Returns the plan of engines from the graphs of `source`. `chosen` is what `settle_backend` returned."""
+    """Returns the plan of engines from the graphs of `source`.
+
+    `chosen` is what `settle_backend` returned, and `options` are the backend's.
+    """
     backend_name, passed_over = chosen
     if isinstance(source, Export):
         name, graphs = source.manifest.name, source.manifest.key
     else:
         name, graphs = source.checkpoint.name, source.key
-    key = bundle_key(graphs, backend_name, find_backend(backend_name), target)
+    key = bundle_key(graphs, backend_name, find_backend(backend_name), options, target)
     folder = out if out is not None else bundles_folder() / bundle_name(name, target, key)
     hit, reasons = explain(spec, key, folder, force)
-    return Plan(spec, source, target, backend_name, passed_over, key, out, folder, hit, tuple(reasons))
+    return Plan(
+        spec, source, target, backend_name, passed_over, options, key, out, folder, hit, tuple(reasons)
+    )
 
 
 def plan_again(plan: Plan, force: bool) -> Plan:
@@ -344,7 +353,7 @@ def plan_again(plan: Plan, force: bool) -> Plan:
     """
     if isinstance(plan.source, Export):
         chosen = plan.backend_name, plan.passed_over
-        return finish_plan(plan.spec, plan.source, plan.target, chosen, plan.out, force)
+        return finish_plan(plan.spec, plan.source, plan.target, chosen, plan.options, plan.out, force)
     return make_plan(plan.spec, plan.out, force)
 
 
@@ -415,4 +424,5 @@ def make_plan_from(
     manifest = export.manifest
     spec = replace(manifest.spec, gpu=gpu, backend=backend)
     chosen = settle_backend(spec, target, manifest.precision, report, manifest.graph_format)
-    return finish_plan(spec, export, target, chosen, out, force)
+    options = find_backend(chosen[0]).options(target, manifest.precision, spec.rewrites, report)
+    return finish_plan(spec, export, target, chosen, options, out, force)

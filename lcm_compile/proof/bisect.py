@@ -11,6 +11,7 @@ engine is built from the export's graph, because an engine returns only the outp
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import shutil
 import tempfile
@@ -212,7 +213,9 @@ def open_engine(
     target, backend = bundle.manifest.target, find_backend(bundle.manifest.backend)
     with tempfile.TemporaryDirectory(prefix="bisect-") as folder:
         if engine is None:
-            engine = backend.build(ExportedGraph(graph, stage.precision, contract), target, Path(folder))
+            options = json.loads(bundle.manifest.key["builder options"])
+            part = ExportedGraph(graph, stage.precision, contract)
+            engine = backend.build(part, target, Path(folder), options)
         with backend.load(engine, contract, target) as runner:
             yield runner
 

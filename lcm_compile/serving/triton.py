@@ -27,6 +27,7 @@ TRITON_BACKENDS = {
     "tensorrt": "tensorrt",
     "torchscript": "pytorch",
 }
+KERNELS = "/winograd.so"  # the end of the library's name in a bundle for OpenVINO
 DATA_TYPES = {
     "bool": "TYPE_BOOL",
     "uint8": "TYPE_UINT8",
@@ -125,6 +126,13 @@ def stage_models(bundle: EngineBundle, name: str) -> Writers:
             f"{', '.join(TRITON_BACKENDS)}",
             f"build with --backend {'onnxruntime' if bundle.manifest.target.is_cpu else 'tensorrt'}; "
             "or export with --triton-whole, which draws with this package in Triton's Python backend",
+        )
+
+    if any(name.endswith(KERNELS) for name in bundle.manifest.files):
+        raise UsageError(
+            f"{bundle.folder} has convolutions of its own, an extension that Triton's OpenVINO does not load",
+            "build with --without winograd; or export with --triton-whole, which draws with this package in "
+            "Triton's Python backend",
         )
 
     def writer(stage: StageFile, model: str) -> Callable[[Path], None]:

@@ -1,0 +1,21 @@
+"""Imports OpenVINO without its telemetry."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def import_openvino() -> Any:
+    """Imports openvino without its telemetry, which would report the import over the network."""
+    name = "openvino_telemetry"
+    before = sys.modules.get(name)
+    sys.modules[name] = None  # type: ignore[assignment]  # makes its import fail, as if not installed
+    try:
+        import openvino
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+    return openvino
