@@ -1,4 +1,4 @@
-// Winograd's F(2×2, 3×3) and F(4×4, 3×3) for one instruction set; compiled once for each (see library.py).
+// Winograd's F(2×2, 3×3), F(4×4, 3×3) and F(3×3, 2×2) for one instruction set; compiled once for each, by library.py.
 //
 // The output is cut into tiles of m×m pixels, each of which needs (m+2)² pixels of the input. Both are transformed
 // along rows and columns (A. Lavin, S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2015), between
@@ -9,6 +9,11 @@
 // A vector holds as many tiles as it has lanes, so that transforms read and write planar maps and transpose nothing.
 // Tiles are taken in blocks of about 64, whose transformed values stay in a core's cache: V[position][input][tile],
 // then M[position][output][tile]. G w Gᵀ was computed and packed when the engine was built.
+//
+// A 3×3 convolution of a doubled map is four 2×2 convolutions of the small map, one for each of the four pixels that a
+// pixel becomes. The input tile of rows s-1 … s+2 gives rows s … s+2 of the convolutions for even rows, and rows
+// s-1 … s+1 of those for odd rows: together the rows 2s-1 … 2s+4 of the doubled map. So all four use the same V, and
+// 64 products give 36 pixels.
 #include "kernel.hpp"
 
 #include <algorithm>
@@ -34,6 +39,9 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 constexpr int BLOCK = 64;  // tiles of a block, about
+constexpr std::int64_t CACHED = 1 << 19;  // bytes of a block's part of M
+constexpr std::int64_t LARGE = 1 << 24;   // bytes of weights above which they don't stay in a cache
+constexpr std::int64_t FITS = 1 << 25;    // bytes of V below which it does
 // Vectors of tiles that the innermost product computes at once, for ROWS outputs: as many as registers hold.
 constexpr int COLUMNS = LANES == 16 ? 4 : 2;
 
@@ -127,6 +135,25 @@ struct Tile<2> {
 };
 
 template <>
+struct Tile<3> {
+    static constexpr int SIDE = 4;
+    static void forward(const Vector* d, int step, Vector* v) { Tile<2>::forward(d, step, v); }
+    static void backward(const Vector* m, int step, Vector* y, int to) {
+        const Vector sum = m[step] + m[2 * step];
+        y[0] = m[0] + sum;
+        y[to] = m[step] - m[2 * step];
+        y[2 * to] = sum - m[3 * step];
+    }
+    static void pixels(const float* row, Vector* d) {
+        for (int j = 0; j < SIDE; j++) {
+            alignas(64) float values[LANES];
+            for (int l = 0; l < LANES; l++) values[l] = row[3 * l + j];
+            d[j] = load(values);
+        }
+    }
+};
+
+template <>
 struct Tile<4> {
     static constexpr int SIDE = 6;
     static void forward(const Vector* d, int step, Vector* v) {
@@ -176,8 +203,10 @@ struct Block {
 };
 
 std::vector<Block> blocks_of(const Convolution& layer) {
-    const std::int64_t high = (layer.height + layer.tile - 1) / layer.tile;
-    const std::int64_t wide = (layer.width + layer.tile - 1) / layer.tile;
+    // Of a doubled map, the last tile must reach the last odd row, which is a row behind the even one.
+    const std::int64_t more = layer.tile == 3;
+    const std::int64_t high = (layer.height + more + layer.tile - 1) / layer.tile;
+    const std::int64_t wide = (layer.width + more + layer.tile - 1) / layer.tile;
     const std::int64_t columns = std::min<std::int64_t>(wide, BLOCK);
     const std::int64_t rows = std::max<std::int64_t>(1, BLOCK / columns);
     std::vector<Block> blocks;
@@ -350,13 +379,13 @@ void products(const float* u, const float* v, std::int64_t depth, std::int64_t l
     for (; lane < lanes; lane += LANES) product<R, 1, BF16>(u, v + lane, depth, lanes, m + lane);
 }
 
-// Outputs first … last - 1 of one position; first is a multiple of ROWS.
+// Rows first … last - 1 of one position's product, to m; first is a multiple of ROWS.
 template <bool BF16>
 void multiply(const float* u, const float* v, std::int64_t depth, std::int64_t lanes, std::int64_t first,
               std::int64_t last, float* m) {
     for (std::int64_t k = first; k < last; k += ROWS) {
         const float* rows = u + k * depth;
-        float* to = m + k * lanes;
+        float* to = m + (k - first) * lanes;
         switch (std::min<std::int64_t>(ROWS, last - k)) {
             case 6: products<6, BF16>(rows, v, depth, lanes, to); break;
             case 5: products<5, BF16>(rows, v, depth, lanes, to); break;
@@ -371,9 +400,9 @@ void multiply(const float* u, const float* v, std::int64_t depth, std::int64_t l
 // Writes outputs first … last - 1 of a block from M.
 template <int M, class Y>
 void transform_outputs(const Convolution& layer, const Block& block, std::int64_t first, std::int64_t last,
-                       const float* m) {
+                       const float* m, std::int64_t position_step) {
     constexpr int SIDE = Tile<M>::SIDE, POSITIONS = SIDE * SIDE;
-    const std::int64_t plane = layer.height * layer.width, position_step = layer.outputs * block.lanes;
+    const std::int64_t plane = layer.height * layer.width;
     const bool narrow = block.columns < LANES;
     for (std::int64_t k = first; k < last; k++) {
         const std::int64_t map = (block.picture * layer.outputs + k) * plane;
@@ -382,7 +411,7 @@ void transform_outputs(const Convolution& layer, const Block& block, std::int64_
         Y* y = static_cast<Y*>(layer.y) + map;
         const auto tiles = [&](std::int64_t lane, Vector* out) {
             Vector in[POSITIONS], half[M * SIDE];
-            for (int p = 0; p < POSITIONS; p++) in[p] = load(m + p * position_step + k * block.lanes + lane);
+            for (int p = 0; p < POSITIONS; p++) in[p] = load(m + p * position_step + (k - first) * block.lanes + lane);
             for (int j = 0; j < SIDE; j++) Tile<M>::backward(in + j, SIDE, half + j, SIDE);
             for (int i = 0; i < M; i++) Tile<M>::backward(half + i * SIDE, 1, out + i * M, 1);
             for (int i = 0; i < M * M; i++) out[i] += bias;
@@ -428,6 +457,40 @@ void transform_outputs(const Convolution& layer, const Block& block, std::int64_
     }
 }
 
+// Writes outputs first … last - 1 of a block of the doubled map from M, where each has four rows: for the pixels of
+// even and odd columns of even rows, then of odd rows.
+template <class Y>
+void transform_doubled_outputs(const Convolution& layer, const Block& block, std::int64_t first, std::int64_t last,
+                               const float* m, std::int64_t position_step) {
+    constexpr int M = 3, SIDE = Tile<3>::SIDE, POSITIONS = SIDE * SIDE;
+    const std::int64_t height = 2 * layer.height, width = 2 * layer.width;
+    for (std::int64_t k = first; k < last; k++) {
+        Y* y = static_cast<Y*>(layer.y) + (block.picture * layer.outputs + k) * height * width;
+        const float bias = layer.bias[(layer.bias_per_picture ? block.picture * layer.outputs : 0) + k];
+        for (std::int64_t lane = 0; lane < block.lanes; lane += LANES) {
+            alignas(64) float pixels[2 * M][2 * M][LANES];
+            for (int part = 0; part < 4; part++) {
+                Vector in[POSITIONS], half[M * SIDE], out[M * M];
+                const float* row = m + (4 * (k - first) + part) * block.lanes + lane;
+                for (int p = 0; p < POSITIONS; p++) in[p] = load(row + p * position_step);
+                for (int j = 0; j < SIDE; j++) Tile<M>::backward(in + j, SIDE, half + j, SIDE);
+                for (int i = 0; i < M; i++) Tile<M>::backward(half + i * SIDE, 1, out + i * M, 1);
+                for (int i = 0; i < M; i++)
+                    for (int j = 0; j < M; j++)
+                        store(pixels[2 * i + 1 - part / 2][2 * j + 1 - part % 2], out[i * M + j] + bias);
+            }
+            const std::int64_t count = std::min<std::int64_t>(LANES, block.rows * block.columns - lane);
+            for (std::int64_t l = 0; l < count; l++) {
+                const std::int64_t top = (block.row + (lane + l) / block.columns) * 2 * M - 1;
+                const std::int64_t left = (block.column + (lane + l) % block.columns) * 2 * M - 1;
+                const std::int64_t begin = left < 0 ? 1 : 0, end = std::min<std::int64_t>(2 * M, width - left);
+                for (std::int64_t i = top < 0 ? 1 : 0; i < 2 * M && top + i < height; i++)
+                    for (std::int64_t j = begin; j < end; j++) put(y + (top + i) * width + left + j, pixels[i][j][l]);
+            }
+        }
+    }
+}
+
 template <int M, class T, bool BF16>
 void compute(const Convolution& layer, int threads, const Parallel& parallel) {
     constexpr std::int64_t POSITIONS = Tile<M>::SIDE * Tile<M>::SIDE, TOGETHER = BF16 ? 2 : 1;
@@ -435,51 +498,61 @@ void compute(const Convolution& layer, int threads, const Parallel& parallel) {
     const float* u = static_cast<const float*>(layer.weights);
     const std::vector<Block> blocks = blocks_of(layer);
     const auto count = static_cast<std::int64_t>(blocks.size());
-    const std::int64_t v_size = POSITIONS * depth * BLOCK, m_size = POSITIONS * layer.outputs * BLOCK;
-    const std::int64_t weights = layer.outputs * depth;
+    const std::int64_t parts = M == 3 ? 4 : 1, rows = parts * layer.outputs;  // of M, and of the weights
+    // Outputs are computed some at a time, so that their part of M stays in the cache too.
+    const std::int64_t fit = CACHED / (4 * POSITIONS * BLOCK * parts) / ROWS * ROWS;
+    const std::int64_t chunk = std::min(layer.outputs, std::max<std::int64_t>(ROWS, fit));
+    const std::int64_t v_size = POSITIONS * depth * BLOCK, weights = rows * depth;
+    const auto transform_back = [&](const Block& block, std::int64_t first, std::int64_t last, const float* m) {
+        const std::int64_t position_step = parts * (last - first) * block.lanes;
+        if constexpr (M == 3)
+            transform_doubled_outputs<T>(layer, block, first, last, m, position_step);
+        else
+            transform_outputs<M, T>(layer, block, first, last, m, position_step);
+    };
+    const auto outputs_of = [&](const Block& block, std::int64_t first, std::int64_t last, const float* v, float* m) {
+        const std::int64_t count = parts * (last - first);
+        for (std::int64_t p = 0; p < POSITIONS; p++)
+            multiply<BF16>(u + p * weights, v + p * depth * block.lanes, depth, block.lanes, parts * first,
+                           parts * last, m + p * count * block.lanes);
+        transform_back(block, first, last, m);
+    };
 
-    if (count >= 2 * threads || threads == 1) {  // each thread has blocks of its own
+    const bool large = 4 * POSITIONS * weights > LARGE && 4 * count * v_size < FITS;
+    if (!large && (count >= 2 * threads || threads == 1)) {  // each thread has blocks of its own
         parallel(count, [&](std::int64_t b) {
-            const Block& block = blocks[b];
-            const Scratch scratch(v_size + m_size);
+            const Scratch scratch(v_size + POSITIONS * parts * chunk * BLOCK);
             float *v = scratch.data(), *m = v + v_size;
-            transform_inputs<M, T, BF16>(layer, block, 0, layer.inputs, v);
-            for (std::int64_t p = 0; p < POSITIONS; p++)
-                multiply<BF16>(u + p * weights, v + p * depth * block.lanes, depth, block.lanes, 0, layer.outputs,
-                               m + p * layer.outputs * block.lanes);
-            transform_outputs<M, T>(layer, block, 0, layer.outputs, m);
+            transform_inputs<M, T, BF16>(layer, blocks[b], 0, layer.inputs, v);
+            for (std::int64_t k = 0; k < layer.outputs; k += chunk)
+                outputs_of(blocks[b], k, std::min(layer.outputs, k + chunk), v, m);
         });
         return;
     }
-    // Small maps: threads share each block.
-    const Scratch scratch(count * (v_size + m_size));
-    float *v = scratch.data(), *m = v + count * v_size;
-    const auto chunks = [&](std::int64_t channels, std::int64_t size, const auto& work) {
-        const std::int64_t each = (channels + size - 1) / size;
-        parallel(count * each, [&](std::int64_t task) {
-            const std::int64_t from = task % each * size;
-            work(task / each, from, std::min(channels, from + size));
+    // Of a small map, and where weights would have to be read from memory for each block, V is made for the whole map,
+    // and each thread has outputs of its own.
+    const Scratch scratch(count * v_size);
+    float* v = scratch.data();
+    const auto share = [&](std::int64_t channels, std::int64_t size, const auto& work) {
+        parallel((channels + size - 1) / size, [&](std::int64_t task) {
+            work(task * size, std::min(channels, task * size + size));
         });
     };
-    chunks(layer.inputs, 32, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-        transform_inputs<M, T, BF16>(layer, blocks[b], first, last, v + b * v_size);
+    share(layer.inputs, 16, [&](std::int64_t first, std::int64_t last) {
+        for (std::int64_t b = 0; b < count; b++)
+            transform_inputs<M, T, BF16>(layer, blocks[b], first, last, v + b * v_size);
     });
-    const std::int64_t groups = (layer.outputs + 16 * ROWS - 1) / (16 * ROWS);
-    parallel(POSITIONS * groups, [&](std::int64_t task) {
-        const std::int64_t p = task / groups, first = task % groups * 16 * ROWS;
-        const std::int64_t last = std::min(layer.outputs, first + 16 * ROWS);
-        for (std::int64_t b = 0; b < count; b++)  // weights are read once for all blocks
-            multiply<BF16>(u + p * weights, v + b * v_size + p * depth * blocks[b].lanes, depth, blocks[b].lanes, first,
-                           last, m + b * m_size + p * layer.outputs * blocks[b].lanes);
-    });
-    chunks(layer.outputs, 32, [&](std::int64_t b, std::int64_t first, std::int64_t last) {
-        transform_outputs<M, T>(layer, blocks[b], first, last, m + b * m_size);
+    const std::int64_t part = std::min(chunk, (layer.outputs / (8 * threads) + ROWS) / ROWS * ROWS);
+    share(layer.outputs, part, [&](std::int64_t first, std::int64_t last) {
+        const Scratch m(POSITIONS * parts * part * BLOCK);
+        for (std::int64_t b = 0; b < count; b++) outputs_of(blocks[b], first, last, v + b * v_size, m.data());
     });
 }
 
 template <class T, bool BF16>
 void by_tile(const Convolution& layer, int threads, const Parallel& parallel) {
     if (layer.tile == 2) return compute<2, T, BF16>(layer, threads, parallel);
+    if (layer.tile == 3) return compute<3, T, BF16>(layer, threads, parallel);
     return compute<4, T, BF16>(layer, threads, parallel);
 }
 

@@ -1,4 +1,5 @@
-// A 3×3 convolution of stride 1 and padding 1 by Winograd's minimal filtering, on planar maps.
+// A 3×3 convolution of stride 1 and padding 1 by Winograd's minimal filtering, on planar maps; or one of a map that
+// is doubled first, each pixel becoming four.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -26,16 +27,16 @@ enum class Type : int { f32, bf16 };
 using Parallel = std::function<void(std::int64_t count, const std::function<void(std::int64_t)>&)>;
 
 struct Convolution {
-    std::int64_t pictures, inputs, outputs, height, width;
-    std::int64_t tile;                // m of F(m×m, 3×3): 2 or 4
+    std::int64_t pictures, inputs, outputs, height, width;  // height and width are those of x
+    std::int64_t tile;                // 2 or 4: m of F(m×m, 3×3). 3: F(3×3, 2×2) of a map that is doubled
     Type type;                        // of x, residual and y
     Type products;                    // what the transformed tiles and weights are multiplied in; sums are in fp32
     const void* x;                    // pictures × inputs × height × width
     const void* weights;              // as weights.cpp packs them
     const float* bias;                // outputs, or pictures × outputs
     bool bias_per_picture;
-    const void* residual;             // null, or what is added to y, of y's shape
-    void* y;                          // pictures × outputs × height × width
+    const void* residual;             // null, or what is added to y, of y's shape; null if tile is 3
+    void* y;                          // pictures × outputs × height × width, or twice both if tile is 3
 };
 
 // Computes y = conv(x) + bias + residual on this many threads. One function an instruction set.

@@ -138,9 +138,10 @@ def packer(path: Path) -> ctypes._NamedFuncPointer:
 
 
 def packed(weights: np.ndarray, tile: int, bf16: bool) -> np.ndarray:
-    """Returns weights (outputs, inputs, 3, 3), transformed and packed for the kernels, as 32-bit words.
+    """Returns weights, transformed and packed for the kernels, as 32-bit words.
 
-    In bf16 a word has two values, and the number of inputs must be even.
+    They are (outputs, inputs, 3, 3), or for tile 3 (4·outputs, inputs, 2, 2): see weights.cpp. In bf16 a word
+    has two values, and the number of inputs must be even.
     """
     outputs, inputs = weights.shape[:2]
     weights = np.ascontiguousarray(weights, np.float32)

@@ -1,4 +1,5 @@
-// OpenVINO's operation WinogradConvolution: y = conv(x) + bias + residual, a 3×3 convolution of stride 1, padding 1.
+// OpenVINO's operation WinogradConvolution: y = conv(x) + bias + residual, a 3×3 convolution of stride 1, padding 1;
+// with tile 3, of x doubled.
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
 #include <openvino/op/op.hpp>
@@ -22,6 +23,8 @@ public:
     void validate_and_infer_types() override {
         ov::PartialShape shape = get_input_partial_shape(0);
         shape[1] = outputs_;
+        if (tile_ == 3)
+            for (int i : {2, 3}) shape[i] = shape[i] * ov::Dimension(2);
         set_output_type(0, get_input_element_type(0), shape);
     }
 
@@ -41,7 +44,8 @@ public:
     bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
         const ov::Tensor &x = inputs[0], &weights = inputs[1], &bias = inputs[2];
         const ov::Shape shape = x.get_shape();
-        outputs[0].set_shape({shape[0], static_cast<std::size_t>(outputs_), shape[2], shape[3]});
+        const std::size_t scale = tile_ == 3 ? 2 : 1;
+        outputs[0].set_shape({shape[0], static_cast<std::size_t>(outputs_), scale * shape[2], scale * shape[3]});
         Convolution layer{};
         layer.pictures = shape[0];
         layer.inputs = shape[1];

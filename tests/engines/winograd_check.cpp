@@ -33,25 +33,42 @@ float widened(lcm::Bf16 value) {
     return result;
 }
 
+// The four 2×2 filters of each 3×3 one, for the even and odd pixels of a map that is doubled: sums of its weights.
+std::vector<float> corners_of(const std::vector<float>& w, std::int64_t outputs, std::int64_t inputs) {
+    std::vector<float> corners(outputs * 4 * inputs * 4);
+    for (std::int64_t k = 0; k < outputs; k++)
+        for (std::int64_t c = 0; c < inputs; c++)
+            for (int row = 0; row < 2; row++)
+                for (int column = 0; column < 2; column++)
+                    for (int a = 0; a < 3; a++)
+                        for (int b = 0; b < 3; b++)
+                            corners[(((k * 4 + row * 2 + column) * inputs + c) * 2 + (a + 1 - row) / 2) * 2 +
+                                    (b + 1 - column) / 2] += w[(k * inputs + c) * 9 + a * 3 + b];
+    return corners;
+}
+
 // The signal-to-noise ratio of one random layer in dB.
 double check(lcm::Compute kernel, std::int64_t tile, bool bf16_products, bool bf16_maps) {
     const std::int64_t pictures = between(1, 2), inputs = 2 * between(1, 6), outputs = between(1, 20);
     const std::int64_t height = between(1, 40), width = between(1, between(0, 3) ? 40 : 300);
     const std::int64_t threads = between(1, 3), pixels = height * width;
-    const bool per_picture = between(0, 1), with_residual = between(0, 1);
+    const bool per_picture = between(0, 1), with_residual = tile != 3 && between(0, 1);
     std::vector<float> x = numbers(pictures * inputs * pixels), residual = numbers(pictures * outputs * pixels);
     const std::vector<float> w = numbers(outputs * inputs * 9, 1 / std::sqrt(9.0 * inputs));
+    const bool doubled = tile == 3;
+    const std::int64_t scale = doubled ? 2 : 1, all = pixels * scale * scale;
     const std::vector<float> bias = numbers(per_picture ? pictures * outputs : outputs);
-    std::vector<lcm::Bf16> x16, residual16, y16(pictures * outputs * pixels);
+    std::vector<lcm::Bf16> x16, residual16, y16(pictures * outputs * pixels * (tile == 3 ? 4 : 1));
     for (float& value : x) x16.push_back(lcm::rounded(value));
     for (float& value : residual) residual16.push_back(lcm::rounded(value));
     if (bf16_maps) {
         for (std::size_t i = 0; i < x.size(); i++) x[i] = widened(x16[i]);
         for (std::size_t i = 0; i < residual.size(); i++) residual[i] = widened(residual16[i]);
     }
-    const std::int64_t words = (tile + 2) * (tile + 2) * outputs * inputs / (bf16_products ? 2 : 1);
-    std::vector<float> packed(words), y(pictures * outputs * pixels, NAN);
-    winograd_pack(w.data(), outputs, inputs, tile, bf16_products, packed.data());
+    const std::int64_t words = (doubled ? 64 : (tile + 2) * (tile + 2)) * outputs * inputs / (bf16_products ? 2 : 1);
+    std::vector<float> packed(words), y(pictures * outputs * all, NAN);
+    const std::vector<float> corners = doubled ? corners_of(w, outputs, inputs) : w;
+    winograd_pack(corners.data(), outputs * scale * scale, inputs, tile, bf16_products, packed.data());
     lcm::Convolution layer{};
     layer.pictures = pictures, layer.inputs = inputs, layer.outputs = outputs;
     layer.height = height, layer.width = width, layer.tile = tile;
@@ -68,15 +85,15 @@ double check(lcm::Compute kernel, std::int64_t tile, bool bf16_products, bool bf
     double signal = 0, noise = 0;
     for (std::int64_t n = 0; n < pictures; n++)
         for (std::int64_t k = 0; k < outputs; k++)
-            for (std::int64_t i = 0; i < height; i++)
-                for (std::int64_t j = 0; j < width; j++) {
+            for (std::int64_t i = 0; i < scale * height; i++)
+                for (std::int64_t j = 0; j < scale * width; j++) {
                     double sum = bias[(per_picture ? n * outputs : 0) + k];
                     for (std::int64_t c = 0; c < inputs; c++)
-                        for (std::int64_t a = std::max<std::int64_t>(0, 1 - i); a < 3 && i + a - 1 < height; a++)
-                            for (std::int64_t b = std::max<std::int64_t>(0, 1 - j); b < 3 && j + b - 1 < width; b++)
+                        for (std::int64_t a = std::max<std::int64_t>(0, 1 - i); a < 3 && i + a - 1 < scale * height; a++)
+                            for (std::int64_t b = std::max<std::int64_t>(0, 1 - j); b < 3 && j + b - 1 < scale * width; b++)
                                 sum += static_cast<double>(w[(k * inputs + c) * 9 + a * 3 + b]) *
-                                       x[(n * inputs + c) * pixels + (i + a - 1) * width + j + b - 1];
-                    const std::int64_t at = (n * outputs + k) * pixels + i * width + j;
+                                       x[(n * inputs + c) * pixels + (i + a - 1) / scale * width + (j + b - 1) / scale];
+                    const std::int64_t at = (n * outputs + k) * all + i * scale * width + j;
                     if (with_residual) sum += residual[at];
                     const double error = sum - (bf16_maps ? widened(y16[at]) : y[at]);
                     signal += sum * sum, noise += error * error;
@@ -100,8 +117,8 @@ void require(const char* name, lcm::Compute kernel, std::int64_t tile, bool prod
 }  // namespace
 
 int main() {
-    for (std::int64_t tile : {2, 4}) {
-        const double fp32 = tile == 2 ? 120 : 105, bf16 = tile == 2 ? 44 : 28;
+    for (std::int64_t tile : {2, 3, 4}) {
+        const double fp32 = tile == 4 ? 105 : 120, bf16 = tile == 4 ? 28 : 44;
         for (bool maps : {false, true}) {
             require("avx2", lcm::winograd_avx2, tile, false, maps, maps ? 48 : fp32);
             if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
