@@ -80,17 +80,40 @@ def choose_on_cpu(
     return chosen, tuple(f"{name}: {why}" for name, why in against.items() if why and name != chosen)
 
 
+def bf16_gain(measured: bool, report: Report = silent) -> float | None:
+    """Returns how many times as long the small network takes in fp32 as in bf16, each on its fastest backend.
+
+    Figures that are not stored are measured only if `measured` says so. Returns None without them, or if no
+    backend can build bf16 for this processor. Raises BackendError if an engine can't be built.
+    """
+    least = []
+    for precision in (Precision.FP32, Precision.BF16):
+        able = [
+            name
+            for name in BACKENDS
+            if name not in SLOW_TO_BUILD and cannot_build_from(name, CPU, precision, None) is None
+        ]
+        if not able or not (measured or circumstances(able, precision) in stored_times()):
+            return None
+        least.append(min(time_on_cpu(able, precision, report).values()))
+    return least[0] / least[1]
+
+
+def stored_times() -> dict[str, Mapping[str, float]]:
+    """Returns the figures that the file keeps, by their circumstances; none if it can't be read."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        figures = json.loads((home() / "cpu.json").read_text(encoding="utf-8"))
+        return dict(from_json(Mapping[str, Mapping[str, float]], figures))
+    return {}
+
+
 def time_on_cpu(names: list[str], precision: Precision, report: Report = silent) -> Mapping[str, float]:
     """Returns the milliseconds of one call of each backend's engine of the small network, stored or measured.
 
     A process uses the same figures to its end, even if the file changes: a build makes its plan twice, and
     both plans must choose the same backend. Raises BackendError if an engine can't be built.
     """
-    path = home() / "cpu.json"
-    known: dict[str, Mapping[str, float]] = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        figures = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(from_json(Mapping[str, Mapping[str, float]], figures))
+    path, known = home() / "cpu.json", stored_times()
     key = circumstances(names, precision)
     if (path, key) in TAKEN:
         return TAKEN[path, key]

@@ -142,3 +142,21 @@ def test_the_processor_is_told_with_its_cores(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("processor\t: 0\nmodel name\t: Some CPU 9000\nflags\t: avx\n")
     assert model_name(cpuinfo).startswith("Some CPU 9000, ") and model_name(cpuinfo).endswith(" threads")
+
+
+def test_a_build_in_fp32_tells_what_bf16_would_gain(command, own_home, sdxl_checkpoint, monkeypatch):
+    """By stored figures alone where the model is small, and only where nobody asked for a precision."""
+    figures = {}
+    for precision, milliseconds in ((Precision.FP32, 30.0), (Precision.BF16, 12.0)):
+        able = [n for n in ABLE if cannot_build_from(n, CPU, precision, None) is None]
+        if not able:
+            pytest.skip("no backend computes in bf16 here")
+        figures[fastest_backend.circumstances(able, precision)] = dict.fromkeys(able, milliseconds)
+    monkeypatch.setattr(fastest_backend, "measure", lambda *_: pytest.fail("nothing is to be measured"))
+    own_home.mkdir()
+    fp32, both = (dict(list(figures.items())[:count]) for count in (1, 2))
+    (own_home / "cpu.json").write_text(json.dumps(fp32))
+    assert "bf16" not in dry_run(command, sdxl_checkpoint)[1]
+    (own_home / "cpu.json").write_text(json.dumps(both))
+    assert "2.5 × as fast in bf16 (--precision bf16)" in dry_run(command, sdxl_checkpoint)[1]
+    assert "as fast in bf16" not in dry_run(command, sdxl_checkpoint, "--precision", "fp32")[1]

@@ -129,10 +129,10 @@ def test_a_layer_that_openvino_computes_wrongly_is_named(sdxl_graphs, command, m
     _, built = factories.build_from(sdxl_graphs, "cpu", "openvino", tmp_path / "b")
     real, tensors = openvino.build, {"encode": None, "context": None, "decode": None}
 
-    def build(graph, target, folder):
+    def build(graph, target, folder, options):
         if graph.contract.name == "step":
             tensors["step"] = damage(graph.path, "Conv")
-        return real(graph, target, folder)
+        return real(graph, target, folder, options)
 
     code, out, _ = command("verify", built.folder, "--bisect", "--graphs", sdxl_graphs)
     assert code == 0 and unwrapped(out).count(": none of ") == 4
