@@ -21,10 +21,6 @@ import numpy as np
 from lcm_compile.engines import other_version
 from lcm_compile.engines.import_openvino import import_openvino
 from lcm_compile.engines.runner import Array, Runner, as_numpy
-from lcm_compile.engines.winograd import choice
-from lcm_compile.engines.winograd.layers import replace_convolutions
-from lcm_compile.engines.winograd.library import cannot_compile, digest_of, library
-from lcm_compile.engines.winograd.library import cannot_run as cannot_run_kernels
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
@@ -91,6 +87,9 @@ def options(
 
     The forms are measured if they are not known for this machine. Without a C++ compiler there are none.
     """
+    from lcm_compile.engines.winograd import choice
+    from lcm_compile.engines.winograd.library import cannot_compile
+
     forms: Mapping[str, str] = {}
     if "winograd" in rewrites and cannot_compile() is None:
         forms = choice.choose(precision, report)
@@ -107,6 +106,9 @@ def build(
 
     Raises BackendError if OpenVINO refuses the graph.
     """
+    from lcm_compile.engines.winograd.layers import replace_convolutions
+    from lcm_compile.engines.winograd.library import digest_of, library
+
     ov = import_openvino()
     path = folder / f"{graph.contract.name}.xml"
     try:
@@ -188,7 +190,9 @@ def add_kernels(core: Any, path: Path) -> None:
     text = path.read_bytes()
     if b'type="WinogradConvolution"' not in text:
         return
-    if reason := cannot_run_kernels():
+    from lcm_compile.engines.winograd.library import cannot_run, digest_of
+
+    if reason := cannot_run():
         raise BackendError(f"{path} has Winograd convolutions: {reason}", f"{REBUILD} --without winograd")
     file = path.with_name(LIBRARY)
     if not file.is_file() or digest_of(file).encode() not in text:

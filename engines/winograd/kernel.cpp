@@ -42,6 +42,9 @@ constexpr int BLOCK = 64;  // tiles of a block, about
 constexpr std::int64_t CACHED = 1 << 19;  // bytes of a block's part of M
 constexpr std::int64_t LARGE = 1 << 24;   // bytes of weights above which they don't stay in a cache
 constexpr std::int64_t FITS = 1 << 25;    // bytes of V below which it does
+// Floats between the positions' parts of V and M, whose sizes are often powers of two: without them the values of one
+// tile would all lie in the same set of the first-level cache, which has no room for so many.
+constexpr std::int64_t PAD = 16;
 // Vectors of tiles that the innermost product computes at once, for ROWS outputs: as many as registers hold.
 constexpr int COLUMNS = LANES == 16 ? 4 : 2;
 
@@ -266,7 +269,7 @@ void transform_inputs(const Convolution& layer, const Block& block, std::int64_t
     const std::int64_t plane = layer.height * layer.width, top = block.row * M - 1, left = block.column * M - 1;
     const std::int64_t length = block.columns * M + 2;
     const bool narrow = block.columns < LANES;
-    const std::int64_t position_step = layer.inputs / TOGETHER * block.lanes;  // in words of 4 bytes
+    const std::int64_t position_step = layer.inputs / TOGETHER * block.lanes + PAD;  // in words of 4 bytes
     // The pixels of columns left … left + length - 1 that the map has; others are zero.
     const std::int64_t begin = std::max<std::int64_t>(0, -left), end = std::min(length, layer.width - left);
     alignas(64) float rows[TOGETHER][SIDE][LONGEST];
@@ -502,26 +505,26 @@ void compute(const Convolution& layer, int threads, const Parallel& parallel) {
     // Outputs are computed some at a time, so that their part of M stays in the cache too.
     const std::int64_t fit = CACHED / (4 * POSITIONS * BLOCK * parts) / ROWS * ROWS;
     const std::int64_t chunk = std::min(layer.outputs, std::max<std::int64_t>(ROWS, fit));
-    const std::int64_t v_size = POSITIONS * depth * BLOCK, weights = rows * depth;
+    const std::int64_t v_size = POSITIONS * (depth * BLOCK + PAD), weights = rows * depth;
     const auto transform_back = [&](const Block& block, std::int64_t first, std::int64_t last, const float* m) {
-        const std::int64_t position_step = parts * (last - first) * block.lanes;
+        const std::int64_t position_step = parts * (last - first) * block.lanes + PAD;
         if constexpr (M == 3)
             transform_doubled_outputs<T>(layer, block, first, last, m, position_step);
         else
             transform_outputs<M, T>(layer, block, first, last, m, position_step);
     };
     const auto outputs_of = [&](const Block& block, std::int64_t first, std::int64_t last, const float* v, float* m) {
-        const std::int64_t count = parts * (last - first);
+        const std::int64_t m_step = parts * (last - first) * block.lanes + PAD;
         for (std::int64_t p = 0; p < POSITIONS; p++)
-            multiply<BF16>(u + p * weights, v + p * depth * block.lanes, depth, block.lanes, parts * first,
-                           parts * last, m + p * count * block.lanes);
+            multiply<BF16>(u + p * weights, v + p * (depth * block.lanes + PAD), depth, block.lanes, parts * first,
+                           parts * last, m + p * m_step);
         transform_back(block, first, last, m);
     };
 
     const bool large = 4 * POSITIONS * weights > LARGE && 4 * count * v_size < FITS;
     if (!large && (count >= 2 * threads || threads == 1)) {  // each thread has blocks of its own
         parallel(count, [&](std::int64_t b) {
-            const Scratch scratch(v_size + POSITIONS * parts * chunk * BLOCK);
+            const Scratch scratch(v_size + POSITIONS * (parts * chunk * BLOCK + PAD));
             float *v = scratch.data(), *m = v + v_size;
             transform_inputs<M, T, BF16>(layer, blocks[b], 0, layer.inputs, v);
             for (std::int64_t k = 0; k < layer.outputs; k += chunk)
@@ -544,7 +547,7 @@ void compute(const Convolution& layer, int threads, const Parallel& parallel) {
     });
     const std::int64_t part = std::min(chunk, (layer.outputs / (8 * threads) + ROWS) / ROWS * ROWS);
     share(layer.outputs, part, [&](std::int64_t first, std::int64_t last) {
-        const Scratch m(POSITIONS * parts * part * BLOCK);
+        const Scratch m(POSITIONS * (parts * part * BLOCK + PAD));
         for (std::int64_t b = 0; b < count; b++) outputs_of(blocks[b], first, last, v + b * v_size, m.data());
     });
 }
