@@ -17,9 +17,8 @@ from lcm_compile.errors import BackendError
 from lcm_compile.lora.fuse import fuse
 from lcm_compile.spec import BuildSpec, Shape
 
-NO_RULE = (
-    "^no weight$=f16"  # without a rule for some weights, cyllama 0.2.18's converter reads a null pointer
-)
+# A rule for no weight: without any, the converter of cyllama 0.2.18 reads a null pointer.
+NO_RULE = "^no weight$=f16"
 
 
 def write_f16(folder: Path, work: Path) -> Path:
