@@ -16,6 +16,7 @@ from statistics import median
 from lcm_compile.benchmarks.measure import timing
 from lcm_compile.benchmarks.measure.environment import PeakGpuMemory, environment_of
 from lcm_compile.benchmarks.measure.peaks import PRODUCT_BYTES, Peak, higher, peaks_of, unpublished
+from lcm_compile.benchmarks.measure.peers import spec_of_rivals
 from lcm_compile.benchmarks.measure.pictures import REFERENCE, other_batches, parities, recorded_parities
 from lcm_compile.benchmarks.measure.report import Benchmark, BenchmarkReport, Case, RivalSamples
 from lcm_compile.benchmarks.measure.rivals import (
@@ -147,9 +148,7 @@ def contest(
     precision = manifest.stages[0].precision.floats  # the same in all stages
     settings = manifest.pipeline
     setup = Setup(settings.shape, precision, physical_cores(), not manifest.target.is_cpu, settings)
-    # A tiny autoencoder is the user's choice for speed. Rivals keep the base's own VAE, so that the
-    # comparison includes what this choice gains.
-    spec = replace(manifest.spec, vae=None) if "decode" in manifest.lossy else manifest.spec
+    spec = spec_of_rivals(manifest)
     with makers(rivals, spec, manifest.backend, setup, lambda activity: report(activity, 0, 1)) as made:
         drawers = {SELF: Maker(draw_with_bundle, (bundle.folder,)), **made}
         yield Contest(bundle, others, drawers, setup.threads, work, tuple(notes))

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lcm_compile.benchmarks.measure.peers import cannot_draw
 from lcm_compile.benchmarks.measure.worker import Draw, Drawn, Maker
 from lcm_compile.bundles.bundle import EngineBundle, open_bundle
-from lcm_compile.bundles.manifest import MANIFEST, PipelineSettings
+from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, PipelineSettings
 from lcm_compile.checkpoint.checkpoint import SCHEDULER
 from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.open import open_base
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 EULER = {"sampler": "euler", "steps": 25, "guidance_scale": 7.5, "eta": None}  # ordinary pictures
 SELF = "ours"  # the name of the measured bundle, where rivals have theirs
 INSTALL_OPENVINO = "pip install openvino"
+INSTALL_RIVALS = "pip install 'lcm-compile[rivals]'"
 
 
 @dataclass(frozen=True)
@@ -68,12 +71,20 @@ class Rival:
     is false for a rival that would have to compile in each new process, which nobody does in practice; cold
     starts leave it out, and so does the memory, because its peak includes the compiler. `compiled` says that
     the folder that it draws with is a bundle of ours, of the base without few-step weights.
+
+    `package` is the module that it needs, and `install` the command that installs it. Such a rival runs on
+    processors only, and without ControlNets. A peer has a loop of its own, and does not read diffusers'
+    folders: `write(folder, work, setup)` writes the weights of one into the folder `work` in a layout that it
+    reads, in a process of its own, and returns the path that is then loaded.
     """
 
     load: Callable[[Path, Setup], Draw]
     few_step: bool = True
     starts_cold: bool = True
     compiled: bool = False
+    package: str | None = None
+    install: str = INSTALL_RIVALS
+    write: Callable[[Path, Path, Setup], Path] | None = None
 
 
 def draw_with_bundle(folder: Path, drawing: Mapping[str, Any] | None = None) -> Draw:
@@ -240,6 +251,47 @@ def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
     return draw_with_diffusers(pipe, setup)
 
 
+def write_for_genai(folder: Path, work: Path, setup: Setup) -> Path:
+    """Writes the models of a diffusers folder for OpenVINO GenAI, in fp32 for bundles that compute in it."""
+    from lcm_compile.benchmarks.measure.genai_rival import write_openvino_models
+    from lcm_compile.checkpoint.load import quiet_libraries
+
+    to = work / "openvino-genai"
+    with warnings.catch_warnings(), quiet_libraries():
+        # Of what libraries will rename, and of branches on sizes, which are the same for all that are drawn.
+        warnings.simplefilter("ignore")
+        write_openvino_models(open_diffusers(folder, "float32", setup), to, half=setup.precision != "fp32")
+    return to
+
+
+def draw_with_genai(folder: Path, setup: Setup) -> Draw:
+    """Draws with OpenVINO GenAI's pipeline."""
+    from lcm_compile.benchmarks.measure.genai_rival import draw_with_openvino_models
+
+    return draw_with_openvino_models(folder, setup.shape, setup.precision, setup.threads, setup.drawing)
+
+
+def write_for_sd_cpp(folder: Path, work: Path, _: Setup) -> Path:
+    """Writes the weights of a diffusers folder for stable-diffusion.cpp, in fp16."""
+    from lcm_compile.benchmarks.measure.sd_cpp_rival import write_f16
+
+    return write_f16(folder, work)
+
+
+def write_q8_for_sd_cpp(folder: Path, work: Path, _: Setup) -> Path:
+    """Writes the weights of a diffusers folder for stable-diffusion.cpp, in its 8 bits."""
+    from lcm_compile.benchmarks.measure.sd_cpp_rival import write_q8
+
+    return write_q8(folder, work)
+
+
+def draw_with_sd_cpp(file: Path, setup: Setup) -> Draw:
+    """Draws with stable-diffusion.cpp."""
+    from lcm_compile.benchmarks.measure.sd_cpp_rival import draw_with_file
+
+    return draw_with_file(file, setup.shape, setup.threads, setup.drawing)
+
+
 def draw_by_euler(folder: Path, setup: Setup) -> Draw:
     """Draws ordinary pictures eagerly: see EULER."""
     from diffusers import EulerDiscreteScheduler
@@ -262,7 +314,12 @@ RIVALS = {
     # Diffusers with torch.compile.
     "compile": Rival(draw_compiled, starts_cold=False),
     # OpenVINO's export of the pipeline.
-    "openvino": Rival(draw_with_openvino, starts_cold=False),
+    "openvino": Rival(draw_with_openvino, starts_cold=False, package="openvino", install=INSTALL_OPENVINO),
+    # OpenVINO GenAI's Text2ImagePipeline, in the bundle's precision.
+    "openvino-genai": Rival(draw_with_genai, package="openvino_genai", write=write_for_genai),
+    # stable-diffusion.cpp with weights in fp16, and with 8 bits each.
+    "sd-cpp": Rival(draw_with_sd_cpp, package="cyllama", write=write_for_sd_cpp),
+    "sd-cpp-q8_0": Rival(draw_with_sd_cpp, package="cyllama", write=write_q8_for_sd_cpp),
     # Diffusers without the few-step LoRA, 25 steps at guidance 7.5.
     "euler-25": Rival(draw_by_euler, few_step=False),
     # The same pictures from engines of ours, which are built if there are none yet.
@@ -314,21 +371,29 @@ def check_rivals(names: tuple[str, ...], bundle: EngineBundle) -> dict[str, Engi
             f"{manifest.spec.base} is a full LCM, and Euler's sampler can't draw with it",
             "leave out --against euler-25",
         )
-    if "openvino" in found and importlib.util.find_spec("openvino") is None:
-        raise UsageError("the rival openvino needs the package openvino, which is missing", INSTALL_OPENVINO)
-    if "openvino" in found and spec.controlnets:
-        raise UsageError(
-            "the rival openvino draws without ControlNets, and this bundle has one",
-            "leave out --against openvino",
-        )
-    if "openvino" in found and not manifest.target.is_cpu:
-        raise UsageError(
-            "the rival openvino runs on processors only, and this bundle is for a GPU",
-            "leave out --against openvino",
-        )
+    for name in found:
+        check_installed_rival(name, manifest)
     if found and not manifest.target.is_cpu and (reason := no_gpu()):
         raise BackendError(f"diffusers can't draw on a GPU here: {reason}", "lcm-compile doctor")
     return found
+
+
+def check_installed_rival(name: str, manifest: BundleManifest) -> None:
+    """Raises UsageError if a rival with its own package lacks that, or can't draw what a bundle draws."""
+    rival = RIVALS.get(name)
+    if rival is None or rival.package is None:
+        return
+    skip = f"leave out --against {name}"
+    if manifest.spec.controlnets:
+        raise UsageError(f"the rival {name} draws without ControlNets, and this bundle has one", skip)
+    if not manifest.target.is_cpu:
+        raise UsageError(f"the rival {name} runs on processors only, and this bundle is for a GPU", skip)
+    if rival.write is not None and (reason := cannot_draw(name, manifest)):
+        raise UsageError(f"the rival {reason}", skip)
+    if importlib.util.find_spec(rival.package) is None:
+        raise UsageError(
+            f"the rival {name} needs the package {rival.package}, which is missing", rival.install
+        )
 
 
 def no_gpu() -> str | None:
@@ -351,6 +416,7 @@ def makers(
     Fuses the pipelines that rivals share into temporary folders, which are deleted when the context ends.
     """
     from lcm_compile.system.cache import home
+    from lcm_compile.system.child_process import call_in_child
 
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home(), prefix=".bench-") as work:
@@ -373,7 +439,11 @@ def makers(
                 place = Path(work) / ("few-step" if rival.few_step else "ordinary")
                 alone = replace(spec, controlnets=())
                 folders[rival.few_step] = fuse_for(alone, rival.few_step, place, setup.gpu)
-            made[name] = Maker(rival.load, (folders[rival.few_step], setup))
+            source = folders[rival.few_step]
+            if rival.write is not None:
+                report(f"write the weights for {name}")
+                source = call_in_child(rival.write, source, Path(work), setup)
+            made[name] = Maker(rival.load, (source, setup))
         yield made
 
 

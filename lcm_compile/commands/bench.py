@@ -17,7 +17,8 @@ from lcm_compile.commands.options import json_option, quiet_option
     "--against",
     multiple=True,
     metavar="RIVAL",
-    help="A rival: eager, eager-bf16, compile, openvino, euler-25 or a bundle; repeatable.",
+    help="A rival: eager, eager-bf16, compile, openvino, openvino-genai, sd-cpp, sd-cpp-q8_0, euler-25 or a "
+    "bundle; repeatable.",
 )
 @click.option(
     "--runs", type=click.IntRange(1), default=20, show_default=True, help="Pictures to draw with each."

@@ -9,6 +9,7 @@ from importlib import metadata
 RECORDED_PACKAGES = (
     *("lcm-compile", "torch", "triton", "diffusers", "transformers", "numpy", "onnx", "onnxscript"),
     *("onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "tensorrt", "tensorrt-cu13", "tensorrt-rtx"),
+    *("openvino-genai", "cyllama"),
 )
 
 
