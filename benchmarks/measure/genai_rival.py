@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lcm_compile.benchmarks.measure.openvino_rival import PRECISIONS, Picture, Prediction
 from lcm_compile.benchmarks.measure.worker import Draw, Drawn
-from lcm_compile.engines.openvino import import_openvino
+from lcm_compile.engines.import_openvino import import_openvino
 from lcm_compile.errors import BackendError
 from lcm_compile.spec import Shape
 
