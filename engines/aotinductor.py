@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import other_version
+from lcm_compile.engines.cuda_toolkit import missing_toolkit, toolkit_for_torch
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner, prepare_torch
@@ -54,16 +55,7 @@ def missing_for_gpus() -> str | None:
         return "triton, which compiles for GPUs, is not installed; pip install triton"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "triton needs Python.h, which is not installed; apt install python3-dev"
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    # The C++ code that torch generates includes these headers, which pip's packages of the CUDA runtime lack.
-    headers = [Path(CUDA_HOME or "", "include", name) for name in ("cuda.h", "cuda_runtime.h")]
-    if CUDA_HOME is None or not all(path.is_file() for path in headers):
-        return (
-            f"it needs {' and '.join(path.name for path in headers)} of the CUDA toolkit, and does not find "
-            f"them in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
-        )
-    return None
+    return missing_toolkit()
 
 
 def cannot_run(target: GpuTarget) -> str | None:
@@ -111,14 +103,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
 
     program = torch.export.load(graph.path)
     if not target.is_cpu:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        # Torch passes libcuda's stub to the linker only if this variable names the toolkit, even where torch
-        # finds the toolkit without it.
-        os.environ.setdefault("CUDA_HOME", str(CUDA_HOME))
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
-    with compiler_in(folder), torch.no_grad():  # with gradients enabled, `freezing` has no effect
+    with compiler_in(folder, target), torch.no_grad():  # with gradients enabled, `freezing` has no effect
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own use of torch
@@ -137,14 +124,19 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
 
 
 @contextlib.contextmanager
-def compiler_in(folder: Path) -> Iterator[None]:
+def compiler_in(folder: Path, target: GpuTarget) -> Iterator[None]:
     """Gives torch's compiler an empty cache in `folder`, and deletes it afterwards.
 
-    That way the compiler uses no stale results, and leaves no files behind.
+    That way the compiler uses no stale results, and leaves no files behind. For a GPU it finds the toolkit.
     """
     from torch._inductor.utils import fresh_cache
 
-    with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder) as scratch, fresh_cache(dir=scratch):
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder)))
+        if not target.is_cpu:
+            (scratch / "libraries").mkdir()
+            stack.enter_context(toolkit_for_torch(scratch / "libraries"))
+        stack.enter_context(fresh_cache(dir=str(scratch)))
         yield
 
 
