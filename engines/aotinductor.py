@@ -23,7 +23,7 @@ from lcm_compile.engines import other_version
 from lcm_compile.engines.cuda_toolkit import missing_toolkit, toolkit_for_torch
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
 from lcm_compile.engines.runner import Array
-from lcm_compile.engines.tensors import TensorRunner, prepare_torch
+from lcm_compile.engines.tensors import TensorRunner, fp32_of, prepare_torch
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -105,7 +105,8 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     if not target.is_cpu:
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
-    with compiler_in(folder, target), torch.no_grad():  # with gradients enabled, `freezing` has no effect
+    exactly = fp32_of(graph.precision, "cpu" if target.is_cpu else "cuda")
+    with compiler_in(folder, target), exactly, torch.no_grad():  # `freezing` has no effect with gradients
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own use of torch
@@ -140,16 +141,18 @@ def compiler_in(folder: Path, target: GpuTarget) -> Iterator[None]:
         yield
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> AotInductorRunner:
     """Loads an engine. Raises BackendError if torch can't open the file, or as prepare_torch does."""
     prepare_torch()
-    return AotInductorRunner(path, contract)
+    return AotInductorRunner(path, contract, precision)
 
 
 class AotInductorRunner(TensorRunner):
     """A compiled engine. Each call returns new tensors, and calls from several threads run one at a time."""
 
-    def __init__(self, path: Path, contract: StageContract) -> None:
+    def __init__(self, path: Path, contract: StageContract, precision: Precision = Precision.FP32) -> None:
         import torch
 
         self._turn = threading.Lock()
@@ -170,12 +173,13 @@ class AotInductorRunner(TensorRunner):
             )
             raise BackendError(f"torch {torch.__version__} can't open {path}: {reason}", hint) from error
         super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
+        self._precision = precision
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         model = self.opened(self._model)
-        with self._turn, torch.inference_mode():
+        with self._turn, torch.inference_mode(), fp32_of(self._precision, self.device):
             outputs = model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 

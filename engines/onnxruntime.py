@@ -134,18 +134,21 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine, with a CUDA graph of its own on a GPU if ONNX Runtime supports one for it.
 
-    Raises BackendError if ONNX Runtime can't open the file on the target's provider, or if the file does not
-    match the contract.
+    On a GPU it multiplies fp32 numbers in TF32 unless the stage is in fp32. Raises BackendError if ONNX
+    Runtime can't open the file on the target's provider, or if the file does not match the contract.
     """
     if target.is_cpu:
         return OnnxRuntimeRunner(open_checked(path, contract, [CPU]), contract)
     import torch
 
     stream = torch.cuda.Stream()  # address 0, torch's default stream, would mean that no stream is given
-    settings = {"user_compute_stream": str(stream.cuda_stream)}
+    tf32 = str(int(precision.floats != "fp32"))
+    settings = {"user_compute_stream": str(stream.cuda_stream), "use_tf32": tf32}
     cannot_graph = ""
     try:
         session = open_checked(path, contract, [(CUDA, {**settings, "enable_cuda_graph": "1"})])

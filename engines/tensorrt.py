@@ -34,6 +34,7 @@ PACKAGES = ("tensorrt", "tensorrt-cu13")
 INSTALL = "pip install 'lcm-compile[tensorrt]'"
 LEAST_VERSION = 11  # the oldest major version that this module supports
 OPTIMIZATION_LEVEL = 3
+TF32 = "in stages of half precision"  # where fp32 layers may round to it
 ALIGNMENT = 256  # bytes, of every address that is given to an engine: IExecutionContext::setTensorAddress
 
 
@@ -64,7 +65,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
 
 def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the builder options that `build` sets."""
-    return {"strongly_typed": True, "optimization_level": OPTIMIZATION_LEVEL, "profiling": "detailed"}
+    return {
+        "strongly_typed": True,
+        "optimization_level": OPTIMIZATION_LEVEL,
+        "profiling": "detailed",
+        "tf32": TF32,
+    }
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *unused: object) -> Path:
@@ -87,7 +93,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *unused: object
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as TensorRtRunner does."""
     return TensorRtRunner(importlib.import_module("tensorrt"), path, contract)
 
@@ -152,6 +160,8 @@ def build_with(
     allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     config.builder_optimization_level = OPTIMIZATION_LEVEL
+    if graph.precision.floats == "fp32":  # otherwise fp32 is there for its range, and TF32 has the same
+        config.clear_flag(trt.BuilderFlag.TF32)
     configure(config)
     with keeping_timings(config, timings) if timings else nullcontext():
         engine = builder.build_serialized_network(network, config)

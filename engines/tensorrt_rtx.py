@@ -56,6 +56,7 @@ def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     return {
         "strongly_typed": True,
         "optimization_level": shared.OPTIMIZATION_LEVEL,
+        "tf32": shared.TF32,
         "compute_capabilities": [target.compute_capability],
     }
 
@@ -79,7 +80,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     return shared.build_with(trt, graph, folder, configure)
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as check_header and tensorrt.TensorRtRunner do."""
     trt = importlib.import_module("tensorrt_rtx")
 

@@ -342,7 +342,7 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
             note(building=name)
             path = tensorrt.build_with(trt, exported.graph(stage), Path(folder), lambda config: None)
             note(loading=name)
-            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
+            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target], stage.precision)
             calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
             parity[name] = round(compare_calls(runners[name], calls), 2)
             note(parity=parity, headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()))

@@ -64,7 +64,7 @@ def load(
     runners: dict[str, Runner] = {}
 
     def load_stage(stage: StageFile) -> Runner:
-        return backend.load(bundle.path(stage.file), stage.contract, manifest.target)
+        return backend.load(bundle.path(stage.file), stage.contract, manifest.target, stage.precision)
 
     # One thread loads them in the order in which the pipeline needs them.
     loader = None if wait else ThreadPoolExecutor(1)

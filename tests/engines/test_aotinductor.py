@@ -156,6 +156,33 @@ def test_for_a_gpu_it_builds_on_that_gpu_only():
     assert "no NVIDIA GPU here" in reason and "only on the GPU that will run" in reason
 
 
+@pytest.mark.parametrize(("precision", "exact"), [("fp32", True), ("int8+fp32", True), ("fp16", False)])
+def test_a_stage_in_fp32_does_not_round_to_tf32_on_a_gpu(decode, monkeypatch, precision, exact):
+    """By what torch is set to while the engine runs. It runs on the processor, where nothing rounds."""
+    seen = []
+
+    def settings():
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    class Model:
+        def run(self, inputs):
+            seen.append(settings())
+            return model.run(inputs)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with aotinductor.load(*decode, CPU, Precision(precision)) as runner:
+            model = runner._model
+            monkeypatch.setattr(runner, "_model", Model())
+            monkeypatch.setattr(runner, "device", "cuda")
+            monkeypatch.setattr(runner, "tensor", lambda spec, array: torch.from_numpy(array))
+            runner({"latent": latents(1)[0]})
+            assert seen == [(False, "highest") if exact else (True, "high")]
+            assert settings() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_key_holds_the_instruction_set(tmp_path):
     cpuinfo = tmp_path / "cpuinfo"
     core = "flags\t\t: fpu sse sse4_2 avx2 avx512f avx512_bf16 amx_int8 hypervisor\n"
