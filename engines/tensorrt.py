@@ -35,6 +35,8 @@ INSTALL = "pip install 'lcm-compile[tensorrt]'"
 LEAST_VERSION = 11  # the oldest major version that this module supports
 OPTIMIZATION_LEVEL = 3
 TF32 = "in stages of half precision"  # where fp32 layers may round to it
+# NumPy's names for the types that contracts have, by TensorRT's.
+DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
 ALIGNMENT = 256  # bytes, of every address that is given to an engine: IExecutionContext::setTensorAddress
 
 
@@ -321,12 +323,28 @@ def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:
 
 
 def check_bindings(trt: Any, engine: Any, path: Path, contract: StageContract) -> None:
-    """Raises BackendError unless the engine has the contract's inputs and its number of outputs."""
-    found_in = engine_names(trt, engine, trt.TensorIOMode.INPUT)
-    found_out = engine_names(trt, engine, trt.TensorIOMode.OUTPUT)
-    expected = [spec.name for spec in contract.inputs]
-    if sorted(found_in) != sorted(expected) or len(found_out) != len(contract.outputs):
-        raise BackendError(
-            f"{path} takes {found_in} and gives {len(found_out)} outputs; its contract names {expected}",
-            REBUILD,
-        )
+    """Raises BackendError unless the engine has the contract's inputs and outputs, in type and in shape.
+
+    Inputs are compared by name and outputs in their order. A GPU would read and write past the end of memory
+    that is smaller than what the engine has.
+    """
+    read, written = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
+    takes = {name: described(engine, name) for name in engine_names(trt, engine, read)}
+    expected = {spec.name: (spec.shape, spec.dtype) for spec in contract.inputs}
+    gives = [described(engine, name) for name in engine_names(trt, engine, written)]
+    promised = [(spec.shape, spec.dtype) for spec in contract.outputs]
+    if (takes, gives) == (expected, promised):
+        return
+    names = sorted(name for name in {*takes, *expected} if takes.get(name) != expected.get(name))
+    wrong = [f"takes {name} as {takes.get(name)}, not {expected.get(name)}" for name in names]
+    if gives != promised:
+        wrong.append(f"gives {gives}, not {promised}")
+    raise BackendError(
+        f"{path} does not fit the contract of {contract.name}: it {', and '.join(wrong)}", REBUILD
+    )
+
+
+def described(engine: Any, name: str) -> tuple[tuple[int, ...], str]:
+    """Returns the shape of an engine's input or output, and its type by NumPy's name if contracts have it."""
+    dtype = engine.get_tensor_dtype(name).name
+    return tuple(engine.get_tensor_shape(name)), DTYPES.get(dtype, dtype)

@@ -15,7 +15,12 @@ import onnxruntime
 
 __version__ = "1.7.1.116"
 ALIGNMENT = 64  # torch's, on a processor
-TYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(uint8)": np.uint8}
+DataType = enum.Enum("DataType", ["FLOAT", "INT64", "UINT8"])
+TYPES = {
+    "tensor(float)": (DataType.FLOAT, np.float32),
+    "tensor(int64)": (DataType.INT64, np.int64),
+    "tensor(uint8)": (DataType.UINT8, np.uint8),
+}
 calls = []  # what an engine and streams were asked, in order
 compiled = []  # kernels that were in no cache
 gpu = "NVIDIA A10"  # the one that "runs" engines
@@ -67,6 +72,12 @@ class ICudaEngine:
 
     def get_tensor_mode(self, name):
         return self.tensors[name][0]
+
+    def get_tensor_dtype(self, name):
+        return TYPES[self.tensors[name][1].type][0]
+
+    def get_tensor_shape(self, name):
+        return self.tensors[name][1].shape
 
     def create_runtime_config(self):
         return IRuntimeConfig()
@@ -131,7 +142,7 @@ class IExecutionContext:
     def array(self, name):
         """The memory at a tensor's address, of the type and shape that the engine has, not the caller."""
         told = self.engine.tensors[name][1]
-        kind = np.dtype(TYPES[told.type])
+        kind = np.dtype(TYPES[told.type][1])
         size = int(np.prod(told.shape, dtype=int)) * kind.itemsize
         memory = (ctypes.c_char * size).from_address(self.addresses[name])
         return np.frombuffer(memory, kind).reshape(told.shape)

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,8 @@ def test_every_call_fits_the_real_bindings(file):
                     "create_execution_context",
                     "get_tensor_name",
                     "get_tensor_mode",
+                    "get_tensor_dtype",
+                    "get_tensor_shape",
                 ),
                 *("set_tensor_address", "execute_async_v3", "get_engine_information", "get_layer"),
             },
@@ -246,6 +249,28 @@ def test_another_shape_or_a_refused_address_is_an_error(step, monkeypatch):
     monkeypatch.setattr(stand_in.IExecutionContext, "set_tensor_address", lambda *_: False)
     with pytest.raises(BackendError, match="refuses the memory for"):
         runner({name: torch.from_numpy(array.copy()) for name, array in inputs.items()})
+
+
+@pytest.mark.parametrize(
+    ("side", "change", "told"),
+    [
+        ("inputs", {"shape": (1, 4, 16, 8)}, r"takes latent as \(\(1, 4, 16, 16\), 'float32'\), not"),
+        ("inputs", {"dtype": "int64"}, r"takes latent as .*'float32'\), not .*'int64'\)"),
+        ("inputs", {"name": "latents"}, "takes latent as .*, not None, and takes latents as None"),
+        ("outputs", {"shape": (1, 4, 8, 8)}, r"gives \[\(\(1, 4, 16, 16\)"),
+        ("outputs", {"dtype": "uint8"}, "gives .*'float32'.*, not .*'uint8'"),
+    ],
+)
+def test_an_engine_of_another_contract_is_refused(step, sdxl_bundle, side, change, told):
+    """It would read or write past the end of the memory that it is given."""
+    runner, _ = step
+    specs = [
+        replace(spec, **change) if spec.name in ("latent", "prediction") else spec
+        for spec in getattr(runner.contract, side)
+    ]
+    contract = replace(runner.contract, **{side: tuple(specs)})
+    with pytest.raises(BackendError, match=told):
+        tensorrt.TensorRtRunner(stand_in, sdxl_bundle / "engines" / "step.onnx", contract)
 
 
 def test_beside_torchs_default_stream_and_on_any_other(step, streams):
