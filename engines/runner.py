@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import StageContract
 
@@ -62,6 +63,12 @@ class Runner(ABC):
     def to_host(self, array: Array) -> np.ndarray:
         """Returns the array as a NumPy array."""
         return as_numpy(array)
+
+    def share_scratch(self, scratch: Scratch) -> None:  # noqa: B027 - not abstract: most engines ignore it
+        """Lets an engine on a GPU compute in memory that it shares with other engines of its pipeline.
+
+        It is called once, before the first call. Engines whose libraries manage that memory ignore it.
+        """
 
     def cannot_capture(self) -> str | None:
         """Returns why torch can't capture the engine's calls in a CUDA graph, or None if it can.

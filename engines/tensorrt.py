@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, gpu_here
 from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
@@ -212,7 +213,8 @@ def allow_decomposed_attention(trt: Any, network: Any) -> None:
 class TensorRtRunner(TensorRunner):
     """An engine with its execution context, its own CUDA stream and fixed output buffers.
 
-    Outputs are torch tensors on the GPU, which are DLPack arrays.
+    Outputs are torch tensors on the GPU, which are DLPack arrays. The memory that the engine computes in is
+    not the context's own, but lent to it for each launch. Calls from several threads run one at a time.
     """
 
     def __init__(
@@ -222,7 +224,7 @@ class TensorRtRunner(TensorRunner):
         contract: StageContract,
         open_kernels: Callable[[Any], KernelCache] | None = None,
     ) -> None:
-        """Loads an engine. `open_kernels` opens its kernel cache, if the package `trt` has such caches.
+        """Loads an engine. `open_kernels` adds the kernel cache to its runtime config, where `trt` has such.
 
         Raises BackendError if TensorRT can't load the file or can't create a context for it, or if the engine
         does not match the contract.
@@ -231,24 +233,26 @@ class TensorRtRunner(TensorRunner):
 
         super().__init__(contract, "cuda")
         self._package = trt.__name__
-        logger, errors = make_logger(trt)
+        logger, self._errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise BackendError(
-                f"{trt.__name__} {trt.__version__} can't load {path}: "
-                + (errors[-1].strip() if errors else "no reason given"),
-                REBUILD,
+                f"{trt.__name__} {trt.__version__} can't load {path}: {self._last_error()}", REBUILD
             )
         check_bindings(trt, self._engine, path, contract)
-        self._kernels = open_kernels(self._engine) if open_kernels else None
-        configs = (self._kernels.config,) if self._kernels else ()
-        self._context = self._engine.create_execution_context(*configs)
+        self._config = self._engine.create_runtime_config()
+        strategies = trt.ExecutionContextAllocationStrategy
+        self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
+        self._kernels = open_kernels(self._config) if open_kernels else None
+        self._context = self._engine.create_execution_context(self._config)
         if self._context is None:
             raise BackendError(
-                f"{trt.__name__} can't run {path}: " + (errors[-1].strip() if errors else "no reason given"),
+                f"{trt.__name__} can't run {path}: {self._last_error()}",
                 "nvidia-smi shows how much of the GPU's memory is free",
             )
+        self._scratch_address = 0
+        self.share_scratch(Scratch(self.device))
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output with the same contract name as an input has a suffix there.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
@@ -257,22 +261,38 @@ class TensorRtRunner(TensorRunner):
         for spec, name in zip(contract.outputs, self._output_names, strict=True):
             self._place(name, self._outputs[spec.name])
 
+    def _last_error(self) -> str:
+        return self._errors[-1].strip() if self._errors else "no reason given"
+
+    def share_scratch(self, scratch: Scratch) -> None:
+        """Lets the engine compute in memory that it shares with other engines."""
+        scratch.reserve(self._engine.device_memory_size_v2)
+        self._scratch = scratch
+
     @property
     def exclusive(self) -> bool:
         """Returns True: every call writes to the same outputs."""
         return True
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.opened(self._context)
-        held = []  # inputs must outlive the launch
-        for spec in self.contract.inputs:
-            tensor = self.tensor(spec, inputs[spec.name])
-            if tensor.data_ptr() % ALIGNMENT:
-                tensor = tensor.clone()
-            self._place(spec.name, tensor)
-            held.append(tensor)
-        self._enqueue()
-        return dict(self._outputs)
+        with self._scratch.turn:
+            self.opened(self._context)
+            held = []  # inputs must outlive the launch
+            for spec in self.contract.inputs:
+                tensor = self.tensor(spec, inputs[spec.name])
+                if tensor.data_ptr() % ALIGNMENT:
+                    tensor = tensor.clone()
+                self._place(spec.name, tensor)
+                held.append(tensor)
+            self._lend_scratch()
+            self._enqueue()
+            return dict(self._outputs)
+
+    def _lend_scratch(self) -> None:
+        memory = self._scratch.memory()
+        if memory.data_ptr() != self._scratch_address:
+            self._context.set_device_memory(memory.data_ptr(), memory.numel())
+            self._scratch_address = memory.data_ptr()
 
     def _enqueue(self) -> None:
         """Launches the engine on torch's current stream, which may be capturing.

@@ -88,10 +88,10 @@ def load(
 
     check_header(trt, path)
 
-    def open_kernels(engine: Any) -> KernelCache:
+    def open_kernels(config: Any) -> KernelCache:
         here = gpu_here()
         assert here is not None, "an engine is loaded, so there is a GPU"
-        return KernelCache(engine, kernels_path(trt, path, here[0]))
+        return KernelCache(config, kernels_path(trt, path, here[0]))
 
     return shared.TensorRtRunner(trt, path, contract, open_kernels)
 

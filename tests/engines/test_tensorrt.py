@@ -8,8 +8,12 @@ import json
 import re
 import shutil
 import sys
+import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +24,11 @@ from lcm_compile import load
 from lcm_compile.bundles.bundle import open_bundle, publishing
 from lcm_compile.bundles.inventory import list_bundles, prune
 from lcm_compile.bundles.manifest import MANIFEST
-from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
+from lcm_compile.engines import gpu, onnxruntime, tensorrt, tensorrt_rtx
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import BackendError
+from lcm_compile.pipeline import load as loading
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
@@ -189,11 +195,16 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: held["current"])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: held["default"])
     monkeypatch.setattr(tensorrt, "ALIGNMENT", stand_in.ALIGNMENT)
+    for module in (tensorrt, loading):
+        monkeypatch.setattr(module, "Scratch", lambda device="cuda": Scratch("cpu"))
     for name in ("tensor", "empty", "to_device", "mark", "between"):
         monkeypatch.setattr(TensorRunner, name, OnCpu(vars(TensorRunner)[name]))
     stand_in.calls.clear()
     stand_in.compiled.clear()
     return held
+
+
+STAGES = 4
 
 
 def stage_of(bundle, name):
@@ -277,12 +288,12 @@ def test_beside_torchs_default_stream_and_on_any_other(step, streams):
     runner, (inputs, _) = step
     default, own = streams["default"].cuda_stream, runner._stream.cuda_stream
     runner(inputs)
-    order = [call for call in stand_in.calls if call[0] != "address"]
+    order = [call for call in stand_in.calls if call[0] in ("wait", "execute")]
     assert order == [("wait", own, default), ("execute", own), ("wait", default, own)] and own != default
     stand_in.calls.clear()
     streams["current"] = Stream()
     runner(inputs)
-    order = [call for call in stand_in.calls if call[0] != "address"]
+    order = [call for call in stand_in.calls if call[0] in ("wait", "execute")]
     assert order == [("execute", streams["current"].cuda_stream)]
 
 
@@ -322,6 +333,86 @@ def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
 
 
+def test_the_stages_of_a_pipeline_compute_in_one_memory(streams, sdxl_bundle, monkeypatch):
+    """As large as the stage needs that needs the most: they run in turn, and leave nothing there."""
+    loaded = []
+
+    def load_stage(path, contract, target, precision):
+        loaded.append(tensorrt.TensorRtRunner(stand_in, path, contract))
+        return loaded[-1]
+
+    with load(sdxl_bundle) as plain:
+        expected = [plain.draw(Request("a red star", seed)).pictures for seed in range(2)]
+    monkeypatch.setattr(loading, "check_backend", lambda bundle: SimpleNamespace(load=load_stage))
+    with load(sdxl_bundle, cuda_graph=False) as pipeline:
+        for seed, pictures in enumerate(expected):
+            found = pipeline.draw(Request("a red star", seed)).pictures
+            assert np.abs(found.astype(int) - pictures.astype(int)).max() <= 1
+    lent = [call[1:] for call in stand_in.calls if call[0] == "scratch"]
+    assert len(lent) == len(loaded) == STAGES
+    most = max(len(runner.contract.inputs) + len(runner.contract.outputs) for runner in loaded)
+    assert len(set(lent)) == 1 and lent[0][1] == stand_in.SCRATCH * most
+
+
+def test_memory_that_grows_stays_where_graphs_were_captured_with_it():
+    scratch = Scratch("cpu")
+    scratch.reserve(100)
+    first = weakref.ref(scratch.memory())
+    scratch.reserve(50)
+    assert scratch.memory() is first() and first().numel() == 100
+    scratch.reserve(200)
+    assert scratch.memory().numel() == 200 and first() is not None
+
+
+def bound_runner(path, contract):
+    session = onnxruntime.open_checked(path, contract, [onnxruntime.CPU])
+    return onnxruntime.BoundRunner(session, contract, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
+def test_threads_may_share_a_runner(backend, streams, sdxl_bundle, monkeypatch):
+    """Each call computes with its own inputs, however the threads come to be mixed."""
+    bundle = open_bundle(sdxl_bundle)
+    stage = stage_of(bundle, "step")
+    path = bundle.path(stage.file)
+    runner = (
+        bound_runner(path, stage.contract)
+        if backend == "onnxruntime"
+        else tensorrt.TensorRtRunner(stand_in, path, stage.contract)
+    )
+    calls = [inputs for inputs, _ in read_calls(bundle.path("proof/step.npz"), stage.contract)]
+    expected = [runner(inputs)["prediction"].clone().numpy() for inputs in calls]
+    given, tensor = [], runner.tensor
+
+    def slow(spec, array):
+        time.sleep(0.0002)  # the other thread's turn
+        return tensor(spec, array)
+
+    def written(launch):
+        def call(*arguments):
+            done = launch(*arguments)
+            given.append(runner._outputs["prediction"].clone().numpy())
+            return done
+
+        return call
+
+    monkeypatch.setattr(runner, "tensor", slow)
+    if backend == "tensorrt":
+        monkeypatch.setattr(runner, "_enqueue", written(runner._enqueue))
+    else:
+        session = runner._session
+        monkeypatch.setattr(
+            runner, "_session", SimpleNamespace(run_with_iobinding=written(session.run_with_iobinding))
+        )
+    threads = [threading.Thread(target=runner, args=(inputs,)) for inputs in calls for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = [sum(snr_db(wanted, array) > 80 for array in given) for wanted in expected]
+    assert counts == [3] * len(calls)
+
+
 @pytest.fixture
 def rtx(streams, sdxl_bundle, tmp_path, monkeypatch):
     """The folder of a bundle in a store, as one of TensorRT for RTX on an A10, and what draws with it."""
@@ -343,9 +434,6 @@ def rtx(streams, sdxl_bundle, tmp_path, monkeypatch):
         return len(stand_in.compiled)
 
     return shutil.copytree(sdxl_bundle, store / "a"), draw
-
-
-STAGES = 4
 
 
 def kept(folder):
