@@ -215,6 +215,9 @@ class TensorRtRunner(TensorRunner):
 
     Outputs are torch tensors on the GPU, which are DLPack arrays. The memory that the engine computes in is
     not the context's own, but lent to it for each launch. Calls from several threads run one at a time.
+
+    TensorRT for RTX can capture the calls itself. It does so anew wherever an address is another, so inputs
+    are then copied to where they were.
     """
 
     def __init__(
@@ -232,7 +235,8 @@ class TensorRtRunner(TensorRunner):
         import torch
 
         super().__init__(contract, "cuda")
-        self._package = trt.__name__
+        self._trt = trt
+        self._path = path
         logger, self._errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -245,20 +249,28 @@ class TensorRtRunner(TensorRunner):
         strategies = trt.ExecutionContextAllocationStrategy
         self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         self._kernels = open_kernels(self._config) if open_kernels else None
-        self._context = self._engine.create_execution_context(self._config)
-        if self._context is None:
-            raise BackendError(
-                f"{trt.__name__} can't run {path}: {self._last_error()}",
-                "nvidia-smi shows how much of the GPU's memory is free",
-            )
-        self._scratch_address = 0
         self.share_scratch(Scratch(self.device))
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output with the same contract name as an input has a suffix there.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
         self._outputs = self.empty(contract.outputs)
+        self._fixed: dict[str, torch.Tensor] = {}  # the inputs of calls that TensorRT captures itself
+        self._cannot_graph = ""
+        self._capturable: bool | None = None  # unknown
+        self._open_context()
+
+    def _open_context(self) -> None:
+        """Creates the execution context by the runtime config. Raises BackendError if TensorRT can't."""
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise BackendError(
+                f"{self._trt.__name__} can't run {self._path}: {self._last_error()}",
+                "nvidia-smi shows how much of the GPU's memory is free",
+            )
+        self._context = context
         self._addresses: dict[str, int] = {}
-        for spec, name in zip(contract.outputs, self._output_names, strict=True):
+        self._scratch_address = 0
+        for spec, name in zip(self.contract.outputs, self._output_names, strict=True):
             self._place(name, self._outputs[spec.name])
 
     def _last_error(self) -> str:
@@ -280,7 +292,9 @@ class TensorRtRunner(TensorRunner):
             held = []  # inputs must outlive the launch
             for spec in self.contract.inputs:
                 tensor = self.tensor(spec, inputs[spec.name])
-                if tensor.data_ptr() % ALIGNMENT:
+                if self._fixed:
+                    tensor = self._fixed[spec.name].copy_(tensor)
+                elif tensor.data_ptr() % ALIGNMENT:
                     tensor = tensor.clone()
                 self._place(spec.name, tensor)
                 held.append(tensor)
@@ -314,7 +328,9 @@ class TensorRtRunner(TensorRunner):
         address = tensor.data_ptr()
         if self._addresses.get(name) != address:
             if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"{self._package} refuses the memory for {name} of {self.contract.name}")
+                raise BackendError(
+                    f"{self._trt.__name__} refuses the memory for {name} of {self.contract.name}"
+                )
             self._addresses[name] = address
 
     def cannot_capture(self) -> str | None:
@@ -323,17 +339,40 @@ class TensorRtRunner(TensorRunner):
         Only TensorRT for RTX answers this question. TensorRT raises an error during the capture if the engine
         has loops or conditionals.
         """
-        asked = getattr(self._context, "is_stream_capturable", None)
-        if asked is None or asked(self._stream.cuda_stream):
+        with self._scratch.turn:
+            if self._capturable is None:
+                asked = getattr(self.opened(self._context), "is_stream_capturable", None)
+                self._lend_scratch()
+                self._capturable = asked is None or bool(asked(self._stream.cuda_stream))
+        if self._capturable:
             return None
-        return f"{self._package} does not let torch capture the {self.contract.name} engine"
+        return f"{self._trt.__name__} does not let torch capture the {self.contract.name} engine"
+
+    def graph_itself(self, on: bool) -> str | None:
+        """Lets TensorRT for RTX capture the engine's calls, or not. TensorRT has no CUDA graphs of its own.
+
+        Returns why it can't, or None.
+        """
+        strategies = getattr(self._trt, "CudaGraphStrategy", None)
+        if strategies is None:
+            return super().graph_itself(on)
+        with self._scratch.turn:
+            if on != bool(self._fixed) and not self._cannot_graph:
+                strategy = strategies.WHOLE_GRAPH_CAPTURE if on else strategies.DISABLED
+                self._config.cuda_graph_strategy = strategy
+                try:
+                    self._open_context()
+                    self._fixed = self.empty(self.contract.inputs) if on else {}
+                except BackendError as error:
+                    self._cannot_graph = error.message
+        return self._cannot_graph or None
 
     def close(self) -> None:
         """Writes the kernel cache, and frees the engine."""
         if self._kernels:
             self._kernels.keep()
-        self._kernels = self._context = self._engine = self._runtime = None
-        self._outputs = {}
+        self._kernels = self._context = self._config = self._engine = self._runtime = None
+        self._outputs, self._fixed = {}, {}
 
 
 def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:

@@ -57,6 +57,7 @@ def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
         "strongly_typed": True,
         "optimization_level": shared.OPTIMIZATION_LEVEL,
         "tf32": shared.TF32,
+        "user_allocation": True,
         "compute_capabilities": [target.compute_capability],
     }
 
@@ -69,6 +70,8 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     trt = importlib.import_module("tensorrt_rtx")
 
     def configure(config: Any) -> None:
+        # Without this the engine may allocate memory while it runs, and then it can't be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         assert target.compute_capability is not None
         name = "SM" + target.compute_capability.replace(".", "")
         config.num_compute_capabilities = 1

@@ -23,9 +23,12 @@ TYPES = {
 }
 calls = []  # what an engine and streams were asked, in order
 compiled = []  # kernels that were in no cache
+captured = []  # engines, each time that TensorRT itself captured one's calls
+capturable = True  # whether torch may capture the calls of engines
 gpu = "NVIDIA A10"  # the one that "runs" engines
 
 TensorIOMode = enum.Enum("TensorIOMode", ["INPUT", "OUTPUT"])
+CudaGraphStrategy = enum.Enum("CudaGraphStrategy", ["DISABLED", "WHOLE_GRAPH_CAPTURE"])
 ExecutionContextAllocationStrategy = enum.Enum("Strategy", ["STATIC", "USER_MANAGED"])
 SCRATCH = 1000  # bytes that an engine computes in, for each of its inputs and outputs
 
@@ -92,6 +95,7 @@ class ICudaEngine:
 class IRuntimeConfig:
     cache = None
     strategy = ExecutionContextAllocationStrategy.STATIC
+    cuda_graph_strategy = CudaGraphStrategy.DISABLED
 
     def set_execution_context_allocation_strategy(self, strategy):
         self.strategy = strategy
@@ -124,6 +128,8 @@ class IRuntimeCache:
 class IExecutionContext:
     def __init__(self, engine, config):
         self.engine, self.addresses, self.scratch = engine, {}, None
+        self.captures = config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self.graph = None  # the memory that the captured calls read and write
         assert config.strategy is ExecutionContextAllocationStrategy.USER_MANAGED
         if config.cache is not None and not config.cache.kernels:
             compiled.append(engine)
@@ -147,6 +153,9 @@ class IExecutionContext:
         memory, size = self.scratch
         if memory % ALIGNMENT or size < self.engine.device_memory_size_v2:
             return False
+        if self.captures and self.graph != (self.addresses, self.scratch):
+            captured.append(self.engine)
+            self.graph = dict(self.addresses), self.scratch
         ctypes.memset(memory, 77, size)  # nobody else may have kept anything there
         arrays = {name: self.array(name) for name in self.engine.tensors}
         given = {n: a for n, a in arrays.items() if self.engine.get_tensor_mode(n) == TensorIOMode.INPUT}
@@ -164,4 +173,4 @@ class IExecutionContext:
         return np.frombuffer(memory, kind).reshape(told.shape)
 
     def is_stream_capturable(self, stream):
-        return True
+        return capturable and self.scratch is not None

@@ -29,6 +29,7 @@ from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import BackendError
 from lcm_compile.pipeline import load as loading
+from lcm_compile.pipeline.cuda_graphs import FIRST, SWITCHED_OFF, USED
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
@@ -200,7 +201,8 @@ def streams(monkeypatch):
     for name in ("tensor", "empty", "to_device", "mark", "between"):
         monkeypatch.setattr(TensorRunner, name, OnCpu(vars(TensorRunner)[name]))
     stand_in.calls.clear()
-    stand_in.compiled.clear()
+    for done in (stand_in.compiled, stand_in.captured):
+        done.clear()
     return held
 
 
@@ -316,21 +318,53 @@ def test_what_fails_is_an_error_with_a_reason(fault, step, sdxl_bundle, monkeypa
         tensorrt.TensorRtRunner(stand_in, path, runner.contract)
 
 
-def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
-    bundle = open_bundle(sdxl_bundle)
+def pipeline_of(folder, **options):
+    """The pipeline of a bundle, with its engines run by TensorRT's runner."""
+    bundle = open_bundle(folder)
     runners = {
         s.contract.name: tensorrt.TensorRtRunner(stand_in, bundle.path(s.file), s.contract)
         for s in bundle.manifest.stages
     }
     settings = bundle.manifest.pipeline
+    return LcmPipeline(settings, runners, load_tokenizers(bundle.folder, settings), **options)
+
+
+def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
     request = Request("a red star", 7, guidance_scale=1.5)
-    with load(bundle) as plain:
-        expected = plain.draw(request).pictures
-    with LcmPipeline(
-        settings, runners, load_tokenizers(bundle.folder, settings), cuda_graph=False
-    ) as pipeline:
-        found = pipeline.draw(request).pictures
+    with load(sdxl_bundle) as plain, pipeline_of(sdxl_bundle, cuda_graph=False) as pipeline:
+        expected, found = plain.draw(request).pictures, pipeline.draw(request).pictures
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_engines_that_torch_cannot_capture_capture_themselves(streams, sdxl_bundle, monkeypatch):
+    """Once for each stage: what they read is always at the same address, whatever is drawn."""
+    monkeypatch.setattr(stand_in, "capturable", False)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(("a red star", "a ring", "", "a star"))]
+    told = []
+    with load(sdxl_bundle) as plain, pipeline_of(sdxl_bundle) as pipeline:
+        for request in (*requests, requests[1]):
+            pipeline.cuda_graph = len(told) < len(requests)
+            drawing = pipeline.draw(request)
+            expected = plain.draw(request).pictures
+            assert np.abs(drawing.pictures.astype(int) - expected.astype(int)).max() <= 1
+            told.append(drawing.cuda_graph)
+            if len(told) == len(requests):
+                assert len(stand_in.captured) == len(set(stand_in.captured)) == STAGES
+    assert told == [FIRST, USED, USED, USED, SWITCHED_OFF]
+    assert len(stand_in.captured) == STAGES
+
+
+@pytest.mark.parametrize("fault", ["the context", "the package"])
+def test_engines_that_nothing_can_capture_say_why(streams, sdxl_bundle, monkeypatch, fault):
+    monkeypatch.setattr(stand_in, "capturable", False)
+    with pipeline_of(sdxl_bundle) as pipeline:
+        if fault == "the context":
+            monkeypatch.setattr(stand_in.ICudaEngine, "create_execution_context", lambda *_: None)
+        else:
+            monkeypatch.delattr(stand_in, "CudaGraphStrategy")
+        told = [pipeline.draw(Request("a red star", seed)).cuda_graph for seed in range(3)]
+    reason = "can't run" if fault == "the context" else "does not let torch capture"
+    assert "not used" in told[0] and all(reason in status for status in told[1:])
 
 
 def test_the_stages_of_a_pipeline_compute_in_one_memory(streams, sdxl_bundle, monkeypatch):

@@ -51,6 +51,13 @@ def configs(monkeypatch):
     return made
 
 
+def test_an_engine_allocates_nothing_while_it_runs(graph, configs, tmp_path):
+    """Otherwise its calls can't be captured."""
+    assert tensorrt_rtx.build(graph("fp16"), find_target("a10"), tmp_path).stat().st_size > 0
+    assert configs[0].get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert tensorrt_rtx.options(find_target("a10"))["user_allocation"]
+
+
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("fp16", True), ("bf16", True)])
 def test_a_stage_in_fp32_does_not_round_to_tf32(graph, configs, tmp_path, precision, allowed):
     """The builder allows it unless it is told otherwise; 10 bits of mantissa are no fp32."""
