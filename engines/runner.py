@@ -85,6 +85,9 @@ class Runner(ABC):
         """
         return self.cannot_capture() or "torch captures its calls instead"
 
+    def keep_kernels(self) -> None:  # noqa: B027 - not abstract: most engines are compiled when they are built
+        """Writes what the engine's library has compiled for this GPU to the disk, if that is kept."""
+
     def mark(self) -> Any:
         """Returns a mark: the moment at which the engine's device finishes all work that it has so far."""
         return time.perf_counter()
@@ -129,6 +132,9 @@ class ForwardingRunner(Runner):
 
     def graph_itself(self, on: bool) -> str | None:
         return self.runner().graph_itself(on)
+
+    def keep_kernels(self) -> None:
+        self.runner().keep_kernels()
 
     def mark(self) -> Any:
         return self.runner().mark()

@@ -367,10 +367,15 @@ class TensorRtRunner(TensorRunner):
                     self._cannot_graph = error.message
         return self._cannot_graph or None
 
+    def keep_kernels(self) -> None:
+        """Writes the kernel cache, if it has kernels that were not written yet."""
+        with self._scratch.turn:
+            if self._kernels:
+                self._kernels.keep()
+
     def close(self) -> None:
         """Writes the kernel cache, and frees the engine."""
-        if self._kernels:
-            self._kernels.keep()
+        self.keep_kernels()
         self._kernels = self._context = self._config = self._engine = self._runtime = None
         self._outputs, self._fixed = {}, {}
 

@@ -38,8 +38,15 @@ def keeping_timings(config: Any, path: Path) -> Iterator[None]:
         cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
     yield
-    with contextlib.suppress(OSError):
-        write_atomically(path, bytes(memoryview(cache.serialize())))
+    if timings := content_of(cache):
+        with contextlib.suppress(OSError):
+            write_atomically(path, timings)
+
+
+def content_of(cache: Any) -> bytes:
+    """Returns the content of one of TensorRT's caches, or b"" if TensorRT can't give it."""
+    held = cache.serialize()
+    return b"" if held is None else bytes(memoryview(held))
 
 
 def kernels_path(trt: Any, engine: Path, gpu: str) -> Path | None:
@@ -70,14 +77,14 @@ class KernelCache:
         config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
-        """Writes the kernels to the file, if they are not the ones that were read from it."""
+        """Writes the kernels to the file, if they are not the ones that it has already."""
         if self._path is None:
             return
-        held = self._cache.serialize()
-        kernels = b"" if held is None else bytes(memoryview(held))
+        kernels = content_of(self._cache)
         if kernels not in (b"", self._kept):
             with contextlib.suppress(OSError):
                 write_atomically(self._path, hashlib.sha256(kernels).digest() + kernels)
+                self._kept = kernels
 
 
 def read_kernels(path: Path) -> bytes:

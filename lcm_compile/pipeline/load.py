@@ -119,6 +119,11 @@ class LoadingRunner(ForwardingRunner):
         except CancelledError:
             raise closed(f"the {self.contract.name} engine") from None
 
+    def keep_kernels(self) -> None:
+        """Writes what was compiled for the engine, if it is loaded."""
+        if self._loading.done() and not self._loading.cancelled() and self._loading.exception() is None:
+            super().keep_kernels()
+
     def close(self) -> None:
         """Cancels the loading, or frees the engine if it is loaded."""
         if not self._loading.cancel() and self._loading.exception() is None:

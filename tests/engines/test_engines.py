@@ -117,6 +117,18 @@ def test_timings_are_kept_for_the_next_build(tmp_path):
         assert config.create_timing_cache(written) is not None and written != content
 
 
+def test_timings_that_cannot_be_told_are_not_kept(tmp_path, monkeypatch):
+    """A build has succeeded then, and the file has those of former builds."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    path = tmp_path / "timings.bin"
+    path.write_bytes(b"of former builds")
+    monkeypatch.setattr(trt.ITimingCache, "serialize", lambda cache: None)
+    with tensorrt_caches.keeping_timings(config, path):
+        pass
+    assert path.read_bytes() == b"of former builds"
+
+
 def test_an_engine_whose_header_is_broken_is_refused_before_it_is_read(tmp_path, a10_bundle):
     path = tmp_path / "decode.engine"
     path.write_bytes(bytes(100))

@@ -526,6 +526,22 @@ def test_damaged_kernels_are_not_given_to_the_library(rtx, damage, monkeypatch):
     assert draw(folder) == (STAGES if damage == "folder" else 0)
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_kernels_are_kept_after_the_second_picture(rtx, monkeypatch, wait):
+    """A server is killed, and then nothing is closed."""
+    folder, draw = rtx
+    backend = SimpleNamespace(load=tensorrt_rtx.load)
+    monkeypatch.setattr(loading, "check_backend", lambda bundle: backend)
+    pipeline = loading.load(folder, cuda_graph=False, wait=wait)
+    for seed, count in enumerate((0, STAGES, STAGES)):
+        pipeline.draw(Request("a red star", seed))
+        assert len(kept(folder)) == count
+    written = [path.stat().st_mtime_ns for path in sorted(folder.with_name("a.cache").iterdir())]
+    assert draw(folder) == 0
+    pipeline.close()
+    assert [path.stat().st_mtime_ns for path in sorted(folder.with_name("a.cache").iterdir())] == written
+
+
 def test_where_nothing_can_be_written_kernels_are_compiled_each_time(rtx):
     folder, draw = rtx
     beside = folder.with_name("a.cache")
