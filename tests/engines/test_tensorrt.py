@@ -1,11 +1,11 @@
-"""TensorRT's runner and caches on a stand-in for its runtime, and every call held to the real bindings."""
+"""TensorRT's runner and caches on a stand-in for its runtime.
+
+test_tensorrt_bindings.py holds the stand-in to the real bindings.
+"""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import re
 import shutil
 import sys
 import threading
@@ -37,127 +37,7 @@ from lcm_compile.proof.parity import snr_db
 from lcm_compile.proof.recording import read_calls
 from lcm_compile.targets import find_target
 
-ENGINES = Path(tensorrt.__file__).parent
 A10 = find_target("a10")
-
-
-def calls_in(path):
-    """(method, positional arguments, names of others) of every call of a method in a source file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-            yield node.func.attr, None if starred else len(node.args), {k.arg for k in node.keywords}
-
-
-def overloads(function):
-    """The names of a binding's arguments, and of those without a default, for each of its overloads."""
-    name = function.__name__
-    for text in re.findall(rf"(?:^|\d\. ){name}\(self: .*?\) -> ", function.__doc__, re.MULTILINE):
-        arguments = re.findall(r", (\w+): ([^,]*)", text)
-        yield [a for a, _ in arguments], [a for a, told in arguments if " = " not in told]
-
-
-def bound(trt):
-    """Each class of the bindings that our code has objects of, with their methods."""
-    names = (
-        *("Builder", "INetworkDefinition", "IBuilderConfig", "ITimingCache", "OnnxParser", "Runtime"),
-        *("ICudaEngine", "IExecutionContext", "EngineInspector", "IRuntimeConfig", "IRuntimeCache"),
-    )
-    return {name: getattr(trt, name) for name in names}
-
-
-# Of these names Python's own types have methods too; the bindings' are in the table of the next test.
-OWN = {"log"}
-
-
-@pytest.mark.parametrize("file", ["tensorrt.py", "tensorrt_rtx.py", "tensorrt_caches.py"])
-def test_every_call_fits_the_real_bindings(file):
-    trt = pytest.importorskip("tensorrt_rtx")
-    classes = bound(trt)
-    checked = set()
-    for method, count, keywords in calls_in(ENGINES / file):
-        owners = [getattr(c, method) for c in classes.values() if hasattr(c, method)]
-        if not owners or method.startswith("__") or method in OWN:
-            continue
-        takes = [signature for owner in owners for signature in overloads(owner)]
-        assert takes, method
-        assert any(
-            (count is None or len(needed) <= count + len(keywords) <= len(names)) and keywords <= set(names)
-            for names, needed in takes
-        ), f"{method} takes {takes}, not {count} and {keywords}"
-        checked.add(method)
-    assert (
-        checked
-        >= {
-            "tensorrt.py": {
-                *("create_network", "parse_from_file", "get_error", "build_serialized_network"),
-                *(
-                    "deserialize_cuda_engine",
-                    "create_execution_context",
-                    "get_tensor_name",
-                    "get_tensor_mode",
-                    "get_tensor_dtype",
-                    "get_tensor_shape",
-                ),
-                *("set_tensor_address", "execute_async_v3", "get_engine_information", "get_layer"),
-            },
-            "tensorrt_rtx.py": {"set_compute_capability", "get_engine_validity"},
-            "tensorrt_caches.py": {
-                *("create_timing_cache", "set_timing_cache", "serialize", "create_runtime_config"),
-                *("create_runtime_cache", "set_runtime_cache", "deserialize"),
-            },
-        }[file]
-    )
-
-
-def test_the_reader_of_signatures_sees_what_would_not_fit():
-    trt = pytest.importorskip("tensorrt_rtx")
-    assert list(overloads(trt.IExecutionContext.set_tensor_address)) == [(["name", "memory"],) * 2]
-    assert list(overloads(trt.Builder.create_network)) == [(["flags"], [])]
-    assert (["runtime_config"], []) in list(overloads(trt.ICudaEngine.create_execution_context))
-
-
-def test_attributes_and_what_is_called_by_other_names():
-    """Properties, constants, and constructors, which are no calls of methods."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    for owner, names in {
-        trt.Runtime: ["engine_header_size"],
-        trt.ICudaEngine: ["num_io_tensors", "num_layers", "device_memory_size_v2"],
-        trt.IBuilderConfig: [
-            *("builder_optimization_level", "profiling_verbosity", "num_compute_capabilities"),
-        ],
-        trt.INetworkDefinition: ["num_layers"],
-        trt.IAttentionInputLayer: ["attention"],
-        trt.OnnxParser: ["num_errors"],
-        trt.LayerInformationFormat: ["JSON"],
-        trt.ProfilingVerbosity: ["DETAILED"],
-        trt.TensorIOMode: ["INPUT", "OUTPUT"],
-        trt.ILogger.Severity: ["ERROR", "INTERNAL_ERROR"],
-        trt.LayerType: ["ATTENTION_INPUT"],
-        trt.ComputeCapability: [f"SM{c.replace('.', '')}" for c in tensorrt_rtx.CAPABILITIES],
-    }.items():
-        assert all(hasattr(owner, name) for name in names), owner
-    for owner, names in {
-        trt.Runtime: ["logger"],
-        trt.Builder: ["logger"],
-        trt.OnnxParser: ["network", "logger"],
-        trt.ILogger: [],
-    }.items():
-        assert re.findall(r", (\w+): ", owner.__init__.__doc__.splitlines()[0]) == names
-    assert list(overloads(trt.IExecutionContext.is_stream_capturable)) == [(["stream"],) * 2]
-    assert list(overloads(trt.ILogger.log)) == [(["severity", "msg"],) * 2]
-
-
-def test_the_stand_in_has_the_bindings_own_signatures():
-    trt = pytest.importorskip("tensorrt_rtx")
-    for name, real in bound(trt).items():
-        own = getattr(stand_in, name, None)
-        for method, function in vars(own).items() if own else ():
-            if method.startswith("__") or not callable(function) or not hasattr(real, method):
-                continue
-            names = list(inspect.signature(function).parameters)[1:]
-            assert names in [told for told, _ in overloads(getattr(real, method))], (name, method)
-    assert set(vars(stand_in.IExecutionContext)) >= {"set_tensor_address", "execute_async_v3"}
 
 
 class Stream:
