@@ -374,10 +374,12 @@ class TensorRtRunner(TensorRunner):
                 self._kernels.keep()
 
     def close(self) -> None:
-        """Writes the kernel cache, and frees the engine."""
-        self.keep_kernels()
-        self._kernels = self._context = self._config = self._engine = self._runtime = None
-        self._outputs, self._fixed = {}, {}
+        """Writes the kernel cache, and frees the engine and its share of the scratch memory."""
+        with self._scratch.turn:
+            self.keep_kernels()
+            self._kernels = self._context = self._config = self._engine = self._runtime = None
+            self._outputs, self._fixed = {}, {}
+            self._scratch = Scratch(self.device)
 
 
 def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:

@@ -262,6 +262,8 @@ def test_the_stages_of_a_pipeline_compute_in_one_memory(streams, sdxl_bundle, mo
         for seed, pictures in enumerate(expected):
             found = pipeline.draw(Request("a red star", seed)).pictures
             assert np.abs(found.astype(int) - pictures.astype(int)).max() <= 1
+        memory = weakref.ref(loaded[0]._scratch.memory())
+    assert memory() is None  # a closed pipeline has none, even if it is kept
     lent = [call[1:] for call in stand_in.calls if call[0] == "scratch"]
     assert len(lent) == len(loaded) == STAGES
     most = max(len(runner.contract.inputs) + len(runner.contract.outputs) for runner in loaded)
