@@ -23,6 +23,7 @@ PACKAGES = ("tensorrt-rtx",)
 INSTALL = "pip install 'lcm-compile[rtx]'"
 # The compute capabilities that it builds for.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+WITHOUT_FP32 = ("7.5",)  # its builder refuses fp32 products there: "FP32 GEMM is not supported"
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
@@ -36,6 +37,8 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
         )
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
+    if target.compute_capability in WITHOUT_FP32 and precision.floats == "fp32":
+        return f"it has no fp32 products for compute capability {target.compute_capability}; use fp16"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"tensorrt_rtx is not installed; {INSTALL}"
     return None
