@@ -22,9 +22,9 @@ from typing import Any
 from lcm_compile.engines import other_version
 from lcm_compile.engines.cuda_toolkit import missing_toolkit, toolkit_for_torch
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
+from lcm_compile.engines.gpu_rewrites import split_group_norm, split_wide_attention
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner, fp32_of, prepare_torch
-from lcm_compile.engines.wide_attention import split_wide_attention
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -105,6 +105,7 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     program = torch.export.load(graph.path)
     if not target.is_cpu:
         split_wide_attention(program, target)
+        split_group_norm(program)
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
     exactly = fp32_of(graph.precision, "cpu" if target.is_cpu else "cuda")
