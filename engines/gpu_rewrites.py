@@ -28,20 +28,25 @@ def split_wide_attention(program: ExportedProgram, target: GpuTarget) -> int:
     """Replaces attention with wide heads by two products and a softmax, in place. Returns how many there are.
 
     The heads of the VAE are 512 wide. The scores (heads, queries, keys) take memory: where the target has too
-    little for so many, attention is left as it is.
+    little for so many, attention is left as it is. In bf16 it is so too, because scores would be too coarse:
+    they took attention from 55 to 36 dB, and in fp16 from 73 to 54.
     """
     import torch
 
     attention = torch.ops.aten.scaled_dot_product_attention.default
-    found = [node for node in nodes_of(program, attention) if has_room(node, target)]
+    found = [node for node in nodes_of(program, attention) if is_wide(node, target)]
     for node in found:
         replace(node, wide_attention(program.graph_module.graph, node))
     return len(found)
 
 
-def has_room(node: Node, target: GpuTarget) -> bool:
+def is_wide(node: Node, target: GpuTarget) -> bool:
     """Returns whether wide_attention is for attention of this kind and width, and has room for its scores."""
+    import torch
+
     query, key, value = (array.meta["val"] for array in node.args[:3])  # type: ignore[union-attr]
+    if query.dtype == torch.bfloat16:
+        return False
     # A mask, dropout, causal attention and grouped heads are what the other arguments ask for.
     if len(node.args) > 3 or set(node.kwargs) - {"scale"} or query.shape[:-2] != key.shape[:-2]:
         return False

@@ -65,6 +65,7 @@ def test_it_computes_attention(options, dtype, floor):
     ("given", "options"),
     [
         (arrays(256), {}),  # FlashAttention computes it
+        (arrays(512, dtype=torch.bfloat16), {}),  # 8 bits of mantissa are too few for scores
         (arrays(512, 32), {"is_causal": True}),
         (arrays(512), {"attn_mask": torch.zeros(48, 32)}),
     ],
