@@ -116,7 +116,9 @@ class IRuntimeCache:
         self.kernels = []
 
     def serialize(self):
-        return "\n".join([gpu, __version__, *self.kernels]).encode() if self.kernels else b""
+        """The kernels as an array, which is a buffer as the bindings' IHostMemory is, and no bytes."""
+        content = "\n".join([gpu, __version__, *self.kernels]).encode()
+        return np.frombuffer(content, np.uint8) if self.kernels else None
 
     def deserialize(self, blob):
         name, version, *kernels = blob.decode().split("\n")
