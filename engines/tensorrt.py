@@ -201,7 +201,7 @@ def count_formats(information: Mapping[str, Any]) -> dict[str, int]:
 def allow_decomposed_attention(trt: Any, network: Any) -> None:
     """Lets attention run as plain matrix products if no fused kernel covers it (small heads, fp32).
 
-    Without this such a network does not build. TensorRT still uses a fused kernel if there is one.
+    Without this such a network may not build. TensorRT still uses a fused kernel if there is one.
     """
     for i in range(network.num_layers):
         layer = network.get_layer(i)
