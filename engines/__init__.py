@@ -76,8 +76,14 @@ class Backend(Protocol):
         Raises BackendError if that fails.
         """
 
-    def load(self, path: Path, contract: StageContract, target: GpuTarget) -> Runner:
-        """Loads an engine file. Raises BackendError if that fails or the file does not fit the contract."""
+    def load(
+        self, path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+    ) -> Runner:
+        """Loads an engine file, which was built from a graph of that precision.
+
+        On a GPU an engine in fp32 does not round to TF32. Raises BackendError if the file can't be loaded or
+        does not fit the contract.
+        """
 
 
 def find_backend(name: str) -> Backend:

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lcm_compile.engines import other_version
+from lcm_compile.engines.cuda_toolkit import missing_toolkit, toolkit_for_torch
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
+from lcm_compile.engines.gpu_rewrites import split_group_norm, split_wide_attention
 from lcm_compile.engines.runner import Array
-from lcm_compile.engines.tensors import TensorRunner, prepare_torch
+from lcm_compile.engines.tensors import TensorRunner, fp32_of, prepare_torch
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
@@ -54,16 +56,7 @@ def missing_for_gpus() -> str | None:
         return "triton, which compiles for GPUs, is not installed; pip install triton"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "triton needs Python.h, which is not installed; apt install python3-dev"
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    # The C++ code that torch generates includes these headers, which pip's packages of the CUDA runtime lack.
-    headers = [Path(CUDA_HOME or "", "include", name) for name in ("cuda.h", "cuda_runtime.h")]
-    if CUDA_HOME is None or not all(path.is_file() for path in headers):
-        return (
-            f"it needs {' and '.join(path.name for path in headers)} of the CUDA toolkit, and does not find "
-            f"them in {CUDA_HOME or 'any usual place'}; install the toolkit, or set CUDA_HOME"
-        )
-    return None
+    return missing_toolkit()
 
 
 def cannot_run(target: GpuTarget) -> str | None:
@@ -111,14 +104,12 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
 
     program = torch.export.load(graph.path)
     if not target.is_cpu:
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        # Torch passes libcuda's stub to the linker only if this variable names the toolkit, even where torch
-        # finds the toolkit without it.
-        os.environ.setdefault("CUDA_HOME", str(CUDA_HOME))
+        split_wide_attention(program, target)
+        split_group_norm(program)
         program = move_to_device_pass(program, "cuda")
     path = folder / f"{graph.contract.name}.pt2"
-    with compiler_in(folder), torch.no_grad():  # with gradients enabled, `freezing` has no effect
+    exactly = fp32_of(graph.precision, "cpu" if target.is_cpu else "cuda")
+    with compiler_in(folder, target), exactly, torch.no_grad():  # `freezing` has no effect with gradients
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own use of torch
@@ -137,27 +128,34 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
 
 
 @contextlib.contextmanager
-def compiler_in(folder: Path) -> Iterator[None]:
+def compiler_in(folder: Path, target: GpuTarget) -> Iterator[None]:
     """Gives torch's compiler an empty cache in `folder`, and deletes it afterwards.
 
-    That way the compiler uses no stale results, and leaves no files behind.
+    That way the compiler uses no stale results, and leaves no files behind. For a GPU it finds the toolkit.
     """
     from torch._inductor.utils import fresh_cache
 
-    with tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder) as scratch, fresh_cache(dir=scratch):
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".inductor-", dir=folder)))
+        if not target.is_cpu:
+            (scratch / "libraries").mkdir()
+            stack.enter_context(toolkit_for_torch(scratch / "libraries"))
+        stack.enter_context(fresh_cache(dir=str(scratch)))
         yield
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> AotInductorRunner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> AotInductorRunner:
     """Loads an engine. Raises BackendError if torch can't open the file, or as prepare_torch does."""
     prepare_torch()
-    return AotInductorRunner(path, contract)
+    return AotInductorRunner(path, contract, precision)
 
 
 class AotInductorRunner(TensorRunner):
     """A compiled engine. Each call returns new tensors, and calls from several threads run one at a time."""
 
-    def __init__(self, path: Path, contract: StageContract) -> None:
+    def __init__(self, path: Path, contract: StageContract, precision: Precision = Precision.FP32) -> None:
         import torch
 
         self._turn = threading.Lock()
@@ -178,12 +176,13 @@ class AotInductorRunner(TensorRunner):
             )
             raise BackendError(f"torch {torch.__version__} can't open {path}: {reason}", hint) from error
         super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
+        self._precision = precision
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         model = self.opened(self._model)
-        with self._turn, torch.inference_mode():
+        with self._turn, torch.inference_mode(), fp32_of(self._precision, self.device):
             outputs = model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib.util
 import io
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,18 +135,21 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine, with a CUDA graph of its own on a GPU if ONNX Runtime supports one for it.
 
-    Raises BackendError if ONNX Runtime can't open the file on the target's provider, or if the file does not
-    match the contract.
+    On a GPU it multiplies fp32 numbers in TF32 unless the stage is in fp32. Raises BackendError if ONNX
+    Runtime can't open the file on the target's provider, or if the file does not match the contract.
     """
     if target.is_cpu:
         return OnnxRuntimeRunner(open_checked(path, contract, [CPU]), contract)
     import torch
 
     stream = torch.cuda.Stream()  # address 0, torch's default stream, would mean that no stream is given
-    settings = {"user_compute_stream": str(stream.cuda_stream)}
+    tf32 = str(int(precision.floats != "fp32"))
+    settings = {"user_compute_stream": str(stream.cuda_stream), "use_tf32": tf32}
     cannot_graph = ""
     try:
         session = open_checked(path, contract, [(CUDA, {**settings, "enable_cuda_graph": "1"})])
@@ -257,8 +261,9 @@ class OnnxRuntimeRunner(Runner):
 class BoundRunner(TensorRunner):
     """A session that reads inputs and writes outputs in place: on a GPU, nothing is copied to the host.
 
-    Its outputs are the same tensors at every call. `stream` is the CUDA stream that the session was opened
-    on. If it is None, the session has its own stream, and each call waits until the GPU is done.
+    Its outputs are the same tensors at every call, and calls from several threads run one at a time. `stream`
+    is the CUDA stream that the session was opened on. If it is None, the session has its own stream, and each
+    call waits until the GPU is done.
 
     Torch can't capture ONNX Runtime's calls (github.com/microsoft/onnxruntime/pull/32081), but a session
     opened with `enable_cuda_graph` captures itself in runs that name a graph. The graph reads its inputs at
@@ -276,6 +281,7 @@ class BoundRunner(TensorRunner):
         cannot_graph: str = "it was opened without CUDA graphs",
     ) -> None:
         super().__init__(contract, device)
+        self._turn = threading.RLock()  # held while the binding has one call's inputs
         self._session = session
         self._stream = stream
         self._cannot_graph = cannot_graph
@@ -294,18 +300,19 @@ class BoundRunner(TensorRunner):
         return True
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        session = self.opened(self._session)
-        held = [self.tensor(spec, inputs[spec.name]) for spec in self.contract.inputs]
-        if self._graphed:
-            for own, tensor in zip(self._fixed, held, strict=True):
-                own.copy_(tensor)
-            held = self._fixed
-        for spec, tensor in zip(self.contract.inputs, held, strict=True):
-            address = tensor.data_ptr()
-            self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
-        with self.ordered_with_torch(self._stream):
-            session.run_with_iobinding(self._binding, self._options)
-        return dict(self._outputs)
+        with self._turn:
+            session = self.opened(self._session)
+            held = [self.tensor(spec, inputs[spec.name]) for spec in self.contract.inputs]
+            if self._graphed:
+                for own, tensor in zip(self._fixed, held, strict=True):
+                    own.copy_(tensor)
+                held = self._fixed
+            for spec, tensor in zip(self.contract.inputs, held, strict=True):
+                address = tensor.data_ptr()
+                self._binding.bind_input(spec.name, self.device, 0, np.dtype(spec.dtype), spec.shape, address)
+            with self.ordered_with_torch(self._stream):
+                session.run_with_iobinding(self._binding, self._options)
+            return dict(self._outputs)
 
     def cannot_capture(self) -> str | None:
         """Returns why torch can't capture the engine's calls: ONNX Runtime does not support that."""
@@ -318,12 +325,13 @@ class BoundRunner(TensorRunner):
 
         Returns why there is none, or None.
         """
-        if on and not self._fixed and not self._cannot_graph:
-            self._cannot_graph = self._capture()
-        if self._cannot_graph:
-            return self._cannot_graph
-        self._use_graph(on)
-        return None
+        with self._turn:
+            if on and not self._fixed and not self._cannot_graph:
+                self._cannot_graph = self._capture()
+            if self._cannot_graph:
+                return self._cannot_graph
+            self._use_graph(on)
+            return None
 
     def _use_graph(self, on: bool) -> None:
         self._graphed = on

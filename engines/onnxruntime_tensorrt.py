@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ GRAPH_FORMAT = "onnx"
 PACKAGES = shared.PACKAGES
 PROVIDER = "TensorrtExecutionProvider"
 LIBRARIES = (*shared.CUDA_LIBRARIES, "libnvinfer.so.10", "libnvonnxparser.so.10")
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 
 
@@ -85,13 +88,32 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
         "trt_int8_enable": str(int(graph.precision.is_quantized)),
     }
     preload()
-    shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])
+    with tf32_forbidden() if graph.precision.floats == "fp32" else contextlib.nullcontext():
+        shared.open_session(graph.path, shared.quiet_options(), [(PROVIDER, settings), shared.CUDA])
     if not path.is_file():
         raise BackendError(f"TensorRT can't build the complete {graph.contract.name} stage as one engine")
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+@contextlib.contextmanager
+def tf32_forbidden() -> Iterator[None]:
+    """Keeps TensorRT from building kernels that round fp32 to TF32 during a block.
+
+    ONNX Runtime has no option of this provider for it, so this is NVIDIA's variable for all its libraries.
+    """
+    before = os.environ.get(TF32_OVERRIDE)
+    os.environ[TF32_OVERRIDE] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[TF32_OVERRIDE]
+        if before is not None:
+            os.environ[TF32_OVERRIDE] = before
+
+
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as onnxruntime.load does."""
     preload()
     session = shared.open_checked(path, contract, [PROVIDER, shared.CUDA])

@@ -176,7 +176,9 @@ def keep_fp32(path: Path, names: set[str]) -> None:
     tree.write(path)
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as OpenVinoRunner does."""
     return OpenVinoRunner(path, contract)
 

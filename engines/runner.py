@@ -9,6 +9,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.errors import UsageError
 from lcm_compile.graphs import StageContract
 
@@ -63,6 +64,12 @@ class Runner(ABC):
         """Returns the array as a NumPy array."""
         return as_numpy(array)
 
+    def share_scratch(self, scratch: Scratch) -> None:  # noqa: B027 - not abstract: most engines ignore it
+        """Lets an engine on a GPU compute in memory that it shares with other engines of its pipeline.
+
+        It is called once, before the first call. Engines whose libraries manage that memory ignore it.
+        """
+
     def cannot_capture(self) -> str | None:
         """Returns why torch can't capture the engine's calls in a CUDA graph, or None if it can.
 
@@ -77,6 +84,9 @@ class Runner(ABC):
         Returns why the engine has no CUDA graph of its own, or None.
         """
         return self.cannot_capture() or "torch captures its calls instead"
+
+    def keep_kernels(self) -> None:  # noqa: B027 - not abstract: most engines are compiled when they are built
+        """Writes what the engine's library has compiled for this GPU to the disk, if that is kept."""
 
     def mark(self) -> Any:
         """Returns a mark: the moment at which the engine's device finishes all work that it has so far."""
@@ -122,6 +132,9 @@ class ForwardingRunner(Runner):
 
     def graph_itself(self, on: bool) -> str | None:
         return self.runner().graph_itself(on)
+
+    def keep_kernels(self) -> None:
+        self.runner().keep_kernels()
 
     def mark(self) -> Any:
         return self.runner().mark()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_compile.engines import other_version
 from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, gpu_here
 from lcm_compile.engines.runner import Array, Runner
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
@@ -34,6 +35,9 @@ PACKAGES = ("tensorrt", "tensorrt-cu13")
 INSTALL = "pip install 'lcm-compile[tensorrt]'"
 LEAST_VERSION = 11  # the oldest major version that this module supports
 OPTIMIZATION_LEVEL = 3
+TF32 = "in stages of half precision"  # where fp32 layers may round to it
+# NumPy's names for the types that contracts have, by TensorRT's.
+DTYPES = {"FLOAT": "float32", "INT64": "int64", "UINT8": "uint8"}
 ALIGNMENT = 256  # bytes, of every address that is given to an engine: IExecutionContext::setTensorAddress
 
 
@@ -64,7 +68,12 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
 
 def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     """Returns the builder options that `build` sets."""
-    return {"strongly_typed": True, "optimization_level": OPTIMIZATION_LEVEL, "profiling": "detailed"}
+    return {
+        "strongly_typed": True,
+        "optimization_level": OPTIMIZATION_LEVEL,
+        "profiling": "detailed",
+        "tf32": TF32,
+    }
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *unused: object) -> Path:
@@ -87,7 +96,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *unused: object
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as TensorRtRunner does."""
     return TensorRtRunner(importlib.import_module("tensorrt"), path, contract)
 
@@ -152,6 +163,8 @@ def build_with(
     allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     config.builder_optimization_level = OPTIMIZATION_LEVEL
+    if graph.precision.floats == "fp32":  # otherwise fp32 is there for its range, and TF32 has the same
+        config.clear_flag(trt.BuilderFlag.TF32)
     configure(config)
     with keeping_timings(config, timings) if timings else nullcontext():
         engine = builder.build_serialized_network(network, config)
@@ -188,7 +201,7 @@ def count_formats(information: Mapping[str, Any]) -> dict[str, int]:
 def allow_decomposed_attention(trt: Any, network: Any) -> None:
     """Lets attention run as plain matrix products if no fused kernel covers it (small heads, fp32).
 
-    Without this such a network does not build. TensorRT still uses a fused kernel if there is one.
+    Without this such a network may not build. TensorRT still uses a fused kernel if there is one.
     """
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -200,7 +213,11 @@ def allow_decomposed_attention(trt: Any, network: Any) -> None:
 class TensorRtRunner(TensorRunner):
     """An engine with its execution context, its own CUDA stream and fixed output buffers.
 
-    Outputs are torch tensors on the GPU, which are DLPack arrays.
+    Outputs are torch tensors on the GPU, which are DLPack arrays. The memory that the engine computes in is
+    not the context's own, but lent to it for each launch. Calls from several threads run one at a time.
+
+    TensorRT for RTX can capture the calls itself. It does so anew wherever an address is another, so inputs
+    are then copied to where they were.
     """
 
     def __init__(
@@ -210,7 +227,7 @@ class TensorRtRunner(TensorRunner):
         contract: StageContract,
         open_kernels: Callable[[Any], KernelCache] | None = None,
     ) -> None:
-        """Loads an engine. `open_kernels` opens its kernel cache, if the package `trt` has such caches.
+        """Loads an engine. `open_kernels` adds the kernel cache to its runtime config, where `trt` has such.
 
         Raises BackendError if TensorRT can't load the file or can't create a context for it, or if the engine
         does not match the contract.
@@ -218,32 +235,51 @@ class TensorRtRunner(TensorRunner):
         import torch
 
         super().__init__(contract, "cuda")
-        self._package = trt.__name__
-        logger, errors = make_logger(trt)
+        self._trt = trt
+        self._path = path
+        logger, self._errors = make_logger(trt)
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             raise BackendError(
-                f"{trt.__name__} {trt.__version__} can't load {path}: "
-                + (errors[-1].strip() if errors else "no reason given"),
-                REBUILD,
+                f"{trt.__name__} {trt.__version__} can't load {path}: {self._last_error()}", REBUILD
             )
         check_bindings(trt, self._engine, path, contract)
-        self._kernels = open_kernels(self._engine) if open_kernels else None
-        configs = (self._kernels.config,) if self._kernels else ()
-        self._context = self._engine.create_execution_context(*configs)
-        if self._context is None:
-            raise BackendError(
-                f"{trt.__name__} can't run {path}: " + (errors[-1].strip() if errors else "no reason given"),
-                "nvidia-smi shows how much of the GPU's memory is free",
-            )
+        self._config = self._engine.create_runtime_config()
+        strategies = trt.ExecutionContextAllocationStrategy
+        self._config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
+        self._kernels = open_kernels(self._config) if open_kernels else None
+        self.share_scratch(Scratch(self.device))
         self._stream = torch.cuda.Stream()
         # The engine's own names: an output with the same contract name as an input has a suffix there.
         self._output_names = engine_names(trt, self._engine, trt.TensorIOMode.OUTPUT)
         self._outputs = self.empty(contract.outputs)
+        self._fixed: dict[str, torch.Tensor] = {}  # the inputs of calls that TensorRT captures itself
+        self._cannot_graph = ""
+        self._capturable: bool | None = None  # unknown
+        self._open_context()
+
+    def _open_context(self) -> None:
+        """Creates the execution context by the runtime config. Raises BackendError if TensorRT can't."""
+        context = self._engine.create_execution_context(self._config)
+        if context is None:
+            raise BackendError(
+                f"{self._trt.__name__} can't run {self._path}: {self._last_error()}",
+                "nvidia-smi shows how much of the GPU's memory is free",
+            )
+        self._context = context
         self._addresses: dict[str, int] = {}
-        for spec, name in zip(contract.outputs, self._output_names, strict=True):
+        self._scratch_address = 0
+        for spec, name in zip(self.contract.outputs, self._output_names, strict=True):
             self._place(name, self._outputs[spec.name])
+
+    def _last_error(self) -> str:
+        return self._errors[-1].strip() if self._errors else "no reason given"
+
+    def share_scratch(self, scratch: Scratch) -> None:
+        """Lets the engine compute in memory that it shares with other engines."""
+        scratch.reserve(self._engine.device_memory_size_v2)
+        self._scratch = scratch
 
     @property
     def exclusive(self) -> bool:
@@ -251,16 +287,26 @@ class TensorRtRunner(TensorRunner):
         return True
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.opened(self._context)
-        held = []  # inputs must outlive the launch
-        for spec in self.contract.inputs:
-            tensor = self.tensor(spec, inputs[spec.name])
-            if tensor.data_ptr() % ALIGNMENT:
-                tensor = tensor.clone()
-            self._place(spec.name, tensor)
-            held.append(tensor)
-        self._enqueue()
-        return dict(self._outputs)
+        with self._scratch.turn:
+            self.opened(self._context)
+            held = []  # inputs must outlive the launch
+            for spec in self.contract.inputs:
+                tensor = self.tensor(spec, inputs[spec.name])
+                if self._fixed:
+                    tensor = self._fixed[spec.name].copy_(tensor)
+                elif tensor.data_ptr() % ALIGNMENT:
+                    tensor = tensor.clone()
+                self._place(spec.name, tensor)
+                held.append(tensor)
+            self._lend_scratch()
+            self._enqueue()
+            return dict(self._outputs)
+
+    def _lend_scratch(self) -> None:
+        memory = self._scratch.memory()
+        if memory.data_ptr() != self._scratch_address:
+            self._context.set_device_memory(memory.data_ptr(), memory.numel())
+            self._scratch_address = memory.data_ptr()
 
     def _enqueue(self) -> None:
         """Launches the engine on torch's current stream, which may be capturing.
@@ -282,7 +328,9 @@ class TensorRtRunner(TensorRunner):
         address = tensor.data_ptr()
         if self._addresses.get(name) != address:
             if not self._context.set_tensor_address(name, address):
-                raise BackendError(f"{self._package} refuses the memory for {name} of {self.contract.name}")
+                raise BackendError(
+                    f"{self._trt.__name__} refuses the memory for {name} of {self.contract.name}"
+                )
             self._addresses[name] = address
 
     def cannot_capture(self) -> str | None:
@@ -291,17 +339,47 @@ class TensorRtRunner(TensorRunner):
         Only TensorRT for RTX answers this question. TensorRT raises an error during the capture if the engine
         has loops or conditionals.
         """
-        asked = getattr(self._context, "is_stream_capturable", None)
-        if asked is None or asked(self._stream.cuda_stream):
+        with self._scratch.turn:
+            if self._capturable is None:
+                asked = getattr(self.opened(self._context), "is_stream_capturable", None)
+                self._lend_scratch()
+                self._capturable = asked is None or bool(asked(self._stream.cuda_stream))
+        if self._capturable:
             return None
-        return f"{self._package} does not let torch capture the {self.contract.name} engine"
+        return f"{self._trt.__name__} does not let torch capture the {self.contract.name} engine"
+
+    def graph_itself(self, on: bool) -> str | None:
+        """Lets TensorRT for RTX capture the engine's calls, or not. TensorRT has no CUDA graphs of its own.
+
+        Returns why it can't, or None.
+        """
+        strategies = getattr(self._trt, "CudaGraphStrategy", None)
+        if strategies is None:
+            return super().graph_itself(on)
+        with self._scratch.turn:
+            if on != bool(self._fixed) and not self._cannot_graph:
+                strategy = strategies.WHOLE_GRAPH_CAPTURE if on else strategies.DISABLED
+                self._config.cuda_graph_strategy = strategy
+                try:
+                    self._open_context()
+                    self._fixed = self.empty(self.contract.inputs) if on else {}
+                except BackendError as error:
+                    self._cannot_graph = error.message
+        return self._cannot_graph or None
+
+    def keep_kernels(self) -> None:
+        """Writes the kernel cache, if it has kernels that were not written yet."""
+        with self._scratch.turn:
+            if self._kernels:
+                self._kernels.keep()
 
     def close(self) -> None:
-        """Writes the kernel cache, and frees the engine."""
-        if self._kernels:
-            self._kernels.keep()
-        self._kernels = self._context = self._engine = self._runtime = None
-        self._outputs = {}
+        """Writes the kernel cache, and frees the engine and its share of the scratch memory."""
+        with self._scratch.turn:
+            self.keep_kernels()
+            self._kernels = self._context = self._config = self._engine = self._runtime = None
+            self._outputs, self._fixed = {}, {}
+            self._scratch = Scratch(self.device)
 
 
 def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:
@@ -311,12 +389,28 @@ def engine_names(trt: Any, engine: Any, mode: Any) -> list[str]:
 
 
 def check_bindings(trt: Any, engine: Any, path: Path, contract: StageContract) -> None:
-    """Raises BackendError unless the engine has the contract's inputs and its number of outputs."""
-    found_in = engine_names(trt, engine, trt.TensorIOMode.INPUT)
-    found_out = engine_names(trt, engine, trt.TensorIOMode.OUTPUT)
-    expected = [spec.name for spec in contract.inputs]
-    if sorted(found_in) != sorted(expected) or len(found_out) != len(contract.outputs):
-        raise BackendError(
-            f"{path} takes {found_in} and gives {len(found_out)} outputs; its contract names {expected}",
-            REBUILD,
-        )
+    """Raises BackendError unless the engine has the contract's inputs and outputs, in type and in shape.
+
+    Inputs are compared by name and outputs in their order. A GPU would read and write past the end of memory
+    that is smaller than what the engine has.
+    """
+    read, written = trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT
+    takes = {name: described(engine, name) for name in engine_names(trt, engine, read)}
+    expected = {spec.name: (spec.shape, spec.dtype) for spec in contract.inputs}
+    gives = [described(engine, name) for name in engine_names(trt, engine, written)]
+    promised = [(spec.shape, spec.dtype) for spec in contract.outputs]
+    if (takes, gives) == (expected, promised):
+        return
+    names = sorted(name for name in {*takes, *expected} if takes.get(name) != expected.get(name))
+    wrong = [f"takes {name} as {takes.get(name)}, not {expected.get(name)}" for name in names]
+    if gives != promised:
+        wrong.append(f"gives {gives}, not {promised}")
+    raise BackendError(
+        f"{path} does not fit the contract of {contract.name}: it {', and '.join(wrong)}", REBUILD
+    )
+
+
+def described(engine: Any, name: str) -> tuple[tuple[int, ...], str]:
+    """Returns the shape of an engine's input or output, and its type by NumPy's name if contracts have it."""
+    dtype = engine.get_tensor_dtype(name).name
+    return tuple(engine.get_tensor_shape(name)), DTYPES.get(dtype, dtype)

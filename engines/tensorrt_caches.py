@@ -38,8 +38,15 @@ def keeping_timings(config: Any, path: Path) -> Iterator[None]:
         cache = config.create_timing_cache(b"")
     config.set_timing_cache(cache, False)
     yield
-    with contextlib.suppress(OSError):
-        write_atomically(path, bytes(memoryview(cache.serialize())))
+    if timings := content_of(cache):
+        with contextlib.suppress(OSError):
+            write_atomically(path, timings)
+
+
+def content_of(cache: Any) -> bytes:
+    """Returns the content of one of TensorRT's caches, or b"" if TensorRT can't give it."""
+    held = cache.serialize()
+    return b"" if held is None else bytes(memoryview(held))
 
 
 def kernels_path(trt: Any, engine: Path, gpu: str) -> Path | None:
@@ -55,30 +62,29 @@ def kernels_path(trt: Any, engine: Path, gpu: str) -> Path | None:
 class KernelCache:
     """The kernels that TensorRT for RTX compiles when an engine is first used on a GPU.
 
-    The engine's execution context is created with `config`, which holds the cache. In the file, the kernels'
+    The engine's execution context is created with a config that has the cache. In the file, the kernels'
     sha256 precedes the kernels, because NVIDIA does not document what TensorRT does with a damaged cache. If
     the file can't be written, the kernels are compiled again every time.
     """
 
-    def __init__(self, engine: Any, path: Path | None) -> None:
-        """Reads the engine's kernels from `path`, if it is given and the file is intact."""
+    def __init__(self, config: Any, path: Path | None) -> None:
+        """Gives a runtime config a cache, with the kernels in `path` if that is given and intact."""
         self._path = path
-        self.config = engine.create_runtime_config()
-        self._cache = self.config.create_runtime_cache()
+        self._cache = config.create_runtime_cache()
         self._kept = b"" if path is None else read_kernels(path)
         if self._kept:
             self._cache.deserialize(self._kept)  # refuses kernels for another GPU, and stays empty
-        self.config.set_runtime_cache(self._cache)
+        config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
-        """Writes the kernels to the file, if they are not the ones that were read from it."""
+        """Writes the kernels to the file, if they are not the ones that it has already."""
         if self._path is None:
             return
-        held = self._cache.serialize()
-        kernels = b"" if held is None else bytes(memoryview(held))
+        kernels = content_of(self._cache)
         if kernels not in (b"", self._kept):
             with contextlib.suppress(OSError):
                 write_atomically(self._path, hashlib.sha256(kernels).digest() + kernels)
+                self._kept = kernels
 
 
 def read_kernels(path: Path) -> bytes:

@@ -23,6 +23,7 @@ PACKAGES = ("tensorrt-rtx",)
 INSTALL = "pip install 'lcm-compile[rtx]'"
 # The compute capabilities that it builds for.
 CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+WITHOUT_FP32 = ("7.5",)  # its builder refuses fp32 products there: "FP32 GEMM is not supported"
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
@@ -36,6 +37,8 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
         )
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
+    if target.compute_capability in WITHOUT_FP32 and precision.floats == "fp32":
+        return f"it has no fp32 products for compute capability {target.compute_capability}; use fp16"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"tensorrt_rtx is not installed; {INSTALL}"
     return None
@@ -56,6 +59,8 @@ def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
     return {
         "strongly_typed": True,
         "optimization_level": shared.OPTIMIZATION_LEVEL,
+        "tf32": shared.TF32,
+        "user_allocation": True,
         "compute_capabilities": [target.compute_capability],
     }
 
@@ -68,6 +73,8 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     trt = importlib.import_module("tensorrt_rtx")
 
     def configure(config: Any) -> None:
+        # Without this the engine may allocate memory while it runs, and then it can't be captured.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         assert target.compute_capability is not None
         name = "SM" + target.compute_capability.replace(".", "")
         config.num_compute_capabilities = 1
@@ -79,16 +86,18 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     return shared.build_with(trt, graph, folder, configure)
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError as check_header and tensorrt.TensorRtRunner do."""
     trt = importlib.import_module("tensorrt_rtx")
 
     check_header(trt, path)
 
-    def open_kernels(engine: Any) -> KernelCache:
+    def open_kernels(config: Any) -> KernelCache:
         here = gpu_here()
         assert here is not None, "an engine is loaded, so there is a GPU"
-        return KernelCache(engine, kernels_path(trt, path, here[0]))
+        return KernelCache(config, kernels_path(trt, path, here[0]))
 
     return shared.TensorRtRunner(trt, path, contract, open_kernels)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import numpy as np
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import StageContract, TensorSpec
+from lcm_compile.precisions import Precision
 from lcm_compile.system.limits import cpu_quota
 from lcm_compile.system.processor import threads
 
@@ -41,6 +44,38 @@ def prepare_torch() -> None:
         )
     if cpu_quota() is not None and torch.get_num_threads() > threads():
         torch.set_num_threads(threads())
+
+
+# Held while torch computes in fp32 on a GPU, because what forbids TF32 is a setting of the process.
+_in_fp32 = threading.Lock()
+
+
+def fp32_of(precision: Precision, device: str) -> AbstractContextManager[None]:
+    """Returns a context in which torch computes a stage of this precision on the device "cpu" or "cuda".
+
+    In a half precision, the few layers that are in fp32 for its range may round to TF32.
+    """
+    return without_tf32() if device == "cuda" and precision.floats == "fp32" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Keeps torch from rounding fp32 numbers to TF32 on a GPU during a block, in one thread at a time.
+
+    TF32 has a mantissa of 10 bits. By default cuDNN's convolutions use it, which takes a UNet in fp32 from
+    over 110 dB to 64 dB. Products of matrices use it where the program that imported this has allowed it.
+    """
+    import torch
+
+    with _in_fp32:
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = before[0]
+            torch.set_float32_matmul_precision(before[1])
 
 
 class TensorRunner(Runner):

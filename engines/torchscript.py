@@ -50,7 +50,9 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     return path
 
 
-def load(path: Path, contract: StageContract, target: GpuTarget) -> Runner:
+def load(
+    path: Path, contract: StageContract, target: GpuTarget, precision: Precision = Precision.FP32
+) -> Runner:
     """Loads an engine. Raises BackendError if torch can't open the file, or as prepare_torch does."""
     import torch
 

@@ -333,6 +333,9 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
         raise Missing(reason)
     import tensorrt_rtx as trt
 
+    def allocate_before_running(config: Any) -> None:
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
     with tempfile.TemporaryDirectory(dir=work) as folder:
         graphs = Path(folder) / "graphs"
         parity, runners = {}, {}
@@ -340,9 +343,9 @@ def draw_portable(note: Note, target: str, work: Path) -> None:
         for stage in exported.manifest.stages:
             name = stage.contract.name
             note(building=name)
-            path = tensorrt.build_with(trt, exported.graph(stage), Path(folder), lambda config: None)
+            path = tensorrt.build_with(trt, exported.graph(stage), Path(folder), allocate_before_running)
             note(loading=name)
-            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target])
+            runners[name] = tensorrt_rtx.load(path, stage.contract, TARGETS[target], stage.precision)
             calls = read_calls(graphs / "proof" / f"{name}.npz", stage.contract)
             parity[name] = round(compare_calls(runners[name], calls), 2)
             note(parity=parity, headline=", ".join(f"{name} {db:.0f} dB" for name, db in parity.items()))

@@ -25,7 +25,7 @@ from lcm_compile.output.console import print_table
 RESULTS = Path(__file__).parents[1] / "results"
 MACHINE = Item("machine", gpu_items.examine_machine, least=0, most=60)
 GPU_BACKENDS = [name for name in BACKENDS if name != "torchscript"]
-FIRST = "aotinductor"  # needs only torch to run; to build, also the CUDA toolkit and a C++ compiler
+FIRST = "aotinductor"  # needs only torch to run; to build, also CUDA's headers and a C++ compiler
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 DOCTOR = Item("doctor", gpu_items.examine_backends, most=150, without_target=True)
 

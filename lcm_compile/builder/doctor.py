@@ -126,5 +126,5 @@ def try_backend(backend: Backend, target: GpuTarget, precision: Precision) -> fl
         path = backend.build(graph, target, engines, backend.options(target, precision, (), silent))
         if backend.cannot_run(target):
             return None
-        with backend.load(path, contract, target) as runner:
+        with backend.load(path, contract, target, precision) as runner:
             return snr_db(expected, runner.to_host(runner({"x": runner.to_device(x)})["y"]))

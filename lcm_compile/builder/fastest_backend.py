@@ -186,7 +186,8 @@ def small_engines(names: list[str], precision: Precision, folder: Path) -> Itera
             graphs[form] = export_stage(stage, form, precision, folder / f"{form} graph")
         (folder / name).mkdir()
         options = backend.options(CPU, precision, REWRITES, silent)
-        yield name, backend.load(backend.build(graphs[form], CPU, folder / name, options), contract, CPU)
+        path = backend.build(graphs[form], CPU, folder / name, options)
+        yield name, backend.load(path, contract, CPU, precision)
 
 
 def small_network() -> torch.nn.Module:

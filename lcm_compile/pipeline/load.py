@@ -17,6 +17,7 @@ from lcm_compile.bundles.store import remember
 from lcm_compile.engines import Backend, find_backend, find_target_here
 from lcm_compile.engines.gpu import OldDriver
 from lcm_compile.engines.runner import ForwardingRunner, Runner, closed
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
 from lcm_compile.pipeline.check import check_stages
@@ -62,9 +63,13 @@ def load(
     check_stages(bundle)
     held = hold(bundle.folder)
     runners: dict[str, Runner] = {}
+    scratch = Scratch()  # the stages of a picture run in turn
 
     def load_stage(stage: StageFile) -> Runner:
-        return backend.load(bundle.path(stage.file), stage.contract, manifest.target)
+        path = bundle.path(stage.file)
+        runner = backend.load(path, stage.contract, manifest.target, stage.precision)
+        runner.share_scratch(scratch)
+        return runner
 
     # One thread loads them in the order in which the pipeline needs them.
     loader = None if wait else ThreadPoolExecutor(1)
@@ -113,6 +118,11 @@ class LoadingRunner(ForwardingRunner):
             return self._loading.result()
         except CancelledError:
             raise closed(f"the {self.contract.name} engine") from None
+
+    def keep_kernels(self) -> None:
+        """Writes what was compiled for the engine, if it is loaded."""
+        if self._loading.done() and not self._loading.cancelled() and self._loading.exception() is None:
+            super().keep_kernels()
 
     def close(self) -> None:
         """Cancels the loading, or frees the engine if it is loaded."""

@@ -107,6 +107,7 @@ class Pipeline(ABC):
         self._larger: dict[tuple[int, int], Pipeline] = {}  # by their pictures' height and width
         self._opening = threading.Lock()
         self._process = os.getpid()
+        self._drawings = 0
         self._closed = False
         self._turn = Turn()
         # Held during a pass of exclusive engines, which may call `show`, and that may close the pipeline.
@@ -312,6 +313,16 @@ class Pipeline(ABC):
         Each of the pictures is a request of one picture.
         """
 
+    def count_drawing(self) -> None:
+        """Counts a drawing at its end. After the second one, what was compiled for it is kept on the disk.
+
+        With the second one all of that is there, and a server may be killed later.
+        """
+        self._drawings += 1
+        if self._drawings == 2:
+            for runner in self.runners.values():
+                runner.keep_kernels()
+
     @property
     def exclusive(self) -> bool:
         """Whether the engines draw one picture at a time; they are all of one backend."""
@@ -495,6 +506,7 @@ class LcmPipeline(Pipeline):
                 drawn.add(picture, kept)
                 yield passes.add(1)
         ms = {**clock.ms(), "load": self.load_ms}
+        self.count_drawing()
         return Drawing(drawn.all(), ms, cut, self.graph_status(graphs), drawn.latents())
 
     def foreseen(self, state: State) -> np.ndarray:

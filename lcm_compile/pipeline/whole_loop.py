@@ -83,6 +83,7 @@ class WholeLoopPipeline(Pipeline):
             drawn.add(result, kept)
             yield i, len(batches)
         ms = {**clock.ms(), "load": self.load_ms}
+        self.count_drawing()
         return Drawing(drawn.all(), ms, longest_cut, NO_CUDA_GRAPH)
 
     def settings_for(self, asked: Condition, plan: Schedule) -> dict[str, Any]:

@@ -216,7 +216,7 @@ def open_engine(
             options = json.loads(bundle.manifest.key["builder options"])
             part = ExportedGraph(graph, stage.precision, contract)
             engine = backend.build(part, target, Path(folder), options)
-        with backend.load(engine, contract, target) as runner:
+        with backend.load(engine, contract, target, stage.precision) as runner:
             yield runner
 
 

@@ -45,10 +45,10 @@ import time
 from lcm_compile.engines import onnxruntime
 plain = onnxruntime.load
 
-def slow(path, contract, target):
+def slow(path, contract, target, precision):
     if contract.name == "decode":
         time.sleep({seconds})
-    return plain(path, contract, target)
+    return plain(path, contract, target, precision)
 
 onnxruntime.load = slow
 """

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import subprocess
 import sys
-import sysconfig
 import threading
 
 import numpy as np
@@ -158,27 +156,31 @@ def test_for_a_gpu_it_builds_on_that_gpu_only():
     assert "no NVIDIA GPU here" in reason and "only on the GPU that will run" in reason
 
 
-def test_what_the_compiler_needs_for_a_gpu_is_told(monkeypatch, tmp_path):
-    """Before hours of work, each by its name: pip's torch brings no CUDA toolkit."""
-    from torch.utils import cpp_extension
+@pytest.mark.parametrize(("precision", "exact"), [("fp32", True), ("int8+fp32", True), ("fp16", False)])
+def test_a_stage_in_fp32_does_not_round_to_tf32_on_a_gpu(decode, monkeypatch, precision, exact):
+    """By what torch is set to while the engine runs. It runs on the processor, where nothing rounds."""
+    seen = []
 
-    monkeypatch.setattr(gpu, "gpu_here", lambda: ("NVIDIA H200", "9.0"))
-    target = find_target("h200")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else found(name))
-    assert "pip install triton" in aotinductor.cannot_build(target, Precision.FP16)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "triton" or found(name))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "include"))
-    assert "Python.h" in aotinductor.cannot_build(target, Precision.FP16)
-    (tmp_path / "include").mkdir()
-    (tmp_path / "include" / "Python.h").touch()
-    for home in (None, str(tmp_path)):
-        monkeypatch.setattr(cpp_extension, "CUDA_HOME", home)
-        reason = aotinductor.cannot_build(target, Precision.FP16)
-        assert "cuda_runtime.h" in reason and "CUDA_HOME" in reason and (home or "usual place") in reason
-    for name in ("cuda.h", "cuda_runtime.h"):
-        (tmp_path / "include" / name).touch()
-    assert aotinductor.cannot_build(target, Precision.FP16) is None
+    def settings():
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    class Model:
+        def run(self, inputs):
+            seen.append(settings())
+            return model.run(inputs)
+
+    torch.set_float32_matmul_precision("high")
+    try:
+        with aotinductor.load(*decode, CPU, Precision(precision)) as runner:
+            model = runner._model
+            monkeypatch.setattr(runner, "_model", Model())
+            monkeypatch.setattr(runner, "device", "cuda")
+            monkeypatch.setattr(runner, "tensor", lambda spec, array: torch.from_numpy(array))
+            runner({"latent": latents(1)[0]})
+            assert seen == [(False, "highest") if exact else (True, "high")]
+            assert settings() == (True, "high")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_key_holds_the_instruction_set(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +28,7 @@ from lcm_compile.engines import (
     tensorrt_caches,
 )
 from lcm_compile.errors import BackendError, UsageError
+from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.prompts import Condition
 from lcm_compile.pipeline.request import Request
@@ -110,6 +115,18 @@ def test_timings_are_kept_for_the_next_build(tmp_path):
             assert config.get_timing_cache() is not None
         written = path.read_bytes()
         assert config.create_timing_cache(written) is not None and written != content
+
+
+def test_timings_that_cannot_be_told_are_not_kept(tmp_path, monkeypatch):
+    """A build has succeeded then, and the file has those of former builds."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    config = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_builder_config()
+    path = tmp_path / "timings.bin"
+    path.write_bytes(b"of former builds")
+    monkeypatch.setattr(trt.ITimingCache, "serialize", lambda cache: None)
+    with tensorrt_caches.keeping_timings(config, path):
+        pass
+    assert path.read_bytes() == b"of former builds"
 
 
 def test_an_engine_whose_header_is_broken_is_refused_before_it_is_read(tmp_path, a10_bundle):
@@ -354,6 +371,45 @@ def test_a_gpu_session_that_leaves_its_work_to_the_processor_is_an_error(sdxl_bu
         onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
     monkeypatch.setattr(onnxruntime, "HEAVY", {"NoSuchNode"})
     onnxruntime.open_session(path, onnxruntime.quiet_options(), [(onnxruntime.CUDA, {})])
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("fp32", "0"), ("fp16", "1"), ("int8+fp16", "1")])
+def test_a_cuda_session_in_fp32_does_not_round_to_tf32(monkeypatch, precision, allowed):
+    """ONNX Runtime's own setting, which its library for CUDA knows by that name."""
+    asked = []
+
+    def refuse(path, contract, providers):
+        asked.extend(options for _, options in providers)
+        raise BackendError("there is no GPU")
+
+    monkeypatch.setattr(onnxruntime, "open_checked", refuse)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(cuda_stream=1))
+    with pytest.raises(BackendError, match="no GPU"):
+        onnxruntime.load(Path("step.onnx"), None, find_target("a10"), Precision(precision))
+    assert len(asked) == 2 and {options["use_tf32"] for options in asked} == {allowed}
+    import onnxruntime as ort
+
+    library = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    if library.is_file():
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            assert content.find(b"use_tf32\0") >= 0
+
+
+@pytest.mark.parametrize(("precision", "told"), [("fp32", "0"), ("fp16", None)])
+def test_the_tensorrt_provider_builds_no_kernels_in_tf32_for_fp32(monkeypatch, tmp_path, precision, told):
+    """By NVIDIA's own variable, which is as it was afterwards."""
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    seen = []
+
+    def built(path, options, providers):
+        seen.append(os.environ.get("NVIDIA_TF32_OVERRIDE"))
+        Path(providers[0][1]["trt_ep_context_file_path"]).touch()
+
+    monkeypatch.setattr(onnxruntime, "open_session", built)
+    graph = ExportedGraph(tmp_path / "step.onnx", Precision(precision), StageContract("step", (), ()))
+    (tmp_path / "engines").mkdir()
+    find_backend("onnxruntime-tensorrt").build(graph, find_target("a10"), tmp_path / "engines")
+    assert seen == [told] and "NVIDIA_TF32_OVERRIDE" not in os.environ
 
 
 def test_bound_arrays_draw_the_same_picture(sdxl_bundle):

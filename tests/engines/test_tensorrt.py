@@ -1,14 +1,20 @@
-"""TensorRT's runner and caches on a stand-in for its runtime, and every call held to the real bindings."""
+"""TensorRT's runner and caches on a stand-in for its runtime.
+
+test_tensorrt_bindings.py holds the stand-in to the real bindings.
+"""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
-import re
 import shutil
 import sys
+import threading
+import time
+import weakref
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,9 +25,12 @@ from lcm_compile import load
 from lcm_compile.bundles.bundle import open_bundle, publishing
 from lcm_compile.bundles.inventory import list_bundles, prune
 from lcm_compile.bundles.manifest import MANIFEST
-from lcm_compile.engines import gpu, tensorrt, tensorrt_rtx
+from lcm_compile.engines import gpu, onnxruntime, tensorrt, tensorrt_rtx
+from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import BackendError
+from lcm_compile.pipeline import load as loading
+from lcm_compile.pipeline.cuda_graphs import FIRST, SWITCHED_OFF, USED
 from lcm_compile.pipeline.load import load_tokenizers
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.pipeline.request import Request
@@ -29,135 +38,29 @@ from lcm_compile.proof.parity import snr_db
 from lcm_compile.proof.recording import read_calls
 from lcm_compile.targets import find_target
 
-ENGINES = Path(tensorrt.__file__).parent
 A10 = find_target("a10")
 
 
-def calls_in(path):
-    """(method, positional arguments, names of others) of every call of a method in a source file."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            starred = any(isinstance(argument, ast.Starred) for argument in node.args)
-            yield node.func.attr, None if starred else len(node.args), {k.arg for k in node.keywords}
-
-
-def overloads(function):
-    """The names of a binding's arguments, and of those without a default, for each of its overloads."""
-    name = function.__name__
-    for text in re.findall(rf"(?:^|\d\. ){name}\(self: .*?\) -> ", function.__doc__, re.MULTILINE):
-        arguments = re.findall(r", (\w+): ([^,]*)", text)
-        yield [a for a, _ in arguments], [a for a, told in arguments if " = " not in told]
-
-
-def bound(trt):
-    """Each class of the bindings that our code has objects of, with their methods."""
-    names = (
-        *("Builder", "INetworkDefinition", "IBuilderConfig", "ITimingCache", "OnnxParser", "Runtime"),
-        *("ICudaEngine", "IExecutionContext", "EngineInspector", "IRuntimeConfig", "IRuntimeCache"),
-    )
-    return {name: getattr(trt, name) for name in names}
-
-
-# Of these names Python's own types have methods too; the bindings' are in the table of the next test.
-OWN = {"log"}
-
-
-@pytest.mark.parametrize("file", ["tensorrt.py", "tensorrt_rtx.py", "tensorrt_caches.py"])
-def test_every_call_fits_the_real_bindings(file):
-    trt = pytest.importorskip("tensorrt_rtx")
-    classes = bound(trt)
-    checked = set()
-    for method, count, keywords in calls_in(ENGINES / file):
-        owners = [getattr(c, method) for c in classes.values() if hasattr(c, method)]
-        if not owners or method.startswith("__") or method in OWN:
-            continue
-        takes = [signature for owner in owners for signature in overloads(owner)]
-        assert takes, method
-        assert any(
-            (count is None or len(needed) <= count + len(keywords) <= len(names)) and keywords <= set(names)
-            for names, needed in takes
-        ), f"{method} takes {takes}, not {count} and {keywords}"
-        checked.add(method)
-    assert (
-        checked
-        >= {
-            "tensorrt.py": {
-                *("create_network", "parse_from_file", "get_error", "build_serialized_network"),
-                *(
-                    "deserialize_cuda_engine",
-                    "create_execution_context",
-                    "get_tensor_name",
-                    "get_tensor_mode",
-                ),
-                *("set_tensor_address", "execute_async_v3", "get_engine_information", "get_layer"),
-            },
-            "tensorrt_rtx.py": {"set_compute_capability", "get_engine_validity"},
-            "tensorrt_caches.py": {
-                *("create_timing_cache", "set_timing_cache", "serialize", "create_runtime_config"),
-                *("create_runtime_cache", "set_runtime_cache", "deserialize"),
-            },
-        }[file]
-    )
-
-
-def test_the_reader_of_signatures_sees_what_would_not_fit():
-    trt = pytest.importorskip("tensorrt_rtx")
-    assert list(overloads(trt.IExecutionContext.set_tensor_address)) == [(["name", "memory"],) * 2]
-    assert list(overloads(trt.Builder.create_network)) == [(["flags"], [])]
-    assert (["runtime_config"], []) in list(overloads(trt.ICudaEngine.create_execution_context))
-
-
-def test_attributes_and_what_is_called_by_other_names():
-    """Properties, constants, and constructors, which are no calls of methods."""
-    trt = pytest.importorskip("tensorrt_rtx")
-    for owner, names in {
-        trt.Runtime: ["engine_header_size"],
-        trt.ICudaEngine: ["num_io_tensors", "num_layers", "device_memory_size_v2"],
-        trt.IBuilderConfig: [
-            *("builder_optimization_level", "profiling_verbosity", "num_compute_capabilities"),
-        ],
-        trt.INetworkDefinition: ["num_layers"],
-        trt.IAttentionInputLayer: ["attention"],
-        trt.OnnxParser: ["num_errors"],
-        trt.LayerInformationFormat: ["JSON"],
-        trt.ProfilingVerbosity: ["DETAILED"],
-        trt.TensorIOMode: ["INPUT", "OUTPUT"],
-        trt.ILogger.Severity: ["ERROR", "INTERNAL_ERROR"],
-        trt.LayerType: ["ATTENTION_INPUT"],
-        trt.ComputeCapability: [f"SM{c.replace('.', '')}" for c in tensorrt_rtx.CAPABILITIES],
-    }.items():
-        assert all(hasattr(owner, name) for name in names), owner
-    for owner, names in {
-        trt.Runtime: ["logger"],
-        trt.Builder: ["logger"],
-        trt.OnnxParser: ["network", "logger"],
-        trt.ILogger: [],
-    }.items():
-        assert re.findall(r", (\w+): ", owner.__init__.__doc__.splitlines()[0]) == names
-    assert list(overloads(trt.IExecutionContext.is_stream_capturable)) == [(["stream"],) * 2]
-    assert list(overloads(trt.ILogger.log)) == [(["severity", "msg"],) * 2]
-
-
-def test_the_stand_in_has_the_bindings_own_signatures():
-    trt = pytest.importorskip("tensorrt_rtx")
-    for name, real in bound(trt).items():
-        own = getattr(stand_in, name, None)
-        for method, function in vars(own).items() if own else ():
-            if method.startswith("__") or not callable(function) or not hasattr(real, method):
-                continue
-            names = list(inspect.signature(function).parameters)[1:]
-            assert names in [told for told, _ in overloads(getattr(real, method))], (name, method)
-    assert set(vars(stand_in.IExecutionContext)) >= {"set_tensor_address", "execute_async_v3"}
-
-
 class Stream:
-    """Of torch.cuda: it has an address, and waits for others."""
+    """Of torch.cuda: it has an address, and work in order, which is done no sooner than somebody needs it."""
+
+    every: ClassVar[dict] = {}
 
     def __init__(self, address=None):
         self.cuda_stream = address if address is not None else id(self)
+        self.work = []
+        Stream.every[self.cuda_stream] = self
 
     def wait_stream(self, other):
-        stand_in.calls.append(("wait", self.cuda_stream, other.cuda_stream))
+        """Everything that is on the other stream by now comes before what is later put on this one."""
+        so_far = len(other.work)
+        self.work.append(lambda: other.do(so_far))
+
+    def do(self, count=None):
+        """Does the work that is on the stream, or the first `count` pieces of it."""
+        for i, piece in enumerate(self.work[:count]):
+            self.work[i] = lambda: None
+            piece()
 
 
 class OnCpu:
@@ -186,11 +89,17 @@ def streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: held["current"])
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: held["default"])
     monkeypatch.setattr(tensorrt, "ALIGNMENT", stand_in.ALIGNMENT)
+    for module in (tensorrt, loading):
+        monkeypatch.setattr(module, "Scratch", lambda device="cuda": Scratch("cpu"))
     for name in ("tensor", "empty", "to_device", "mark", "between"):
         monkeypatch.setattr(TensorRunner, name, OnCpu(vars(TensorRunner)[name]))
     stand_in.calls.clear()
-    stand_in.compiled.clear()
+    for done in (stand_in.compiled, stand_in.captured):
+        done.clear()
     return held
+
+
+STAGES = 4
 
 
 def stage_of(bundle, name):
@@ -248,17 +157,57 @@ def test_another_shape_or_a_refused_address_is_an_error(step, monkeypatch):
         runner({name: torch.from_numpy(array.copy()) for name, array in inputs.items()})
 
 
-def test_beside_torchs_default_stream_and_on_any_other(step, streams):
-    runner, (inputs, _) = step
-    default, own = streams["default"].cuda_stream, runner._stream.cuda_stream
-    runner(inputs)
-    order = [call for call in stand_in.calls if call[0] != "address"]
-    assert order == [("wait", own, default), ("execute", own), ("wait", default, own)] and own != default
-    stand_in.calls.clear()
-    streams["current"] = Stream()
-    runner(inputs)
-    order = [call for call in stand_in.calls if call[0] != "address"]
-    assert order == [("execute", streams["current"].cuda_stream)]
+@pytest.mark.parametrize(
+    ("side", "change", "told"),
+    [
+        ("inputs", {"shape": (1, 4, 16, 8)}, r"takes latent as \(\(1, 4, 16, 16\), 'float32'\), not"),
+        ("inputs", {"dtype": "int64"}, r"takes latent as .*'float32'\), not .*'int64'\)"),
+        ("inputs", {"name": "latents"}, "takes latent as .*, not None, and takes latents as None"),
+        ("outputs", {"shape": (1, 4, 8, 8)}, r"gives \[\(\(1, 4, 16, 16\)"),
+        ("outputs", {"dtype": "uint8"}, "gives .*'float32'.*, not .*'uint8'"),
+    ],
+)
+def test_an_engine_of_another_contract_is_refused(step, sdxl_bundle, side, change, told):
+    """It would read or write past the end of the memory that it is given."""
+    runner, _ = step
+    specs = [
+        replace(spec, **change) if spec.name in ("latent", "prediction") else spec
+        for spec in getattr(runner.contract, side)
+    ]
+    contract = replace(runner.contract, **{side: tuple(specs)})
+    with pytest.raises(BackendError, match=told):
+        tensorrt.TensorRtRunner(stand_in, sdxl_bundle / "engines" / "step.onnx", contract)
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("which", ["default", "another"])
+def test_a_launch_is_in_order_with_torchs_work_before_and_after(step, streams, monkeypatch, which, early):
+    """What torch computes for it is read, and what it computes is there for torch; nobody waits meanwhile.
+
+    Work on streams is done as early as it may be, or as late.
+    """
+    runner, (inputs, expected) = step
+    current = streams["current"] if which == "default" else Stream()
+    streams["current"] = current
+    launched = []
+
+    def launch(address, work):
+        launched.append(address)
+        Stream.every[address].work.append(work)
+
+    monkeypatch.setattr(stand_in, "launch", launch)
+    given = {name: torch.zeros_like(torch.from_numpy(array)) for name, array in inputs.items()}
+    current.work.append(lambda: [given[n].copy_(torch.from_numpy(inputs[n])) for n in inputs])
+    output = runner(given)["prediction"].fill_(torch.nan)
+    current.work.append(lambda: found.append(output.clone()))
+    found = []
+    if early:
+        Stream.every[launched[0]].do()
+    current.do()
+    assert snr_db(expected["prediction"], found[0].numpy()) > 80
+    # TensorRT waits for the GPU at every launch on the default stream.
+    assert launched == [runner._stream.cuda_stream if which == "default" else current.cuda_stream]
+    assert launched != [streams["default"].cuda_stream]
 
 
 @pytest.mark.parametrize("fault", ["launch", "context", "engine"])
@@ -280,21 +229,135 @@ def test_what_fails_is_an_error_with_a_reason(fault, step, sdxl_bundle, monkeypa
         tensorrt.TensorRtRunner(stand_in, path, runner.contract)
 
 
-def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
-    bundle = open_bundle(sdxl_bundle)
+def pipeline_of(folder, **options):
+    """The pipeline of a bundle, with its engines run by TensorRT's runner."""
+    bundle = open_bundle(folder)
     runners = {
         s.contract.name: tensorrt.TensorRtRunner(stand_in, bundle.path(s.file), s.contract)
         for s in bundle.manifest.stages
     }
     settings = bundle.manifest.pipeline
+    return LcmPipeline(settings, runners, load_tokenizers(bundle.folder, settings), **options)
+
+
+def test_a_whole_picture_through_the_runner(streams, sdxl_bundle):
     request = Request("a red star", 7, guidance_scale=1.5)
-    with load(bundle) as plain:
-        expected = plain.draw(request).pictures
-    with LcmPipeline(
-        settings, runners, load_tokenizers(bundle.folder, settings), cuda_graph=False
-    ) as pipeline:
-        found = pipeline.draw(request).pictures
+    with load(sdxl_bundle) as plain, pipeline_of(sdxl_bundle, cuda_graph=False) as pipeline:
+        expected, found = plain.draw(request).pictures, pipeline.draw(request).pictures
     assert np.abs(found.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_engines_that_torch_cannot_capture_capture_themselves(streams, sdxl_bundle, monkeypatch):
+    """Once for each stage: what they read is always at the same address, whatever is drawn."""
+    monkeypatch.setattr(stand_in, "capturable", False)
+    requests = [Request(prompt, seed) for seed, prompt in enumerate(("a red star", "a ring", "", "a star"))]
+    told = []
+    with load(sdxl_bundle) as plain, pipeline_of(sdxl_bundle) as pipeline:
+        for request in (*requests, requests[1]):
+            pipeline.cuda_graph = len(told) < len(requests)
+            drawing = pipeline.draw(request)
+            expected = plain.draw(request).pictures
+            assert np.abs(drawing.pictures.astype(int) - expected.astype(int)).max() <= 1
+            told.append(drawing.cuda_graph)
+            if len(told) == len(requests):
+                assert len(stand_in.captured) == len(set(stand_in.captured)) == STAGES
+    assert told == [FIRST, USED, USED, USED, SWITCHED_OFF]
+    assert len(stand_in.captured) == STAGES
+
+
+@pytest.mark.parametrize("fault", ["the context", "the package"])
+def test_engines_that_nothing_can_capture_say_why(streams, sdxl_bundle, monkeypatch, fault):
+    monkeypatch.setattr(stand_in, "capturable", False)
+    with pipeline_of(sdxl_bundle) as pipeline:
+        if fault == "the context":
+            monkeypatch.setattr(stand_in.ICudaEngine, "create_execution_context", lambda *_: None)
+        else:
+            monkeypatch.delattr(stand_in, "CudaGraphStrategy")
+        told = [pipeline.draw(Request("a red star", seed)).cuda_graph for seed in range(3)]
+    reason = "can't run" if fault == "the context" else "does not let torch capture"
+    assert "not used" in told[0] and all(reason in status for status in told[1:])
+
+
+def test_the_stages_of_a_pipeline_compute_in_one_memory(streams, sdxl_bundle, monkeypatch):
+    """As large as the stage needs that needs the most: they run in turn, and leave nothing there."""
+    loaded = []
+
+    def load_stage(path, contract, target, precision):
+        loaded.append(tensorrt.TensorRtRunner(stand_in, path, contract))
+        return loaded[-1]
+
+    with load(sdxl_bundle) as plain:
+        expected = [plain.draw(Request("a red star", seed)).pictures for seed in range(2)]
+    monkeypatch.setattr(loading, "check_backend", lambda bundle: SimpleNamespace(load=load_stage))
+    with load(sdxl_bundle, cuda_graph=False) as pipeline:
+        for seed, pictures in enumerate(expected):
+            found = pipeline.draw(Request("a red star", seed)).pictures
+            assert np.abs(found.astype(int) - pictures.astype(int)).max() <= 1
+        memory = weakref.ref(loaded[0]._scratch.memory())
+    assert memory() is None  # a closed pipeline has none, even if it is kept
+    lent = [call[1:] for call in stand_in.calls if call[0] == "scratch"]
+    assert len(lent) == len(loaded) == STAGES
+    most = max(len(runner.contract.inputs) + len(runner.contract.outputs) for runner in loaded)
+    assert len(set(lent)) == 1 and lent[0][1] == stand_in.SCRATCH * most
+
+
+def test_memory_that_grows_stays_where_graphs_were_captured_with_it():
+    scratch = Scratch("cpu")
+    scratch.reserve(100)
+    first = weakref.ref(scratch.memory())
+    scratch.reserve(50)
+    assert scratch.memory() is first() and first().numel() == 100
+    scratch.reserve(200)
+    assert scratch.memory().numel() == 200 and first() is not None
+
+
+def bound_runner(path, contract):
+    session = onnxruntime.open_checked(path, contract, [onnxruntime.CPU])
+    return onnxruntime.BoundRunner(session, contract, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
+def test_threads_may_share_a_runner(backend, streams, sdxl_bundle, monkeypatch):
+    """Each call computes with its own inputs, however the threads come to be mixed."""
+    bundle = open_bundle(sdxl_bundle)
+    stage = stage_of(bundle, "step")
+    path = bundle.path(stage.file)
+    runner = (
+        bound_runner(path, stage.contract)
+        if backend == "onnxruntime"
+        else tensorrt.TensorRtRunner(stand_in, path, stage.contract)
+    )
+    calls = [inputs for inputs, _ in read_calls(bundle.path("proof/step.npz"), stage.contract)]
+    expected = [runner(inputs)["prediction"].clone().numpy() for inputs in calls]
+    given, tensor = [], runner.tensor
+
+    def slow(spec, array):
+        time.sleep(0.0002)  # the other thread's turn
+        return tensor(spec, array)
+
+    def written(launch):
+        def call(*arguments):
+            done = launch(*arguments)
+            given.append(runner._outputs["prediction"].clone().numpy())
+            return done
+
+        return call
+
+    monkeypatch.setattr(runner, "tensor", slow)
+    if backend == "tensorrt":
+        monkeypatch.setattr(runner, "_enqueue", written(runner._enqueue))
+    else:
+        session = runner._session
+        monkeypatch.setattr(
+            runner, "_session", SimpleNamespace(run_with_iobinding=written(session.run_with_iobinding))
+        )
+    threads = [threading.Thread(target=runner, args=(inputs,)) for inputs in calls for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = [sum(snr_db(wanted, array) > 80 for array in given) for wanted in expected]
+    assert counts == [3] * len(calls)
 
 
 @pytest.fixture
@@ -318,9 +381,6 @@ def rtx(streams, sdxl_bundle, tmp_path, monkeypatch):
         return len(stand_in.compiled)
 
     return shutil.copytree(sdxl_bundle, store / "a"), draw
-
-
-STAGES = 4
 
 
 def kept(folder):
@@ -377,6 +437,22 @@ def test_damaged_kernels_are_not_given_to_the_library(rtx, damage, monkeypatch):
             path.write_bytes({"flipped": flipped, "cut": content[:40], "empty": b""}[damage])
     assert draw(folder) == STAGES and not given
     assert draw(folder) == (STAGES if damage == "folder" else 0)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_kernels_are_kept_after_the_second_picture(rtx, monkeypatch, wait):
+    """A server is killed, and then nothing is closed."""
+    folder, draw = rtx
+    backend = SimpleNamespace(load=tensorrt_rtx.load)
+    monkeypatch.setattr(loading, "check_backend", lambda bundle: backend)
+    pipeline = loading.load(folder, cuda_graph=False, wait=wait)
+    for seed, count in enumerate((0, STAGES, STAGES)):
+        pipeline.draw(Request("a red star", seed))
+        assert len(kept(folder)) == count
+    written = [path.stat().st_mtime_ns for path in sorted(folder.with_name("a.cache").iterdir())]
+    assert draw(folder) == 0
+    pipeline.close()
+    assert [path.stat().st_mtime_ns for path in sorted(folder.with_name("a.cache").iterdir())] == written
 
 
 def test_where_nothing_can_be_written_kernels_are_compiled_each_time(rtx):

@@ -24,10 +24,10 @@ def slow_decoder(monkeypatch):
     """The decoder's engine takes half a second longer to load; returns when each stage was loaded."""
     real, loaded = onnxruntime.load, {}
 
-    def slow(path, contract, target):
+    def slow(path, contract, target, precision):
         if contract.name == "decode":
             time.sleep(0.5)
-        runner = real(path, contract, target)
+        runner = real(path, contract, target, precision)
         loaded[contract.name] = time.perf_counter()
         return runner
 
@@ -49,10 +49,10 @@ def test_drawing_begins_before_the_last_engine_is_loaded(sdxl_bundle, slow_decod
 def test_an_engine_that_can_not_be_loaded_is_told_when_it_is_needed(sdxl_bundle, monkeypatch):
     real = onnxruntime.load
 
-    def broken(path, contract, target):
+    def broken(path, contract, target, precision):
         if contract.name == "step":
             raise BackendError("the step is broken")
-        return real(path, contract, target)
+        return real(path, contract, target, precision)
 
     monkeypatch.setattr(onnxruntime, "load", broken)
     before = threading.active_count()
