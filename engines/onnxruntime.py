@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import io
 import threading
@@ -43,6 +44,8 @@ INSTALL_CUDA = "pip install 'onnxruntime-gpu[cuda,cudnn]'"
 # Operators that a session on a GPU may not leave to the processor. ONNX Runtime leaves small ones there, such
 # as ArgMax of token ids, but 1.24 also left Attention (github.com/microsoft/onnxruntime/issues/28025).
 HEAVY = {"Attention", "Conv", "FusedConv", "FusedGemm", "FusedMatMul", "Gemm", "MatMul", "MultiHeadAttention"}
+# The code of the forms that graphs have for a CPU. A build may start from an export that is older than it.
+FORMS = Path(__file__).with_name("onnxruntime_forms.py")
 # The providers round values to fp8, but then multiply them in fp16.
 NO_FP8 = "it does not multiply in fp8; use int8 or fp16"
 
@@ -111,27 +114,39 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
 
 
 def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
-    """Returns the provider, and the level of optimisation that `build` applies."""
-    return {"provider": CPU if target.is_cpu else CUDA, "offline_optimisation": "extended"}
+    """Returns the provider, the level of optimisation that `build` applies, and the digest of its forms."""
+    if not target.is_cpu:
+        return {"provider": CUDA, "offline_optimisation": "extended"}
+    forms = hashlib.sha256(FORMS.read_bytes()).hexdigest()[:16]
+    return {"provider": CPU, "offline_optimisation": "extended", "forms": forms}
 
 
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Writes the graph as ONNX Runtime's own optimiser leaves it, so that loading need not optimise again.
 
-    The "extended" fusions are valid on any CPU. Layouts for one instruction set are chosen at loading. Raises
-    BackendError if ONNX Runtime can't open the graph on the target's provider.
+    For a CPU the graph is first rewritten in the forms of onnxruntime_forms. The "extended" fusions are valid
+    on any CPU. Layouts for one instruction set are chosen at loading. Raises BackendError if ONNX Runtime
+    can't open the graph on the target's provider.
     """
     import onnxruntime as ort
 
     path = folder / f"{graph.contract.name}.onnx"
     session_options = quiet_options()
+    content = None
+    if target.is_cpu:
+        from lcm_compile.engines.onnxruntime_forms import with_cpu_forms
+
+        content = with_cpu_forms(graph.path)
+        session_options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(graph.path.parent)
+        )
     session_options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     session_options.optimized_model_filepath = str(path)
     if graph.weights.exists():
         session_options.add_session_config_entry(
             "session.optimized_model_external_initializers_file_name", path.name + ".data"
         )
-    open_session(graph.path, session_options, [CPU if target.is_cpu else CUDA])
+    open_session(graph.path, session_options, [CPU if target.is_cpu else CUDA], content)
     return path
 
 
@@ -203,8 +218,10 @@ def open_checked(path: Path, contract: StageContract, providers: Sequence[Provid
     return session
 
 
-def open_session(path: Path, session_options: Any, providers: Sequence[Provider]) -> Any:
-    """Opens a session on the first of `providers`.
+def open_session(
+    path: Path, session_options: Any, providers: Sequence[Provider], content: bytes | None = None
+) -> Any:
+    """Opens a session on the first of `providers`, of `content` if that is given in place of the file's.
 
     Raises BackendError if ONNX Runtime can't open the file, if it uses another provider instead, or if on a
     GPU it leaves one of the HEAVY operators to the processor.
@@ -216,7 +233,7 @@ def open_session(path: Path, session_options: Any, providers: Sequence[Provider]
         preload()
         session_options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = ort.InferenceSession(str(path), session_options, providers=list(providers))
+        session = ort.InferenceSession(content or str(path), session_options, providers=list(providers))
     except Exception as error:  # onnxruntime's own exceptions share no narrower base class
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {path}: {str(error).splitlines()[0]}",

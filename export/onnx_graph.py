@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 from onnxscript import opset23
 
-import lcm_compile.stages.quantize  # noqa: F401 - registers the operators in QUANTIZING
 from lcm_compile.export.quiet import quiet_exporter
 from lcm_compile.export.signature import PlainSignature
-from lcm_compile.graphs import ExportedGraph
+from lcm_compile.graphs import OUTPUT_SCALES, ExportedGraph
 from lcm_compile.precisions import Precision
+from lcm_compile.stages.quantize import QuantizedConv2d
 from lcm_compile.stages.stage import Stage
 
 # Opset 23 has Attention and GroupNormalization as single nodes. Its graphs are half as large as opset 20's,
@@ -118,7 +119,24 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
         node.metadata_props.clear()
         node.doc_string = None
     program.model.metadata_props.clear()
+    note_output_scales(program.model.graph, module)
     return program
+
+
+def note_output_scales(graph: Any, module: torch.nn.Module) -> None:
+    """Notes at each convolution in 8 bits the scales of its output, as JSON; see QuantizedConv2d.
+
+    These notes are no part of what the graph computes.
+    """
+    layers = {
+        f"{name}.weight": layer.output_scales
+        for name, layer in module.named_modules()
+        if isinstance(layer, QuantizedConv2d) and layer.output_scales
+    }
+    for node in graph:
+        made_from = node.inputs[1].producer() if node.op_type == "Conv" else None
+        if made_from is not None and (scales := layers.get(made_from.inputs[0].name)):
+            node.metadata_props[OUTPUT_SCALES] = json.dumps(scales)
 
 
 def output_names(stage: Stage) -> list[str]:

@@ -19,6 +19,8 @@ IP_IMAGE = "ip-image"
 # The inputs of whatever reads these tokens: the tokens, and how strongly they count.
 IP_TOKENS, IP_WEIGHT = "ip_tokens", "ip_weight"
 
+# The note at a convolution in 8 bits by which an exported graph tells the scales of its output's channels.
+OUTPUT_SCALES = "lcm_compile.output_scales"
 # The input of the step by which an inpainting model is told what it repaints.
 MASKED = "masked"
 

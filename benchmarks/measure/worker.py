@@ -126,11 +126,7 @@ class Worker:
 
     def peak_memory(self) -> int | None:
         """Returns the peak resident memory in bytes, loading included; None on systems without /proc."""
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{self._process.pid}/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-        return None
+        return peak_memory(self._process.pid)
 
     def close(self) -> None:
         """Lets the process end by itself, so that engines remove what they unpacked, or else kills it."""
@@ -150,6 +146,15 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def peak_memory(process: int | str) -> int | None:
+    """Returns a process's peak resident memory in bytes, or this one's of "self"; None without /proc."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 def start_process(entry: str, write: int, threads: int) -> subprocess.Popen[bytes]:

@@ -28,7 +28,7 @@ from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, make_contract
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
 from lcm_compile.stages.ip_layers import add_ip_layers, check_ip_layers
 from lcm_compile.stages.lora_branches import Branch, FixedLora, add_branch, slot_layers
-from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
+from lcm_compile.stages.quantize import Scales, choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage, join_stages, make_stage, make_stages, rewrite_modules
 
 # The stages whose outputs the step reads. Their calls are recorded for the calibration of an 8-bit step.
@@ -283,8 +283,8 @@ def merge_into(name: str, plan: ExportPlan, loras: LoraFiles, module: nn.Module)
 
 def calibrate(
     plan: ExportPlan, runner: TorchRunner, rehearsal: Rehearsal, recordings: Recordings
-) -> dict[str, float]:
-    """Returns the input scale of each layer of the step that tolerates 8 bits.
+) -> dict[str, Scales]:
+    """Returns the scales of each layer of the step that tolerates 8 bits.
 
     The scales come from the activations of the plan's calibration pictures, drawn in fp32.
     """

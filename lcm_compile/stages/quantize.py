@@ -133,7 +133,13 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedConv2d(Quantized):
-    """A Conv2d layer with an 8-bit weight (out, in, kernel height, kernel width)."""
+    """A Conv2d layer with an 8-bit weight (out, in, kernel height, kernel width).
+
+    `output_scales` has a scale for each channel of the output, for backends that round it to 8 bits as well.
+    This layer itself does not round it.
+    """
+
+    output_scales: list[float] | None = None
 
     def __init__(self, layer: nn.Conv2d, scale: float, dtype: torch.dtype, bits: EightBits) -> None:
         super().__init__(layer, scale, dtype, bits)
@@ -157,12 +163,24 @@ def layers_of(module: nn.Module, bits: EightBits) -> dict[str, nn.Module]:
     }
 
 
+@dataclass(frozen=True)
+class Scales:
+    """The scale of a layer's input, and those of its output's channels if it is a convolution."""
+
+    input: float
+    outputs: list[float] | None = None
+
+
 @dataclass
 class Seen:
-    """The inputs of a layer so far: their largest absolute value, and a sample of the values."""
+    """The inputs of a layer so far: their largest absolute value, and a sample of the values.
+
+    `peaks` are the largest absolute values of the output's channels, if the layer is a convolution.
+    """
 
     largest: float = 0.0
     values: list[Tensor] = field(default_factory=list)
+    peaks: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Adds an input."""
@@ -170,6 +188,18 @@ class Seen:
         self.largest = max(self.largest, float(x.abs().max()))
         stride = max(1, len(x) // SAMPLED) | 1  # an odd stride does not always hit the same channels
         self.values.append(x[::stride].clone())
+
+    def add_output(self, y: Tensor) -> None:
+        """Adds the output (b, c, h, w) of a convolution."""
+        peaks = y.detach().abs().amax((0, 2, 3))
+        self.peaks = peaks if self.peaks is None else self.peaks.maximum(peaks)
+
+    def scales(self, bits: EightBits) -> Scales:
+        """Returns the scales of the input and the output; the latter have five digits, as in a graph."""
+        if self.peaks is None:
+            return Scales(self.scale(bits))
+        outputs = (self.peaks / bits.largest).clamp_min(SMALLEST_SCALE).tolist()
+        return Scales(self.scale(bits), [float(f"{scale:.5g}") for scale in outputs])
 
     def scale(self, bits: EightBits) -> float:
         """Returns the scale with the least squared error, of one for each fraction in `clippings`."""
@@ -180,17 +210,17 @@ class Seen:
 
 def choose_scales(
     module: nn.Module, precision: Precision, draw: Callable[[], None], replay: Callable[[], None]
-) -> dict[str, float]:
-    """Returns the scale of the input of each layer to be quantized, by name.
+) -> dict[str, Scales]:
+    """Returns the scales of each layer to be quantized, by name.
 
     `draw` calls the module as a picture does, to choose the scales. `replay` calls it again, perhaps less
     often, to compare each layer with its 8-bit form. A layer below LEAST_SNR is left out.
     """
     bits = TYPES[precision.product]
     layers = layers_of(module, bits)
-    with inputs_seen(layers) as seen:
+    with values_seen(layers) as seen:
         draw()
-    scales = {name: inputs.scale(bits) for name, inputs in seen.items() if inputs.values}
+    scales = {name: values.scales(bits) for name, values in seen.items() if values.values}
     with errors_of({name: layers[name] for name in scales}, scales, bits) as errors:
         replay()
     return {name: scale for name, scale in scales.items() if errors[name].snr_db() >= LEAST_SNR}
@@ -215,22 +245,28 @@ def rounded(x: Tensor, scale: float, bits: EightBits) -> Tensor:
 
 
 @contextmanager
-def inputs_seen(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
-    """Yields the inputs of each layer, by name. In this context every call of a layer adds its input."""
+def values_seen(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Seen]]:
+    """Yields what each layer read and returned, by name. In this context every call adds to it."""
     seen = {name: Seen() for name in layers}
-    with hooked(layers, lambda name, layer, x, y: seen[name].add(x)):
+
+    def add(name: str, layer: nn.Module, x: Tensor, y: Tensor) -> None:
+        seen[name].add(x)
+        if isinstance(layer, nn.Conv2d):
+            seen[name].add_output(y)
+
+    with hooked(layers, add):
         yield seen
 
 
 @contextmanager
 def errors_of(
-    layers: Mapping[str, nn.Module], scales: Mapping[str, float], bits: EightBits
+    layers: Mapping[str, nn.Module], scales: Mapping[str, Scales], bits: EightBits
 ) -> Iterator[dict[str, Error]]:
     """Yields the error of each layer, by name. In this context every call is computed in 8 bits too."""
     errors = {name: Error() for name in layers}
 
     def compare(name: str, layer: Any, x: Tensor, y: Tensor) -> None:
-        found = KINDS[type(layer)](layer, scales[name], torch.float32, bits)(x)
+        found = KINDS[type(layer)](layer, scales[name].input, torch.float32, bits)(x)
         errors[name].signal += float((y**2).sum())
         errors[name].noise += float(((found - y) ** 2).sum())
 
@@ -239,7 +275,7 @@ def errors_of(
 
 
 def quantize_layers(
-    module: nn.Module, scales: Mapping[str, float], precision: Precision
+    module: nn.Module, scales: Mapping[str, Scales], precision: Precision
 ) -> dict[str, Quantized]:
     """Returns the 8-bit layers of a module in fp32, and replaces the originals by identities in place.
 
@@ -252,7 +288,9 @@ def quantize_layers(
     made = {}
     for name, scale in scales.items():
         layer: Any = module.get_submodule(name)
-        made[name] = KINDS[type(layer)](layer, scale, dtype, bits)
+        made[name] = one = KINDS[type(layer)](layer, scale.input, dtype, bits)
+        if isinstance(one, QuantizedConv2d):
+            one.output_scales = scale.outputs
         module.set_submodule(name, nn.Identity())
     return made
 

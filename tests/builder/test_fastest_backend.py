@@ -12,7 +12,7 @@ import pytest
 
 from lcm_compile.builder import fastest_backend
 from lcm_compile.builder.fastest_backend import CPU, SLOW_TO_BUILD, choose_on_cpu, time_on_cpu
-from lcm_compile.engines import BACKENDS, cannot_build_from
+from lcm_compile.engines import BACKENDS, cannot_build_from, find_backend
 from lcm_compile.errors import BackendError
 from lcm_compile.precisions import Precision
 from lcm_compile.system.processor import model_name
@@ -105,8 +105,8 @@ assert not set(sys.modules) & {{"torch", "onnx", "openvino", "onnxruntime"}}
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@pytest.mark.parametrize("changed", ["model_name", "instruction_set", "installed_version"])
-def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, changed):
+@pytest.mark.parametrize("changed", ["model_name", "instruction_set", "installed_version", "options"])
+def test_another_processor_version_or_way_to_build_is_measured_anew(own_home, monkeypatch, changed):
     asked = []
     monkeypatch.setattr(
         fastest_backend, "measure", lambda names, _: asked.append(names) or dict.fromkeys(names, 1.0)
@@ -114,7 +114,8 @@ def test_another_processor_or_version_is_measured_anew(own_home, monkeypatch, ch
     time_on_cpu(ABLE, Precision.FP32)
     time_on_cpu(ABLE, Precision.FP32)
     assert len(asked) == 1
-    monkeypatch.setattr(fastest_backend, changed, lambda *_: "another")
+    where = find_backend(ABLE[0]) if changed == "options" else fastest_backend
+    monkeypatch.setattr(where, changed, lambda *_: "another")
     time_on_cpu(ABLE, Precision.FP32)
     assert len(asked) == 2
     time_on_cpu(ABLE, Precision.BF16)
