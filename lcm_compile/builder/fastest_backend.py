@@ -129,7 +129,10 @@ def time_on_cpu(names: list[str], precision: Precision, report: Report = silent)
 def circumstances(names: list[str], precision: Precision) -> str:
     """Returns everything that the figures depend on, as JSON: it is their key in the file."""
     backends = {name: find_backend(name) for name in names}
-    built_by = {name: [installed_version(b.PACKAGES), b.options(CPU, precision, (), silent)] for name, b in backends.items()}
+    built_by = {
+        name: [installed_version(b.PACKAGES), b.options(CPU, precision, (), silent)]
+        for name, b in backends.items()
+    }
     return json.dumps([precision, model_name(), instruction_set(), built_by])
 
 
