@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +30,11 @@ class GpuTarget:
     def is_cpu(self) -> bool:
         """Whether the device is a CPU."""
         return self.compute_capability is None
+
+    @property
+    def accelerator_type(self) -> str:
+        """Ray's name of the GPU, which its nodes make of the driver's name in the same way."""
+        return re.sub(r"^Tesla | \d+ GB$| \(.*$", "", self.description).replace(" ", "-")
 
     def lacks(self, precision: Precision) -> list[str]:
         """Returns the types of a precision that the device does not compute in."""

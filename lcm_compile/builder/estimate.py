@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lcm_compile.builder.plan import GRAPH, ExportPlan, Plan
@@ -19,6 +19,9 @@ from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, models_in
 # Bytes per weight on the disk, by the precision of the products. With fp8 only the weights of Linear layers
 # take 1 byte: they are 0.87 of SDXL's UNet and 0.31 of SD1.5's.
 STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
+# The share by which transformed weights of convolutions (see engines/winograd) make a bundle larger, measured
+# on SD1.5 in bf16 and fp32.
+TRANSFORMED = 0.33
 # The decoder's share of a VAE's weights: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
 # Memory, measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md).
@@ -105,7 +108,11 @@ def drawing(shape: Shape, unet: float) -> float:
 
 def estimate_plan(plan: Plan) -> Estimate:
     """Estimates a plan's build. Raises CheckpointError if a weight file is damaged."""
-    return estimate(plan.source) if isinstance(plan.source, ExportPlan) else estimate_from(plan.source, plan)
+    cost = estimate(plan.source) if isinstance(plan.source, ExportPlan) else estimate_from(plan.source, plan)
+    if set(plan.options.get("winograd", {}).values()) <= {"direct"}:
+        return cost
+    more = int(cost.bundle_bytes * TRANSFORMED)
+    return replace(cost, disk_bytes=cost.disk_bytes + more, bundle_bytes=cost.bundle_bytes + more)
 
 
 def estimate_from(export: Export, plan: Plan) -> Estimate:

@@ -61,6 +61,11 @@ def read_sizes(
     help="A size of pictures in pixels; several are in one bundle; repeatable.",
 )
 @click.option("--into", type=click.Path(path_type=Path), help="Add each --size to this bundle.")
+@click.option(
+    "--on",
+    type=click.Choice(["ray"]),
+    help="Build on a node of the Ray cluster that has the GPU, and copy the bundle here.",
+)
 @click.option("--force", is_flag=True, help="Build even if this bundle exists already.")
 @click.option("--dry-run", is_flag=True, help="Print what would be built and why, then stop.")
 @json_option
@@ -74,6 +79,7 @@ def build(
     out: Path | None,
     sizes: list[tuple[int, int]],
     into: Path | None,
+    on: str | None,
     force: bool,
     dry_run: bool,
     as_json: bool,
@@ -99,6 +105,13 @@ def build(
         if model["height"] is not None or model["width"] is not None:
             raise click.UsageError("--size and --height or --width can't be given together")
         model["height"], model["width"] = sizes[0]
+    if on is not None:
+        if graphs is not None or dry_run or len(sizes) > 1:
+            raise click.UsageError(
+                "--on ray builds one size from --base; it takes no --from and no --dry-run"
+            )
+        show_bundles(*built_on_ray(gpus, backend, out, force, model), as_json)
+        return
     plans = make_plans(graphs, gpus, backend, out, force, model)
     if (export := plans[0].export) and not plans[0].hit:
         from lcm_compile.output.reports import licence_line, loss_lines
@@ -130,6 +143,30 @@ def build(
         if followed.hit and not plan.hit:
             note(f"hit: another process built it; {'; '.join(followed.reasons)}")
     show_bundles(built, progress.seconds, as_json)
+
+
+def built_on_ray(
+    gpus: Sequence[str], backend: str, out: Path | None, force: bool, model: Mapping[str, Any]
+) -> tuple[list[tuple[None, EngineBundle]], float]:
+    """Builds a bundle for each target on a node that has it. Returns them, and the seconds that it took."""
+    from lcm_compile.builder.on_ray import build_on_ray
+    from lcm_compile.output.console import BuildProgress
+    from lcm_compile.spec import BuildSpec
+
+    built: list[tuple[None, EngineBundle]] = []
+    with BuildProgress() as progress:
+        for name, folder in outs(gpus, out).items():
+            spec = BuildSpec(gpu=name, backend=backend, **base_settings(**model))
+            built.append((None, build_on_ray(spec, folder, force=force, report=progress)))
+    return built, progress.seconds
+
+
+def outs(gpus: Sequence[str], out: Path | None) -> dict[str, Path | None]:
+    """Returns the folder of each target's bundle, by the target's name: of several, `out/<target>`."""
+    from lcm_compile.targets import find_target
+
+    names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
+    return {name: out / name if out is not None and len(names) > 1 else out for name in names}
 
 
 def further_plans(plan: Plan, sizes: Sequence[tuple[int, int]]) -> list[Plan]:
@@ -249,16 +286,17 @@ def make_plans(
     from lcm_compile.bundles.export_manifest import open_export
     from lcm_compile.output.console import BuildProgress
     from lcm_compile.spec import BuildSpec
-    from lcm_compile.targets import find_target
 
-    names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
-    outs = {name: out / name if out is not None and len(names) > 1 else out for name in names}
+    folders = outs(gpus, out)
     with BuildProgress() as progress:
         if graphs is not None:
             export = open_export(graphs)
-            return [make_plan_from(export, name, backend, outs[name], force, progress) for name in names]
-        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in names]
-        return [make_plan(spec, outs[spec.gpu], force, progress) for spec in specs]
+            return [
+                make_plan_from(export, name, backend, folder, force, progress)
+                for name, folder in folders.items()
+            ]
+        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in folders]
+        return [make_plan(spec, folders[spec.gpu], force, progress) for spec in specs]
 
 
 def check_additions(plans: Sequence[Plan]) -> None:
@@ -317,22 +355,28 @@ def note_reasons(plan: Plan) -> None:
         note(backend_text(plan.backend_name, plan.passed_over))
 
 
-def show_bundles(built: Sequence[tuple[Plan, EngineBundle]], seconds: float, as_json: bool) -> None:
-    """Prints each bundle's folder, or its complete description as JSON; writes hints to stderr."""
+def show_bundles(built: Sequence[tuple[Plan | None, EngineBundle]], seconds: float, as_json: bool) -> None:
+    """Prints each bundle's folder, or its complete description as JSON; writes hints to stderr.
+
+    A bundle has no plan here if another machine built it.
+    """
     from lcm_compile.output.console import note, print_json
     from lcm_compile.output.describe import describe_bundle
     from lcm_compile.output.reports import fp32_layer_lines, parity_line, skip_lines
 
     if as_json:
         rows = [
-            {**describe_bundle(b.folder, b.manifest, b.digest), "hit": p.hit, "reasons": list(p.reasons)}
+            {
+                **describe_bundle(b.folder, b.manifest, b.digest),
+                **({} if p is None else {"hit": p.hit, "reasons": list(p.reasons)}),
+            }
             for p, b in built
         ]
         print_json(rows if len(rows) > 1 else rows[0])
         return
     for _, bundle in built:
         print(bundle.folder)
-    new = [bundle for plan, bundle in built if not plan.hit]
+    new = [bundle for plan, bundle in built if plan is None or not plan.hit]
     if new:
         note(f"built in {seconds:.1f} s; {parity_line(new[0].manifest.parity)}")
     for remark in skip_lines(new[0].manifest.loras) if new else ():
@@ -348,7 +392,7 @@ def backend_text(name: str, passed_over: Iterable[str]) -> str:
     return "\n".join((f"backend {name}", *lines))
 
 
-FREE = {"graphs", "gpus", "backend", "out", "force", "dry_run", "as_json", "quiet"}
+FREE = {"graphs", "gpus", "backend", "out", "on", "force", "dry_run", "as_json", "quiet"}
 
 
 def refuse_model_options(context: click.Context, by: str = "--from", free: Collection[str] = FREE) -> None:

@@ -7,6 +7,7 @@ origins are refused, and so are names that are not the server's: a page could ha
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -27,6 +28,7 @@ from lcm_compile.serving.settings import ServerSettings, is_address
 OPEN = ("/health", "/ready", "/", "/favicon.ico")
 OPEN_FOLDERS = ("/page/", "/files/", "/docs")
 KEY_PROTOCOL = "lcm-compile.key."  # before the key, as a subprotocol of a WebSocket: browsers send no header
+BODY_SECONDS = 120.0  # in which a request must have come whole
 TOO_LARGE = "the request is larger than this server reads"
 
 
@@ -48,8 +50,14 @@ class Guard:
         headers = Headers(scope=scope)
         origin = headers.get("origin")
         allowed = origin is not None and self._allows(origin)
+
+        async def send_allowed(message: Message) -> None:
+            if allowed and message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *allowing(headers)]
+            await send(message)
+
         if refusal := self._refusal(scope, headers, allowed):
-            await refuse(scope, receive, send, *refusal)
+            await refuse(scope, receive, send_allowed, *refusal)
             return
         if scope["type"] == "websocket":
             await self._app(scope, receive, send)
@@ -57,12 +65,6 @@ class Guard:
         if allowed and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await answer_preflight(send, headers)
             return
-
-        async def send_allowed(message: Message) -> None:
-            if allowed and message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *allowing(headers)]
-            await send(message)
-
         reader = LimitedReader(receive, self._settings.most_body)
         await self._app(scope, reader, send_allowed)
 
@@ -178,16 +180,30 @@ class BodyTooLarge(HTTPException):
         super().__init__(413, TOO_LARGE)
 
 
+class BodyTooSlow(HTTPException):
+    """A request has not come whole in the time that it has."""
+
+    def __init__(self) -> None:
+        super().__init__(408, f"the request did not come whole within {BODY_SECONDS:g} s")
+
+
 class LimitedReader:
-    """Counts what is read of a request. Raises BodyTooLarge above a number of bytes."""
+    """Counts what is read of a request. Raises BodyTooLarge above a number of bytes, and BodyTooSlow."""
 
     def __init__(self, receive: Receive, most: int) -> None:
         self._receive = receive
         self._left = most
+        self._deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def __call__(self) -> Message:
-        """Returns the next message of the client."""
-        message = await self._receive()
+        """Returns the next message of the client. After the body that is its end, which may take long."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow from None
+        if not message.get("more_body", False):
+            self._deadline = None
         self._left -= len(message.get("body", b""))
         if self._left < 0:
             raise BodyTooLarge

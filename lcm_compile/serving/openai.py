@@ -19,6 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.samplers import SAMPLERS
 from lcm_compile.serving.answers import json_answer, status_of, text_of, validation_text
 from lcm_compile.serving.catalog import Model, Size, UnknownModel, read_lora
 from lcm_compile.serving.dispatcher import Picture
@@ -232,6 +233,7 @@ def facts_of(model: Model, service: Service) -> dict[str, Any]:
         "owned_by": "lcm-compile",
         "sizes": [f"{width}x{height}" for height, width in model.bundles],
         **settings.drawing(),
+        "samplers": [*SAMPLERS],
         "batch": settings.shape.batch,
         "prompt": settings.sample_prompt,
         "loras": {lora.source: lora.weight for lora in settings.loras},

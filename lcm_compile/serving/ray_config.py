@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -140,12 +139,7 @@ def resources(target: GpuTarget, workers: int) -> dict[str, Any]:
     """Returns what a replica needs of a node: a GPU of the target's kind, or its share of the cores."""
     if target.is_cpu:
         return {"num_cpus": max(1, threads() // workers)}
-    return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": accelerator_type(target)}
-
-
-def accelerator_type(target: GpuTarget) -> str:
-    """Returns Ray's name of a GPU, which its nodes make of the driver's name in the same way."""
-    return re.sub(r"^Tesla | \d+ GB$| \(.*$", "", target.description).replace(" ", "-")
+    return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": target.accelerator_type}
 
 
 def yaml_text(config: RayConfig, host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -10,6 +11,8 @@ import pytest
 from conftest import Served
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+
+from lcm_compile.serving import guard
 
 KEY = "right-kéy"
 
@@ -83,6 +86,13 @@ def test_pages_of_other_origins_are_refused(guarded, origin, status):
     assert allowed == (origin if "friend.example" in origin and status == 200 else None)
 
 
+def test_an_allowed_page_can_read_why_it_is_refused(guarded):
+    """Browsers hide an answer without this header from the page, which then could not ask for the key."""
+    answer = guarded.client.get("/v1/models", headers={"origin": "https://friend.example"})
+    assert answer.status_code == 401
+    assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+
+
 def test_a_browser_may_ask_before(guarded):
     headers = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
     path = "/v1/images/generations"
@@ -146,3 +156,25 @@ def test_the_address_is_local_or_warned_of(small):
     with Served(f"small={small}", "--host", "0.0.0.0") as server:
         code, told = server.stop()
     assert code == 0 and "warning: anyone who reaches 0.0.0.0 may draw here" in told
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch):
+    """In the time that a request has; what comes after it, the client's end, may take as long as it likes."""
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def slow():
+        if messages:
+            return messages.pop(0)
+        await asyncio.sleep(0.4)
+        return {"type": "http.disconnect"}
+
+    async def read(first):
+        messages[:] = [{"type": "http.request", "body": b"{", "more_body": first}]
+        reader = guard.LimitedReader(slow, 10)
+        return [(await reader())["type"] for _ in range(2)]
+
+    with pytest.raises(guard.BodyTooSlow) as raised:
+        asyncio.run(read(first=True))
+    assert raised.value.status_code == 408
+    assert asyncio.run(read(first=False)) == ["http.request", "http.disconnect"]

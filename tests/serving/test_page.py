@@ -161,6 +161,9 @@ def test_every_control_changes_the_picture(page, served):
     page.get_by_label("Guidance").press("End")
     settings = {"loras": {"style": 0.55}, "steps": 3, "guidance_scale": 4}
     new(**settings)
+    page.get_by_label("Sampler").select_option("ddim")
+    settings["sampler"] = "ddim"
+    new(**settings)
     page.fill("#negative", "blue")
     new(**settings, negative_prompt="blue")
     page.fill("#seed", "12")

@@ -7,7 +7,7 @@ import yaml
 
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.errors import BundleError, UsageError
-from lcm_compile.serving.ray_config import KEY_VARIABLE, RayConfig, accelerator_type
+from lcm_compile.serving.ray_config import KEY_VARIABLE, RayConfig
 from lcm_compile.serving.settings import ServerSettings
 from lcm_compile.targets import TARGETS
 
@@ -75,5 +75,5 @@ def test_gpus_have_the_names_that_rays_nodes_give_them():
     for target in TARGETS.values():
         if not target.is_cpu and target.name != "gb10":  # the driver calls that one NVIDIA GB10
             brand = "" if target.description.startswith("Tesla") else "NVIDIA "
-            assert accelerator_type(target) == of_ray(brand + target.description), target
-    assert accelerator_type(TARGETS["gb10"]) == of_ray("NVIDIA GB10")
+            assert target.accelerator_type == of_ray(brand + target.description), target
+    assert TARGETS["gb10"].accelerator_type == of_ray("NVIDIA GB10")

@@ -26,9 +26,10 @@ export class Pane {
     this.size = this.choice("Size", () => { page.resized(); this.changed(); });
     this.steps = slider("Steps", { min: 1, max: 8, step: 1, value: 4 }, () => this.changed());
     this.guidance = slider("Guidance", { min: 0, max: 4, step: 0.1, value: 1 }, () => this.changed());
+    this.sampler = this.choice("Sampler", () => this.changed());
     this.more = this.choice("LoRA to add", () => this.addFile());
     this.sliders = document.createElement("div");
-    this.find(".controls").append(this.size.row, this.steps.row, this.guidance.row, this.sliders, this.more.row);
+    this.find(".controls").append(this.size.row, this.steps.row, this.guidance.row, this.sampler.row, this.sliders, this.more.row);
     this.find(".remove").onclick = () => page.remove(this);
     this.find(".keep").onclick = () => page.keep(this.picture);
     this.find(".download").onclick = () => download(this.picture.file, fileName(this.settingsDrawn, this.picture.format));
@@ -68,11 +69,12 @@ export class Pane {
 
   /** Returns what saved settings name that the server has not, in words. */
   missingOf(saved) {
-    const { id, sizes, loras, files } = this.facts;
+    const { id, sizes, samplers, loras, files } = this.facts;
     const others = Object.keys(saved.loras ?? {}).filter((name) => !(name in loras) && !files.includes(name));
     return [
       ...(saved.model && saved.model !== id ? [`model ${saved.model}`] : []),
       ...(saved.size && !sizes.includes(saved.size) ? [`size ${saved.size}`] : []),
+      ...(saved.sampler && !samplers.includes(saved.sampler) ? [`sampler ${saved.sampler}`] : []),
       ...others.map((name) => `LoRA ${name}`),
     ];
   }
@@ -88,6 +90,7 @@ export class Pane {
     this.guidance.control.max = isFewStep ? Math.max(4, facts.guidance_scale) : 15;
     this.steps.set(saved?.steps ?? facts.steps);
     this.guidance.set(saved?.guidance_scale ?? facts.guidance_scale);
+    options(this.sampler.control, facts.samplers, saved?.sampler ?? facts.sampler);
     this.loras = {};
     this.sliders.replaceChildren();
     for (const [name, weight] of Object.entries(facts.loras)) this.addLora(name, saved?.loras?.[name] ?? weight);
@@ -143,6 +146,7 @@ export class Pane {
       size: this.size.control.value,
       steps: this.steps.control.valueAsNumber,
       guidance_scale: this.guidance.control.valueAsNumber,
+      sampler: this.sampler.control.value,
       loras: Object.fromEntries(loras.map(([name, weight]) => [name, weight])),
     };
   }

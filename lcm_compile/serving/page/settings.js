@@ -1,6 +1,6 @@
 // The settings of a picture, and the link that draws it again.
 
-const TEXTS = ["prompt", "negative_prompt", "model", "size"];
+const TEXTS = ["prompt", "negative_prompt", "model", "size", "sampler"];
 const NUMBERS = ["seed", "steps", "guidance_scale", "strength"];
 
 /** Returns the settings as the fragment of a URL, without its #. */
@@ -44,6 +44,7 @@ export function linkOf(settings) {
 export function inWords(settings) {
   const parts = [settings.model, settings.size?.replace("x", " × "), `seed ${settings.seed}`];
   parts.push(settings.steps === 1 ? "1 step" : `${settings.steps} steps`);
+  if (settings.sampler) parts.push(settings.sampler);
   if (settings.guidance_scale !== 1) parts.push(`guidance ${settings.guidance_scale}`);
   if (settings.strength !== undefined) parts.push(`from a picture, strength ${settings.strength}`);
   if (settings.negative_prompt) parts.push(`without “${settings.negative_prompt}”`);
