@@ -8,7 +8,9 @@ share.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from lcm_compile.targets import GpuTarget, find_target
 
 CHUNK = 16 << 20  # bytes of a file in one message
 AHEAD = 4  # messages that the node makes before the earlier ones have arrived
+REACHED_SECONDS = 10.0  # in which a cluster's address must answer
 START = "ray start --head on the first machine, and RAY_ADDRESS=HOST:6379 here"
 
 
@@ -102,8 +105,12 @@ def cluster() -> Iterator[Any]:
     connected = ray.is_initialized()
     if not connected:
         try:
+            # Ray itself would try an address for minutes, and then end the process.
+            host, colon, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+            if colon and port.isdecimal() and "/" not in host:
+                socket.create_connection((host, int(port)), timeout=REACHED_SECONDS).close()
             ray.init(address="auto", log_to_driver=False, logging_level="error")
-        except ConnectionError as error:
+        except OSError as error:  # among them Ray's ConnectionError
             raise BackendError("no Ray cluster runs here, and RAY_ADDRESS names none", START) from error
     try:
         yield ray

@@ -71,7 +71,7 @@ def test_the_command_puts_it_where_it_is_asked_for(spec, node_home, command, tmp
 def test_what_no_node_has_or_can_build_is_told(node_home, tmp_path, refused):
     words = "--base", tmp_path / "nothing", "--on", "ray"
     refused(1, ["none of the 2 nodes", "H100", "they have A10"], "build", *words, "--gpu", "h100")
-    with pytest.raises(UsageError, match="unknown base .*nothing"):
+    with pytest.raises(UsageError, match=r"unknown base .*nothing"):
         build_on_ray(BuildSpec(str(tmp_path / "nothing"), gpu="a10"))
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
