@@ -1,9 +1,12 @@
-"""Imports OpenVINO without its telemetry."""
+"""Imports OpenVINO without its telemetry, and names types as it does."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
+
+# OpenVINO's names of the types that its kernels compute in.
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 
 
 def import_openvino() -> Any:

@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from lcm_compile.engines import other_version
-from lcm_compile.engines.import_openvino import import_openvino
+from lcm_compile.engines.import_openvino import HINTS, import_openvino
 from lcm_compile.engines.runner import Array, Runner, as_numpy
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
@@ -31,8 +31,6 @@ from lcm_compile.targets import GpuTarget
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("openvino",)
-# OpenVINO's names of the types that its kernels compute in.
-HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
 # The instruction set extensions for each type; a processor needs one of them. Without any, OpenVINO would
 # still accept bf16, and compute slowly or in fp32.
 NEEDS = {
@@ -115,8 +113,8 @@ def build(
         model = ov.Core().read_model(graph.path)
         model.set_rt_info(graph.precision.value, LABEL)
         if replace_convolutions(model, options.get("winograd", {}), bf16=graph.precision.floats == "bf16"):
-            shutil.copyfile(library(), folder / LIBRARY)
-            model.set_rt_info(digest_of(library()), LIBRARY_LABEL)
+            kernels = Path(shutil.copyfile(library(), folder / LIBRARY))
+            model.set_rt_info(digest_of(kernels), LIBRARY_LABEL)
         kept = [unsqueeze_to_reshape(node) for node in list(purely_fp32_nodes(model))]
         with decimal_point():  # otherwise it would write numbers that it can't read
             ov.save_model(model, path, compress_to_fp16=False)

@@ -36,6 +36,12 @@ class GpuTarget:
         """Ray's name of the GPU, which its nodes make of the driver's name in the same way."""
         return re.sub(r"^Tesla | \d+ GB$| \(.*$", "", self.description).replace(" ", "-")
 
+    def needs_of_node(self, cores: int) -> dict[str, Any]:
+        """Returns what Ray is told that work for the device needs of a node: the GPU, or that many cores."""
+        if self.is_cpu:
+            return {"num_cpus": cores}
+        return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": self.accelerator_type}
+
     def lacks(self, precision: Precision) -> list[str]:
         """Returns the types of a precision that the device does not compute in."""
         return [name for name in precision.types if name not in self.precisions]

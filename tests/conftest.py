@@ -60,7 +60,10 @@ def home(tmp_path_factory):
     """A store of the tests' own. Backends and convolutions are timed already, so no test waits for it."""
     folder = tmp_path_factory.mktemp("home")
     (folder / "cpu.json").write_text(json.dumps(backend_timings()))
-    direct = {choice.circumstances(floats): {"64@8": "direct"} for floats in choice.FORMS}
+    direct = {
+        choice.circumstances(floats): {choice.name_of(*size): "direct" for size in choice.SIZES}
+        for floats in choice.FORMS
+    }
     (folder / "winograd.json").write_text(json.dumps(direct))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LCM_COMPILE_HOME", str(folder))

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lcm_compile.benchmarks.measure.openvino_rival import PRECISIONS, Picture, Prediction
+from lcm_compile.benchmarks.measure.openvino_rival import Picture, Prediction
 from lcm_compile.benchmarks.measure.worker import Draw, Drawn
-from lcm_compile.engines.import_openvino import import_openvino
+from lcm_compile.engines.import_openvino import HINTS, import_openvino
 from lcm_compile.errors import BackendError
 from lcm_compile.spec import Shape
 
@@ -130,7 +130,7 @@ def draw_with_openvino_models(
     pipe.reshape(shape.batch, shape.height, shape.width, how["guidance_scale"])
     pipe.compile(
         "CPU",
-        INFERENCE_PRECISION_HINT=PRECISIONS[precision],
+        INFERENCE_PRECISION_HINT=HINTS[precision],
         INFERENCE_NUM_THREADS=threads,
         NUM_STREAMS=1,
         PERFORMANCE_HINT="LATENCY",

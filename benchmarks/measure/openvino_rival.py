@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lcm_compile.engines.import_openvino import import_openvino
+from lcm_compile.engines.import_openvino import HINTS, import_openvino
 from lcm_compile.spec import Shape
 
-PRECISIONS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}  # to OpenVINO's names
 # Compiles a module for the shapes of its example inputs, and returns a function on tensors.
 Convert = Callable[[nn.Module, Sequence[Tensor]], Callable[..., list[Tensor]]]
 
@@ -37,7 +36,7 @@ def converter(precision: str, threads: int) -> Convert:
     ov = import_openvino()
     core = ov.Core()
     settings = {
-        "INFERENCE_PRECISION_HINT": PRECISIONS[precision],
+        "INFERENCE_PRECISION_HINT": HINTS[precision],
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",

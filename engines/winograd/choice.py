@@ -9,7 +9,6 @@ kernels change.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import time
@@ -18,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from lcm_compile.engines.import_openvino import import_openvino
+from lcm_compile.engines.import_openvino import HINTS, import_openvino
 from lcm_compile.engines.winograd.layers import DIRECT, replace_convolutions
 from lcm_compile.engines.winograd.library import digest, library
 from lcm_compile.precisions import Precision
-from lcm_compile.system.cache import home
-from lcm_compile.system.dataclass_json import from_json
-from lcm_compile.system.files import write_atomically
+from lcm_compile.system.measured import Measured
 from lcm_compile.system.processor import instruction_set, model_name, threads
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
 
@@ -35,7 +32,7 @@ SIZES = tuple((c, s) for c in (64, 128, 320, 640, 1280) for s in (8, 16, 32, 64)
 ROUNDS = 5
 # A form must be faster than the direct convolution by this factor: its weights take more memory.
 WORTH = 1.05
-REMEMBERED = 20  # measurements that the file keeps
+CHOICES = Measured("winograd.json", str)  # the fastest form, by the name of a size
 
 
 def choose(precision: Precision, report: Report = silent) -> Mapping[str, str]:
@@ -47,17 +44,17 @@ def choose(precision: Precision, report: Report = silent) -> Mapping[str, str]:
     floats = precision.floats
     if floats not in FORMS:
         return {}
-    path, key = home() / "winograd.json", circumstances(floats)
-    known: dict[str, Mapping[str, str]] = {}
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(from_json(Mapping[str, Mapping[str, str]], found))
-    if key not in known:
+
+    def timed() -> Mapping[str, str]:
         with Stopwatch(report).task("time the convolutions here"):
-            known[key] = measure(floats)
-        with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1))
-    return known[key]
+            return measure(floats)
+
+    return CHOICES.of(circumstances(floats), [name_of(*size) for size in SIZES], timed)
+
+
+def name_of(channels: int, side: int) -> str:
+    """Returns the name of a size of the grid."""
+    return f"{channels}@{side}"
 
 
 def circumstances(floats: str) -> str:
@@ -80,7 +77,7 @@ def measure(floats: str) -> dict[str, str]:
                 request.infer()
                 least[form] = min(least[form], time.perf_counter() - start)
         best = min(least, key=lambda form: least[form])
-        chosen[f"{channels}@{side}"] = best if least[DIRECT] > WORTH * least[best] else DIRECT
+        chosen[name_of(channels, side)] = best if least[DIRECT] > WORTH * least[best] else DIRECT
     return chosen
 
 
@@ -113,7 +110,7 @@ def small_network(channels: int, side: int, form: str, floats: str) -> Any:
     core = ov.Core()
     core.add_extension(library())
     settings = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[floats],
+        "INFERENCE_PRECISION_HINT": HINTS[floats],
         "INFERENCE_NUM_THREADS": threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }

@@ -137,8 +137,8 @@ def packer(path: Path) -> ctypes._NamedFuncPointer:
     return function
 
 
-def packed(weights: np.ndarray, tile: int, bf16: bool) -> np.ndarray:
-    """Returns weights, transformed and packed for the kernels, as 32-bit words.
+def packed(kernels: Path, weights: np.ndarray, tile: int, bf16: bool) -> np.ndarray:
+    """Returns weights, transformed and packed for the kernels of a library, as 32-bit words.
 
     They are (outputs, inputs, 3, 3), or for tile 3 (4·outputs, inputs, 2, 2): see weights.cpp. In bf16 a word
     has two values, and the number of inputs must be even.
@@ -146,5 +146,5 @@ def packed(weights: np.ndarray, tile: int, bf16: bool) -> np.ndarray:
     outputs, inputs = weights.shape[:2]
     weights = np.ascontiguousarray(weights, np.float32)
     words = np.empty((tile + 2) ** 2 * outputs * inputs // (2 if bf16 else 1), np.int32)
-    packer(library())(weights.ctypes.data, outputs, inputs, tile, bf16, words.ctypes.data)
+    packer(kernels)(weights.ctypes.data, outputs, inputs, tile, bf16, words.ctypes.data)
     return words

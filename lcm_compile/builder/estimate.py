@@ -21,7 +21,7 @@ from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, models_in
 STORED_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1.5}
 # The share by which transformed weights of convolutions (see engines/winograd) make a bundle larger, measured
 # on SD1.5 in bf16 and fp32.
-TRANSFORMED = 0.33
+TRANSFORMED = {"fp32": 0.5, "bf16": 0.24}
 # The decoder's share of a VAE's weights: 49.5 of the 83.7 M weights of Stable Diffusion's.
 DECODER = 0.6
 # Memory, measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md).
@@ -111,7 +111,9 @@ def estimate_plan(plan: Plan) -> Estimate:
     cost = estimate(plan.source) if isinstance(plan.source, ExportPlan) else estimate_from(plan.source, plan)
     if set(plan.options.get("winograd", {}).values()) <= {"direct"}:
         return cost
-    more = int(cost.bundle_bytes * TRANSFORMED)
+    source = plan.source
+    step = source.precisions["step"] if isinstance(source, ExportPlan) else source.manifest.precision
+    more = int(cost.bundle_bytes * TRANSFORMED[step.floats])
     return replace(cost, disk_bytes=cost.disk_bytes + more, bundle_bytes=cost.bundle_bytes + more)
 
 

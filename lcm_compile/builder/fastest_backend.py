@@ -7,7 +7,6 @@ the stored figures are read and nothing is measured.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -26,9 +25,7 @@ from lcm_compile.engines.runner import Runner
 from lcm_compile.graphs import ExportedGraph, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.spec import REWRITES
-from lcm_compile.system.cache import home
-from lcm_compile.system.dataclass_json import from_json
-from lcm_compile.system.files import write_atomically
+from lcm_compile.system.measured import Measured
 from lcm_compile.system.processor import instruction_set, model_name
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
 from lcm_compile.system.versions import installed_version
@@ -45,8 +42,7 @@ ROUNDS = 7
 # exact measure of a large one.
 NEAR = 1.25
 FAR = 4  # a backend beyond this factor of the fastest one's milliseconds is not timed again
-REMEMBERED = 20  # measurements that the file keeps
-TAKEN: dict[tuple[Path, str], Mapping[str, float]] = {}  # the figures that this process has used
+TIMES = Measured("cpu.json", float)  # milliseconds of the small network, by the backend
 # A UNet's block at a quarter of its size: channels, heads, and a side of the map.
 CHANNELS, HEADS, SIDE = 320, 8, 32
 
@@ -93,37 +89,23 @@ def bf16_gain(measured: bool, report: Report = silent) -> float | None:
             for name in BACKENDS
             if name not in SLOW_TO_BUILD and cannot_build_from(name, CPU, precision, None) is None
         ]
-        if not able or not (measured or circumstances(able, precision) in stored_times()):
+        if not able or not (measured or circumstances(able, precision) in TIMES.stored()):
             return None
         least.append(min(time_on_cpu(able, precision, report).values()))
     return least[0] / least[1]
 
 
-def stored_times() -> dict[str, Mapping[str, float]]:
-    """Returns the figures that the file keeps, by their circumstances; none if it can't be read."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        figures = json.loads((home() / "cpu.json").read_text(encoding="utf-8"))
-        return dict(from_json(Mapping[str, Mapping[str, float]], figures))
-    return {}
-
-
 def time_on_cpu(names: list[str], precision: Precision, report: Report = silent) -> Mapping[str, float]:
     """Returns the milliseconds of one call of each backend's engine of the small network, stored or measured.
 
-    A process uses the same figures to its end, even if the file changes: a build makes its plan twice, and
-    both plans must choose the same backend. Raises BackendError if an engine can't be built.
+    Raises BackendError if an engine can't be built.
     """
-    path, known = home() / "cpu.json", stored_times()
-    key = circumstances(names, precision)
-    if (path, key) in TAKEN:
-        return TAKEN[path, key]
-    if set(known.get(key, ())) != set(names):
+
+    def timed() -> Mapping[str, float]:
         with Stopwatch(report).task("time the backends here"):
-            known[key] = measure(names, precision)
-        with contextlib.suppress(OSError):
-            write_atomically(path, json.dumps(dict(list(known.items())[-REMEMBERED:]), indent=1))
-    TAKEN[path, key] = known[key]
-    return known[key]
+            return measure(names, precision)
+
+    return TIMES.of(circumstances(names, precision), names, timed)
 
 
 def circumstances(names: list[str], precision: Precision) -> str:

@@ -80,7 +80,7 @@ def build_on_ray(
         check_nodes(ray.nodes(), target)
         chosen = replace(spec, gpu=target.name)
         made: Built | None = None
-        for message in stream(ray, build_there, resources_of(target), chosen, force):
+        for message in stream(ray, build_there, target.needs_of_node(1), chosen, force):
             if isinstance(message, Refused):
                 raise message.error
             if isinstance(message, Told):
@@ -117,13 +117,6 @@ def cluster() -> Iterator[Any]:
     finally:
         if not connected:
             ray.shutdown()
-
-
-def resources_of(target: GpuTarget) -> dict[str, Any]:
-    """Returns what a build needs of a node, as Ray's options of a task: the GPU of the target, or a core."""
-    if target.is_cpu:
-        return {"num_cpus": 1}
-    return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": target.accelerator_type}
 
 
 def check_nodes(nodes: list[dict[str, Any]], target: GpuTarget) -> None:

@@ -396,7 +396,7 @@ def graph_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 "--without",
                 multiple=True,
                 metavar="REWRITE",
-                help="Omit one rewrite: context, qkv, upsampling, lcm-step or rgb8; repeatable.",
+                help="Omit one rewrite: context, qkv, upsampling, lcm-step, rgb8 or winograd; repeatable.",
             ),
             guide_options,
             ip_adapter_options,

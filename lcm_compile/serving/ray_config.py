@@ -15,7 +15,6 @@ from lcm_compile.serving.catalog import Catalog, Model
 from lcm_compile.serving.settings import ServerSettings
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.processor import threads
-from lcm_compile.targets import GpuTarget
 
 KEY_VARIABLE = "LCM_COMPILE_API_KEY"
 IDLE_SECONDS = 300.0  # before a replica that has nothing to draw is ended
@@ -128,18 +127,11 @@ def ray_config(catalog: Catalog, settings: ServerSettings, place: str | None) ->
             for m in catalog.models.values()
         ),
         place=place,
-        resources=resources(next(iter(targets.values())), settings.workers),
+        resources=next(iter(targets.values())).needs_of_node(max(1, threads() // settings.workers)),
         most=settings.workers,
         needs_key=settings.api_key is not None,
         settings={name: list(value) if isinstance(value, tuple) else value for name, value in own.items()},
     )
-
-
-def resources(target: GpuTarget, workers: int) -> dict[str, Any]:
-    """Returns what a replica needs of a node: a GPU of the target's kind, or its share of the cores."""
-    if target.is_cpu:
-        return {"num_cpus": max(1, threads() // workers)}
-    return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": target.accelerator_type}
 
 
 def yaml_text(config: RayConfig, host: str, port: int) -> str:
