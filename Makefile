@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench demo findings gate proof test test-sample test-slow check clean
+.PHONY: bench demo findings gate gpu-kit proof test test-cross test-sample test-slow check clean
 
 # Builds the demo model for this CPU and draws a sheet of 4-step pictures.
 demo: .venv/installed
@@ -41,6 +41,16 @@ test-slow: .venv/installed
 	$(BIN)/python -m pytest -m "slow and not alone" -n auto --dist worksteal
 	$(BIN)/python -m pytest -m alone
 
+# Compiles for GPUs that are not here, with torch's build for CUDA in a folder of its own, .venv-cross: 5 GB.
+test-cross: .venv-cross/installed
+	.venv-cross/bin/python -m pytest -m "slow or not slow" -rs tests/engines/test_absent_gpu.py
+
+.venv-cross/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-cross
+	sed '/^torch==/d; /^setuptools==/d' constraints.txt > .venv-cross/constraints.txt
+	.venv-cross/bin/python -m pip install -q -e '.[cross]' pytest fastapi -c .venv-cross/constraints.txt
+	touch $@
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +61,10 @@ check: .venv/installed
 	$(BIN)/python -m pip install -q -e '.[rtx,dev]' -c constraints.txt
 	touch $@
 
+# Packs the probe of a GPU for a machine that can download nothing: ARGS="--bundle DIR", without its weights.
+gpu-kit: .venv/installed
+	$(BIN)/python -m lcm_compile.benchmarks.gpu.kit $(ARGS)
+
 # Runs every script of findings/ and tells at the end which no longer hold. Outside CI: they need a network.
 findings:
 	@changed=; for script in findings/*.sh; do \
@@ -59,4 +73,4 @@ findings:
 	if [ -n "$$changed" ]; then echo "No longer so:$$changed"; exit 1; fi; echo "All still so."
 
 clean:
-	rm -rf .venv build *.egg-info demo.png
+	rm -rf .venv .venv-cross build *.egg-info demo.png

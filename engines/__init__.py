@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
 from lcm_compile.system.stopwatch import Report
 from lcm_compile.system.versions import installed_version
-from lcm_compile.targets import TARGETS, GpuTarget
+from lcm_compile.targets import PRECISIONS, TARGETS, GpuTarget
 
 # The module of each backend, in the order in which choose_backend tries them.
 BACKENDS = {
@@ -30,8 +30,12 @@ BACKENDS = {
     "onnxruntime-tensorrt": "lcm_compile.engines.onnxruntime_tensorrt",
 }
 
+# Those whose engines can run on GPUs of several compute capabilities.
+FOR_SEVERAL = ("tensorrt-rtx",)
+
 ON_THE_GPU = (
     "on the machine with the {} itself: pip install 'lcm-compile[tensorrt]', and build there; "
+    "or here, in an environment of its own: pip install 'lcm-compile[cross]'; "
     "lcm-compile doctor shows what works"
 )
 
@@ -121,10 +125,32 @@ def cannot_build_from(
     If `graph_format` is given, a backend that builds from graphs of another format can't build either.
     """
     backend = find_backend(name)
+    if target.further_capabilities and name not in FOR_SEVERAL:
+        return "builds for one kind of GPU at a time"
     reason = backend.cannot_build(target, precision)
     if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
-        return f"builds from {backend.GRAPH_FORMAT} graphs"
+        return f"it builds from {backend.GRAPH_FORMAT} graphs; these are {graph_format}"
     return reason
+
+
+def shared_target(
+    name: str, target: GpuTarget, others: Sequence[GpuTarget], precision: Precision
+) -> tuple[GpuTarget, GpuTarget, tuple[str, ...]]:
+    """Returns what a backend builds engines for: for a target alone, with others, and which others those are.
+
+    Of several compute capabilities a target keeps those for which the backend builds in the precision. The
+    second is the target with the capabilities of those others too for which it builds.
+    """
+    if name not in FOR_SEVERAL:
+        return target, target, ()
+
+    def able(one: GpuTarget) -> list[str]:
+        return [c for c in one.capabilities if not cannot_build_from(name, one.of([c]), precision, None)]
+
+    joined = [other for other in others if able(other)]
+    found = {c for one in (target, *joined) for c in able(one)}
+    wide = target.of([c for c in PRECISIONS if c in found])
+    return target.of(able(target)), wide, tuple(other.name for other in joined)
 
 
 def find_target_here() -> str:

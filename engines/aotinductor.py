@@ -1,8 +1,9 @@
 """AOTInductor: torch's own compiler, which compiles ahead of time to machine code that torch loads.
 
-The .pt2 file that it writes holds code and weights. The file can be moved, because it refers to no path, and
-running it needs only torch's library. Code for a CPU uses the instruction set of the processor that compiled
-it; code for a GPU is compiled on that GPU.
+The .pt2 file that it writes holds code, and the .safetensors file beside it the weights. They can be moved,
+because they refer to no path, and running them needs only torch's library. Code for a CPU uses the
+instruction set of the processor that compiled it. Code for a GPU is compiled on that GPU, or without it with
+some versions of torch: see absent_gpu.
 """
 
 from __future__ import annotations
@@ -17,24 +18,54 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lcm_compile.engines import other_version
+from lcm_compile.engines import absent_gpu, other_version
 from lcm_compile.engines.cuda_toolkit import missing_toolkit, toolkit_for_torch
 from lcm_compile.engines.gpu import cannot_run_on_gpu, torch_cuda
-from lcm_compile.engines.gpu_rewrites import split_group_norm, split_wide_attention
+from lcm_compile.engines.gpu_rewrites import (
+    choose_attention,
+    join_upsampling,
+    lay_out_convolutions,
+    split_group_norm,
+    split_wide_attention,
+)
 from lcm_compile.engines.runner import Array
 from lcm_compile.engines.tensors import TensorRunner, fp32_of, prepare_torch
+from lcm_compile.engines.weights_file import read_weights, write_weights
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
+from lcm_compile.system.child_process import call_in_child
 from lcm_compile.system.processor import instruction_set
 from lcm_compile.targets import GpuTarget
 
+if TYPE_CHECKING:
+    import torch
+    from torch.export import ExportedProgram
+
 GRAPH_FORMAT = "torch_export"
 PACKAGES = ("torch",)
-# Headers that are precompiled for the next build would leave hundreds of megabytes on the disk.
-SETTINGS = {"aot_inductor.precompile_headers": False}
+WEIGHTS = ".safetensors"
+SETTINGS = {
+    # Headers that are precompiled for the next build would leave hundreds of megabytes on the disk.
+    "aot_inductor.precompile_headers": False,
+    # Weights are not in the package, which torch unpacks whenever it is loaded; the compiler returns them.
+    "aot_inductor.package_constants_in_so": False,
+    "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+}
+# More settings for a GPU that is not here.
+WITHOUT_GPU = {
+    # Small weights would be written into the code, and here only their shapes are known.
+    "always_keep_tensor_constants": True,
+    # What is constant in a graph would be computed on the GPU.
+    "joint_graph_constant_folding": False,
+    # Kernels are compiled before the code that launches them is written, and by this process.
+    "triton.autotune_at_compile_time": True,
+    "compile_threads": 1,
+    # torch's own launcher would load each kernel.
+    "use_static_cuda_launcher": False,
+}
 
 
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
@@ -42,7 +73,10 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     if precision.is_quantized:
         return f"it compiles no 8-bit products; use {precision.floats}"
     if reason := cannot_run(target):
-        return reason if target.is_cpu else f"{reason}. It compiles only on the GPU that will run the engine"
+        if target.is_cpu or importlib.util.find_spec("torch") is None:
+            return reason
+        if why_not := absent_gpu.cannot_compile(target):
+            return f"{reason}; {why_not}"
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
     if shutil.which(compiler := os.environ.get("CXX", "g++")) is None:
@@ -83,39 +117,67 @@ def cannot_load(built_with: str, options: Mapping[str, Any]) -> str | None:
 
 
 def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
-    """Returns the compiler's settings for the target, and this processor's instruction set."""
-    return {**settings(target), "instruction_set": instruction_set()}
+    """Returns the compiler's settings for the target, and the instruction set that an engine needs to run.
 
-
-def settings(target: GpuTarget) -> dict[str, Any]:
-    """Returns the settings of torch's compiler for the target.
-
-    On a GPU the compiler computes convolutions in the channels-last layout. With `freezing` it converts their
-    weights at compile time, without it at every call (`freezing` in torch/_inductor).
-    Engines for CPUs keep the settings that they are tested with.
+    If the target is a GPU that is not here, `without_gpu` is True, and the engines of GPUs with less memory
+    may be others.
     """
-    return SETTINGS if target.is_cpu else {**SETTINGS, "freezing": True}
+    if target.is_cpu or cannot_run(target) is None:
+        return {**SETTINGS, "instruction_set": instruction_set()}
+    needed = [absent_gpu.MACHINE, *absent_gpu.HOST_FEATURES]
+    known = {"instruction_set": needed, "without_gpu": True, "memory": target.memory_bytes}
+    return {**SETTINGS, **WITHOUT_GPU, **known}
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
-    """Compiles the graph to `folder/<stage>.pt2`. Raises BackendError if torch can't compile it."""
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, options: Mapping[str, Any]) -> Path:
+    """Compiles the graph to `folder/<stage>.pt2`, and writes its weights beside that file.
+
+    Raises BackendError if torch can't compile it.
+    """
+    if options.get("without_gpu"):
+        return call_in_child(compile_without_gpu, graph, target, folder)
+    return compile_graph(graph, target, folder)
+
+
+def compile_without_gpu(graph: ExportedGraph, target: GpuTarget, folder: Path) -> Path:
+    """Does as `build`, for a GPU that is not here. The process compiles for that GPU alone from then on."""
+    os.environ["ATEN_CPU_CAPABILITY"] = "avx2"  # which torch's compiler takes for what the host can do
+    absent_gpu.pretend(target)
+    return compile_graph(graph, target, folder, without_gpu=True)
+
+
+def compile_graph(graph: ExportedGraph, target: GpuTarget, folder: Path, without_gpu: bool = False) -> Path:
+    """Does as `build`, in this process."""
     import torch
+    from torch._inductor.package import package_aoti
     from torch.export.passes import move_to_device_pass
 
-    program = torch.export.load(graph.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.load(graph.path)
+    name_constants(program)
+    settings = {**SETTINGS, **(WITHOUT_GPU if without_gpu else {}), "aot_inductor.package": True}
+    values: dict[str, torch.Tensor] = {}
+    scope: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if not target.is_cpu:
         split_wide_attention(program, target)
         split_group_norm(program)
-        program = move_to_device_pass(program, "cuda")
+        join_upsampling(program)
+        lay_out_convolutions(program)
+        if without_gpu:
+            choose_attention(program, target)
+            values, scope = absent_gpu.with_fake_weights(program)
+        with scope:
+            program = move_to_device_pass(program, "cuda:0" if without_gpu else "cuda")
     path = folder / f"{graph.contract.name}.pt2"
     exactly = fp32_of(graph.precision, "cpu" if target.is_cpu else "cuda")
-    with compiler_in(folder, target), exactly, torch.no_grad():  # `freezing` has no effect with gradients
+    with compiler_in(folder, target), exactly, torch.no_grad():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # torch's, of its own use of torch
-                torch._inductor.aoti_compile_and_package(
-                    program, package_path=str(path), inductor_configs=dict(settings(target))
-                )
+                warnings.simplefilter("ignore")  # torch's, of its own use of torch
+                module, (inputs, _) = program.module(check_guards=False), program.example_inputs
+                made: Any = torch._inductor.aot_compile(module, inputs, options=settings)
+                package_aoti(str(path), [file for file in made if isinstance(file, str)])
         except OSError:
             raise
         except Exception as error:  # the compiler and its tools raise errors of unrelated classes
@@ -124,7 +186,20 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
                 f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
                 "--backend auto chooses another; LCM_COMPILE_DEBUG=1 shows the compiler's full error",
             ) from error
+    [weights] = [file for file in made if not isinstance(file, str)]
+    write_weights(
+        path.with_suffix(WEIGHTS), {name: values.get(name, weight) for name, (weight, _) in weights.items()}
+    )
     return path
+
+
+def name_constants(program: ExportedProgram) -> None:
+    """Makes the constants of a program its buffers, because torch's compiler gives others new names."""
+    from torch.export.graph_signature import InputKind
+
+    for spec in program.graph_signature.input_specs:
+        if spec.kind == InputKind.CONSTANT_TENSOR:
+            spec.kind, spec.persistent = InputKind.BUFFER, False
 
 
 @contextlib.contextmanager
@@ -152,11 +227,25 @@ def load(
     return AotInductorRunner(path, contract, precision)
 
 
+@contextlib.contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Lets cuDNN time its kernels for each convolution during a block, instead of guessing the fastest."""
+    import torch
+
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class AotInductorRunner(TensorRunner):
     """A compiled engine. Each call returns new tensors, and calls from several threads run one at a time."""
 
     def __init__(self, path: Path, contract: StageContract, precision: Precision = Precision.FP32) -> None:
         import torch
+        from safetensors import SafetensorError
 
         self._turn = threading.Lock()
         # torch._inductor.aoti_load_package returns a wrapper of this class, but first compiles a C++ program
@@ -166,7 +255,11 @@ class AotInductorRunner(TensorRunner):
         # GPU has finished the previous one, and can't be captured (github.com/pytorch/pytorch/pull/148601).
         try:
             self._model: Any = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-        except RuntimeError as error:
+            super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
+            self._weights = read_weights(path.with_suffix(WEIGHTS), self.device)
+            # Not for a later swap; all of them; and used where they are, which is why they are kept.
+            self._model.load_constants(self._weights, False, True, True)
+        except (RuntimeError, OSError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             # Torch unpacks the engine there, and looks at no other folder if the variable names a bad one.
             hint = (
@@ -175,15 +268,18 @@ class AotInductorRunner(TensorRunner):
                 else REBUILD
             )
             raise BackendError(f"torch {torch.__version__} can't open {path}: {reason}", hint) from error
-        super().__init__(contract, self._model.get_metadata()["AOTI_DEVICE_KEY"])
         self._precision = precision
+        self._is_new = True
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
         model = self.opened(self._model)
         with self._turn, torch.inference_mode(), fp32_of(self._precision, self.device):
-            outputs = model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
+            # The first call is never captured, and cuDNN keeps what it finds for each convolution.
+            with fastest_convolutions() if self._is_new else contextlib.nullcontext():
+                outputs = model.run([self.tensor(s, inputs[s.name]) for s in self.contract.inputs])
+            self._is_new = False
         return {s.name: output for s, output in zip(self.contract.outputs, outputs, strict=True)}
 
     def cannot_capture(self) -> str | None:
@@ -193,3 +289,4 @@ class AotInductorRunner(TensorRunner):
     def close(self) -> None:
         """Frees the model."""
         self._model = None
+        self._weights = {}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from pathlib import Path
 
 from lcm_compile.targets import GpuTarget
 
 DRIVER = Path("/sys/module/nvidia/version")  # the version of the kernel module
 LIBRARY = "libcuda.so.1"
-RTLD_DI_LINKMAP = 2  # of dlinfo, in <dlfcn.h>
 # The oldest driver for each major CUDA version, from the table in NVIDIA's CUDA toolkit release notes.
 LEAST_DRIVERS = {12: 525, 13: 580}
 
@@ -31,10 +29,10 @@ def cannot_run_on_gpu(target: GpuTarget, cuda: int | None = None) -> str | None:
         # Torch sees no GPU if the driver is too old.
         return old_driver(cuda) or old_driver(torch_cuda()) or f"no NVIDIA GPU here ({why_no_gpu()})"
     name, capability = here
-    if capability != target.compute_capability:
+    if capability not in target.capabilities:
         return (
             f"the GPU here is {name} (compute capability {capability}), "
-            f"{target.name} is {target.compute_capability}"
+            f"{target.name} is {', '.join(target.capabilities)}"
         )
     return old_driver(cuda)
 
@@ -88,24 +86,6 @@ def driver_cuda() -> int | None:
     except (OSError, AttributeError):
         return None
     return None if failed else version.value // 1000
-
-
-class LinkMap(ctypes.Structure):
-    """The start of glibc's `struct link_map`, which describes a loaded library."""
-
-    _fields_ = (("address", ctypes.c_void_p), ("file", ctypes.c_char_p))
-
-
-def driver_library() -> Path | None:
-    """Returns the file of the driver's library that programs load here, or None without a driver."""
-    try:
-        library = ctypes.CDLL(LIBRARY)
-    except OSError:
-        return None
-    found = ctypes.POINTER(LinkMap)()
-    handle = ctypes.c_void_p(library._handle)
-    failed = ctypes.CDLL(None).dlinfo(handle, RTLD_DI_LINKMAP, ctypes.byref(found))
-    return None if failed else Path(os.fsdecode(found.contents.file)).resolve()
 
 
 def old_driver(cuda: int | None) -> OldDriver | None:

@@ -9,15 +9,19 @@ import math
 import operator
 from typing import TYPE_CHECKING, Any
 
+from lcm_compile.errors import BackendError
 from lcm_compile.targets import GpuTarget
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import Node
 
-# The widest heads that FlashAttention and cuDNN compute. For wider ones torch takes its memory-efficient
+# The widest heads that FlashAttention computes. For wider ones torch takes its memory-efficient
 # kernel, which is several times slower.
 WIDEST = 256
+# The widest heads that cuDNN computes, and the compute capabilities for which torch prefers cuDNN's kernel.
+WIDEST_OF_CUDNN = 128
+PREFER_CUDNN = ("9.0", "10.0")
 # The most memory that scores and their softmax may take, as a share of the GPU's.
 MOST_MEMORY = 1 / 8
 # The least bytes of a map that no longer fits into most GPUs' L2 cache.
@@ -131,6 +135,137 @@ def group_norm_by_channel(graph: Any, node: Node) -> Node:
     return add(aten.to.dtype, result, value_of(node).dtype)
 
 
+def join_upsampling(program: ExportedProgram) -> int:
+    """Replaces the four convolutions that double a map by one transposed convolution, in place.
+
+    Returns how many there are. Upsampling in stages/rewrites.py is the four. Their weights are those of the
+    one, in another order: no number changes. A GPU then writes neither four padded maps nor four parts of the
+    result: SDXL's decoder moves 15.7 GB instead of 19.2.
+    """
+    import torch
+
+    shuffles = nodes_of(program, torch.ops.aten.pixel_shuffle.default)
+    found = [(node, four) for node in shuffles if (four := corners(node))]
+    for node, four in found:
+        replace(node, doubling(program.graph_module.graph, node, four))
+    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return len(found)
+
+
+def corners(node: Any) -> list[Any] | None:
+    """Returns the four 2×2 convolutions of one map whose results a pixel_shuffle interleaves, or None."""
+    import torch
+
+    aten = torch.ops.aten
+    joined = node.args[0]
+    stacked: Any = joined.args[0] if called(joined, aten.reshape.default, aten.view.default) else None
+    if node.args[1] != 2 or not called(stacked, aten.stack.default) or stacked.args[1:] != (2,):
+        return None
+    four = list(stacked.args[0])
+    pads = [four_th.args[0] for four_th in four if called(four_th, aten.conv2d.default)]
+    if len(pads) != 4 or not all(called(pad, aten.pad.default) for pad in pads):
+        return None
+    # Of the left, the right, the top and the bottom of the map: see Upsampling.
+    expected = [[1 - i % 2, i % 2, 1 - i // 2, i // 2] for i in range(4)]
+    same = len({pad.args[0] for pad in pads}) == 1 and len({one.args[2:] for one in four}) == 1
+    plain = all(len(one.args) <= 3 and not one.kwargs for one in four)
+    zeros = all(len(pad.args) == 2 and not pad.kwargs for pad in pads)
+    kernels = all(value_of(one.args[1]).shape[2:] == (2, 2) for one in four)
+    return four if same and plain and zeros and kernels and [p.args[1] for p in pads] == expected else None
+
+
+def called(node: Any, *functions: Any) -> bool:
+    """Returns whether a node is a call of one of these functions."""
+    return getattr(node, "target", None) in functions
+
+
+def doubling(graph: Any, node: Node, four: list[Any]) -> Node:
+    """Adds a transposed convolution of stride 2 before a node, and returns it.
+
+    Row 2i of its result is K₃·x(i−1) + K₁·x(i), and row 2i + 1 is K₂·x(i) + K₀·x(i+1), for the rows K of its
+    4×4 weights (c, c', 4, 4). So are its columns.
+    """
+    import torch
+
+    aten, add = torch.ops.aten, Adding(graph, node)
+    x = four[0].args[0].args[0]
+    bias = four[0].args[2] if len(four[0].args) > 2 else None
+    outputs, inputs = value_of(four[0].args[1]).shape[:2]
+    weights = add(aten.stack.default, [one.args[1] for one in four])
+    weights = add(aten.reshape.default, weights, [2, 2, outputs, inputs, 2, 2])
+    weights = add(aten.permute.default, weights, [3, 2, 4, 0, 5, 1])
+    weights = add(aten.reshape.default, weights, [inputs, outputs, 4, 4])
+    weights = add(aten.flip.default, weights, [2, 3])
+    return add(aten.conv_transpose2d.input, x, weights, bias, [2, 2], [1, 1])
+
+
+def choose_attention(program: ExportedProgram, target: GpuTarget) -> None:
+    """Replaces each attention by the kernel that torch would take on the target, in place.
+
+    torch chooses by asking the GPU, so where there is none it must be told. Raises BackendError for attention
+    of a kind that our models have not.
+    """
+    import torch
+
+    for node in nodes_of(program, torch.ops.aten.scaled_dot_product_attention.default):
+        replace(node, chosen_attention(program.graph_module.graph, node, target))
+
+
+def chosen_attention(graph: Any, node: Node, target: GpuTarget) -> Node:
+    """Adds attention by a certain kernel before a node of attention (…, tokens, width), and returns the last.
+
+    cuDNN's and FlashAttention's kernels are for half precision, and no mask. Masks are those of the text
+    encoders: their scores are few, so they are computed by products, in fp32 as the kernels do inside. The
+    other kernels take widths that are multiples of 8, to which zeros are added.
+    """
+    import torch
+
+    aten, add = torch.ops.aten, Adding(graph, node)
+    if set(node.kwargs) - {"scale"} or len(node.args) > 4:
+        raise BackendError(f"torch's attention with {', '.join(node.kwargs)} is for a GPU that is here")
+    query, key, value = node.args[:3]
+    dtype, width = value_of(query).dtype, value_of(query).shape[-1]
+    scale = node.kwargs.get("scale") or width**-0.5
+    if len(node.args) == 4:
+        query, key, value = (add(aten.to.dtype, array, torch.float32) for array in (query, key, value))
+        transposed = add(aten.transpose.int, add(aten.mul.Tensor, key, scale), -2, -1)
+        scores = add(aten.matmul.default, query, transposed)
+        if value_of(mask := node.args[3]).dtype == torch.bool:
+            scores = add(aten.masked_fill.Scalar, scores, add(aten.logical_not.default, mask), float("-inf"))
+        else:
+            scores = add(aten.add.Tensor, scores, mask)
+        result = add(aten.matmul.default, add(aten.softmax.int, scores, -1), value)
+        return add(aten.to.dtype, result, dtype)
+    padding = -width % 8
+    if padding:
+        query, key, value = (add(aten.constant_pad_nd.default, a, [0, padding]) for a in (query, key, value))
+    half = dtype in (torch.float16, torch.bfloat16)
+    if half and width + padding <= WIDEST_OF_CUDNN and target.compute_capability in PREFER_CUDNN:
+        kernel = aten._scaled_dot_product_cudnn_attention.default
+        several = add(kernel, query, key, value, None, False, scale=scale)
+    elif half and width + padding <= WIDEST:
+        several = add(aten._scaled_dot_product_flash_attention.default, query, key, value, scale=scale)
+    else:
+        kernel = aten._scaled_dot_product_efficient_attention.default
+        several = add(kernel, query, key, value, None, False, scale=scale)
+    result = add.item(several, 0)
+    return add(aten.slice.Tensor, result, -1, 0, width) if padding else result
+
+
+def lay_out_convolutions(program: ExportedProgram) -> None:
+    """Stores the weights of convolutions with their channels last, in place.
+
+    On a GPU torch's compiler computes convolutions in this layout, and would convert weights at every call.
+    """
+    import torch
+
+    for name, weight in program.state_dict.items():
+        if weight.dim() == 4:
+            laid_out = weight.detach().to(memory_format=torch.channels_last)
+            program.state_dict[name] = torch.nn.Parameter(laid_out, requires_grad=False)
+
+
 class Adding:
     """Adds calls to a graph before a node, with what they give for the program's fake arrays."""
 
@@ -149,7 +284,9 @@ class Adding:
 
 
 def value_of(argument: Any) -> Any:
-    """Returns the fake array of a node, and any other argument as it is."""
+    """Returns the fake array of a node, those of a list of nodes, and any other argument as it is."""
+    if isinstance(argument, list):
+        return [value_of(one) for one in argument]
     return argument.meta["val"] if hasattr(argument, "meta") else argument
 
 

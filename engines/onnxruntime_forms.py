@@ -1,16 +1,17 @@
-"""Rewrites a graph in the forms that ONNX Runtime's CPU provider computes well.
+"""Rewrites a graph in the forms that ONNX Runtime's CPU provider or its CUDA provider computes well.
 
-ONNX Runtime 1.31 computes the standard's Attention by storing the scores of all heads, GroupNormalization as
-29 nodes of other operators, a convolution in 8 bits only if its output is rounded to 8 bits as well, and a
-matrix product with a bias not in 8 bits at all. Each form here replaces one node, where shapes and types
-allow it. Exported graphs keep the standard's operators: other backends have kernels for these.
+On a CPU, ONNX Runtime 1.31 computes the standard's Attention by storing the scores of all heads,
+GroupNormalization as 29 nodes of other operators, a convolution in 8 bits only if its output is rounded to 8
+bits as well, and a matrix product with a bias not in 8 bits at all. Each form here replaces one node, where
+shapes and types allow it. The CUDA provider has no kernel of GroupNormalization either. Exported graphs keep
+the standard's operators: other backends have kernels for these.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,15 @@ FEW_KEYS = 256
 ZERO_POINT = 128
 # A bias that is larger than this in units of its scale is not rounded to an integer of 32 bits.
 LARGEST_BIAS = 1 << 30
+
+# What CUDA's kernel of GroupNorm takes (contrib_ops/cuda/diffusion/group_norm_impl.cu in ONNX Runtime): its
+# numbers of groups and of pictures, and numbers of channels that its blocks divide into whole groups.
+CUDA_GROUPS = 32
+CUDA_BATCH = 32
+CUDA_CHANNELS = (128, 256, 320, 512, 640, 960, 1280, 1920, 2560)
+
+# A function that returns what a node gives, made of other nodes, or None where the node must stay as it is.
+Form = Callable[[ir.Node, "Builder"], ir.Value | None]
 
 
 class Builder:
@@ -68,16 +78,16 @@ class Builder:
         return np.fromfile(path, tensor.dtype.numpy(), tensor.size, offset=offset).reshape(value_shape(value))
 
 
-def with_cpu_forms(path: Path) -> bytes:
-    """Returns the model in an ONNX file with each node in its form of FORMS, as the content of an ONNX file.
+def with_forms(path: Path, forms: Mapping[str, Form]) -> bytes:
+    """Returns the model in an ONNX file with each node in its form, as the content of an ONNX file.
 
-    Weights that the model keeps in a file of their own stay there.
+    `forms` is CPU_FORMS or CUDA_FORMS. Weights that the model keeps in a file of their own stay there.
     """
     model = ir.load(path)
     graph = model.graph
     graph.opset_imports.setdefault(MICROSOFT, 1)
     for node in list(graph):
-        form = FORMS.get(node.op_type)
+        form = forms.get(node.op_type)
         if form is None or node.domain:
             continue
         builder = Builder(node, path.parent)
@@ -231,14 +241,59 @@ def quantized_convolution(node: ir.Node, builder: Builder) -> ir.Value | None:
     return builder.op("DequantizeLinear", [small, builder.constant(output_scales), zeros], {"axis": 1})
 
 
-# The form of each operator: a function that returns None where the node must stay as it is.
-FORMS: dict[str, Callable[[ir.Node, Builder], ir.Value | None]] = {
+def group_norm(node: ir.Node, builder: Builder) -> ir.Value | None:
+    """Returns the output of GroupNormalization by the one kernel of it that CUDA has, or None.
+
+    That is com.microsoft's GroupNorm. It wants channels last and the scales and shifts in fp32, and takes two
+    channels at a time. ONNX Runtime removes the transpositions between it and convolutions, if these have
+    their channels last too.
+    """
+    x, *affine = node.inputs
+    assert x is not None
+    shape, groups = value_shape(x), attribute(node, "num_groups", 0)
+    types = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    if len(shape) != 4 or x.dtype not in types or groups != CUDA_GROUPS or shape[0] > CUDA_BATCH:
+        return None
+    if shape[1] not in CUDA_CHANNELS or any(one is None or one.const_value is None for one in affine):
+        return None
+    numbers = [builder.constant(builder.array(one).astype(np.float32)) for one in affine if one is not None]
+    settings = {"groups": groups, "epsilon": attribute(node, "epsilon", 1e-5), "activation": 0}
+    last = builder.op("Transpose", [x], {"perm": (0, 2, 3, 1)})
+    normal = builder.op("GroupNorm", [last, *numbers], settings, domain=MICROSOFT)
+    return builder.op("Transpose", [normal], {"perm": (0, 3, 1, 2)})
+
+
+def silu_of_group_norm(node: ir.Node, builder: Builder) -> ir.Value | None:
+    """Returns x · sigmoid(x) of what group_norm made, by that one node, or None."""
+    x = next(
+        (v for v in node.inputs if v is not None and (p := v.producer()) and p.op_type != "Sigmoid"), None
+    )
+    others = [value.producer() for value in node.inputs if value is not None and value is not x]
+    if (
+        x is None
+        or len(x.uses()) != 2
+        or [o and (o.op_type, o.inputs[0]) for o in others] != [("Sigmoid", x)]
+    ):
+        return None
+    back = x.producer()
+    normal = None if back is None or back.op_type != "Transpose" else back.inputs[0]
+    made_by = None if normal is None else normal.producer()
+    if made_by is None or (made_by.op_type, made_by.domain) != ("GroupNorm", MICROSOFT):
+        return None
+    settings = {name: attribute(made_by, name, 0) for name in ("groups", "epsilon")}
+    result = builder.op("GroupNorm", made_by.inputs, {**settings, "activation": 1}, domain=MICROSOFT)
+    return builder.op("Transpose", [result], {"perm": (0, 3, 1, 2)})
+
+
+# The forms of operators for a processor, and for CUDA.
+CPU_FORMS: dict[str, Form] = {
     "Add": bias_of_product,
     "Attention": multi_head_attention,
     "Conv": quantized_convolution,
     "GroupNormalization": instance_normalization,
     "MatMul": quantized_product,
 }
+CUDA_FORMS: dict[str, Form] = {"GroupNormalization": group_norm, "Mul": silu_of_group_norm}
 
 
 def attribute(node: ir.Node, name: str, default: float) -> Any:

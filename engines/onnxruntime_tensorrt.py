@@ -24,6 +24,8 @@ PACKAGES = shared.PACKAGES
 PROVIDER = "TensorrtExecutionProvider"
 LIBRARIES = (*shared.CUDA_LIBRARIES, "libnvinfer.so.10", "libnvonnxparser.so.10")
 TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+# Bytes of weights of an engine that fits with them into one ONNX file, which can hold 2 GB.
+MOST_WEIGHTS = 1_500_000_000
 INSTALL = f"{shared.INSTALL_CUDA} 'tensorrt<11'"
 
 
@@ -69,10 +71,10 @@ def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
 def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
     """Writes an ONNX file that contains the engine. The provider builds both when a session is opened.
 
-    Raises BackendError in two cases: the graph's weights are in a file of their own, which means that the
-    engine is too large for one ONNX file; or TensorRT can't build the complete stage as one engine.
+    Raises BackendError in two cases: the weights are so large that the engine would be too large for one ONNX
+    file; or TensorRT can't build the complete stage as one engine.
     """
-    if graph.path.with_name(graph.path.name + ".data").exists():
+    if graph.weights.exists() and graph.weights.stat().st_size > MOST_WEIGHTS:
         raise BackendError(
             f"the {graph.contract.name} stage is too large for one ONNX file, which can hold 2 GB",
             "--backend tensorrt",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import numpy as np
@@ -63,6 +63,10 @@ class Runner(ABC):
     def to_host(self, array: Array) -> np.ndarray:
         """Returns the array as a NumPy array."""
         return as_numpy(array)
+
+    def all_to_host(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Returns the arrays as NumPy arrays, and waits for a GPU once."""
+        return [self.to_host(array) for array in arrays]
 
     def share_scratch(self, scratch: Scratch) -> None:  # noqa: B027 - not abstract: most engines ignore it
         """Lets an engine on a GPU compute in memory that it shares with other engines of its pipeline.
@@ -126,6 +130,9 @@ class ForwardingRunner(Runner):
 
     def to_host(self, array: Array) -> np.ndarray:
         return self.runner().to_host(array)
+
+    def all_to_host(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        return self.runner().all_to_host(arrays)
 
     def cannot_capture(self) -> str | None:
         return self.runner().cannot_capture()

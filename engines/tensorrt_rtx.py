@@ -16,13 +16,13 @@ from lcm_compile.engines.tensorrt_caches import KernelCache, kernels_path
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
 from lcm_compile.precisions import Precision
-from lcm_compile.targets import GpuTarget
+from lcm_compile.targets import RTX, GpuTarget
 
 GRAPH_FORMAT = "onnx"
 PACKAGES = ("tensorrt-rtx",)
 INSTALL = "pip install 'lcm-compile[rtx]'"
 # The compute capabilities that it builds for.
-CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+CAPABILITIES = RTX.capabilities
 WITHOUT_FP32 = ("7.5",)  # its builder refuses fp32 products there: "FP32 GEMM is not supported"
 
 
@@ -30,15 +30,15 @@ def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     """Returns why this machine can't build an engine for the target in that precision, or None."""
     if target.is_cpu:
         return "builds for NVIDIA GPUs only"
-    if target.compute_capability not in CAPABILITIES:
+    if not set(target.capabilities) <= set(CAPABILITIES):
         return (
             f"it builds for compute capabilities {', '.join(CAPABILITIES)}; "
-            f"{target.description} is {target.compute_capability}"
+            f"{target.description} is {', '.join(target.capabilities)}"
         )
     if not target.computes(precision):
         return f"{target.description} does not compute in {precision}"
-    if target.compute_capability in WITHOUT_FP32 and precision.floats == "fp32":
-        return f"it has no fp32 products for compute capability {target.compute_capability}; use fp16"
+    if set(target.capabilities) <= set(WITHOUT_FP32) and precision.floats == "fp32":
+        return f"it has no fp32 products for compute capability {', '.join(WITHOUT_FP32)}; use fp16"
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return f"tensorrt_rtx is not installed; {INSTALL}"
     return None
@@ -61,12 +61,12 @@ def options(target: GpuTarget, *_: object) -> Mapping[str, Any]:
         "optimization_level": shared.OPTIMIZATION_LEVEL,
         "tf32": shared.TF32,
         "user_allocation": True,
-        "compute_capabilities": [target.compute_capability],
+        "compute_capabilities": [*target.capabilities],
     }
 
 
-def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> Path:
-    """Builds `folder/<stage>.engine` for the target's compute capability.
+def build(graph: ExportedGraph, target: GpuTarget, folder: Path, options: Mapping[str, Any]) -> Path:
+    """Builds `folder/<stage>.engine`, which runs on GPUs of each compute capability that the options have.
 
     Raises BackendError as tensorrt.build_with does, and if TensorRT for RTX refuses the compute capability.
     """
@@ -75,13 +75,13 @@ def build(graph: ExportedGraph, target: GpuTarget, folder: Path, *_: object) -> 
     def configure(config: Any) -> None:
         # Without this the engine may allocate memory while it runs, and then it can't be captured.
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
-        assert target.compute_capability is not None
-        name = "SM" + target.compute_capability.replace(".", "")
-        config.num_compute_capabilities = 1
-        # The setter returns False instead of raising. Without a capability, the build would make a different
-        # engine.
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, name), 0):
-            raise BackendError(f"tensorrt_rtx {trt.__version__} refuses compute capability {name}")
+        names = ["SM" + capability.replace(".", "") for capability in options["compute_capabilities"]]
+        config.num_compute_capabilities = len(names)
+        for i, name in enumerate(names):
+            # The setter returns False instead of raising. Without a capability, the build would make a
+            # different engine.
+            if not config.set_compute_capability(getattr(trt.ComputeCapability, name), i):
+                raise BackendError(f"tensorrt_rtx {trt.__version__} refuses compute capability {name}")
 
     return shared.build_with(trt, graph, folder, configure)
 

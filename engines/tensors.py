@@ -168,4 +168,20 @@ class TensorRunner(Runner):
 
     def to_host(self, array: Array) -> np.ndarray:
         """Returns the array as a NumPy array, and waits for the GPU if it has yet to compute it."""
-        return array if isinstance(array, np.ndarray) else array.cpu().numpy()
+        if isinstance(array, np.ndarray):
+            return array
+        return self.all_to_host([array])[0] if self.device == "cuda" else array.cpu().numpy()
+
+    def all_to_host(self, arrays: Sequence[Array]) -> list[np.ndarray]:
+        """Returns tensors as NumPy arrays. From a GPU they are copied to pinned memory, behind one event."""
+        if self.device != "cuda":
+            return super().all_to_host(arrays)
+        import torch
+
+        copies = [torch.empty(array.shape, dtype=array.dtype, pin_memory=True) for array in arrays]
+        for copy, array in zip(copies, arrays, strict=True):
+            copy.copy_(array, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        done.synchronize()
+        return [copy.numpy() for copy in copies]

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import torch
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass
+from onnx_ir.tensor_adapters import TorchTensor
 from onnxscript import opset23
 
 from lcm_compile.export.quiet import quiet_exporter
@@ -22,8 +24,10 @@ from lcm_compile.stages.stage import Stage
 # Opset 23 has Attention and GroupNormalization as single nodes. Its graphs are half as large as opset 20's,
 # and TensorRT fuses such nodes best.
 OPSET = 23
-# Bytes of weights above which they are kept in a file next to the graph: a protobuf can hold 2 GB.
-INLINE_LIMIT = 1_500_000_000
+# Bytes of weights above which they are kept in a file next to the graph, which is read in place, and shared
+# by a twin. A protobuf of 2 GB could not be written at all.
+INLINE_LIMIT = 1 << 28
+TRANSPOSED = ".T"  # after the name of a weight that is stored transposed
 
 
 def quantize_linear(x: Any, scale: Any, dtype: int) -> Any:
@@ -62,7 +66,6 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
 
     If `graph` keeps its weights in a file of their own, the twin reads the weights that both have from there.
     """
-    import onnx_ir
 
     folder = graph.path.parent / "twin"
     folder.mkdir(exist_ok=True)
@@ -70,10 +73,14 @@ def onnx_twin(stage: Stage, graph: ExportedGraph) -> ExportedGraph:
     path = folder / graph.path.name
     if graph.weights.exists():
         stored = onnx_ir.load(graph.path).graph.initializers
+        weights = {f"module.{name}" for name, _ in stage.module.named_parameters()}
         for name, value in model.graph.initializers.items():
             tensor = stored[name].const_value if name in stored else None
+            is_weight = name.removesuffix(TRANSPOSED) in weights
             # Constants that were folded from the shape differ between the two graphs.
-            if isinstance(tensor, onnx_ir.ExternalTensor) and equal_tensors(tensor, value.const_value):
+            if isinstance(tensor, onnx_ir.ExternalTensor) and (
+                is_weight or equal_tensors(tensor, value.const_value)
+            ):
                 value.const_value = onnx_ir.ExternalTensor(
                     tensor.location,
                     tensor.offset,
@@ -114,6 +121,7 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
         assert program is not None
         # This comes before constants are folded: folding would give each use of a weight a transposed copy.
         CommonSubexpressionEliminationPass()(program.model)
+        transpose_weights(program.model.graph)
         program.optimize()
     for node in program.model.graph:
         node.metadata_props.clear()
@@ -121,6 +129,34 @@ def onnx_model(stage: Stage) -> torch.onnx.ONNXProgram:
     program.model.metadata_props.clear()
     note_output_scales(program.model.graph, module)
     return program
+
+
+def transpose_weights(graph: Any) -> None:
+    """Puts weights that are stored transposed in place of nodes that transpose weights.
+
+    Each is transposed when it is written, so that memory does not hold both of all weights.
+    """
+    for node in list(graph):
+        weight = node.inputs[0] if node.op_type == "Transpose" else None
+        if weight is None or not weight.is_initializer() or len(weight.shape) != 2:
+            continue
+        stored = onnx_ir.val(f"{weight.name}{TRANSPOSED}", const_value=transposed(weight.const_value))
+        graph.register_initializer(stored)
+        node.outputs[0].replace_all_uses_with(stored)
+        graph.remove(node, safe=True)
+        if not weight.uses():
+            del graph.initializers[weight.name]
+
+
+def transposed(weight: Any) -> onnx_ir.LazyTensor:
+    """Returns the transposed matrix of a weight that torch holds, which is made when it is read."""
+    raw = weight.raw
+    return onnx_ir.LazyTensor(
+        lambda: TorchTensor(raw.T.contiguous()),
+        dtype=weight.dtype,
+        shape=onnx_ir.Shape(raw.T.shape),
+        name=f"{weight.name}{TRANSPOSED}",
+    )
 
 
 def note_output_scales(graph: Any, module: torch.nn.Module) -> None:

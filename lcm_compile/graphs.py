@@ -84,7 +84,7 @@ class ExportedGraph:
 
     @property
     def weights(self) -> Path:
-        """The file next to an ONNX graph that holds its weights if they are over 2 GB."""
+        """The file next to an ONNX graph that holds its weights if they are large."""
         return self.path.with_name(f"{self.path.name}.data")
 
 

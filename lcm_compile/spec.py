@@ -268,6 +268,7 @@ class IpAdapterSpec(AddedModelSpec):
 class BuildSpec:
     """One build, as the user asks for it. Each field is the command-line option of its name.
 
+    `beside` are the other targets of the same command, with which engines that can run on several are shared.
     A `height` or `width` of None means the checkpoint's own. `weights` is `random` or `random:SEED`, or None
     for the checkpoint's own. `few_step` is `METHOD` or `METHOD:VARIANT`; None is LCM, or nothing with
     `no_lcm`. `without` are names of REWRITES to leave out. `lora_skip` are patterns, as those of file names,
@@ -282,6 +283,7 @@ class BuildSpec:
 
     base: str
     gpu: str = "cpu"
+    beside: tuple[str, ...] = ()
     lcm_lora: LoraSpec | None = None
     no_lcm: bool = False
     few_step: str | None = None
@@ -439,8 +441,10 @@ class BuildSpec:
 
     def command(self) -> str:
         """Returns the command line that asks for this build. Each field is the option of its name."""
-        words = ["lcm-compile", "build", "--base", self.base, "--gpu", self.gpu]
-        for spec in fields(self)[2:]:
+        words = ["lcm-compile", "build", "--base", self.base]
+        for gpu in (self.gpu, *self.beside):
+            words += ["--gpu", gpu]
+        for spec in fields(self)[3:]:
             value, option = getattr(self, spec.name), f"--{spec.name.replace('_', '-')}"
             if value == spec.default:
                 continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lcm_compile.errors import UsageError, unknown_name
@@ -17,7 +18,8 @@ class GpuTarget:
     """A device that engines are built for.
 
     `compute_capability` is None for a CPU. `memory_bytes` is None if it differs between machines.
-    `precisions` are the types that the device computes in.
+    `precisions` are the types that the device computes in. A target of several compute capabilities stands
+    for every GPU of these; `further_capabilities` are those after the first.
     """
 
     name: str
@@ -25,6 +27,22 @@ class GpuTarget:
     compute_capability: str | None
     memory_bytes: int | None
     precisions: tuple[str, ...]
+    further_capabilities: tuple[str, ...] = ()
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The compute capabilities. A CPU has none."""
+        return (
+            () if self.compute_capability is None else (self.compute_capability, *self.further_capabilities)
+        )
+
+    def of(self, capabilities: Sequence[str]) -> GpuTarget:
+        """Returns the target with these compute capabilities, of which there is at least one."""
+        first, *rest = capabilities
+        precisions = tuple(dict.fromkeys(name for c in capabilities for name in PRECISIONS[c]))
+        return replace(
+            self, compute_capability=first, further_capabilities=tuple(rest), precisions=precisions
+        )
 
     @property
     def is_cpu(self) -> bool:
@@ -37,10 +55,14 @@ class GpuTarget:
         return re.sub(r"^Tesla | \d+ GB$| \(.*$", "", self.description).replace(" ", "-")
 
     def needs_of_node(self, cores: int) -> dict[str, Any]:
-        """Returns what Ray is told that work for the device needs of a node: the GPU, or that many cores."""
+        """Returns what Ray is told that work for the device needs of a node: the GPU, or that many cores.
+
+        Ray can't be told of several kinds of GPU, so for such a target that is any GPU.
+        """
         if self.is_cpu:
             return {"num_cpus": cores}
-        return {"num_cpus": 1, "num_gpus": 1, "accelerator_type": self.accelerator_type}
+        kind = {} if self.further_capabilities else {"accelerator_type": self.accelerator_type}
+        return {"num_cpus": 1, "num_gpus": 1, **kind}
 
     def lacks(self, precision: Precision) -> list[str]:
         """Returns the types of a precision that the device does not compute in."""
@@ -94,6 +116,12 @@ TARGETS: dict[str, GpuTarget] = {
     )
 }
 
+# What GPUs of each compute capability compute in.
+PRECISIONS = {t.compute_capability: t.precisions for t in TARGETS.values() if t.compute_capability}
+
+# Every GPU that TensorRT for RTX builds for: see engines/tensorrt_rtx.py. It is not among TARGETS, because no
+# machine has it.
+RTX = GpuTarget("rtx", "TensorRT for RTX", "7.5", None, ()).of(("7.5", "8.0", "8.6", "8.9", "12.0", "12.1"))
 
 # The names that people may give an Apple GPU.
 APPLE = ("mac", "macos", "apple", "mps", "metal", "coreml", "m1", "m2", "m3", "m4", "m5")
@@ -108,6 +136,8 @@ def find_target(name: str) -> GpuTarget:
     def plain(text: str) -> str:
         return text.lower().replace(" ", "").replace("-", "").replace("_", "").removeprefix("rtx")
 
+    if name.strip().lower() == RTX.name:
+        return RTX
     for target in TARGETS.values():
         if plain(target.name) == plain(name):
             return target
@@ -116,4 +146,4 @@ def find_target(name: str) -> GpuTarget:
             "no backend builds engines for Apple's GPUs",
             "on a Mac, --gpu cpu builds for its processor; docs/build.md says what to expect there",
         )
-    raise unknown_name("target", name, TARGETS, "lcm-compile targets")
+    raise unknown_name("target", name, (*TARGETS, RTX.name), "lcm-compile targets")

@@ -26,11 +26,14 @@ from lcm_compile.engines.gpu import gpu_here, why_no_gpu
 from lcm_compile.precisions import Precision
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.processor import read_processor
+from lcm_compile.system.stopwatch import Stopwatch
 from lcm_compile.system.versions import RECORDED_PACKAGES, versions_of
 from lcm_compile.targets import TARGETS
 
 if TYPE_CHECKING:
+    from lcm_compile.builder.plan import Plan
     from lcm_compile.bundles.bundle import EngineBundle
+    from lcm_compile.bundles.export_manifest import Export
 
 MODELS = {
     "sdxl": BuildSpec("sdxl", weights="random"),
@@ -149,6 +152,12 @@ class Engines:
 
 def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     """Builds the bundle of some engines. Raises Missing if the target or the backend can't do that."""
+    check_can_build(target, engines)
+    tell_of(build_quickly(engines.spec(work, target), engines.bundle(work), note), note)
+
+
+def check_can_build(target: str, engines: Engines) -> None:
+    """Raises Missing if the target or the backend can't do what engines are asked to do."""
     from lcm_compile.builder.plan import default_precision
 
     precision = Precision.of(engines.precision or default_precision(TARGETS[target]), "fp16")
@@ -156,7 +165,11 @@ def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
         raise Missing(f"{TARGETS[target].description} does not compute in {' and '.join(lacking)}")
     if reason := find_backend(engines.backend).cannot_build(TARGETS[target], precision):
         raise Missing(reason)
-    manifest = build_quickly(engines.spec(work, target), engines.bundle(work), note).manifest
+
+
+def tell_of(bundle: EngineBundle, note: Note) -> None:
+    """Notes how the stages of a bundle compute, and how close they are to torch."""
+    manifest = bundle.manifest
     parity = {name: round(figure.db, 2) for name, figure in manifest.parity.items()}
     note(
         precisions={stage.contract.name: stage.precision for stage in manifest.stages},
@@ -166,26 +179,92 @@ def build_model(note: Note, target: str, work: Path, engines: Engines) -> None:
     )
 
 
-def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
-    """Builds a bundle as `build` does, but torch draws a small picture as the proof of a large model.
+def export_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """Exports the graphs of some engines, whose stages are then built one by one. Raises as build_model."""
+    from lcm_compile.builder.build import scheduling_of
+    from lcm_compile.builder.export import export_into
+    from lcm_compile.bundles.bundle import list_files, publishing
+    from lcm_compile.bundles.export_manifest import EXPORT
+
+    check_can_build(target, engines)
+    plan = quick_plan(engines.spec(work, target), engines.bundle(work))
+    assert plan.export is not None
+    with (
+        publishing(parts_of(work, engines) / "graphs", manifest=EXPORT) as folder,
+        scheduling_of(plan) as schedule,
+    ):
+        manifest = export_into(folder, plan.export, schedule, noting(note))
+        replace(manifest, files=list_files(folder, but=EXPORT)).write(folder)
+    note(stages=[stage.contract.name for stage in manifest.stages])
+
+
+def parts_of(work: Path, engines: Engines) -> Path:
+    """Returns the folder of the graphs of a large model, and of its engines until all are there."""
+    return work / "parts" / engines.name
+
+
+def read_export(work: Path, engines: Engines) -> Export:
+    """Returns what export_model wrote. Its gigabytes are not read to check them."""
+    from lcm_compile.bundles.export_manifest import Export, ExportManifest
+
+    folder = parts_of(work, engines) / "graphs"
+    return Export(folder, ExportManifest.read(folder)[0])
+
+
+def build_one(note: Note, target: str, work: Path, engines: Engines, name: str) -> None:
+    """Builds the engine of one stage of a model that export_model has exported."""
+    export, folder = read_export(work, engines), parts_of(work, engines)
+    stage = next(stage for stage in export.manifest.stages if stage.contract.name == name)
+    (folder / "engines").mkdir(exist_ok=True)
+    plan = quick_plan(engines.spec(work, target), engines.bundle(work))
+    path = plan.backend.build(export.graph(stage), plan.target, folder / "engines", plan.options)
+    file = path.relative_to(folder).as_posix()
+    note(file=file, megabytes=round(path.stat().st_size / 1e6, 1))
+
+
+def assemble_model(note: Note, target: str, work: Path, engines: Engines) -> None:
+    """Makes a bundle of the engines that build_one has built, and checks them."""
+    from lcm_compile.builder.build import copy_engines, finish_bundle, scheduling_of
+    from lcm_compile.bundles.bundle import open_bundle, publishing
+
+    export, folder, out = read_export(work, engines), parts_of(work, engines), engines.bundle(work)
+    files = {}
+    for stage in export.manifest.stages:
+        name = stage.contract.name
+        files[name] = json.loads((work / f"{engines.name}-{name}.json").read_text())["file"]
+    plan = quick_plan(engines.spec(work, target), out)
+    out.parent.mkdir(exist_ok=True)
+    with publishing(out) as new, scheduling_of(plan) as schedule:
+        copy_engines(folder, new)
+        finish_bundle(new, export, plan, files, schedule, Stopwatch(noting(note)))
+    shutil.rmtree(folder)
+    tell_of(open_bundle(out), note)
+
+
+def quick_plan(spec: BuildSpec, out: Path) -> Plan:
+    """Returns the plan of a build for whose proof torch draws a small picture, if the model is large.
 
     A full-size picture of SDXL takes minutes on a processor. `measure` compares full-size pictures with those
     of diffusers.
     """
-    from lcm_compile.builder.build import build_into
-    from lcm_compile.builder.export import exported
     from lcm_compile.builder.plan import GRAPH, make_plan, proof_shape
-    from lcm_compile.bundles.bundle import open_bundle, publishing
 
     plan = make_plan(spec, out)
     graphs = plan.export
     assert graphs is not None
     small = proof_shape(graphs.checkpoint, graphs.shape, GRAPH)
-    plan = replace(plan, source=replace(graphs, proof_shape=small))
+    return replace(plan, source=replace(graphs, proof_shape=small))
+
+
+def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
+    """Builds a bundle by the plan of quick_plan."""
+    from lcm_compile.builder.build import build_missing
+    from lcm_compile.bundles.bundle import open_bundle, publishing
+
+    plan = quick_plan(spec, out)
     out.parent.mkdir(exist_ok=True)
-    report = noting(note)
-    with publishing(out, lambda: None) as folder, exported(plan, folder, report) as export:
-        build_into(folder, export, plan, report)
+    with publishing(out) as folder:
+        build_missing({out: plan}, {out: folder}, noting(note))
     return open_bundle(out)
 
 
@@ -194,10 +273,11 @@ def record_proof(note: Note, target: str, work: Path, model: str) -> None:
 
     The build of a large model records a smaller picture, which a processor draws in seconds.
     """
-    from lcm_compile.benchmarks.gpu.cuda_rehearsal import CudaRehearsal
     from lcm_compile.builder.export import write_tokenizers
     from lcm_compile.builder.plan import default_precision, plan_graphs
-    from lcm_compile.builder.prepare import LoraFiles, cast_stages
+    from lcm_compile.builder.prepare import cast_stages
+    from lcm_compile.builder.prepared import LoraFiles
+    from lcm_compile.proof.cuda_rehearsal import CudaRehearsal
     from lcm_compile.proof.recording import Recordings, Rehearsal, write_proof
     from lcm_compile.stages.contracts import make_contracts, models_in
 

@@ -25,15 +25,15 @@ BUDGET = 470.0  # seconds for all items
 ON_GPU = (suite.FIRST, "onnxruntime", "tensorrt")
 
 
-def checked(model: str, backend: str) -> tuple[Item, Item]:
-    """Returns an item that builds engines, and one that verifies all of them."""
+def checked(model: str, backend: str) -> tuple[Item, ...]:
+    """Returns the items that build engines, and one that verifies all of them."""
     engines = Engines(model, backend)
     large = model != "demo"
     needs = (engines.name, f"{model}-proof") if large else (engines.name,)
     verify = Item(
         f"{engines.name}-verify", gpu_items.verify_model, (engines,), 15, 90, on_gpu=large, needs=needs
     )
-    return suite.built(engines), verify
+    return (*suite.built(engines), verify)
 
 
 # The most important items come first, because the time may run out. Backends for processors come last.
@@ -53,11 +53,11 @@ ITEMS = (
 
 @click.command()
 @suite.run_options(ITEMS, BUDGET)
-def main(only: tuple[str, ...], work: Path | None, budget: float, device: str) -> None:
+def main(only: tuple[str, ...], work: Path | None, results: Path, budget: float, device: str) -> None:
     """Check which features work on this machine; failures are in the report, and no error."""
     wanted = with_needs(only, ITEMS) if only else {item.name for item in ITEMS}
     items = [item for item in ITEMS if item.name in wanted]
-    path, _ = suite.run_in(work, items, device, budget, only, "gpu_smoke")
+    path, _ = suite.run_in(work, items, device, budget, only, "gpu_smoke", results)
     print(path)
 
 

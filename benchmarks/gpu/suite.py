@@ -22,12 +22,15 @@ from lcm_compile.benchmarks.gpu.items import Found, Item, run_items, summary_lin
 from lcm_compile.engines import BACKENDS
 from lcm_compile.output.console import print_table
 
+# Where the reports are kept in a clone.
 RESULTS = Path(__file__).parents[1] / "results"
 MACHINE = Item("machine", gpu_items.examine_machine, least=0, most=60)
 GPU_BACKENDS = [name for name in BACKENDS if name != "torchscript"]
 FIRST = "aotinductor"  # needs only torch to run; to build, also CUDA's headers and a C++ compiler
 TENSORRT = ("tensorrt", "tensorrt-rtx")
 DOCTOR = Item("doctor", gpu_items.examine_backends, most=150, without_target=True)
+# The least seconds in which the engine of a large model's stage is begun, and the most that it may take.
+STAGE_LIMITS = {"encode": (10, 90), "context": (5, 60), "step": (60, 270), "decode": (30, 150)}
 
 
 def weights(model: str, most: float) -> Item:
@@ -35,19 +38,29 @@ def weights(model: str, most: float) -> Item:
     return Item(f"{model}-weights", gpu_items.write_weights, (model,), most / 4, most, on_gpu=model != "demo")
 
 
-def built(engines: Engines) -> Item:
-    """Returns an item that builds engines."""
-    large = engines.model != "demo"
-    limits = (100, 420) if large else (20, 200)
-    needs = (f"{engines.model}-weights",)
-    return Item(engines.name, gpu_items.build_model, (engines,), *limits, on_gpu=large, needs=needs)
+def built(engines: Engines) -> tuple[Item, ...]:
+    """Returns the items that build engines; the last one has their name.
+
+    A large model is exported by one item, and each stage is built by one: what takes too long costs no other.
+    """
+    name = engines.name
+    needs: tuple[str, ...] = (f"{engines.model}-weights",)
+    if engines.model == "demo":
+        return (Item(name, gpu_items.build_model, (engines,), 20, 200, needs=needs),)
+    parts = [Item(f"{name}-export", gpu_items.export_model, (engines,), 60, 240, on_gpu=True, needs=needs)]
+    needs = (parts[0].name,)
+    for stage, limits in STAGE_LIMITS.items():
+        item = f"{name}-{stage}"
+        parts.append(Item(item, gpu_items.build_one, (engines, stage), *limits, on_gpu=True, needs=needs))
+    needs = tuple(part.name for part in parts)
+    return (*parts, Item(name, gpu_items.assemble_model, (engines,), 15, 120, on_gpu=True, needs=needs))
 
 
 def measured(engines: Engines, *rivals: str) -> Item:
     """Returns an item that measures engines in turn with rivals."""
     name = f"{engines.name}-{rivals[-1]}"
     # torch.compile takes minutes to compile a UNet.
-    limits = (120, 360) if "compile" in rivals else (30, 150)
+    limits = (120, 360) if any("compile" in rival for rival in rivals) else (30, 150)
     large = engines.model != "demo"
     return Item(
         name, gpu_items.measure, (name, engines, *rivals), *limits, on_gpu=large, needs=(engines.name,)
@@ -60,9 +73,9 @@ def graphs(engines: Engines) -> Item:
     return Item(name, gpu_items.compare_graphs, (engines,), 20, 90, on_gpu=large, needs=(engines.name,))
 
 
-def both(engines: Engines) -> tuple[Item, Item]:
+def both(engines: Engines) -> tuple[Item, ...]:
     """Returns the items that build engines, and measure them in turn with diffusers."""
-    return built(engines), measured(engines, "eager")
+    return (*built(engines), measured(engines, "eager"))
 
 
 def each(engines: Engines) -> tuple[Item, ...]:
@@ -85,8 +98,9 @@ SPEED = (
     *both(Engines("sdxl", FIRST, 4)),
     *both(Engines("sdxl", FIRST, 8)),
     *(item for name in TENSORRT for item in both(Engines("sdxl", name, precision="int8"))),
+    measured(SDXL, "compile-max"),
     weights("sd15", 120),
-    built(SD15),
+    *built(SD15),
     measured(SD15, "eager", "compile"),
     graphs(SD15),
 )
@@ -139,31 +153,45 @@ def stage_row(name: str, results: Found) -> tuple[str, ...]:
 
 
 def run_in(
-    work: Path | None, items: Sequence[Item], device: str, budget: float, again: Collection[str], name: str
+    work: Path | None,
+    items: Sequence[Item],
+    device: str,
+    budget: float,
+    again: Collection[str],
+    name: str,
+    results: Path,
 ) -> tuple[Path, dict[str, Found]]:
-    """Runs items in `work`, or in a temporary folder, and prints a line for each.
+    """Runs items in `work`, or in a temporary folder, and prints a line for each. Reports go to `results`.
 
     Returns the path of the report, and the results of each item. See run_items.
     """
     with tempfile.TemporaryDirectory(prefix="gpu-suite-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch) if work is None else work.absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        path, found = run_items(MACHINE, items, device, budget, RESULTS, folder, again, name)
-    print("\n".join(summary_line(name, results) for name, results in found.items()))
+        results.mkdir(parents=True, exist_ok=True)
+        path, found = run_items(MACHINE, items, device, budget, results, folder, again, name)
+    print("\n".join(summary_line(name, one) for name, one in found.items()))
     return path, found
 
 
 def run_options(items: Sequence[Item], budget: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds the options --only, --work, --budget and --device to a command.
+    """Returns a decorator that adds --work, --results, --budget and --device to a command, and --only.
 
-    `budget` is the default of --budget, in seconds.
+    `budget` is the default of --budget, in seconds. Without items there is no --only.
     """
+    only = click.option(
+        "--only",
+        multiple=True,
+        type=click.Choice([item.name for item in items]),
+        help="Run only this item and those that it needs; repeatable.",
+    )
     options = (
+        *([only] if items else []),
         click.option(
-            "--only",
-            multiple=True,
-            type=click.Choice([item.name for item in items]),
-            help="Run only this item and those that it needs; repeatable.",
+            "--results",
+            type=click.Path(path_type=Path),
+            default=RESULTS,
+            help="Folder of the reports; by default benchmarks/results.",
         ),
         click.option(
             "--work",
@@ -193,12 +221,14 @@ def run_options(items: Sequence[Item], budget: float) -> Callable[[Callable[...,
 @click.command()
 @click.option("--part", type=click.Choice(list(GROUPS)), help="Run only these items; by default all.")
 @run_options(ITEMS, 510)
-def main(part: str | None, only: tuple[str, ...], work: Path | None, budget: float, device: str) -> None:
+def main(
+    part: str | None, only: tuple[str, ...], work: Path | None, results: Path, budget: float, device: str
+) -> None:
     """Measure this machine; failures are in the report, and no error."""
     chosen = GROUPS[part] if part else ITEMS
     wanted = with_needs(only, ITEMS) if only else {item.name for item in chosen}
     items = [item for item in ITEMS if item.name in wanted]
-    path, found = run_in(work, items, device, budget, only, "gpu_suite")
+    path, found = run_in(work, items, device, budget, only, "gpu_suite", results)
     print_measured(found)
     print(path)
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lcm_compile.builder.estimate import disk_for, estimate_plan
-from lcm_compile.builder.export import WAITING, caller, exported
+from lcm_compile.builder.estimate import disk_for, estimate_plan, memory_for_engine
+from lcm_compile.builder.export import HEAVY, WAITING, exported
 from lcm_compile.builder.key import briefly, key_digest
 from lcm_compile.builder.plan import Plan, make_plan, plan_again
+from lcm_compile.builder.schedule import Schedule, scheduling
 from lcm_compile.bundles.bundle import (
     EngineBundle,
     list_files,
@@ -22,16 +24,20 @@ from lcm_compile.bundles.bundle import (
     reporting_full_disk,
 )
 from lcm_compile.bundles.export_manifest import Export
-from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
+from lcm_compile.bundles.hard_links import link_or_copy
+from lcm_compile.bundles.manifest import BundleManifest, read_manifest
 from lcm_compile.bundles.sizes import size_folder
 from lcm_compile.bundles.store import remember
+from lcm_compile.engines import FOR_SEVERAL
 from lcm_compile.errors import BundleError, CheckpointError
+from lcm_compile.graphs import ExportedGraph
 from lcm_compile.proof import parity, verify
 from lcm_compile.spec import BuildSpec
 from lcm_compile.system.files import check_space
 from lcm_compile.system.stopwatch import Report, Stopwatch, silent
 from lcm_compile.system.versions import installed_version, versions_of
 
+NOT_RUN = "the engine was compiled without the GPU, not yet run"
 CHANGED = "the base or a LoRA changed while it was being built"
 
 
@@ -97,16 +103,16 @@ def build_plans(plans: Sequence[Plan], force: bool, report: Report) -> list[tupl
 
 
 def group_by_graphs(plans: Sequence[Plan]) -> list[list[Plan]]:
-    """Returns the plans that are not hits, in groups. Plans in one group share the export of their graphs.
-
-    A plan that starts from an existing export is a group of its own.
-    """
+    """Returns the plans that are not hits, in groups. Plans in one group share the export of their graphs."""
     groups: dict[str, list[Plan]] = {}
     for plan in plans:
         if not plan.hit:
-            name = str(plan.folder)
-            if export := plan.export:
-                name = " ".join((key_digest(export.key), export.checked, str(export.proof_shape)))
+            if isinstance(plan.source, Export):
+                name = str(plan.source.folder)
+            else:
+                name = " ".join(
+                    (key_digest(plan.source.key), plan.source.checked, str(plan.source.proof_shape))
+                )
             groups.setdefault(name, []).append(plan)
     return list(groups.values())
 
@@ -118,9 +124,10 @@ def build_group(group: Sequence[Plan], later: Sequence[Plan], force: bool, repor
     have room for the bundles of `later` too. Raises CheckpointError if the base or a LoRA changed since the
     plan was made, and otherwise what `build` raises.
     """
+    watch = Stopwatch(report)
     with ExitStack() as stack:
         folders = {
-            folder: stack.enter_context(publishing(folder, lambda: report(WAITING, None)))
+            folder: stack.enter_context(publishing(folder, lambda: watch.task(WAITING)))
             # Every build locks its folders in sorted order, so that no two builds wait for each other.
             for folder in sorted(plan.folder for plan in group)
         }
@@ -130,16 +137,60 @@ def build_group(group: Sequence[Plan], later: Sequence[Plan], force: bool, repor
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
             check_room([*missing.values(), *later])
-            label = " for {}" if len(missing) > 1 else ""
-            built: dict[tuple[str | None, ...], Path] = {}
-            with exported(next(iter(missing.values())), folders[next(iter(missing))], report) as export:
-                for folder, plan in missing.items():
-                    same = built.get(engines_of(plan))
-                    build_into(folders[folder], export, plan, report, label.format(plan.target.name), same)
-                    built[engines_of(plan)] = folders[folder]
+            build_missing(missing, folders, report)
             if [plan_again(plan, force).key for plan in plans] != [plan.key for plan in plans]:
                 raise CheckpointError(CHANGED, "build again")
     return plans
+
+
+def build_missing(missing: Mapping[Path, Plan], folders: Mapping[Path, Path], report: Report) -> None:
+    """Builds the bundles of plans that share an export, each in its folder of `folders`.
+
+    Engines are built beside the export, each as soon as its graph is there. Raises what `build` raises.
+    """
+    label = " for {}" if len(missing) > 1 else ""
+    first, plan = next(iter(missing.items()))
+    builders: dict[tuple[str | None, ...], Path] = {}  # the first of those whose engines are equal
+    for folder, each in missing.items():
+        builders.setdefault(engines_of(each), folder)
+    watches = {folder: Stopwatch(report) for folder in missing}
+    engines: dict[Path, dict[str, Future[Path]]] = {folder: {} for folder in missing}
+
+    with scheduling_of(plan) as schedule:
+
+        def build_engine(graph: ExportedGraph, folder: Path) -> Path:
+            plan = missing[folder]
+            task = watches[folder].task(f"build {graph.contract.name}{label.format(plan.target.name)}")
+            args = graph, plan.target, folders[folder] / "engines", plan.options
+            return schedule.call_beside(memory_for_engine(graph), task, plan.backend.build, *args)
+
+        def written(graph: ExportedGraph) -> None:
+            for folder in builders.values():
+                (folders[folder] / "engines").mkdir(exist_ok=True)
+                name = graph.contract.name
+                engines[folder][name] = schedule.beside("engines", build_engine, graph, folder)
+
+        with exported(plan, folders[first], schedule, report, written) as export:
+            for folder, plan in missing.items():
+                same = builders[engines_of(plan)]
+                with reporting_full_disk(folder.parent):
+                    paths = {name: built.result() for name, built in engines[same].items()}
+                if same != folder:
+                    copy_engines(folders[same], folders[folder])
+                files = {name: path.relative_to(folders[same]).as_posix() for name, path in paths.items()}
+                name = label.format(plan.target.name)
+                finish_bundle(folders[folder], export, plan, files, schedule, watches[folder], name)
+
+
+def scheduling_of(plan: Plan) -> AbstractContextManager[Schedule]:
+    """Returns what calls the functions of a plan's build, as a context manager."""
+    modules, memory = HEAVY if plan.export else (), estimate_plan(plan).memory_bytes
+    return scheduling(plan.source.is_large, memory, modules)
+
+
+def copy_engines(same: Path, folder: Path) -> None:
+    """Makes hard links in a bundle's folder to the engines of one with identical engines."""
+    shutil.copytree(same / "engines", folder / "engines", copy_function=link_or_copy)
 
 
 def check_room(plans: Sequence[Plan]) -> None:
@@ -148,35 +199,37 @@ def check_room(plans: Sequence[Plan]) -> None:
 
 
 def engines_of(plan: Plan) -> tuple[str | None, ...]:
-    """Returns what engines depend on besides their graphs. It can be equal for two targets: A10 and A10G."""
+    """Returns what engines depend on besides their graphs. It can be equal for two targets: A10 and A10G.
+
+    It is for all targets of one command whose backend builds one engine for several compute capabilities.
+    """
     key = plan.key
-    capability = plan.target.compute_capability
+    capability = None if plan.backend_name in FOR_SEVERAL else plan.target.compute_capability
     return plan.backend_name, key["backend version"], key["builder options"], capability
 
 
-def build_into(
-    folder: Path, export: Export, plan: Plan, report: Report, label: str = "", same: Path | None = None
+def finish_bundle(
+    folder: Path,
+    export: Export,
+    plan: Plan,
+    files: Mapping[str, str],
+    schedule: Schedule,
+    watch: Stopwatch,
+    label: str = "",
 ) -> None:
-    """Fills an empty folder with a bundle: the engines of an export, the tokenizers, the proof, the manifest.
+    """Makes a bundle of a folder of engines: adds the tokenizers, the proof and the manifest.
 
-    `label` is added to the names of the reported tasks. `same` is a bundle with identical engines, which are
-    copied from it. Raises BackendError if an engine can't be built, and ParityError if the engines run on
-    this machine and do not compute what torch computes.
+    `files` are the engines' paths relative to the folder, by stage. `label` is added to the names of the
+    tasks of `watch`. Raises ParityError if the engines run on this machine and do not compute what torch
+    computes.
     """
-    watch, graphs = Stopwatch(report), export.manifest
+    graphs = export.manifest
     for name in ("tokenizers", "proof"):
         shutil.copytree(export.folder / name, folder / name)
-    stages: list[StageFile] = []
-    with reporting_full_disk(folder.parent):
-        if same is not None:
-            with watch.task(f"copy the engines{label}"):
-                shutil.copytree(same / "engines", folder / "engines")
-            stages += read_manifest(same)[0].stages
-        else:
-            (folder / "engines").mkdir()
-            for stage in graphs.stages:
-                with watch.task(f"build {stage.contract.name}{label}"):
-                    stages.append(build_stage(folder, export, stage, plan))
+    stages = [replace(stage, file=files[stage.contract.name]) for stage in graphs.stages]
+    runs, figures = plan.backend.cannot_run(plan.target) is None, graphs.parity
+    if not runs:
+        figures = {name: replace(f, checked=f"{f.checked}; {NOT_RUN}") for name, f in figures.items()}
     manifest = BundleManifest(
         spec=plan.spec,
         target=plan.target,
@@ -187,7 +240,7 @@ def build_into(
         stages=tuple(stages),
         loras=graphs.loras,
         embeddings=graphs.embeddings,
-        parity=graphs.parity,
+        parity=figures,
         proof=graphs.proof,
         toolchain={
             **graphs.toolchain,
@@ -199,20 +252,11 @@ def build_into(
         files=list_files(folder, but=export.folder),
         lossy=graphs.lossy,
     )
-    if plan.backend.cannot_run(plan.target) is None:
+    if runs:
         manifest.write(folder)  # verify loads the bundle, and loading reads the manifest
-        call = caller(graphs.is_large)
-        with watch.task(f"check the engines{label}"):
-            figures = call(verify.verify, EngineBundle(folder, manifest, ""))
+        task = watch.task(f"check the engines{label}")
+        size = max(memory_for_engine(export.graph(stage)) for stage in graphs.stages)
+        figures = schedule.call(size, task, verify.verify, EngineBundle(folder, manifest, ""))
         parity.require(figures)
         manifest = replace(manifest, parity={**manifest.parity, **figures})
     replace(manifest, costs={**graphs.costs, **watch.costs}).write(folder)
-
-
-def build_stage(folder: Path, export: Export, stage: StageFile, plan: Plan) -> StageFile:
-    """Builds one engine in `folder/engines` and returns its entry in the manifest. Raises BackendError."""
-    build_engine = caller(export.manifest.is_large)
-    path = build_engine(
-        plan.backend.build, export.graph(stage), plan.target, folder / "engines", plan.options
-    )
-    return replace(stage, file=path.relative_to(folder).as_posix())

@@ -13,6 +13,7 @@ from lcm_compile.checkpoint.checkpoint import Component
 from lcm_compile.checkpoint.controlnet import controls_of
 from lcm_compile.checkpoint.t2i_adapter import adapters_of
 from lcm_compile.checkpoint.weight_files import read_header
+from lcm_compile.graphs import DRAW, ExportedGraph
 from lcm_compile.spec import Shape
 from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, models_in
 
@@ -27,17 +28,20 @@ DECODER = 0.6
 # Memory, measured on SD1.5 and SDXL at full size (benchmarks/results/full-size.md).
 LIBRARIES = 0.5e9  # bytes: the libraries and the memory that they keep for themselves
 PER_WEIGHT = 4.4  # bytes for each weight, while torch computes with it in fp32 or it is compiled
-# Bytes: ONNX Runtime computes the fp16 twin (a second graph for small pictures) in fp32, and keeps the fp32
-# copies of the weights.
-CHECKING = 2.8e9
+# Bytes: the largest activations of a picture of 256×256, and the weights that ONNX Runtime converts to fp32
+# at a time to compute an fp16 graph.
+CHECKING = 2.4e9
 # Seconds on 2 cores, measured on the same models.
-START = 15  # to start the processes that make one model's stages, if the model is large
-PER_MILLION = 0.05  # to load, fuse and export a million weights
+START = 3  # to start what makes one model's stages, if the model is large
+PER_MILLION = 0.04  # to load, fuse and export a million weights
 DRAWING = 0.008  # to compute with a million weights of the UNet for a picture of 256×256
-ENGINE = 0.07  # to build and check a million weights for a GPU that is not in this machine
+ENGINE = 0.033  # to build and check a million weights for a GPU that is not in this machine
 DECODING = 9  # to decode a picture of 256×256 with the VAE
 SMALL = 14  # the complete build of a model that is made in one process
 COMPILING = 40  # to compile one stage with aotinductor
+# The same for a GPU that is not in this machine: for each stage, and for a million of its weights. The last
+# are the bytes of memory of g++, Triton and torch's libraries for GPUs.
+COMPILING_WITHOUT_GPU, COMPILING_MILLION, COMPILERS = 50, 0.1, 1e9
 DRAWN = 256 * 256  # pixels of the picture that DRAWING and DECODING are for
 # Seconds to build from an export.
 FINISHING = 3  # whatever the model
@@ -68,11 +72,7 @@ def estimate(export: ExportPlan) -> Estimate:
     Raises CheckpointError if a weight file is damaged.
     """
     components = export.checkpoint.components
-    weights = {
-        model: sum(parameters(components[name]) for name in MODEL_STAGES[model][1] if name in components)
-        for model in models_in(export.checkpoint)
-    }
-    weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
+    weights = weights_by_model(export)
     stored = {model: STORED_BYTES[export.precisions[main_stage(model)].product] for model in weights}
     engines = sum(stored[model] * count for model, count in weights.items())
     # Both are counted as the UNet's, and may not be in 8 bits.
@@ -81,11 +81,54 @@ def estimate(export: ExportPlan) -> Estimate:
         engines += wider * parameters(components[name])
     engines = int(engines)
     # A large model's stages are in memory one at a time, a small model's all at once.
-    one_at_a_time = export.is_large and not export.spec.whole_loop
-    largest = max(weights.values()) if one_at_a_time else sum(weights.values())
-    checking = CHECKING if export.is_large and export.checked == GRAPH else 0
-    memory = LIBRARIES * (not checking) + checking + PER_WEIGHT * largest
-    return Estimate(2 * engines, engines, int(memory), seconds(export, weights))
+    memory = memory_by_model(export).values()
+    most = max(memory) if export.is_large else LIBRARIES + PER_WEIGHT * sum(weights.values())
+    return Estimate(2 * engines, engines, int(most), seconds(export, weights))
+
+
+def memory_by_model(export: ExportPlan) -> dict[str, int]:
+    """Returns the bytes of memory that preparing each model takes; DRAW stands for all of them in one graph.
+
+    Raises CheckpointError if a weight file is damaged.
+    """
+    weights = weights_by_model(export)
+    if export.spec.whole_loop:
+        weights = {DRAW: sum(weights.values())}
+    return {model: max(memory_of(count), int(CHECKING)) for model, count in weights.items()}
+
+
+def memory_of(weights: float) -> int:
+    """Returns the bytes that a process takes to compute with so many weights in fp32, or to compile them."""
+    return int(LIBRARIES + PER_WEIGHT * weights)
+
+
+def weights_by_model(export: ExportPlan) -> dict[str, int]:
+    """Returns how many weights each model of a checkpoint has in its stages.
+
+    Raises CheckpointError if a weight file is damaged.
+    """
+    components = export.checkpoint.components
+    weights = {
+        model: sum(parameters(components[name]) for name in MODEL_STAGES[model][1] if name in components)
+        for model in models_in(export.checkpoint)
+    }
+    weights["vae"] = int(weights["vae"] * (1 if export.spec.image else DECODER))
+    return weights
+
+
+def memory_for_engine(graph: ExportedGraph) -> int:
+    """Returns the bytes of memory that building a graph's engine takes."""
+    return memory_of(weights_in(graph))
+
+
+def weights_in(graph: ExportedGraph) -> float:
+    """Returns about how many weights a graph has, from the size of its files."""
+    return size_of(graph) / STORED_BYTES[graph.precision.product]
+
+
+def size_of(graph: ExportedGraph) -> int:
+    """Returns the bytes of a graph's files."""
+    return sum(path.stat().st_size for path in (graph.path, graph.weights) if path.is_file())
 
 
 def seconds(export: ExportPlan, weights: Mapping[str, int]) -> float:
@@ -109,6 +152,8 @@ def drawing(shape: Shape, unet: float) -> float:
 def estimate_plan(plan: Plan) -> Estimate:
     """Estimates a plan's build. Raises CheckpointError if a weight file is damaged."""
     cost = estimate(plan.source) if isinstance(plan.source, ExportPlan) else estimate_from(plan.source, plan)
+    if plan.options.get("without_gpu"):
+        cost = compiled_without_gpu(plan, cost)
     if set(plan.options.get("winograd", {}).values()) <= {"direct"}:
         return cost
     source = plan.source
@@ -117,14 +162,24 @@ def estimate_plan(plan: Plan) -> Estimate:
     return replace(cost, disk_bytes=cost.disk_bytes + more, bundle_bytes=cost.bundle_bytes + more)
 
 
+def compiled_without_gpu(plan: Plan, cost: Estimate) -> Estimate:
+    """Returns the estimate of a build that compiles with torch for a GPU which is not in this machine."""
+    source = plan.source
+    stages = len(source.precisions if isinstance(source, ExportPlan) else source.manifest.stages)
+    step = source.precisions["step"] if isinstance(source, ExportPlan) else source.manifest.precision
+    millions = cost.bundle_bytes / STORED_BYTES[step.product] / 1e6
+    more = (COMPILING_WITHOUT_GPU - COMPILING) * stages + COMPILING_MILLION * millions
+    return replace(cost, seconds=cost.seconds + more, memory_bytes=int(cost.memory_bytes + COMPILERS))
+
+
 def estimate_from(export: Export, plan: Plan) -> Estimate:
     """Estimates a build from an existing export, by the sizes of its graphs."""
     manifest = export.manifest
     sizes, weights = [], {}
     for stage in manifest.stages:
         graph = export.graph(stage)
-        sizes.append(sum(path.stat().st_size for path in (graph.path, graph.weights) if path.is_file()))
-        weights[stage.contract.name] = sizes[-1] / STORED_BYTES[stage.precision.product]
+        sizes.append(size_of(graph))
+        weights[stage.contract.name] = weights_in(graph)
     largest = max(weights.values()) if manifest.is_large else sum(weights.values())
     compiling = COMPILING * len(weights) if manifest.graph_format == "torch_export" else 0
     taken = FINISHING + compiling + BUILDING * sum(weights.values()) / 1e6

@@ -91,7 +91,7 @@ def bundle_key(
     """Returns everything that a bundle depends on: its graphs, by their key, and what builds from them."""
     return {
         **graphs,
-        "target": f"{target.name} {target.compute_capability or ''}".strip(),
+        "target": " ".join((target.name, *target.capabilities)),
         "backend": name,
         "backend version": str(installed_version(backend.PACKAGES)),
         "builder options": json.dumps(options, sort_keys=True),

@@ -125,10 +125,13 @@ def check_nodes(nodes: list[dict[str, Any]], target: GpuTarget) -> None:
         return
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     prefix = "accelerator_type:"
-    if not any(f"{prefix}{target.accelerator_type}" in resources for resources in alive):
+    needed, wanted = f"{prefix}{target.accelerator_type}", f"a {target.description}"
+    if target.further_capabilities:
+        needed, wanted = "GPU", "any GPU"
+    if not any(needed in resources for resources in alive):
         kinds = sorted({name.removeprefix(prefix) for r in alive for name in r if name.startswith(prefix)})
         raise BackendError(
-            f"none of the {len(alive)} nodes of the Ray cluster has a {target.description}; they have "
+            f"none of the {len(alive)} nodes of the Ray cluster has {wanted}; they have "
             f"{', '.join(kinds) or 'no GPU'}",
             "add such a node: ray start --address HOST:6379; or build without --on ray",
         )

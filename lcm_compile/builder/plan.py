@@ -23,7 +23,7 @@ from lcm_compile.checkpoint.ip_adapter import has_ip_adapter
 from lcm_compile.checkpoint.open import open_base, with_safe_vae
 from lcm_compile.checkpoint.t2i_adapter import adapters_of, check_adapter_sizes
 from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
-from lcm_compile.engines import Backend, choose_backend, find_backend
+from lcm_compile.engines import Backend, cannot_build_from, choose_backend, find_backend, shared_target
 from lcm_compile.errors import BackendError, UsageError, unknown_name
 from lcm_compile.export import EXPORTERS
 from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES, LoraInputs
@@ -77,6 +77,11 @@ class ExportPlan:
     def is_large(self) -> bool:
         """Whether each model is prepared in a process of its own: see `is_large` of this module."""
         return is_large(self.checkpoint)
+
+    @property
+    def draws_on_gpu(self) -> bool:
+        """Whether the proof is drawn by torch on the GPU: the one that the engines are for is here."""
+        return self.checked == ENGINE and not find_target(self.spec.gpu).is_cpu
 
     @property
     def lossy(self) -> dict[str, str]:
@@ -198,7 +203,7 @@ def make_plan(spec: BuildSpec, out: Path | None = None, force: bool = False, rep
         check_destination(out)
     precision, chosen = settle_precision(spec, target, report)
     backend = find_backend(chosen[0])
-    options = backend.options(target, precision, spec.rewrites, report)
+    spec, target, options = settle_target(spec, target, chosen[0], precision, report)
 
     def settle(checkpoint: Checkpoint) -> Plan:
         engine_runs = backend.cannot_run(target) is None
@@ -397,16 +402,26 @@ def settle_backend(
         if target.is_cpu:
             return choose_on_cpu(precision, report, graph_format)
         return choose_backend(target, precision, graph_format)
-    backend = find_backend(spec.backend)
-    reason = backend.cannot_build(target, precision)
-    if reason is None and graph_format not in (None, backend.GRAPH_FORMAT):
-        reason = f"it builds from {backend.GRAPH_FORMAT} graphs; these are {graph_format}"
-    if reason:
+    if reason := cannot_build_from(spec.backend, target, precision, graph_format):
         raise BackendError(
             f"{spec.backend} can't build {precision} engines for {target.name} here: {reason}",
             "lcm-compile doctor shows what works here; --backend auto chooses",
         )
     return spec.backend, ()
+
+
+def settle_target(
+    spec: BuildSpec, target: GpuTarget, backend_name: str, precision: Precision, report: Report
+) -> tuple[BuildSpec, GpuTarget, Mapping[str, Any]]:
+    """Returns the spec, the target and the backend's options of a build.
+
+    The target keeps the compute capabilities for which engines are built, and the spec those of the targets
+    beside it whose engines are the same.
+    """
+    others = [find_target(name) for name in spec.beside]
+    target, engines_for, joined = shared_target(backend_name, target, others, precision)
+    options = find_backend(backend_name).options(engines_for, precision, spec.rewrites, report)
+    return replace(spec, beside=joined), target, options
 
 
 def make_plan_from(
@@ -416,13 +431,14 @@ def make_plan_from(
     out: Path | None = None,
     force: bool = False,
     report: Report = silent,
+    beside: tuple[str, ...] = (),
 ) -> Plan:
     """Returns the plan of a build from an export. Raises UsageError or BackendError if it can't be done."""
     target = find_target(gpu)
     if out is not None:
         check_destination(out)
     manifest = export.manifest
-    spec = replace(manifest.spec, gpu=gpu, backend=backend)
+    spec = replace(manifest.spec, gpu=gpu, beside=beside, backend=backend)
     chosen = settle_backend(spec, target, manifest.precision, report, manifest.graph_format)
-    options = find_backend(chosen[0]).options(target, manifest.precision, spec.rewrites, report)
+    spec, target, options = settle_target(spec, target, chosen[0], manifest.precision, report)
     return finish_plan(spec, export, target, chosen, options, out, force)

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from lcm_compile.builder.plan import GRAPH, MODULE, ExportPlan
+from lcm_compile.builder.prepared import LoraFiles, Prepared, beside
 from lcm_compile.checkpoint.checkpoint import MODELS
 from lcm_compile.checkpoint.empty_modules import empty_module
 from lcm_compile.checkpoint.ip_adapter import IP_LAYERS, has_ip_adapter
 from lcm_compile.checkpoint.load import load_component, load_tokenizer
 from lcm_compile.export import export_stage, export_twin
-from lcm_compile.graphs import DRAW, GUIDES, IP_IMAGE, ExportedGraph
+from lcm_compile.graphs import DRAW, GUIDES, IP_IMAGE
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
-from lcm_compile.lora.read import Lora, read_loras
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
-from lcm_compile.spec import LoraProvenance, LoraSpec
+from lcm_compile.spec import LoraProvenance
 from lcm_compile.stages.contracts import MODEL_STAGES, main_stage, make_contracts, models_in
 from lcm_compile.stages.half_precision import layers_over, record_peaks, to_precision
 from lcm_compile.stages.ip_layers import add_ip_layers, check_ip_layers
@@ -49,44 +48,6 @@ class Cast:
     peaks: dict[str, tuple[float, float]]
     fp32_layers: tuple[str, ...]
     quantized_layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is kept of a stage after its weights are removed from memory.
-
-    `twin` is the graph for the proof's pictures: it is `graph` itself if these have the bundle's shape.
-    `reference` are the stage's calls in fp32. If only the exported module can be checked, `cast` are that
-    module's calls and `cast_db` is their signal-to-noise ratio in dB. `calibration` are the text encoder's
-    calls in fp32, one list for each picture that scales an 8-bit step.
-    """
-
-    graph: ExportedGraph
-    twin: ExportedGraph
-    reference: list[Call]
-    peaks: dict[str, tuple[float, float]]
-    fp32_layers: tuple[str, ...]
-    cast_db: float | None = None
-    cast: list[Call] | None = None
-    quantized_layers: tuple[str, ...] = ()
-    calibration: Sequence[list[Call]] = ()
-
-
-class LoraFiles:
-    """The LoRAs of a plan. Each file is read once in a process; a child process reads them again."""
-
-    def __init__(self, plan: ExportPlan) -> None:
-        self._plan = plan
-        self._read: list[tuple[Lora, LoraSpec]] | None = None
-
-    def read(self) -> list[tuple[Lora, LoraSpec]]:
-        """Returns each LoRA with the strengths it is fused with. Raises LoraError if one can't be read."""
-        if self._read is None:
-            self._read = read_loras(self._plan.loras, self._plan.spec.lora_skip)
-        return self._read
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_plan": self._plan, "_read": None}
 
 
 def check_fit(plan: ExportPlan, loras: LoraFiles) -> list[LoraProvenance]:
@@ -149,15 +110,6 @@ def prepare_model(
             done = replace(done, cast_db=db, cast=recordings.cast[name])
         prepared.append(done)
     return prepared
-
-
-def beside(name: str, stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns which of a model's stages must be run to record one: for what guides it, all after that.
-
-    The stages before it are replayed.
-    """
-    names = [*stages]
-    return {n: stages[n] for n in names[names.index(name) + 1 :]} if name in GUIDES else {}
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -20,7 +20,7 @@ from lcm_compile.bundles.sizes import first_of, further_sizes
 from lcm_compile.bundles.store import bundles_folder
 from lcm_compile.engines.kernel_files import drop_kernels, kernel_files, kernels_folder
 from lcm_compile.errors import REBUILD, BackendError, BundleError, LcmCompileError, UsageError
-from lcm_compile.system.cache import home, lock
+from lcm_compile.system.cache import Waiting, home, lock
 
 # The endings of the folders that a killed build leaves next to a bundle: the new bundle, unfinished, and the
 # old one, moved away.
@@ -150,11 +150,11 @@ def is_file_or_link(path: Path) -> bool:
 
 @contextlib.contextmanager
 def publishing(
-    folder: Path, waiting: Callable[[], None] = lambda: None, manifest: str = MANIFEST
+    folder: Path, waiting: Waiting = contextlib.nullcontext, manifest: str = MANIFEST
 ) -> Iterator[Path]:
     """Yields a folder to build in, which is renamed to `folder` when the block ends without an error.
 
-    Only one process at a time can do this; `waiting` is called if another one must end first. At every moment
+    Only one process at a time can do this; `waiting()` is entered while another one does. At every moment
     `folder` is the old bundle, missing, or the complete new bundle. In the store, and among the sizes of a
     bundle, files that others hold too are replaced with hard links to theirs. The further sizes of an old
     bundle go with it. Raises OSError with ENOSPC if the disk is full.
@@ -181,7 +181,7 @@ def publishing(
 
 
 @contextlib.contextmanager
-def reserving(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[tuple[Path, Path]]:
+def reserving(folder: Path, waiting: Waiting = contextlib.nullcontext) -> Iterator[tuple[Path, Path]]:
     """Locks a bundle's folder, and yields two paths next to it: for the new bundle and for the old one.
 
     Whatever a killed build left at these paths is removed before the block and after it. If the build was

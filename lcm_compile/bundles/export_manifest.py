@@ -40,6 +40,11 @@ class Export:
     folder: Path
     manifest: ExportManifest
 
+    @property
+    def is_large(self) -> bool:
+        """Whether each engine is built in a process of its own."""
+        return self.manifest.is_large
+
     def graph(self, stage: StageFile) -> ExportedGraph:
         """Returns the graph of one of the manifest's stages."""
         return ExportedGraph(self.folder / stage.file, stage.precision, stage.contract)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def listed_files(folder: Path) -> dict[str, str]:
         return {str(k): str(v) for k, v in json.loads((folder / MANIFEST).read_bytes())["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def link_or_copy(path: str, name: str) -> None:
+    """Makes a hard link `name` to the file `path`, or copies it where the file system has no links."""
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
 
 
 def link(path: Path, name: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lcm_compile.bundles.bundle import LEFTOVERS, foreign_files, lock_of, reserving
 from lcm_compile.bundles.manifest import MANIFEST, BundleManifest, read_manifest
@@ -201,7 +201,7 @@ def not_being_built(folder: Path, pretend: bool) -> Iterator[tuple[Path, Path]]:
     Raises BundleError, without waiting, if another process is building or removing the bundle.
     """
 
-    def busy() -> None:
+    def busy() -> NoReturn:
         raise BundleError(f"{folder} is kept: it is being built or removed", "run the same again later")
 
     if pretend:

@@ -131,9 +131,10 @@ def build(
     with BuildProgress() as progress:
         try:
             built = build_plans(plans, force, progress)
-            for _, bundle in [*built]:
-                for height, width in sizes[1:]:
-                    built += build_plans([plan_size(bundle.folder, height, width, force)], force, progress)
+            folders = [bundle.folder for _, bundle in built]
+            for height, width in sizes[1:]:
+                sized = [plan_size(folder, height, width, force) for folder in folders]
+                built += build_plans(sized, force, progress)
         except KeyboardInterrupt as stop:
             done = [str(plan.folder) for plan in plans if not plan.hit and is_built(plan)]
             if not done:
@@ -167,6 +168,11 @@ def outs(gpus: Sequence[str], out: Path | None) -> dict[str, Path | None]:
 
     names = list(dict.fromkeys(find_target(gpu).name for gpu in gpus))
     return {name: out / name if out is not None and len(names) > 1 else out for name in names}
+
+
+def beside(name: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names but one."""
+    return tuple(other for other in names if other != name)
 
 
 def further_plans(plan: Plan, sizes: Sequence[tuple[int, int]]) -> list[Plan]:
@@ -292,10 +298,11 @@ def make_plans(
         if graphs is not None:
             export = open_export(graphs)
             return [
-                make_plan_from(export, name, backend, folder, force, progress)
+                make_plan_from(export, name, backend, folder, force, progress, beside(name, folders))
                 for name, folder in folders.items()
             ]
-        specs = [BuildSpec(gpu=name, backend=backend, **base_settings(**model)) for name in folders]
+        settings = base_settings(**model)
+        specs = [BuildSpec(gpu=g, beside=beside(g, folders), backend=backend, **settings) for g in folders]
         return [make_plan(spec, folders[spec.gpu], force, progress) for spec in specs]
 
 
@@ -306,7 +313,8 @@ def check_additions(plans: Sequence[Plan]) -> None:
     """
     missed = next((plan.export for plan in plans if plan.export and not plan.hit), None)
     if missed and missed.adds_to_base:
-        from lcm_compile.builder.prepare import LoraFiles, check_fit
+        from lcm_compile.builder.export import check_fit
+        from lcm_compile.builder.prepared import LoraFiles
 
         check_fit(missed, LoraFiles(missed))
 

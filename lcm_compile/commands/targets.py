@@ -12,10 +12,11 @@ from lcm_compile.commands.options import json_option
 def targets(as_json: bool) -> None:
     """List the devices that engines can be built for."""
     from lcm_compile.output.console import print_json, print_table
-    from lcm_compile.targets import GIB, TARGETS
+    from lcm_compile.targets import GIB, RTX, TARGETS
 
+    listed = (*TARGETS.values(), RTX)
     if as_json:
-        print_json([target.to_dict() for target in TARGETS.values()])
+        print_json([target.to_dict() for target in listed])
         return
     print_table(
         ("target", "device", "capability", "memory", "computes in"),
@@ -23,10 +24,10 @@ def targets(as_json: bool) -> None:
             (
                 t.name,
                 t.description,
-                t.compute_capability or "",
+                "several" if t.further_capabilities else t.compute_capability or "",
                 f"{t.memory_bytes // GIB} GiB" if t.memory_bytes else "",
                 " ".join(t.precisions),
             )
-            for t in TARGETS.values()
+            for t in listed
         ],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -71,35 +72,49 @@ def size_text(size: int) -> str:
 
 
 class BuildProgress:
-    """Shows tasks: on a terminal a live line while a task runs, and a line with its cost at its end.
+    """Shows tasks: on a terminal a live line while each runs, and a line with its cost at its end.
 
-    As a context manager it removes the live line after an error.
+    Several threads may report at the same time. As a context manager it removes the live lines after an
+    error.
     """
 
     def __init__(self) -> None:
-        self._live = sys.stderr.isatty() and not is_quiet()
+        self._quiet = is_quiet()  # which other threads can't tell
+        self._live = sys.stderr.isatty() and not self._quiet
         self._start = time.perf_counter()
+        self._running: dict[str, float] = {}  # the tasks, and when each began
         self._status: Any = None
+        self._turn = threading.Lock()
 
     def __call__(self, task: str, cost: Cost | None) -> None:
         """Shows that a task has ended, with its cost, or if `cost` is None that it has started."""
-        self._stop()
-        if cost is not None:
-            memory = f"{cost.memory_bytes / GIB:8.1f} GiB" if cost.memory_bytes else ""
-            note(f"  {task:<32}{cost.seconds:6.1f} s{memory}")
-        elif self._live:
-            from rich.console import Console
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        with self._turn:
+            self._stop()
+            if cost is None:
+                self._running[task] = time.perf_counter()
+            else:
+                self._running.pop(task, None)
+                memory = f"{cost.memory_bytes / GIB:8.1f} GiB" if cost.memory_bytes else ""
+                if not self._quiet:
+                    note(f"  {task:<32}{cost.seconds:6.1f} s{memory}")
+            if self._live and self._running:
+                self._show()
 
-            self._status = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description}"),
-                TimeElapsedColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._status.add_task(task, total=None)
-            self._status.start()
+    def _show(self) -> None:
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._status = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        for name, begun in self._running.items():
+            shown = self._status.add_task(name, total=None)
+            self._status.tasks[shown].start_time -= time.perf_counter() - begun
+        self._status.start()
 
     def _stop(self) -> None:
         if self._status is not None:

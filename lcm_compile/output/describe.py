@@ -233,7 +233,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
         "weights": manifest.spec.weights or "the base's own",
         "architecture": manifest.architecture,
         "target": manifest.target.name,
-        "compute_capability": manifest.target.compute_capability,
+        "compute_capability": ", ".join(manifest.target.capabilities) or None,
         "backend": manifest.backend,
         "shape": vars(manifest.pipeline.shape),
         "sizes": sizes_of(folder, manifest),

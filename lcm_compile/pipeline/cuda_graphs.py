@@ -1,4 +1,4 @@
-"""Draws a picture with CUDA graphs: one for the context, one for each step, and one for the decoding.
+"""Draws a picture with CUDA graphs: for the text encoders, the context, each step, and the decoding.
 
 There is a graph for each stage rather than one for all. So the host can generate the noise of later steps
 while the GPU computes earlier ones, and stages are timed and reported as they are without graphs. A launch
@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 
 from lcm_compile.engines.capture import Capturer
-from lcm_compile.engines.runner import Array
+from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.errors import BackendError
 from lcm_compile.graphs import MASKED
 from lcm_compile.pipeline.control import Control
@@ -157,6 +157,36 @@ class CapturedLoop:
         return self._picture
 
 
+class CapturedStage:
+    """Does what a runner does, by one CUDA graph. Each call returns new arrays.
+
+    Raises BackendError or RuntimeError if the runner can't be captured, or if the graph computes something
+    else than the runner does without it.
+    """
+
+    def __init__(self, capturer: Capturer, runner: Runner) -> None:
+        zeros, ones = (
+            {s.name: runner.to_device(np.full(s.shape, value, s.dtype)) for s in runner.contract.inputs}
+            for value in (0, 1)
+        )
+        self._inputs = {name: array + 0 for name, array in zeros.items()}
+        warm = capturer.warm_up(lambda: runner(self._inputs))
+        expected = [np.array(runner.to_host(array)) for array in warm.values()]
+        self._launch, self._outputs = capturer.capture(lambda: runner(self._inputs))
+        for given in (ones, zeros):  # the first call overwrites what the outputs were
+            outputs = self(given)
+        for before, after in zip(expected, outputs.values(), strict=True):
+            difference = np.abs(runner.to_host(after) - before).mean()
+            if not difference <= MOST_DIFFERENCE * np.abs(before).mean():
+                raise BackendError(f"the CUDA graph of {runner.contract.name} computes something else")
+
+    def __call__(self, inputs: Arrays) -> Arrays:
+        for name, own in self._inputs.items():
+            own.copy_(inputs[name])
+        self._launch()
+        return {name: array + 0 for name, array in self._outputs.items()}
+
+
 class CudaGraphs:
     """The captured loops of one pipeline, by kind of picture, or its engines' own CUDA graphs.
 
@@ -169,6 +199,7 @@ class CudaGraphs:
         self._kinds: dict[Kind, CapturedLoop | None] = {}  # the last used one is at the end
         self._lock = threading.Lock()  # held while the kinds change: threads draw at once on a processor
         self._capturer: Capturer | None = None
+        self._encode: CapturedStage | None = None
         self._failed = ""
         self._own = False
 
@@ -192,10 +223,18 @@ class CudaGraphs:
     def _capture(self, make: Callable[[Capturer], CapturedLoop]) -> CapturedLoop | None:
         try:
             self._capturer = self._capturer or Capturer()
+            encode = self._runners["encode"]
+            if self._encode is None and encode.cannot_capture() is None:
+                self._encode = CapturedStage(self._capturer, encode)
             return make(self._capturer)
         except (BackendError, RuntimeError) as error:  # torch raises RuntimeError for CUDA's errors too
             self._failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             return None
+
+    @property
+    def encode(self) -> CapturedStage | None:
+        """The captured text encoders, if pictures were drawn with graphs and they can be captured."""
+        return self._encode
 
     def _cannot_capture(self) -> str:
         """Returns why a stage of the loop can't be captured, or "". It waits until the stages are loaded."""
@@ -226,4 +265,4 @@ class CudaGraphs:
     def close(self) -> None:
         """Frees all graphs and their memory."""
         self._kinds.clear()
-        self._capturer = None
+        self._capturer = self._encode = None

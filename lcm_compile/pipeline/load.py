@@ -28,6 +28,7 @@ from lcm_compile.pipeline.request import Request
 from lcm_compile.pipeline.tokenizer import PromptTokenizer
 from lcm_compile.pipeline.whole_loop import pipeline_class
 from lcm_compile.system.dataclass_json import from_json
+from lcm_compile.system.processor import threads
 
 
 def load(
@@ -71,8 +72,8 @@ def load(
         runner.share_scratch(scratch)
         return runner
 
-    # One thread loads them in the order in which the pipeline needs them.
-    loader = None if wait else ThreadPoolExecutor(1)
+    # They begin in the order in which the pipeline needs them. A GPU loads one at a time.
+    loader = None if wait else ThreadPoolExecutor(threads() if manifest.target.is_cpu else 1)
     try:
         for stage in manifest.stages:
             name = stage.contract.name
@@ -139,10 +140,10 @@ def check_backend(bundle: EngineBundle) -> Backend:
         if isinstance(reason, OldDriver):
             raise BundleError(f"{built} and can't run here yet: {reason}", reason.update)
         here = find_target_here()
-        rebuilt = replace(manifest.spec, gpu=here, precision="auto", backend="auto")
+        rebuilt = replace(manifest.spec, gpu=here, beside=(), precision="auto", backend="auto")
         raise BundleError(
             f"{built} and can't run on this machine ({here}): {reason}",
-            f"copy it to a machine with that GPU, or build for this one: {rebuilt.command()}",
+            f"copy it to a machine with such a GPU, or build for this one: {rebuilt.command()}",
         )
     if reason := backend.cannot_load(*built_with(bundle)):
         raise BundleError(

@@ -463,7 +463,7 @@ class LcmPipeline(Pipeline):
         for (rows, kept), (before, now) in zip(batches, prompts, strict=True):
             new = [key for key in dict.fromkeys(now) if key not in before]
             for key in new:
-                texts[key] = self.prompts.text(key)
+                texts[key] = self.prompts.text(key, self._graphs.encode if graphs else None)
                 clock.lap("encode")
                 yield passes.add(1)
             while new_images:
@@ -499,12 +499,14 @@ class LcmPipeline(Pipeline):
                     clock.lap("decode")
                 yield passes.add(1 + guided)
             if decodes:
-                picture = self.runners["decode"].to_host(loop.decode(state[0]))
+                decoder = self.runners["decode"]
+                latents, picture = decoder.all_to_host([state[0], loop.decode(state[0])])
                 clock.lap("decode")
-            drawn.keep(self.runners["step"].to_host(state[0]), kept)
-            if decodes:
+                drawn.keep(latents, kept)
                 drawn.add(picture, kept)
                 yield passes.add(1)
+            else:
+                drawn.keep(self.runners["step"].to_host(state[0]), kept)
         ms = {**clock.ms(), "load": self.load_ms}
         self.count_drawing()
         return Drawing(drawn.all(), ms, cut, self.graph_status(graphs), drawn.latents())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -20,6 +20,7 @@ from lcm_compile.pipeline.request import PAIRS, Request
 from lcm_compile.pipeline.tokenizer import PromptTokenizer, Tokens
 from lcm_compile.spec import Shape
 
+Encode = Callable[[Arrays], Arrays]
 PROMPTS_KEPT = 8  # prompts, or different prompts of a batch, in the cache
 
 
@@ -104,11 +105,14 @@ class Prompts:
         self._texts: dict[Condition, Text] = {}  # the last used one is at the end
         self._lock = threading.Lock()  # held while the texts change
 
-    def text(self, asked: Condition) -> Text:
-        """Returns the text for a batch, from the cache if it is there."""
+    def text(self, asked: Condition, encode: Encode | None = None) -> Text:
+        """Returns the text for a batch, from the cache if it is there.
+
+        `encode` does what the stage's runner does, and returns new arrays. It is called in place of that.
+        """
         text = self._texts.get(asked)
         if text is None:
-            arrays, cut = self._encode(asked) if asked.prompts is not None else (self._zeros(), "")
+            arrays, cut = self._encode(asked, encode) if asked.prompts is not None else (self._zeros(), "")
             text = Text({**arrays, **self._numbers(asked)}, cut)
         with self._lock:
             self._texts.pop(asked, None)
@@ -148,12 +152,15 @@ class Prompts:
             found[name] = [read[prompt] for prompt in prompts]
         return found
 
-    def _encode(self, asked: Condition) -> tuple[Arrays, str]:
+    def _encode(self, asked: Condition, encode: Encode | None) -> tuple[Arrays, str]:
         runner = self._runners["encode"]
         tokens = self.tokens(asked)
         given = {name: runner.to_device(ids) for name, ids in ids_of(tokens).items()}
-        arrays = runner({**given, **self.loras.inputs(asked.loras, "encode")})
-        arrays = {name: runner.kept(array) for name, array in arrays.items()}
+        given |= self.loras.inputs(asked.loras, "encode")
+        if encode:
+            arrays = encode(given)
+        else:
+            arrays = {name: runner.kept(array) for name, array in runner(given).items()}
         if any((one.weights != 1).any() for read in tokens.values() for one in read):
             arrays["hidden_states"] = self._weighted(arrays["hidden_states"], [*tokens.values()])
         return arrays, cut_of(tokens)

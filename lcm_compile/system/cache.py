@@ -9,12 +9,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.files import user_path, write_atomically
 
 DIGESTS_LIMIT = 20_000  # digests that are kept
+# Makes what is entered while something is waited for.
+Waiting = Callable[[], AbstractContextManager[object]]
 
 
 # Nanoseconds. The digest of a file that changed this recently is not kept, because the file could change
@@ -32,18 +35,18 @@ def home() -> Path:
 
 
 @contextlib.contextmanager
-def lock(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+def lock(path: Path, waiting: Waiting = contextlib.nullcontext) -> Iterator[None]:
     """Holds an exclusive lock on `path` across processes, until the block ends or the process dies.
 
-    `waiting` is called once if another process holds the lock.
+    `waiting()` is entered while another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
+            with waiting():
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

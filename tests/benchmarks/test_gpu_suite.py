@@ -17,19 +17,23 @@ import pytest
 import torch
 from factories import load_modules
 
-from lcm_compile.benchmarks.gpu import gpu_items, smoke
-from lcm_compile.benchmarks.gpu.cuda_rehearsal import move
+from lcm_compile.benchmarks.gpu import gpu_items, smoke, suite
 from lcm_compile.benchmarks.gpu.gpu_items import Engines
 from lcm_compile.benchmarks.gpu.items import Item, Missing, report_path, run_items, summary_line, with_needs
 from lcm_compile.benchmarks.gpu.suite import ITEMS, MACHINE, print_measured
 from lcm_compile.benchmarks.measure.report import read_report
+from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.errors import BackendError, ParityError
 from lcm_compile.pipeline.pipeline import LcmPipeline
+from lcm_compile.proof.cuda_rehearsal import move
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages.stage import make_stages, rewrite_modules
 from lcm_compile.system.child_process import call_in_child
+
+# The items of which the engines of a large model are made.
+PARTS = ("-export", "-encode", "-context", "-step", "-decode")
 
 
 def ends(note, target, work):
@@ -167,13 +171,10 @@ def test_a_machine_whose_gpu_torch_does_not_see(tmp_path, monkeypatch):
 
 
 def test_the_command(tmp_path):
-    """As the documentation has it; only where the report goes is another folder."""
+    """Its report goes where it is asked for."""
     code = f"""
 import runpy, sys
-from pathlib import Path
-from lcm_compile.benchmarks.gpu import suite as gpu_suite
-gpu_suite.RESULTS = Path({str(tmp_path)!r})
-sys.argv[1:] = ["--device", "cpu", "--only", "sdxl-aotinductor-eager"]
+sys.argv[1:] = ["--device", "cpu", "--results", {str(tmp_path)!r}, "--only", "sdxl-aotinductor-eager"]
 runpy.run_module("lcm_compile.benchmarks.gpu.suite", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
@@ -182,8 +183,7 @@ runpy.run_module("lcm_compile.benchmarks.gpu.suite", run_name="__main__")
     # An item's need comes with it.
     assert {name: item["outcome"] for name, item in items.items()} == {
         "sdxl-weights": "skipped",
-        "sdxl-aotinductor": "skipped",
-        "sdxl-aotinductor-eager": "skipped",
+        **{f"sdxl-aotinductor{part}": "skipped" for part in (*PARTS, "", "-eager")},
     }
     lines = done.stdout.splitlines()
     assert max(map(len, lines[:-1])) <= 80 and lines[-1] == str(tmp_path / "gpu_suite-cpu.json")
@@ -345,10 +345,8 @@ def test_a_moved_stage_has_all_its_tensors_there(sdxl_checkpoint, moves, rewrite
 def test_the_smoke_command(tmp_path):
     code = f"""
 import runpy, sys
-from pathlib import Path
-from lcm_compile.benchmarks.gpu import suite as gpu_suite
-gpu_suite.RESULTS = Path({str(tmp_path)!r})
-sys.argv[1:] = ["--device", "cpu", "--only", "demo-onnxruntime-verify", "--only", "sdxl-aotinductor-verify"]
+sys.argv[1:] = ["--device", "cpu", "--results", {str(tmp_path)!r}]
+sys.argv += ["--only", "demo-onnxruntime-verify", "--only", "sdxl-aotinductor-verify"]
 runpy.run_module("lcm_compile.benchmarks.gpu.smoke", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
@@ -367,17 +365,36 @@ def test_an_8_bit_unet_is_tried_after_fp16_and_told_where_the_gpu_has_none(tmp_p
         order = [f"sdxl-{backend}{precision}" for precision in ("", "-fp8", "-int8")]
         assert [name for name in names if name in order] == order
         assert f"sdxl-{backend}-fp8-eager" in names
-    item = next(item for item in ITEMS if item.name == "sdxl-tensorrt-fp8")
+    item = next(item for item in ITEMS if item.name == "sdxl-tensorrt-fp8-export")
     with pytest.raises(Missing, match="A10 does not compute in fp8"):
-        gpu_items.build_model(lambda **found: None, "a10", tmp_path, *item.args)
+        item.run(lambda **found: None, "a10", tmp_path, *item.args)
 
 
 def test_a_named_item_comes_with_all_that_it_needs():
     assert with_needs(["sdxl-aotinductor-compile"], ITEMS) == {
         "sdxl-weights",
-        "sdxl-aotinductor",
-        "sdxl-aotinductor-compile",
+        *(f"sdxl-aotinductor{part}" for part in (*PARTS, "", "-compile")),
     }
+
+
+def test_a_model_is_built_a_stage_each(sdxl_checkpoint, tmp_path, monkeypatch):
+    """As it is built in one go: what one stage takes, no other item loses."""
+    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(
+        gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm")
+    )
+    items = [replace(item, on_gpu=False) for item in (suite.weights("tiny", 60), *suite.built(TINY))]
+    assert [item.name for item in items[1:]] == [TINY.name + part for part in (*PARTS, "")]
+    assert max(item.most for item in items) <= 270
+    for item in items:
+        found = {}
+        item.run(lambda found=found, **new: found.update(new), "cpu", tmp_path, *item.args)
+        (tmp_path / f"{item.name}.json").write_text(json.dumps(found))
+    assert found["parity"].keys() == {"encode", "context", "step", "decode", "picture"}
+    bundle = TINY.bundle(tmp_path)
+    open_bundle(bundle).manifest.check_files(bundle)
+    assert not gpu_items.parts_of(tmp_path, TINY).exists()
+    assert gpu_items.quick_plan(TINY.spec(tmp_path, "cpu"), bundle).hit
 
 
 @pytest.mark.parametrize("items", [ITEMS, smoke.ITEMS], ids=["suite", "smoke"])

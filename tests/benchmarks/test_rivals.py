@@ -111,17 +111,21 @@ def test_eager_bf16_computes_in_bf16_and_channels_last(rival, theirs, loaded):
     assert kernels and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
 
 
-def test_compile_hands_unet_and_decoder_to_torch_in_the_bundles_precision(rival, theirs, loaded, monkeypatch):
+@pytest.mark.parametrize(("name", "mode"), [("compile", "default"), ("compile-max", "max-autotune")])
+def test_compile_hands_unet_and_decoder_to_torch_in_the_bundles_precision(
+    rival, theirs, loaded, monkeypatch, name, mode
+):
     given, really = [], torch.compile
 
-    def traced(what):  # by torch, but not compiled, which takes a minute
-        given.append(getattr(what, "__self__", what))
+    def traced(what, mode):  # by torch, but not compiled, which takes a minute
+        given.append((getattr(what, "__self__", what), mode))
         return really(what, backend="eager")
 
+    torch._dynamo.reset()  # what it has traced of the same code before
     monkeypatch.setattr(torch, "compile", traced)
-    draw = rival("compile", "bf16")
+    draw = rival(name, "bf16")
     [pipe] = loaded
-    assert given == [pipe.unet._orig_mod, pipe.vae]
+    assert given == [(pipe.unet._orig_mod, mode), (pipe.vae, mode)]
     counters.clear()
     assert NEAR <= psnr_db(theirs["lcm"], draw(PROMPT, SEED).pictures) < SAME
     assert counters["stats"]["unique_graphs"] >= 2
@@ -130,9 +134,10 @@ def test_compile_hands_unet_and_decoder_to_torch_in_the_bundles_precision(rival,
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_what_torch_compiles_draws_the_same(rival, theirs, loaded):
+@pytest.mark.parametrize("name", ["compile", "compile-max"])
+def test_what_torch_compiles_draws_the_same(rival, theirs, loaded, name):
     counters.clear()
-    assert psnr_db(theirs["lcm"], rival("compile")(PROMPT, SEED).pictures) >= SAME
+    assert psnr_db(theirs["lcm"], rival(name)(PROMPT, SEED).pictures) >= SAME
     assert counters["stats"]["unique_graphs"] >= 2
 
 

@@ -46,7 +46,7 @@ def test_random_weights_are_counted_too(family, millions, monkeypatch):
 
 
 # Full-size builds for an A10 on 2 cores, by tests/test_full_size.py: GB of memory, of the engines, seconds.
-MEASURED = {"sd15": (6.46, 2.15, 173), "sdxl": (14.14, 6.94, 427)}
+MEASURED = {"sd15": (5.59, 2.15, 106), "sdxl": (11.9, 6.94, 288)}
 
 
 @pytest.mark.parametrize("family", MEASURED)

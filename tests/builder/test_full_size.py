@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 GIB = 1 << 30
 # Seconds and GiB of anonymous memory over the process tree that a build for an A10 may take on 2 cores.
-LIMITS = {"sd15": (4 * 60, 9), "sdxl": (12 * 60, 18)}
+LIMITS = {"sd15": (3 * 60, 7), "sdxl": (7 * 60, 13)}
 MILLIONS = {"sd15": 67.5, "sdxl": 197}  # LCM-LoRA, arXiv 2311.05556, Table 1
 
 

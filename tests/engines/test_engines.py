@@ -39,6 +39,8 @@ from lcm_compile.system.versions import installed_version
 from lcm_compile.targets import TARGETS, find_target
 
 CPU = find_target("cpu")
+# What the manifest says of engines for a GPU that is not here.
+NOT_RUN = "the engine was compiled without the GPU, not yet run"
 
 
 def test_threads_of_a_stage_do_not_take_the_cores_from_the_next(sdxl_bundle):
@@ -64,7 +66,7 @@ def test_rtx_builds_every_stage_for_an_absent_a10(a10_bundle):
 def test_manifest_says_that_the_graph_was_checked_and_not_the_engine(a10_bundle):
     figures = a10_bundle.manifest.parity
     if gpu.gpu_here() is None:
-        assert {f.checked for f in figures.values()} == {"graph, on ONNX Runtime's CPU provider"}
+        assert {f.checked for f in figures.values()} == {f"graph, on ONNX Runtime's CPU provider; {NOT_RUN}"}
     assert all(figures[name].db >= 45 for name in ("encode", "context", "step", "decode"))
 
 
@@ -74,7 +76,7 @@ def test_rtx_builds_bf16_and_says_what_was_compared(sdxl_checkpoint, tmp_path):
     spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", precision="bf16")
     manifest = build(spec, tmp_path / "bundle").manifest
     if gpu.gpu_here() is None:
-        assert {f.checked for f in manifest.parity.values()} == {"torch module that was exported"}
+        assert {f.checked for f in manifest.parity.values()} == {f"torch module that was exported; {NOT_RUN}"}
     assert {stage.precision for stage in manifest.stages} == {"bf16"}
     assert all(30 <= manifest.parity[name].db < 80 for name in ("encode", "context", "step", "decode"))
 
@@ -439,3 +441,14 @@ def test_unknown_backend_is_told_with_the_closest():
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "4090", "A100-80GB", "a100 80gb"])
 def test_targets_by_any_spelling(name):
     assert find_target(name).name in ("4090", "a100-80gb")
+
+
+def test_onnxruntime_with_tensorrt_refuses_what_one_file_can_not_hold(tmp_path):
+    """A large stage, whose weights are in a file of their own, is refused only if it is too large."""
+    graph = ExportedGraph(tmp_path / "step.onnx", Precision.FP16, StageContract("step", (), ()))
+    for size, refused in ((300_000_000, False), (1_600_000_000, True)):
+        with graph.weights.open("wb") as file:
+            file.truncate(size)  # takes no room
+        with pytest.raises(BackendError) as caught:  # in both cases: there is no such graph
+            find_backend("onnxruntime-tensorrt").build(graph, find_target("a10"), tmp_path)
+        assert ("too large for one ONNX file" in str(caught.value)) == refused

@@ -17,12 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import aotinductor, gpu_rewrites
-from lcm_compile.engines.gpu_rewrites import split_group_norm, split_wide_attention
+from lcm_compile.engines.gpu_rewrites import join_upsampling, split_group_norm, split_wide_attention
 from lcm_compile.export import export_stage
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.spec import Shape
-from lcm_compile.stages.stage import make_stages
+from lcm_compile.stages.rewrites import Upsampling
+from lcm_compile.stages.stage import make_stages, rewrite_modules
 from lcm_compile.targets import find_target
 
 H200 = find_target("h200")
@@ -139,15 +140,17 @@ def test_what_is_compiled_for_a_gpu_is_rewritten_and_in_fp32(decode_graph, targe
     """By what torch's compiler is given, and what it may do then."""
     given = []
 
-    def compile_program(program, package_path, inductor_configs):
-        given.append((program.graph_module.code, torch.backends.cudnn.allow_tf32))
+    def compile_module(module, inputs, options):
+        given.append((module.code, torch.backends.cudnn.allow_tf32))
+        return [{}]  # no files, and no weights
 
     monkeypatch.setattr(gpu_rewrites, "WIDEST", 8)
     monkeypatch.setattr(gpu_rewrites, "LARGE", 0)
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_program)
+    monkeypatch.setattr(torch._inductor, "aot_compile", compile_module)
+    monkeypatch.setattr("torch._inductor.package.package_aoti", lambda path, files: None)
     monkeypatch.setattr(passes, "move_to_device_pass", lambda program, device: program)
     monkeypatch.setattr(aotinductor, "toolkit_for_torch", lambda scratch: contextlib.nullcontext())
-    aotinductor.build(decode_graph, find_target(target), tmp_path)
+    aotinductor.build(decode_graph, find_target(target), tmp_path, {})
     [(code, tf32)] = given
     assert ("scaled_dot_product_attention" in code) == (target == "cpu") == tf32
     assert ("var_mean" in code) == (target == "h200")
@@ -186,3 +189,83 @@ def test_torchs_compiler_does_not_make_one_attention_of_it_again(dtype, splits, 
         [source] = [name for name in package.namelist() if name.endswith("wrapper.cpp")]
         code = package.read(source).decode()
     assert bool(re.search(r"aoti_torch_cpu\w*attention", code)) == (not splits)
+
+
+class Doubling(torch.nn.Module):
+    """What the rewrite `upsampling` makes of a doubled map and the convolution after it."""
+
+    def __init__(self, bias=True, dtype=torch.float64):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(6, 10, 3, padding=1, bias=bias, dtype=dtype).requires_grad_(False)
+        self.four = Upsampling(self.conv)
+
+    def forward(self, x):
+        return torch.nn.functional.silu(self.four(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 4)])
+def test_a_doubled_map_is_one_transposed_convolution(size, bias):
+    """The same numbers at every pixel, in fp64, as doubling and convolving 3×3."""
+    torch.manual_seed(1)
+    module, x = Doubling(bias).eval(), torch.randn(2, 6, *size, dtype=torch.float64)
+    program = torch.export.export(module, (x,))
+    assert join_upsampling(program) == 1
+    aten = torch.ops.aten
+    assert len(gpu_rewrites.nodes_of(program, aten.conv_transpose2d.input)) == 1
+    for gone in (aten.conv2d.default, aten.pad.default, aten.pixel_shuffle.default):
+        assert not gpu_rewrites.nodes_of(program, gone)
+    doubled = torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    expected = torch.nn.functional.silu(module.conv(doubled))
+    torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=1e-13)
+
+
+class Others(Doubling):
+    """Four convolutions that are interleaved in another order, or of maps that are padded otherwise."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        pads = [(1 - i % 2, i % 2, 1 - i // 2, i // 2) for i in range(4)]
+        convolutions = list(self.four.corners)
+        if self.how == "order":
+            convolutions.reverse()
+            pads.reverse()
+        value = 1.0 if self.how == "value" else 0.0
+        padded = [torch.nn.functional.pad(x, pad, value=value) for pad in pads]
+        if self.how == "maps":
+            padded[3] = padded[3] * 2
+        parts = [conv(one) for conv, one in zip(convolutions, padded, strict=True)]
+        batch, _, height, width = x.shape
+        return torch.nn.functional.pixel_shuffle(torch.stack(parts, 2).reshape(batch, -1, height, width), 2)
+
+
+@pytest.mark.parametrize("how", ["order", "value", "maps"])
+def test_four_convolutions_that_double_no_map_stay(how):
+    program = torch.export.export(Others(how).eval(), (torch.randn(1, 6, 4, 4, dtype=torch.float64),))
+    assert join_upsampling(program) == 0 and "conv_transpose2d" not in program.graph_module.code
+
+
+def test_a_decoder_doubles_its_maps_so_and_draws_the_same(sd15_checkpoint, tmp_path):
+    checkpoint = open_checkpoint(str(sd15_checkpoint))
+    modules = rewrite_modules(load_modules(checkpoint).named(), ("upsampling",), [Shape(1, 64, 64)], 4)
+    stage = make_stages(checkpoint, modules, Shape(1, 64, 64), ("upsampling",))[-1]
+    graph = export_stage(stage, aotinductor.GRAPH_FORMAT, Precision.FP32, tmp_path)
+    program = torch.export.load(graph.path)
+    before = len(gpu_rewrites.nodes_of(program, torch.ops.aten.pixel_shuffle.default))
+    x = [torch.randn(spec.shape) for spec in stage.contract.inputs]
+    expected = program.module()(*x)
+    assert join_upsampling(program) == before > 0
+    assert snr_db(expected[0].numpy(), program.module()(*x)[0].numpy()) > 110
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_torch_compiles_the_transposed_convolution(tmp_path):
+    module, x = Doubling(dtype=torch.float32).eval(), torch.randn(1, 6, 8, 8)
+    program = torch.export.export(module, (x,))
+    join_upsampling(program)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "small.pt2"))
+    found = torch._C._aoti.AOTIModelPackageLoader(path, "model", True, 1, -1).run([x])[0]
+    assert snr_db(module(x).numpy(), found.numpy()) > 110

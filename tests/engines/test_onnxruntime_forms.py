@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -13,17 +14,21 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 from torch import nn
 
 from lcm_compile import BuildSpec, build
 from lcm_compile.builder.export import export
 from lcm_compile.bundles.export_manifest import open_export
 from lcm_compile.engines import onnxruntime
+from lcm_compile.engines.onnxruntime_forms import CUDA_FORMS, with_forms
 from lcm_compile.export import export_stage, onnx_graph
 from lcm_compile.graphs import OUTPUT_SCALES, StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.proof.recording import read_calls
+from lcm_compile.stages.half_precision import to_precision
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
@@ -305,11 +310,13 @@ def test_weights_in_a_file_of_their_own(quantized, tmp_path, monkeypatch):
 
 
 def test_other_forms_are_other_engines(tmp_path, monkeypatch):
-    """Of the same graphs: an export may be older than the forms. Engines for GPUs have none."""
-    before, for_gpu = onnxruntime.options(CPU), onnxruntime.options(find_target("a10"))
+    """Of the same graphs: an export may be older than the forms."""
+    targets = CPU, find_target("a10")
+    before = [onnxruntime.options(target) for target in targets]
     monkeypatch.setattr(onnxruntime, "FORMS", tmp_path / "forms.py")
     onnxruntime.FORMS.write_text("FORMS = {}\n")
-    assert onnxruntime.options(CPU) != before and onnxruntime.options(find_target("a10")) == for_gpu
+    after = [onnxruntime.options(target) for target in targets]
+    assert all(one != other for one, other in zip(before, after, strict=True))
 
 
 # ---- complete stages ----
@@ -373,3 +380,76 @@ def test_no_layer_of_a_unet_in_8_bits_turns_its_weights_into_floats(sd15_checkpo
     kinds = operators(bundle.path(step.file))
     assert kinds["QLinearConv"] + kinds["MatMulIntegerToFloat"] == len(step.quantized_layers)
     assert bundle.manifest.parity["picture"].passed
+
+
+class GroupNorm(OpRun):
+    """ONNX Runtime's operator, by the formula in its schema. There is a kernel for CUDA alone."""
+
+    op_domain = "com.microsoft"
+
+    def _run(self, x, gamma, beta, activation=None, groups=None, epsilon=1e-5, channels_last=1):
+        assert channels_last == 1 and gamma.dtype == beta.dtype == np.float32  # what CUDA's kernel wants
+        b, h, w, c = x.shape
+        grouped = x.astype(np.float64).reshape(b, h * w, groups, c // groups)
+        mean, variance = grouped.mean((1, 3), keepdims=True), grouped.var((1, 3), keepdims=True)
+        y = ((grouped - mean) / np.sqrt(variance + epsilon)).reshape(x.shape) * gamma + beta
+        return ((y / (1 + np.exp(-y)) if activation else y).astype(x.dtype),)
+
+
+class Normalized(nn.Module):
+    """A convolution, its normalization and SiLU; then what has no SiLU, and what CUDA's kernel can't take."""
+
+    def __init__(self, channels=128, groups=32):
+        super().__init__()
+        self.conv = nn.Conv2d(8, channels, 3, padding=1)
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, channels, eps=1e-2) for _ in range(2))
+        for norm in self.norms:
+            nn.init.normal_(norm.weight, 1)
+            nn.init.normal_(norm.bias)
+
+    def forward(self, x):
+        x = self.conv(x.to(self.conv.weight.dtype))
+        return self.norms[1](F.silu(self.norms[0](x))).float()
+
+
+def with_cuda_forms(module, precision, folder):
+    """The graph of a module as CUDA's provider gets it, and its input."""
+    x = 3 * np.random.default_rng(5).standard_normal((2, 8, 6, 4), np.float32)
+    module = to_precision(module.requires_grad_(False), precision.floats)
+    _, graph = exported(module, [x], folder, precision)
+    return onnx.load_from_string(with_forms(graph.path, CUDA_FORMS)), x
+
+
+@pytest.mark.parametrize(("precision", "floor"), [("fp32", 120), ("fp16", 60)])
+def test_cuda_normalizes_groups_in_one_node_each(tmp_path, precision, floor):
+    torch.manual_seed(3)
+    module = Normalized()
+    exact = copy.deepcopy(module).double()
+    model, x = with_cuda_forms(module, Precision(precision), tmp_path)
+    with torch.inference_mode():
+        expected = exact(torch.from_numpy(x)).numpy()
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["GroupNorm"] == 2 and not kinds.keys() & {"GroupNormalization", "Sigmoid", "Mul"}
+    found = [{a.name: onnx.helper.get_attribute_value(a) for a in n.attribute} for n in model.graph.node]
+    assert [one["activation"] for one in found if "activation" in one] == [1, 0]
+    [found] = ReferenceEvaluator(model, new_ops=[GroupNorm]).run(None, {"x0": x})
+    assert snr_db(expected, found) > floor
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(128, 16), (96, 32)])
+def test_what_cudas_kernel_can_not_normalize_stays(tmp_path, channels, groups):
+    model, _ = with_cuda_forms(Normalized(channels, groups), FP32, tmp_path)
+    kinds = Counter(node.op_type for node in model.graph.node)
+    assert kinds["GroupNorm"] == 0 and kinds["GroupNormalization"] == 2
+
+
+def test_every_attribute_is_one_of_the_operators_schema(tmp_path):
+    from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
+
+    [schema] = [s for s in get_all_operator_schema() if (s.domain, s.name) == ("com.microsoft", "GroupNorm")]
+    model, _ = with_cuda_forms(Normalized(), FP32, tmp_path)
+    for node in model.graph.node:
+        if node.op_type == "GroupNorm":
+            given = {attribute.name for attribute in node.attribute}
+            assert {name for name, one in schema.attributes.items() if one.required} <= given
+            assert given <= set(schema.attributes) and len(node.input) == len(schema.inputs)

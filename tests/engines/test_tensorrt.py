@@ -91,7 +91,7 @@ def streams(monkeypatch):
     monkeypatch.setattr(tensorrt, "ALIGNMENT", stand_in.ALIGNMENT)
     for module in (tensorrt, loading):
         monkeypatch.setattr(module, "Scratch", lambda device="cuda": Scratch("cpu"))
-    for name in ("tensor", "empty", "to_device", "mark", "between"):
+    for name in ("tensor", "empty", "to_device", "to_host", "all_to_host", "mark", "between"):
         monkeypatch.setattr(TensorRunner, name, OnCpu(vars(TensorRunner)[name]))
     stand_in.calls.clear()
     for done in (stand_in.compiled, stand_in.captured):

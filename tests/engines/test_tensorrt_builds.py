@@ -23,6 +23,11 @@ from lcm_compile.targets import TARGETS, find_target
 trt = pytest.importorskip("tensorrt_rtx")
 
 
+def built(graph, target, folder):
+    """The file of an engine for one GPU."""
+    return tensorrt_rtx.build(graph, target, folder, tensorrt_rtx.options(target))
+
+
 class Small(torch.nn.Module):
     """A convolution, whose weights are random."""
 
@@ -65,12 +70,12 @@ def test_products_in_fp32_are_not_built_for_turing(graph, tmp_path):
     assert tensorrt_rtx.cannot_build(t4, Precision.FP16) is None
     module = Attention(64).eval().requires_grad_(False)
     with pytest.raises(BackendError, match="FP32 GEMM is not supported"):
-        tensorrt_rtx.build(export_module(module, (1, 64, 128), Precision.FP32, tmp_path / "x"), t4, tmp_path)
+        built(export_module(module, (1, 64, 128), Precision.FP32, tmp_path / "x"), t4, tmp_path)
 
 
 def test_an_engine_allocates_nothing_while_it_runs(graph, configs, tmp_path):
     """Otherwise its calls can't be captured."""
-    assert tensorrt_rtx.build(graph("fp16"), find_target("a10"), tmp_path).stat().st_size > 0
+    assert built(graph("fp16"), find_target("a10"), tmp_path).stat().st_size > 0
     assert configs[0].get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     assert tensorrt_rtx.options(find_target("a10"))["user_allocation"]
 
@@ -78,7 +83,7 @@ def test_an_engine_allocates_nothing_while_it_runs(graph, configs, tmp_path):
 @pytest.mark.parametrize(("precision", "allowed"), [("fp32", False), ("fp16", True), ("bf16", True)])
 def test_a_stage_in_fp32_does_not_round_to_tf32(graph, configs, tmp_path, precision, allowed):
     """The builder allows it unless it is told otherwise; 10 bits of mantissa are no fp32."""
-    tensorrt_rtx.build(graph(precision), find_target("a10"), tmp_path)
+    built(graph(precision), find_target("a10"), tmp_path)
     [config] = configs
     assert config.get_flag(trt.BuilderFlag.TF32) == allowed
 
@@ -210,7 +215,7 @@ def test_eight_bit_weights_stay_eight_bits_in_the_engine(log, tmp_path, product)
         folder = tmp_path / precision.product
         graph = export_module(network, tuple(x.shape), precision, folder)
         log.clear()
-        tensorrt_rtx.build(graph, find_target("l4"), folder)
+        built(graph, find_target("l4"), folder)
         sizes[precision.product] = most_bytes(log, "Total Weights")
     assert sizes["fp16"] >= 2 * 2 * width * width
     assert sizes[product] < 0.55 * sizes["fp16"]

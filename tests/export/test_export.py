@@ -42,8 +42,6 @@ def test_several_targets_share_one_export(command, base, counted, tmp_path):
     assert out.split() == [str(folder) for folder in folders]
     capabilities = [read_manifest(folder)[0].target.compute_capability for folder in folders]
     assert capabilities == ["8.6", "8.9"]
-    engines = [(folder / "engines" / "step.engine").read_bytes() for folder in folders]
-    assert engines[0] != engines[1]
     code, out, err = command(*words, "--out", tmp_path / "both", "--json")
     assert code == 0 and [told["hit"] for told in json.loads(out)] == [True, True]
 

@@ -196,9 +196,9 @@ def test_within_a_picture_the_host_waits_for_nothing(sdxl):
     loop = told[told.index("step") :]
     copied = ["step", "to the device"] * 2  # noise for the second and the third
     assert loop == [*copied, "step", "step", "decode", "to the host", "to the host"]
-    # Stages are timed by the device's clock; what is prepared on the host is none's, nor is the search for
-    # NaN in the latent, which comes to the host after the picture.
-    assert drawing.ms["step"] == [1, 1, 1, 1] and drawing.ms["decode"] == 2
+    # Stages are timed by the device's clock; what is prepared on the host is none's. The latent comes to the
+    # host with the picture.
+    assert drawing.ms["step"] == [1, 1, 1, 1] and drawing.ms["decode"] == 3
 
 
 def filling(sdxl, stage, output, value):

@@ -193,8 +193,7 @@ def test_a_twin_stands_in_for_a_large_model(sdxl_checkpoint, monkeypatch, tmp_pa
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
     monkeypatch.setattr(plan, "TWIN_LATENT", 8)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
-    for name in ("export", "build"):
-        monkeypatch.setattr(f"lcm_compile.builder.{name}.caller", lambda is_large: lambda f, *args: f(*args))
+    monkeypatch.setattr("lcm_compile.builder.schedule.ForkServer", factories.InThisProcess)
     export(
         BuildSpec(base=str(sdxl_checkpoint), no_lcm=True, few_step="lcm", precision="fp32"),
         tmp_path / "graphs",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import factories
 import numpy as np
@@ -26,7 +28,7 @@ def large(monkeypatch):
     monkeypatch.setattr(plan, "LARGE_BYTES", 0)
     monkeypatch.setattr(plan, "TWIN_LATENT", 8)
     monkeypatch.setattr(onnx_graph, "INLINE_LIMIT", 1000)
-    monkeypatch.setattr("lcm_compile.builder.export.call_in_child", lambda function, *args: function(*args))
+    monkeypatch.setattr("lcm_compile.builder.schedule.ForkServer", factories.InThisProcess)
 
 
 def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_path):
@@ -37,7 +39,7 @@ def test_a_twin_proves_engines_that_do_not_run_here(large, sdxl_checkpoint, tmp_
     spec = BuildSpec(base=str(sdxl_checkpoint), gpu="a10", no_lcm=True, few_step="lcm", **added)
     manifest = build(spec, tmp_path / "b").manifest
     assert manifest.pipeline.shape.height == 64 and manifest.proof.shape.height == 32
-    told = {name: figure.checked.endswith("of a twin of 1×32×32") for name, figure in manifest.parity.items()}
+    told = {name: "of a twin of 1×32×32" in figure.checked for name, figure in manifest.parity.items()}
     of_the_twin = ("context", "step", "decode", "encode-image", "picture")
     assert told == {"encode": False, "ip-image": False, **dict.fromkeys(of_the_twin, True)}
     assert all(figure.db >= STAGE_FLOORS["fp16"] for figure in manifest.parity.values())
@@ -106,3 +108,26 @@ def test_a_small_proof_of_engines_that_run_here(large, command, sdxl_checkpoint,
     assert verify(bundle).keys() == replayed
     code, _, err = command("verify", bundle.folder)
     assert code == 0 and ("nothing was compared" in err) == (not replayed)
+
+
+def test_the_process_that_builds_a_large_model_itself_needs_no_torch(sd15_checkpoint, tmp_path):
+    """Torch's own memory would add to that of each model that is prepared."""
+    code = (
+        "import sys\n"
+        "from lcm_compile import BuildSpec, build\n"
+        "from lcm_compile.builder import plan\n"
+        "plan.LARGE_BYTES = 0\n"
+        f"spec = BuildSpec({str(sd15_checkpoint)!r}, few_step='lcm', no_lcm=True, backend='onnxruntime')\n"
+        f"assert build(spec, {str(tmp_path / 'b')!r}).manifest.parity['picture'].db > 60\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_modules_of_a_large_model_are_compared_where_its_graphs_can_not_run(large, sd15_checkpoint, tmp_path):
+    """ONNX Runtime computes no bf16 on a processor. Each model is compared with what those before it gave."""
+    pytest.importorskip("tensorrt_rtx")
+    spec = BuildSpec(str(sd15_checkpoint), gpu="a10", precision="bf16", no_lcm=True, few_step="lcm")
+    parity = build(spec, tmp_path / "b").manifest.parity
+    assert parity.keys() == {"encode", "context", "step", "decode", "picture"}
+    assert all(figure.passed and "torch module" in figure.checked for figure in parity.values())

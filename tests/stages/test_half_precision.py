@@ -109,7 +109,8 @@ def test_rtx_builds_a_mixed_graph(sdxl_checkpoint, tmp_path):
     graph = export_stage(mixed, "onnx", Precision.FP16, tmp_path)
     engines = tmp_path / "engines"
     engines.mkdir()
-    path = find_backend("tensorrt-rtx").build(graph, find_target("a10"), engines)
+    backend, a10 = find_backend("tensorrt-rtx"), find_target("a10")
+    path = backend.build(graph, a10, engines, backend.options(a10, Precision.FP16, ()))
     assert path.stat().st_size > 100_000
 
 

@@ -53,9 +53,8 @@ def test_linear_layers_alone_and_joined(rows, bias, monkeypatch):
         lora_branches.Branch, "change", lambda self, dtype: sums.append(1) or change(self, dtype)
     )
     expected = torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], -1)
-    one = joined(layers)
-    for module in (one, nn.ModuleList(layers)):
-        alone = Alone(module)
+    for combine in (nn.ModuleList, joined):  # which takes the layers' weights
+        alone = Alone(combine(layers))
         drawn = WithLoras(alone, ["x", *given])(x, *given.values())
         assert torch.allclose(drawn, expected, rtol=1e-10, atol=1e-10)
     assert bool(sums) == (rows > WIDTH and not bias)

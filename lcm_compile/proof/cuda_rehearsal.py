@@ -10,13 +10,20 @@ from lcm_compile.engines.runner import Array
 from lcm_compile.proof.recording import Rehearsal, TorchRunner
 from lcm_compile.stages.stage import Stage
 
+DEVICE = "cuda"
+# The share of the GPU's free memory that a stage's weights may take. The rest is for what it computes.
+MOST_MEMORY = 1 / 2
+
 
 class CudaRehearsal(Rehearsal):
     """A rehearsal on the GPU, which holds only the stage that is being recorded."""
 
     def runner_of(self, stage: Stage) -> TorchRunner:
-        """Returns a runner that moves the stage to the GPU."""
-        return CudaRunner(stage)
+        """Returns a runner that moves the stage to the GPU, or one on the processor if it is too large."""
+        tensors = (*stage.module.parameters(), *stage.module.buffers())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        fits = size <= MOST_MEMORY * torch.cuda.mem_get_info()[0]
+        return CudaRunner(stage) if fits else TorchRunner(stage)
 
 
 class CudaRunner(TorchRunner):
@@ -26,11 +33,11 @@ class CudaRunner(TorchRunner):
         super().__init__(stage)
         # cuDNN's convolutions use TF32 by default, but the reference must be fp32.
         torch.backends.cudnn.allow_tf32 = False
-        move(self.module, "cuda")
+        move(self.module, DEVICE)
 
     def tensor(self, array: Array) -> Tensor:
         """Returns a copy of an array as a tensor on the GPU."""
-        return torch.from_numpy(np.array(array)).cuda()
+        return torch.from_numpy(np.array(array)).to(DEVICE)
 
     def close(self) -> None:
         """Moves the module back to the processor."""

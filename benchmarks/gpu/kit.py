@@ -1,0 +1,146 @@
+"""Packs what the probe needs on a machine with a GPU that can download nothing: at most 60 MB.
+
+`python -m lcm_compile.benchmarks.gpu.kit --out gpu-kit.tar --bundle BUNDLE`
+
+That is this package, diffusers and small packages that both want, and bundles without the weights that lie in
+files of their own. The machine has torch and transformers already. There: `sh gpu-kit/run.sh RESULTS`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+
+from lcm_compile.bundles.manifest import read_manifest
+from lcm_compile.errors import UsageError
+
+MOST_BYTES = 60_000_000
+# What machines with torch and transformers may lack, of what this package and diffusers import.
+SMALL = (
+    *("importlib_metadata", "zipp", "platformdirs", "httpx", "httpcore", "h11", "anyio", "certifi", "idna"),
+    *("click", "rich", "pygments", "markdown_it_py", "mdurl"),
+)
+HEADER = ".header"  # the ending of a file that has the header of a file of weights alone
+LEAST_LEFT_OUT = 1 << 20  # bytes of a file of weights that is worth leaving out
+# The types of weights that are made random, as safetensors and as torch names them.
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+SCALE = 0.02  # the standard deviation of random weights
+RUN = """#!/bin/sh
+# Installs what is missing here, and runs the probe: sh run.sh RESULTS [OPTIONS]
+set -e
+here=$(dirname "$0"); results=$1; shift
+pip="python3 -m pip install -q --no-deps --no-index --find-links $here/wheels"
+$pip --force-reinstall lcm-compile
+python3 -c "import diffusers" 2>/dev/null || $pip diffusers
+for name in {small}; do
+  python3 -c "import importlib.metadata as m; m.version('$name')" 2>/dev/null || $pip "$name"
+done
+python3 -m lcm_compile.benchmarks.gpu.probe --results "$results" {bundles} "$@"
+"""
+
+
+def strip(folder: Path, copy: Path) -> None:
+    """Copies a bundle, with the header alone of each large file of weights (safetensors)."""
+    shutil.copytree(folder, copy)
+    for path in sorted(copy.rglob("*.safetensors")):
+        if path.stat().st_size >= LEAST_LEFT_OUT:
+            with path.open("rb") as file:
+                size = file.read(8)
+                header = size + file.read(int.from_bytes(size, "little"))
+            path.with_name(path.name + HEADER).write_bytes(header)
+            path.unlink()
+
+
+def left_out(folder: Path) -> list[Path]:
+    """Returns the headers of the files of weights that `strip` has left out of a bundle."""
+    return sorted(folder.rglob(f"*.safetensors{HEADER}"))
+
+
+def fill(folder: Path, copy: Path) -> None:
+    """Copies a bundle that `strip` made, with random weights where they were left out, made on the GPU.
+
+    The manifest has their digests then.
+    """
+    from lcm_compile.bundles.bundle import list_files
+
+    shutil.copytree(folder, copy)
+    for path in left_out(copy):
+        write_random(path, path.with_name(path.name.removesuffix(HEADER)))
+        path.unlink()
+    manifest, _ = read_manifest(copy)
+    replace(manifest, files=list_files(copy)).write(copy)
+
+
+def write_random(header: Path, path: Path) -> None:
+    """Writes a file of weights with this header, whose numbers are random. What is not in FLOATS is zero."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    content = header.read_bytes()
+    entries = json.loads(content[8:])
+    entries.pop("__metadata__", None)
+    with path.open("wb") as file:
+        file.write(content)
+        for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"][0]):
+            start, end = entry["data_offsets"]
+            dtype, raw = FLOATS.get(entry["dtype"]), bytes(end - start)
+            if dtype:
+                weights = torch.empty(entry["shape"], device=device).normal_(0, SCALE, generator=generator)
+                raw = weights.to(getattr(torch, dtype)).cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            file.write(raw)
+
+
+def pack(out: Path, bundles: tuple[Path, ...]) -> None:
+    """Writes the archive. Raises UsageError if it is not run in a clone, or if the archive is too large."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "pyproject.toml").is_file():
+        raise UsageError("the kit is packed from a clone of the repository", "make gpu-kit, in a clone")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "gpu-kit"
+        wheels = folder / "wheels"
+        pip = [sys.executable, "-m", "pip"]
+        subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", wheels, root], check=True)
+        wanted = [f"{name}=={version(name)}" for name in ("diffusers", *SMALL)]
+        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", wheels, *wanted], check=True)
+        for bundle in bundles:
+            strip(bundle, folder / "bundles" / bundle.resolve().name)
+        named = " ".join(f'--bundle "$here/bundles/{bundle.resolve().name}"' for bundle in bundles)
+        (folder / "run.sh").write_text(RUN.format(small=" ".join(SMALL), bundles=named))
+        sizes = {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+        if sum(sizes.values()) > MOST_BYTES:
+            largest = max(sizes, key=lambda path: sizes[path])
+            raise UsageError(
+                f"the kit would have {sum(sizes.values()) / 1e6:.0f} MB, and can have {MOST_BYTES / 1e6:.0f}",
+                f"fewer bundles, or smaller ones: {largest.relative_to(folder)} is the largest file",
+            )
+        with tarfile.open(out, "w") as archive:
+            archive.add(folder, folder.name)
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("gpu-kit.tar"), show_default=True)
+@click.option(
+    "--bundle",
+    "bundles",
+    multiple=True,
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A bundle that travels without its weights; repeatable.",
+)
+def main(out: Path, bundles: tuple[Path, ...]) -> None:
+    """Pack the probe for a machine with a GPU."""
+    pack(out, bundles)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
