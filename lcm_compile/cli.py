@@ -1,8 +1,8 @@
 """The command `lcm-compile`. Results go to stdout, progress and hints to stderr.
 
 Exit codes: 0 success, 1 this machine or these files do not allow it, 2 wrong usage, 3 a parity or performance
-gate failed, 130 interrupted. The commands are in lcm_compile/commands. Each imports heavy modules only when
-it runs, so that `--help` imports little more than click.
+gate failed, 130 interrupted. The commands are in lcm_compile/commands. Each is imported when it is asked for,
+and imports heavy modules only when it runs, so that `--help` imports little more than click.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import _thread
 import codecs
 import contextlib
 import errno
+import importlib
 import io
 import os
 import signal
@@ -22,24 +23,15 @@ from typing import NoReturn
 
 import click
 
-from lcm_compile.commands.bench import bench
-from lcm_compile.commands.build import build
-from lcm_compile.commands.bundles import bundles
-from lcm_compile.commands.compare import compare
-from lcm_compile.commands.distill import distill
-from lcm_compile.commands.doctor import doctor
-from lcm_compile.commands.export import export
-from lcm_compile.commands.fuse import fuse
-from lcm_compile.commands.inspect import inspect
-from lcm_compile.commands.run import run
-from lcm_compile.commands.serve import serve
-from lcm_compile.commands.targets import targets
-from lcm_compile.commands.train_lora import train_lora
-from lcm_compile.commands.verify import verify
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.system.processor import share_quota
 from lcm_compile.version import __version__
 
+# The commands, in the order in which people use them. Each has a module of its name.
+COMMANDS = (
+    *("build", "run", "serve", "verify", "bench", "compare", "inspect", "fuse", "export", "distill"),
+    *("train-lora", "bundles", "targets", "doctor"),
+)
 NO_ROOM = "free some room, or point stdout, --out or LCM_COMPILE_HOME at another disk"
 NO_ACCESS = "ls -ld shows who may use it; --out and LCM_COMPILE_HOME choose where files are written"
 
@@ -151,15 +143,23 @@ def fail(message: str, hint: str | None, code: int) -> NoReturn:
     sys.exit(code)
 
 
-class CommandsInOrder(click.Group):
-    """Lists the commands in the order in which people use them, not alphabetically."""
+class Commands(click.Group):
+    """The commands in the order in which people use them. Each is imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Returns the names of the commands, in the order in which they were added."""
-        return list(self.commands)
+        """Returns the names of the commands."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns a command, or None if there is none of this name."""
+        if cmd_name not in COMMANDS:
+            return None
+        name = cmd_name.replace("-", "_")
+        command: click.Command = getattr(importlib.import_module(f"lcm_compile.commands.{name}"), name)
+        return command
 
 
-@click.group(cls=CommandsInOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="lcm-compile")
 def cli() -> None:
     """Fuse an LCM-LoRA into Stable Diffusion, compile it for a given GPU, and draw pictures in 4 steps.
@@ -168,22 +168,3 @@ def cli() -> None:
     lcm-compile build --base demo --gpu cpu
     lcm-compile run "a large red star on a striped pink background"
     """
-
-
-for command in (
-    build,
-    run,
-    serve,
-    verify,
-    bench,
-    compare,
-    inspect,
-    fuse,
-    export,
-    distill,
-    train_lora,
-    bundles,
-    targets,
-    doctor,
-):
-    cli.add_command(command)

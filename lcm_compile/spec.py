@@ -62,6 +62,7 @@ LORA_FORM = "write PATH, PATH:0.8, PATH:0.8@text=0.5,down_blocks.1=0, or PATH:0.
 AT_RUN_TIME = re.compile(r"(?P<lora>.+):runtime(?::(?P<name>[^:/\\@=,]+))?", re.DOTALL)
 USUAL_STEMS = ("pytorch_lora_weights", "adapter_model")  # of LoRAs that are named after their folder
 MOST_SLOTS = 8
+MOST_IMAGES = 10_000  # of a request: the noise of all of them is in memory
 
 
 @dataclass(frozen=True)

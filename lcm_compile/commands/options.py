@@ -42,11 +42,11 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_seeds(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
     """Returns seeds such as `7`, `1,2,3` or `1..8` as a list. Raises BadParameter if one is no number."""
-    from lcm_compile.output.grid import whole_numbers
-    from lcm_compile.pipeline.request import MOST_IMAGES
-
     if text is None:
         return None
+    from lcm_compile.output.grid import whole_numbers
+    from lcm_compile.spec import MOST_IMAGES
+
     seeds: list[int] = []
     for word in text.split(","):
         try:

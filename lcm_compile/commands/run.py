@@ -86,10 +86,7 @@ def run(
     """
     from lcm_compile.commands.find_bundle import find_bundle, of_size
     from lcm_compile.output.console import note
-    from lcm_compile.output.images import Names
-    from lcm_compile.pipeline.check import check_request
     from lcm_compile.pipeline.load import load
-    from lcm_compile.pipeline.request import Request, draw_seed, requests_for
 
     if stdin and (grid is not None or prompt is not None):
         raise click.UsageError("--stdin gives the prompts: give neither PROMPT nor --grid with it")
@@ -108,32 +105,52 @@ def run(
             given.setdefault("eta", None)  # the picture's own was for its sampler
         draw_again(again, given, folder, base, gpu, out, as_json)
         return
-    sources = open_images(asked)
-    refuse_replacing([] if out is None else [out], sources)
     bundle = of_size(find_bundle(folder, base, gpu), height, width)
     settings = bundle.manifest.pipeline
     prompt = settings.sample_prompt if prompt is None else prompt
-    seeds = [draw_seed()] if seed is None else seed
-    asked |= {"prompt": prompt, **settings.drawing(sampler, steps, guidance_scale, eta)}
+    asked |= {"prompt": prompt, "index": index, **settings.drawing(sampler, steps, guidance_scale, eta)}
     if grid is not None:
         axes = read_axes(context, grid)
-        if len(seeds) > 1:
-            listed = ",".join(map(str, seeds))
+        if seed is not None and len(seed) > 1:
+            listed = ",".join(map(str, seed))
             raise click.UsageError(f"several seeds are an axis of a sheet: --grid {grid},seed={listed}")
-        draw_sheet(bundle, Request(seed=seeds[0], **asked), grid, axes, out, as_json)
+        draw_sheet(bundle, read_requests(seed, out, asked)[0][0], grid, axes, out, as_json)
         return
-    requests = requests_for(seeds if len(seeds) > 1 else seeds[0], index=index, **asked)
-    check_request(bundle, requests[0])  # which differ in their seeds alone
-    note_remarks(bundle, requests[0])
     if stdin:
+        requests, _ = read_requests(seed, out, asked, bundle)
         draw_lines(bundle, requests, seed is None, out, as_json)
         return
-    paths = paths_for(requests, Names(), out)
-    refuse_replacing(paths, sources)
-    if seed is None:
-        note(f"seed {requests[0].seed}")
+    # The engines load while what draws with them is imported, and what is asked for is checked.
     with load(bundle, wait=False) as pipeline, telling_what_was_saved() as saved:
+        from lcm_compile.output.images import Names
+
+        requests, sources = read_requests(seed, out, asked, bundle)
+        paths = paths_for(requests, Names(), out)
+        refuse_replacing(paths, sources)
+        if seed is None:
+            note(f"seed {requests[0].seed}")
         draw_pictures(pipeline, bundle, requests, paths, saved, as_json)
+
+
+def read_requests(
+    seeds: Sequence[int] | None, out: Path | None, asked: dict[str, Any], bundle: EngineBundle | None = None
+) -> tuple[list[Request], list[Path]]:
+    """Returns a request for each picture that is asked for, and the paths of the pictures they begin at.
+
+    Without `seeds` a random one is drawn. If a bundle is given, it is checked whether it can draw them.
+    Raises UsageError if a picture can't be read, `out` is one of them, or a request can't be drawn.
+    """
+    from lcm_compile.pipeline.check import check_request
+    from lcm_compile.pipeline.request import draw_seed, requests_for
+
+    sources = open_images(asked)
+    refuse_replacing([] if out is None else [out], sources)
+    first, *more = seeds or [draw_seed()]
+    requests = requests_for([first, *more] if more else first, **asked)
+    if bundle is not None:
+        check_request(bundle, requests[0])  # which differ in their seeds alone
+        note_remarks(bundle, requests[0])
+    return requests, sources
 
 
 def paths_for(

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_compile.errors import UsageError, unknown_name
 from lcm_compile.output.sheet import grid_sheet
-from lcm_compile.pipeline.drawing import Drawing
-from lcm_compile.pipeline.pipeline import Pipeline
-from lcm_compile.pipeline.request import Request
 from lcm_compile.system.files import read_lines, user_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from lcm_compile.pipeline.drawing import Drawing
+    from lcm_compile.pipeline.pipeline import Pipeline
+    from lcm_compile.pipeline.request import Request
 
 EXAMPLE = "for example --grid steps=1..8,seed=1..4"
 # The name of an axis → the field of Request that it sets.

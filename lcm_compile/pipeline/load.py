@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcm_compile.bundles.bundle import EngineBundle, hold, open_bundle
 from lcm_compile.bundles.manifest import PipelineSettings, StageFile
@@ -20,15 +20,16 @@ from lcm_compile.engines.runner import ForwardingRunner, Runner, closed
 from lcm_compile.engines.scratch import Scratch
 from lcm_compile.errors import REBUILD, BundleError
 from lcm_compile.graphs import StageContract
-from lcm_compile.pipeline.check import check_stages
-from lcm_compile.pipeline.hires import larger_folder
-from lcm_compile.pipeline.pipeline import Pipeline
-from lcm_compile.pipeline.prompts import PROMPTS_KEPT
-from lcm_compile.pipeline.request import Request
-from lcm_compile.pipeline.tokenizer import PromptTokenizer
-from lcm_compile.pipeline.whole_loop import pipeline_class
 from lcm_compile.system.dataclass_json import from_json
 from lcm_compile.system.processor import threads
+
+# What draws with the engines is imported while they load.
+if TYPE_CHECKING:
+    from lcm_compile.pipeline.pipeline import Pipeline
+    from lcm_compile.pipeline.request import Request
+    from lcm_compile.pipeline.tokenizer import PromptTokenizer
+
+PROMPTS_KEPT = 8  # prompts, or different prompts of a batch, in the cache
 
 
 def load(
@@ -61,7 +62,6 @@ def load(
         remember(bundle.folder)
     manifest = bundle.manifest
     backend = check_backend(bundle)
-    check_stages(bundle)
     held = hold(bundle.folder)
     runners: dict[str, Runner] = {}
     scratch = Scratch()  # the stages of a picture run in turn
@@ -81,6 +81,10 @@ def load(
                 runners[name] = load_stage(stage)
             else:
                 runners[name] = LoadingRunner(stage.contract, loader.submit(load_stage, stage))
+        from lcm_compile.pipeline.check import check_stages
+        from lcm_compile.pipeline.whole_loop import pipeline_class
+
+        check_stages(bundle)
         tokenizers = load_tokenizers(bundle.folder, manifest.pipeline)
     except BaseException:
         for runner in runners.values():
@@ -92,6 +96,8 @@ def load(
             loader.shutdown(wait=False)
 
     def open_larger(request: Request) -> Pipeline:
+        from lcm_compile.pipeline.hires import larger_folder
+
         folder = larger_folder(bundle.folder, request, manifest.pipeline.shape)
         if open_size is not None:
             return open_size(folder)
@@ -126,9 +132,15 @@ class LoadingRunner(ForwardingRunner):
             super().keep_kernels()
 
     def close(self) -> None:
-        """Cancels the loading, or frees the engine if it is loaded."""
-        if not self._loading.cancel() and self._loading.exception() is None:
-            super().close()
+        """Frees the engine, as soon as it is loaded if it still loads, or cancels the loading."""
+        if not self._loading.cancel():
+            self._loading.add_done_callback(close_loaded)
+
+
+def close_loaded(loading: Future[Runner]) -> None:
+    """Frees an engine, if it could be loaded."""
+    if loading.exception() is None:
+        loading.result().close()
 
 
 def check_backend(bundle: EngineBundle) -> Backend:
@@ -167,6 +179,8 @@ def built_with(bundle: EngineBundle) -> tuple[str, Mapping[str, Any]]:
 
 def load_tokenizers(folder: Path, settings: PipelineSettings) -> dict[str, PromptTokenizer]:
     """Returns the tokenizers by the stage input that they fill. Raises BundleError if one can't be read."""
+    from lcm_compile.pipeline.tokenizer import PromptTokenizer
+
     tokenizers = {}
     for own in settings.tokenizers:
         path = folder / own.file

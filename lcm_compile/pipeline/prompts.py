@@ -21,7 +21,6 @@ from lcm_compile.pipeline.tokenizer import PromptTokenizer, Tokens
 from lcm_compile.spec import Shape
 
 Encode = Callable[[Arrays], Arrays]
-PROMPTS_KEPT = 8  # prompts, or different prompts of a batch, in the cache
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lcm_compile.pipeline.control_picture import check_span, control_numbers, co
 from lcm_compile.pipeline.source_picture import ALPHA, SourcePicture, source_picture
 from lcm_compile.pipeline.syntax import SYNTAXES, read_prompt
 from lcm_compile.samplers import SAMPLERS
-from lcm_compile.spec import LoraSpec, Shape
+from lcm_compile.spec import MOST_IMAGES, LoraSpec, Shape
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,6 @@ def listed(value: Any, name: str) -> list[Any] | None:
     return list(value)
 
 
-MOST_IMAGES = 10_000  # the noise of all of them is in memory
 MOST_PIXELS = 1_000_000  # on a side; SDXL was trained with some thousands at most
 MOST_GUIDANCE = 1_000_000  # far above what draws a picture, and far below what overflows fp32
 # The fields that are numbers from 0, with their names in messages and the largest values.

@@ -13,8 +13,9 @@ from diffusers_reference import FLOOR, reference
 from lcm_compile import BuildSpec, build, load
 from lcm_compile.errors import UsageError
 from lcm_compile.pipeline.drawing import eight_bits
-from lcm_compile.pipeline.request import MOST_IMAGES, Request
+from lcm_compile.pipeline.request import Request
 from lcm_compile.proof.parity import psnr_db
+from lcm_compile.spec import MOST_IMAGES
 
 PROMPTS = ["a large red star on white", "a small blue ring", "two green crosses on a striped wall"]
 NEGATIVES = ["blue", "a dark wall", "stripes, and a ring"]
