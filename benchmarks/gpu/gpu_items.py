@@ -228,15 +228,15 @@ def assemble_model(note: Note, target: str, work: Path, engines: Engines) -> Non
     from lcm_compile.bundles.bundle import open_bundle, publishing
 
     export, folder, out = read_export(work, engines), parts_of(work, engines), engines.bundle(work)
-    files = {}
+    stages = []
     for stage in export.manifest.stages:
-        name = stage.contract.name
-        files[name] = json.loads((work / f"{engines.name}-{name}.json").read_text())["file"]
+        told = json.loads((work / f"{engines.name}-{stage.contract.name}.json").read_text())
+        stages.append(replace(stage, file=told["file"]))
     plan = quick_plan(engines.spec(work, target), out)
     out.parent.mkdir(exist_ok=True)
     with publishing(out) as new, scheduling_of(plan) as schedule:
         copy_engines(folder, new)
-        finish_bundle(new, export, plan, files, schedule, Stopwatch(noting(note)))
+        finish_bundle(new, export, plan, stages, schedule, Stopwatch(noting(note)))
     shutil.rmtree(folder)
     tell_of(open_bundle(out), note)
 
@@ -264,7 +264,7 @@ def build_quickly(spec: BuildSpec, out: Path, note: Note) -> EngineBundle:
     plan = quick_plan(spec, out)
     out.parent.mkdir(exist_ok=True)
     with publishing(out) as folder:
-        build_missing({out: plan}, {out: folder}, noting(note))
+        build_missing({out: plan}, {out: folder}, False, noting(note))
     return open_bundle(out)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,9 +25,10 @@ from lcm_compile.bundles.bundle import (
     publishing,
     reporting_full_disk,
 )
+from lcm_compile.bundles.engine_reuse import find_engine, take_engine
 from lcm_compile.bundles.export_manifest import Export
 from lcm_compile.bundles.hard_links import link_or_copy
-from lcm_compile.bundles.manifest import BundleManifest, read_manifest
+from lcm_compile.bundles.manifest import BundleManifest, StageFile, read_manifest
 from lcm_compile.bundles.sizes import size_folder
 from lcm_compile.bundles.store import remember
 from lcm_compile.engines import FOR_SEVERAL
@@ -137,16 +140,19 @@ def build_group(group: Sequence[Plan], later: Sequence[Plan], force: bool, repor
         missing = {plan.folder: plan for plan in plans if not plan.hit}
         if missing:
             check_room([*missing.values(), *later])
-            build_missing(missing, folders, report)
+            build_missing(missing, folders, force, report)
             if [plan_again(plan, force).key for plan in plans] != [plan.key for plan in plans]:
                 raise CheckpointError(CHANGED, "build again")
     return plans
 
 
-def build_missing(missing: Mapping[Path, Plan], folders: Mapping[Path, Path], report: Report) -> None:
+def build_missing(
+    missing: Mapping[Path, Plan], folders: Mapping[Path, Path], force: bool, report: Report
+) -> None:
     """Builds the bundles of plans that share an export, each in its folder of `folders`.
 
-    Engines are built beside the export, each as soon as its graph is there. Raises what `build` raises.
+    Engines are built beside the export, each as soon as its graph is there. One that another bundle has is
+    taken from there, unless the build is forced. Raises what `build` raises.
     """
     label = " for {}" if len(missing) > 1 else ""
     first, plan = next(iter(missing.items()))
@@ -154,15 +160,20 @@ def build_missing(missing: Mapping[Path, Plan], folders: Mapping[Path, Path], re
     for folder, each in missing.items():
         builders.setdefault(engines_of(each), folder)
     watches = {folder: Stopwatch(report) for folder in missing}
-    engines: dict[Path, dict[str, Future[Path]]] = {folder: {} for folder in missing}
+    engines: dict[Path, dict[str, Future[tuple[Path, str]]]] = {folder: {} for folder in missing}
 
     with scheduling_of(plan) as schedule:
 
-        def build_engine(graph: ExportedGraph, folder: Path) -> Path:
+        def build_engine(graph: ExportedGraph, folder: Path) -> tuple[Path, str]:
             plan = missing[folder]
-            task = watches[folder].task(f"build {graph.contract.name}{label.format(plan.target.name)}")
+            name = f"{graph.contract.name}{label.format(plan.target.name)}"
+            made_of = engine_digest(plan, graph)
+            if not force and (same := find_engine(made_of)):
+                with watches[folder].task(f"take {name} from {same[0].name}"), suppress(OSError, BundleError):
+                    return take_engine(*same, folders[folder]), made_of
+            task = watches[folder].task(f"build {name}")
             args = graph, plan.target, folders[folder] / "engines", plan.options
-            return schedule.call_beside(memory_for_engine(graph), task, plan.backend.build, *args)
+            return schedule.call_beside(memory_for_engine(graph), task, plan.backend.build, *args), made_of
 
         def written(graph: ExportedGraph) -> None:
             for folder in builders.values():
@@ -174,12 +185,16 @@ def build_missing(missing: Mapping[Path, Plan], folders: Mapping[Path, Path], re
             for folder, plan in missing.items():
                 same = builders[engines_of(plan)]
                 with reporting_full_disk(folder.parent):
-                    paths = {name: built.result() for name, built in engines[same].items()}
+                    built = {name: engine.result() for name, engine in engines[same].items()}
                 if same != folder:
                     copy_engines(folders[same], folders[folder])
-                files = {name: path.relative_to(folders[same]).as_posix() for name, path in paths.items()}
+                stages = [
+                    replace(stage, file=path.relative_to(folders[same]).as_posix(), made_of=made_of)
+                    for stage in export.manifest.stages
+                    for path, made_of in [built[stage.contract.name]]
+                ]
                 name = label.format(plan.target.name)
-                finish_bundle(folders[folder], export, plan, files, schedule, watches[folder], name)
+                finish_bundle(folders[folder], export, plan, stages, schedule, watches[folder], name)
 
 
 def scheduling_of(plan: Plan) -> AbstractContextManager[Schedule]:
@@ -208,25 +223,34 @@ def engines_of(plan: Plan) -> tuple[str | None, ...]:
     return plan.backend_name, key["backend version"], key["builder options"], capability
 
 
+def engine_digest(plan: Plan, graph: ExportedGraph) -> str:
+    """Returns the sha256 of all that an engine depends on: its graph with the weights, and what builds it."""
+    found = [graph.contract.name, graph.precision.value, plan.key["lcm-compile"], *engines_of(plan)]
+    for path in (graph.path, graph.weights):
+        if path.exists():
+            with path.open("rb") as file:
+                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
 def finish_bundle(
     folder: Path,
     export: Export,
     plan: Plan,
-    files: Mapping[str, str],
+    stages: Sequence[StageFile],
     schedule: Schedule,
     watch: Stopwatch,
     label: str = "",
 ) -> None:
     """Makes a bundle of a folder of engines: adds the tokenizers, the proof and the manifest.
 
-    `files` are the engines' paths relative to the folder, by stage. `label` is added to the names of the
-    tasks of `watch`. Raises ParityError if the engines run on this machine and do not compute what torch
+    `stages` name the engines, by paths relative to the folder. `label` is added to the names of the tasks of
+    `watch`. Raises ParityError if the engines run on this machine and do not compute what torch
     computes.
     """
     graphs = export.manifest
     for name in ("tokenizers", "proof"):
         shutil.copytree(export.folder / name, folder / name)
-    stages = [replace(stage, file=files[stage.contract.name]) for stage in graphs.stages]
     runs, figures = plan.backend.cannot_run(plan.target) is None, graphs.parity
     if not runs:
         figures = {name: replace(f, checked=f"{f.checked}; {NOT_RUN}") for name, f in figures.items()}
