@@ -133,6 +133,27 @@ cli.main(["run", "a star", "--engine", {str(sdxl_bundle)!r}, "--out", {str(tmp_p
     assert not loaded & {"urllib.request", "ssl", "xml.etree.ElementTree"}
 
 
+def test_engines_begin_to_load_before_what_draws_with_them_is_imported(sdxl_bundle, tmp_path):
+    code = f"""
+import sys
+
+class AsEnginesLoad:
+    def find_spec(self, name, *_):
+        if name == "onnxruntime":
+            print("before", *(name for name in sys.modules if "lcm_compile." in name or name == "PIL"))
+
+sys.meta_path.insert(0, AsEnginesLoad())
+from lcm_compile.cli import cli
+words = ["run", "a star", "--engine", {str(sdxl_bundle)!r}, "--out", {str(tmp_path / "star.png")!r}]
+cli.main([*words, "--seed", "7"], standalone_mode=False)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    [_, *imported] = next(line for line in done.stdout.splitlines() if line.startswith("before")).split()
+    assert "lcm_compile.engines.onnxruntime" in imported
+    assert not {"lcm_compile.pipeline.pipeline", "lcm_compile.samplers", "PIL"} & {*imported}
+    assert not {"lcm_compile.commands.build", "lcm_compile.commands.bench"} & {*imported}
+
+
 def test_running_a_torchscript_bundle_loads_no_diffusers(sdxl_checkpoint, tmp_path):
     from lcm_compile import BuildSpec, build
 

@@ -53,6 +53,8 @@ def link(path: Path, name: Path) -> None:
 
     Raises OSError if no link can be made. Then `name` is unchanged.
     """
+    if path.samefile(name):
+        return  # rename would do nothing, and leave the new link beside the file
     new = name.with_name(f".{name.name}.link")
     os.link(path, new)
     new.replace(name)

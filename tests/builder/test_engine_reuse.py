@@ -66,6 +66,7 @@ def test_another_style_takes_the_engines_that_it_does_not_change(backend, built)
     assert told == {"take encode from first", "build context", "build step", "take decode from first"}
     same = {name for name, inode in inodes(second).items() if inode == inodes(first).get(name)}
     assert {name.partition(".")[0] for name in same} == {"encode", "decode"}
+    assert not [*second.folder.rglob(".*")]
     digests = [{s.contract.name: s.made_of for s in bundle.manifest.stages} for bundle in (first, second)]
     assert {name for name in digests[0] if digests[0][name] == digests[1][name]} == {"encode", "decode"}
     forced, told = built(1, "forced", backend, force=True)

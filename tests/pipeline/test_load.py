@@ -13,7 +13,7 @@ from PIL import Image
 
 from lcm_compile import load
 from lcm_compile.engines import onnxruntime
-from lcm_compile.errors import BackendError
+from lcm_compile.errors import BackendError, UsageError
 from lcm_compile.pipeline.request import Request
 
 REQUEST = Request("a red star", 7)
@@ -59,6 +59,34 @@ def test_an_engine_that_can_not_be_loaded_is_told_when_it_is_needed(sdxl_bundle,
     with pytest.raises(BackendError, match="the step is broken"), load(sdxl_bundle, wait=False) as pipeline:
         pipeline.draw(REQUEST)
     assert threading.active_count() <= before + 1
+
+
+def test_closing_does_not_wait_for_an_engine_that_loads_and_frees_it_then(sdxl_bundle, monkeypatch):
+    real, go, loaded = onnxruntime.load, threading.Event(), []
+
+    def slow(path, contract, target, precision):
+        assert go.wait(30)
+        loaded.append(real(path, contract, target, precision))
+        return loaded[-1]
+
+    monkeypatch.setattr(onnxruntime, "load", slow)
+    pipeline = load(sdxl_bundle, wait=False)
+    before = time.perf_counter()
+    pipeline.close()
+    assert time.perf_counter() - before < 5
+    go.set()
+    until = time.monotonic() + 30
+    while time.monotonic() < until and not (loaded and all(is_closed(one) for one in loaded)):
+        time.sleep(0.01)
+    assert loaded and all(is_closed(one) for one in loaded)
+
+
+def is_closed(runner):
+    try:
+        runner({spec.name: np.zeros(spec.shape, spec.dtype) for spec in runner.contract.inputs})
+    except UsageError:
+        return True
+    return False
 
 
 def test_a_prompt_that_is_known_is_not_encoded_again(sdxl_bundle):
