@@ -41,9 +41,9 @@ def lcm_compile(*words, **environment):
     return done.stdout
 
 
-def write_lcm_lora(family, path):
+def write_lcm_lora(family, path, seed=0):
     """Rank 64, fp16, on the modules and in the layout of the published ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, layer in empty_modules(FAMILIES[family], {"unet"})["unet"].named_modules():
         if f".{name}".endswith(tuple(f".{ending}" for ending in ADAPTED)) and hasattr(layer, "weight"):
@@ -124,3 +124,10 @@ def test_a_local_folder_becomes_engines_for_an_a10(family, tmp_path, home):
     start = time.monotonic()
     assert json.loads(lcm_compile(*words, "--json"))["hit"] is True
     assert time.monotonic() - start < 3
+    style, other = write_lcm_lora(family, tmp_path / "style.safetensors", seed=1), out.with_name("style")
+    start = time.monotonic()
+    lcm_compile(*words[:-1], other, "--lora", style)
+    print(json.dumps({"first": seconds, "another style": time.monotonic() - start}))
+    engines = [{p.name: p.stat().st_ino for p in (folder / "engines").iterdir()} for folder in (out, other)]
+    same = {name for name, inode in engines[0].items() if engines[1][name] == inode}
+    assert same == {"encode.engine", "decode.engine"}
