@@ -6,7 +6,7 @@ Each round draws the same prompts, seeds and sizes in two ways: by the pipelines
 another, and by a server for many clients at once. Every picture of the server must be the pipeline's own.
 Then one client alone asks for pictures, which shows what the server adds to each, and the memory of the
 server and of its workers is read. It needs the machine for itself, but for a soak, of which memory alone
-counts: `--pictures 500 --minutes 60`.
+counts: `--pictures 300 --minutes 60`.
 """
 
 from __future__ import annotations
