@@ -4,8 +4,9 @@
 
 Each round draws the same prompts, seeds and sizes in two ways: by the pipelines in this process, one after
 another, and by a server for many clients at once. Every picture of the server must be the pipeline's own.
-Then one client alone asks for pictures, which shows what the server adds to each. It needs the machine for
-itself.
+Then one client alone asks for pictures, which shows what the server adds to each, and the memory of the
+server and of its workers is read. It needs the machine for itself, but for a soak, of which memory alone
+counts: `--pictures 300 --minutes 60`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,11 @@ from lcm_compile.pipeline.pipeline import Pipeline
 from lcm_compile.system.dataclass_json import json_text
 from lcm_compile.system.files import write_atomically
 from lcm_compile.system.processor import threads
+from lcm_compile.system.stopwatch import own_memory, tree_memory
 
 # Height and width of the pictures: those of each request are one of them in turn.
 SIZES = ((64, 64), (64, 96))
+MIB = 1 << 20
 SINGLES = 20  # pictures of one client alone in each round
 Answers = dict[int, tuple[float, float, np.ndarray]]  # by number: ms of the client, ms of the engines, pixels
 
@@ -111,56 +115,85 @@ def bare(pipelines: Sequence[Pipeline], numbers: Sequence[int]) -> tuple[float, 
     return time.perf_counter() - start, pictures
 
 
-def measure(bundle: Path, rounds: int, count: int, clients: int) -> dict[str, Any]:
-    """Returns pictures a second of each round, and milliseconds of pictures, bare and of one client alone.
+@dataclass
+class Samples:
+    """What the rounds after the warm-up measured.
+
+    `pictures_per_second` and `memory_bytes` have a mapping for each round, the latter with the anonymous
+    memory of the `server` and of its `workers`; `single_ms` has milliseconds of pictures, `bare` and
+    `served` to one client alone.
+    """
+
+    pictures_per_second: list[dict[str, float]] = field(default_factory=list)
+    single_ms: dict[str, list[float]] = field(default_factory=lambda: {"bare": [], "served": []})
+    memory_bytes: list[dict[str, int]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Returns the server's share of the bare pipeline's rate, and the milliseconds that it adds."""
+        share = statistics.median(one["served"] / one["bare"] for one in self.pictures_per_second)
+        added = statistics.median(self.single_ms["served"]) - statistics.median(self.single_ms["bare"])
+        return {"throughput_share": share, "added_ms": added}
+
+
+def measure(bundle: Path, rounds: int, minutes: float, count: int, clients: int) -> Iterator[Samples]:
+    """Yields the samples so far after each round: of `rounds`, and of more until `minutes` have passed.
 
     A round before them warms up. Raises LcmCompileError if a picture differs from the pipeline's own.
     """
-    rates: list[dict[str, float]] = []
-    singles: dict[str, list[float]] = {"bare": [], "served": []}
+    samples = Samples()
+    end = time.monotonic() + 60 * minutes
     with ExitStack() as stack:
-        address = stack.enter_context(serving(bundle))
+        address, process = stack.enter_context(serving(bundle))
         pipelines = [stack.enter_context(load(bundle, height=h, width=w)) for h, w in SIZES]
-        for i in range(rounds + 1):
+        for i in itertools.count():
+            if i > rounds and time.monotonic() >= end:
+                return
             numbers = range(i * count, (i + 1) * count)
             own, expected = bare(pipelines, numbers)
             seconds, answers = asyncio.run(served(address, numbers, clients))
             for number in numbers:
                 if not np.array_equal(expected[number], answers[number][2]):
                     raise LcmCompileError(f"picture {number} of the server is not the pipeline's own")
-            rates.append({"bare": count / own, "served": count / seconds})
             few = range(-(i + 1) * SINGLES, -i * SINGLES)
-            singles["bare"] += [bare(pipelines, [number])[0] * 1000 for number in few]
-            singles["served"] += [ms for ms, _, _ in asyncio.run(served(address, few, 1))[1].values()]
-    return {"pictures_per_second": rates[1:], "single_ms": singles}
+            alone = [bare(pipelines, [number])[0] * 1000 for number in few]
+            one_client = [ms for ms, _, _ in asyncio.run(served(address, few, 1))[1].values()]
+            if i == 0:
+                continue
+            server = own_memory(process)
+            samples.pictures_per_second.append({"bare": count / own, "served": count / seconds})
+            samples.single_ms["bare"] += alone
+            samples.single_ms["served"] += one_client
+            samples.memory_bytes.append({"server": server, "workers": tree_memory(process) - server})
+            yield samples
 
 
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=10, show_default=True)
+@click.option("--minutes", type=click.FloatRange(0), default=0.0, help="More rounds until these have passed.")
 @click.option("--pictures", type=click.IntRange(2), default=100, show_default=True, help="Of each round.")
 @click.option("--clients", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--save", type=click.Path(path_type=Path), help="The JSON file for all samples.")
-def main(rounds: int, pictures: int, clients: int, save: Path | None) -> None:
+def main(rounds: int, minutes: float, pictures: int, clients: int, save: Path | None) -> None:
     """Measure a server of the demo model under load."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = build(BuildSpec(base="demo", gpu="cpu"), Path(folder) / "demo").folder
         for height, width in SIZES[1:]:
             add_size(bundle, height, width)
-        samples = measure(bundle, rounds, pictures, clients)
         manifest = open_bundle(bundle).manifest
-    share = statistics.median(one["served"] / one["bare"] for one in samples["pictures_per_second"])
-    singles = samples["single_ms"]
-    added = statistics.median(singles["served"]) - statistics.median(singles["bare"])
-    report = {
-        "environment": asdict(environment_of(manifest.target, threads(), {})),
-        "backend": manifest.backend,
-        "clients": clients,
-        "summary": {"throughput_share": share, "added_ms": added},
-        **samples,
-    }
-    if save is not None:
-        write_atomically(save, json_text(report, indent=1) + "\n")
-    rates = samples["pictures_per_second"]
+        for samples in measure(bundle, rounds, minutes, pictures, clients):
+            report = {
+                "environment": asdict(environment_of(manifest.target, threads(), {})),
+                "backend": manifest.backend,
+                "clients": clients,
+                "pictures_per_round": pictures,
+                "summary": samples.summary(),
+                **asdict(samples),
+            }
+            if save is not None:
+                write_atomically(save, json_text(report, indent=1) + "\n")
+            rates, memory = samples.pictures_per_second, samples.memory_bytes
+            print(f"round {len(rates)}: {in_words(memory[-1])}")
+    summary = samples.summary()
     print_table(
         ("", "median", "against the bare pipeline"),
         [
@@ -168,12 +201,18 @@ def main(rounds: int, pictures: int, clients: int, save: Path | None) -> None:
             (
                 f"served to {clients} clients",
                 f"{statistics.median(one['served'] for one in rates):.1f}",
-                f"{share:.3f} ×",
+                f"{summary['throughput_share']:.3f} ×",
             ),
-            ("added to a picture of one client", f"{added:.2f} ms", ""),
+            ("added to a picture of one client", f"{summary['added_ms']:.2f} ms", ""),
         ],
     )
-    print(f"{rounds * pictures} pictures were the pipeline's own")
+    print(f"{len(rates) * pictures} pictures were the pipeline's own")
+    print(f"memory after the first round: {in_words(memory[0])}; after the last: {in_words(memory[-1])}")
+
+
+def in_words(memory: Mapping[str, int]) -> str:
+    """Returns anonymous memory in words."""
+    return ", ".join(f"{name} {value / MIB:.1f} MiB" for name, value in memory.items())
 
 
 if __name__ == "__main__":

@@ -54,8 +54,11 @@ def wanted(i: int) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(bundle: Path) -> Iterator[str]:
-    """Runs `lcm-compile serve BUNDLE`, and yields its address. Raises LcmCompileError if it can't."""
+def serving(bundle: Path) -> Iterator[tuple[str, int]]:
+    """Runs `lcm-compile serve BUNDLE`, and yields its address and its process id.
+
+    Raises LcmCompileError if it does not start.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     words = ["serve", str(bundle), "--port", str(port), "--quiet"]
@@ -68,7 +71,7 @@ def serving(bundle: Path) -> Iterator[str]:
             time.sleep(0.1)
         else:
             raise LcmCompileError("the server does not start", "lcm-compile serve tells why")
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", process.pid
     finally:
         process.terminate()
         process.wait()
@@ -148,7 +151,7 @@ def check_same(pipeline: Pipeline, files: Mapping[int, bytes]) -> None:
 async def measure(bundle: Path, rounds: int, count: int) -> list[dict[str, list[float]]]:
     """Returns the milliseconds of each round: `bare`, `streamed` and `typed`. One before them warms up."""
     samples = []
-    with serving(bundle) as address, load(bundle) as pipeline:
+    with serving(bundle) as (address, _), load(bundle) as pipeline:
         async with connect(f"ws://{address}/live", max_size=None, compression=None) as stream:
             for i in range(rounds + 1):
                 first = i * 10 * count

@@ -21,10 +21,13 @@ from lcm_compile.spec import Shape
 Arrays = Mapping[str, Array]
 
 
-def check_control(pictures: Sequence[SourcePicture], stages: Sequence[str], builds: str = "") -> None:
+def check_control(
+    pictures: Sequence[SourcePicture], stages: Sequence[str], builds: str = "", give: str = ""
+) -> None:
     """Raises UsageError unless there is a control picture for each stage that reads one.
 
-    `stages` are the names of these. `builds` is the command that builds a bundle with one.
+    `stages` are the names of these. `builds` is the command that builds a bundle with one, and `give` how the
+    pictures are given, if it is not by `lcm-compile run`.
     """
     if len(pictures) == len(stages):
         return
@@ -39,9 +42,9 @@ def check_control(pictures: Sequence[SourcePicture], stages: Sequence[str], buil
     raise UsageError(
         f"this bundle has {counted(stages)}, which {'reads' if one else 'read'} a control picture"
         f"{'' if one else ' each'}, and {given} given",
-        "give "
-        + " ".join(["--control PICTURE"] * len(stages))
-        + "; --control-weight 0 draws without its effect",
+        give
+        or f"give {' '.join(['--control PICTURE'] * len(stages))}; "
+        "--control-weight 0 draws without its effect",
     )
 
 

@@ -31,6 +31,7 @@ from lcm_compile.pipeline.request import LANCZOS, LATENT, MOST_GUIDANCE, UPSCALE
 from lcm_compile.samplers import SAMPLERS
 from lcm_compile.serving.answers import json_answer
 from lcm_compile.serving.catalog import Model, UnknownModel
+from lcm_compile.serving.controlnet_units import SCRIPTS, controlnet_routes, unit_fields, units_of
 from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.jobs import Asked, Job, checked, draw, while_connected
 from lcm_compile.serving.service import Service, without_folders
@@ -64,6 +65,7 @@ class TextToImage(BaseModel):
     eta: float | None = None
     send_images: bool | None = True
     override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
     denoising_strength: float | None = None
     enable_hr: bool | None = False
     hr_scale: float | None = Field(2.0, gt=0)
@@ -127,7 +129,7 @@ def a1111_routes(service: Service) -> APIRouter:
 
     @router.post("/txt2img")
     async def txt2img(request: HttpRequest, body: TextToImage) -> Response:
-        """Draws pictures of a prompt."""
+        """Draws pictures of a prompt, guided by the ControlNet extension's units if there are some."""
         return await paint(desk, request, body, {})
 
     @router.post("/img2img")
@@ -240,6 +242,11 @@ def a1111_routes(service: Service) -> APIRouter:
         """Does nothing: models are given when the server starts."""
         return json_answer(None)
 
+    @router.get("/scripts")
+    async def scripts() -> Response:
+        """Lists the extensions whose arguments are read."""
+        return json_answer({"txt2img": [*SCRIPTS], "img2img": [*SCRIPTS]})
+
     @router.post("/png-info")
     async def png_info(body: OnePicture) -> Response:
         """Tells the settings that a picture was drawn with."""
@@ -251,7 +258,10 @@ def a1111_routes(service: Service) -> APIRouter:
                 items[SETTINGS] = own
         return json_answer({"info": info if items else "", "items": items, "parameters": {}})
 
-    return router
+    both = APIRouter()
+    both.include_router(router)
+    both.include_router(controlnet_routes(lambda: desk.chosen))
+    return both
 
 
 def always(value: Any) -> Callable[[], Awaitable[Response]]:
@@ -390,7 +400,11 @@ async def paint(desk: Desk, request: HttpRequest, body: TextToImage, fields: Map
     model = desk.find(override) if override else desk.chosen
     height, width = next(iter(model.bundles))
     bundle = model.nearest((max(body.height or height, 1), max(body.width or width, 1)))
-    asked = asked_of(body, model, fields or hires_of(body, model, bundle))
+    most = service.settings.most_pixels
+    units = await asyncio.to_thread(
+        lambda: unit_fields(units_of(body.alwayson_scripts), model, fields.get("image"), most)
+    )
+    asked = asked_of(body, model, {**(fields or hires_of(body, model, bundle)), **units})
     job = await checked(asked, service.catalog, service.settings, bundle)
     mine = desk.running.setdefault(address_of(request), [])
     entry: list[Running] = []
@@ -415,7 +429,7 @@ async def paint(desk: Desk, request: HttpRequest, body: TextToImage, fields: Map
             desk.running.pop(address_of(request), None)
     told = info_of(job, model)
     images = [base64.b64encode(file).decode() for file in files] if body.send_images is not False else []
-    echo = body.model_dump(exclude={"init_images", "mask"})
+    echo = body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"})
     return json_answer({"images": images, "parameters": echo, "info": json.dumps(told)})
 
 

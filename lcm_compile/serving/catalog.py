@@ -111,7 +111,13 @@ class Catalog:
     def without_folders(self, text: str) -> str:
         """Returns a text without the folders of here, which clients are not told."""
         bundles = [bundle.folder for model in self.models.values() for bundle in model.bundles.values()]
-        folders = [*([self._loras] if self._loras else ()), *(folder.parent for folder in bundles)]
+        specs = [model.first.manifest.spec for model in self.models.values()]
+        built_from = [Path(spec.base).parent for spec in specs]  # commands that build another bundle tell it
+        folders = [
+            *([self._loras] if self._loras else ()),
+            *(folder.parent for folder in bundles),
+            *built_from,
+        ]
         for folder in folders:
             text = text.replace(f"{folder}/", "") if folder.is_absolute() else text
         return text

@@ -30,6 +30,8 @@ OPEN_FOLDERS = ("/page/", "/files/", "/docs")
 KEY_PROTOCOL = "lcm-compile.key."  # before the key, as a subprotocol of a WebSocket: browsers send no header
 BODY_SECONDS = 120.0  # in which a request must have come whole
 TOO_LARGE = "the request is larger than this server reads"
+TOO_MUCH = "the requests that are being answered are all that this server holds at once; send it again later"
+RETRY_SECONDS = 5  # after which a request that found no room should come again
 
 
 class Guard:
@@ -38,6 +40,7 @@ class Guard:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
+        self._room = Room(settings.most_bodies)
         self._names = {"localhost", socket.gethostname().lower(), *(host.lower() for host in settings.hosts)}
         if not is_address(settings.host):
             self._names.add(settings.host.lower())
@@ -60,13 +63,20 @@ class Guard:
             await refuse(scope, receive, send_allowed, *refusal)
             return
         if scope["type"] == "websocket":
-            await self._app(scope, receive, send)
+            messages = LimitedMessages(receive, send, self._room)
+            try:
+                await self._app(scope, messages, send)
+            finally:
+                self._room.give(messages.held)
             return
         if allowed and scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await answer_preflight(send, headers)
             return
-        reader = LimitedReader(receive, self._settings.most_body)
-        await self._app(scope, reader, send_allowed)
+        reader = LimitedReader(receive, self._settings.most_body, self._room)
+        try:
+            await self._app(scope, reader, send_allowed)
+        finally:
+            self._room.give(reader.held)
 
     def _allows(self, origin: str) -> bool:
         return origin in self._settings.origins or "*" in self._settings.origins
@@ -87,6 +97,8 @@ class Guard:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 18 or int(length) > self._settings.most_body:
             return 413, TOO_LARGE
+        if int(length) > self._room.left:
+            return 503, TOO_MUCH
         return None
 
     def _is_own(self, host: str) -> bool:
@@ -162,6 +174,8 @@ async def refuse(scope: Scope, receive: Receive, send: Send, status: int, text: 
     headers = [(b"content-type", b"application/json")]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    if status == 503:
+        headers.append((b"retry-after", b"%d" % RETRY_SECONDS))
     body = json.dumps(error_body(text, status)).encode()
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -180,6 +194,13 @@ class BodyTooLarge(HTTPException):
         super().__init__(413, TOO_LARGE)
 
 
+class NoRoom(HTTPException):
+    """The server holds as many bytes of requests as it does at once."""
+
+    def __init__(self) -> None:
+        super().__init__(503, TOO_MUCH, {"Retry-After": str(RETRY_SECONDS)})
+
+
 class BodyTooSlow(HTTPException):
     """A request has not come whole in the time that it has."""
 
@@ -187,12 +208,37 @@ class BodyTooSlow(HTTPException):
         super().__init__(408, f"the request did not come whole within {BODY_SECONDS:g} s")
 
 
-class LimitedReader:
-    """Counts what is read of a request. Raises BodyTooLarge above a number of bytes, and BodyTooSlow."""
+class Room:
+    """The bytes of requests that a server holds at once: those that have come and are not answered yet.
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    What has not come takes no room, so that who only announces much keeps nobody out.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.left = most
+
+    def take(self, count: int) -> None:
+        """Takes room for so many bytes. Raises NoRoom if there is none."""
+        if count > self.left:
+            raise NoRoom
+        self.left -= count
+
+    def give(self, count: int) -> None:
+        """Gives room back."""
+        self.left += count
+
+
+class LimitedReader:
+    """Counts what is read of a request, and takes room for it, of which it `held` so many bytes.
+
+    Raises BodyTooLarge above a number of bytes, NoRoom, and BodyTooSlow.
+    """
+
+    def __init__(self, receive: Receive, most: int, room: Room) -> None:
         self._receive = receive
         self._left = most
+        self._room = room
+        self.held = 0
         self._deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def __call__(self) -> Message:
@@ -204,7 +250,34 @@ class LimitedReader:
             raise BodyTooSlow from None
         if not message.get("more_body", False):
             self._deadline = None
-        self._left -= len(message.get("body", b""))
+        count = len(message.get("body", b""))
+        self._left -= count
         if self._left < 0:
             raise BodyTooLarge
+        self._room.take(count)
+        self.held += count
+        return message
+
+
+class LimitedMessages:
+    """Takes room for the last picture that a WebSocket's client has sent. Closes it if there is none."""
+
+    def __init__(self, receive: Receive, send: Send, room: Room) -> None:
+        self._receive = receive
+        self._send = send
+        self._room = room
+        self.held = 0
+
+    async def __call__(self) -> Message:
+        """Returns the next message of the client."""
+        message = await self._receive()
+        if (data := message.get("bytes")) is not None:
+            self._room.give(self.held)
+            self.held = 0
+            try:
+                self._room.take(len(data))
+            except NoRoom:
+                await self._send({"type": "websocket.close", "code": 1013, "reason": TOO_MUCH[:120]})
+                return {"type": "websocket.disconnect", "code": 1013}
+            self.held = len(data)
         return message

@@ -14,6 +14,8 @@ from starlette.requests import HTTPConnection
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.errors import LcmCompileError, UsageError
 from lcm_compile.pipeline.check import check_request
+from lcm_compile.pipeline.control import check_control, guide_stages
+from lcm_compile.pipeline.ip_image import check_ip_image
 from lcm_compile.pipeline.request import Request, draw_seed
 from lcm_compile.serving.catalog import Catalog, Model, Size
 from lcm_compile.serving.dispatcher import Dispatcher, Picture
@@ -21,6 +23,7 @@ from lcm_compile.serving.settings import ServerSettings
 
 T = TypeVar("T")
 SEEDS = 1 << 64
+MODELS = "GET /v1/models tells what each model reads"
 SHORT = 2000  # characters of a prompt that is checked at once
 # Called with the number of a picture in its job, a step, and the pixels that are foreseen after it.
 ShowStep = Callable[[int, int, np.ndarray], None]
@@ -90,8 +93,21 @@ def job_of(
     first = Request(
         asked.prompt, seed, **own, **asked.fields, **catalog.lora_fields(model, {**loras, **asked.loras})
     )
+    check_pictures(bundle, first)
     check_request(bundle, first)
     return Job(model, bundle, tuple(replace(first, seed=(seed + i) % SEEDS) for i in range(asked.count)))
+
+
+def check_pictures(bundle: EngineBundle, request: Request) -> None:
+    """Raises UsageError unless a request has the pictures that a bundle's added models read.
+
+    `check_request` does so too, with the options of `lcm-compile` that give them.
+    """
+    stages = guide_stages(stage.contract.name for stage in bundle.manifest.stages)
+    several = f"a list of {len(stages)}, each" if len(stages) > 1 else "it"
+    give = f"send {several} in base64, as the field control; control_weight 0 draws without an effect"
+    check_control(request.control, stages, MODELS, give)
+    check_ip_image(request, bundle.manifest.pipeline.ip_weight is not None, MODELS)
 
 
 async def checked(

@@ -40,6 +40,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class Ping:
+    """To a worker: answer Pong, whatever you draw."""
+
+
+@dataclass(frozen=True)
 class End:
     """To a worker: end, whatever it draws."""
 
@@ -49,6 +54,11 @@ class Ready:
     """From a worker: its bundles are loaded, after so many seconds."""
 
     seconds: float
+
+
+@dataclass(frozen=True)
+class Pong:
+    """From a worker: it runs."""
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,11 @@ from lcm_compile.serving.dispatcher import Picture
 from lcm_compile.serving.guard import error_body
 from lcm_compile.serving.jobs import Asked, Job, checked, draw, server_timing, while_connected
 from lcm_compile.serving.service import Service
-from lcm_compile.serving.uploads import image_of, image_of_base64, mask_of_alpha
+from lcm_compile.serving.uploads import guiding, image_of, image_of_base64, mask_of_alpha
+from lcm_compile.spec import own_name
 
+# The fields of which a form may have several.
+LISTS = ("control", "control_weight", "control_start", "control_end", "control_detector", "loras")
 # Clients expect to find tokens; none are counted here.
 USAGE = {
     "input_tokens": 0,
@@ -128,9 +131,19 @@ class Generation(BaseModel):
         default_factory=dict, validation_alias=AliasChoices("loras", "lora"), description="Weights by name."
     )
     control: str | list[str] | None = Field(
-        None, description="What the model's ControlNets read, in base64 or as data: URLs."
+        None,
+        description="What the model's ControlNets and then its T2I-Adapters read, as base64 or data: URLs.",
     )
-    control_weight: float | list[float] | None = None
+    control_weight: float | list[float] | None = Field(None, description="One for all of them, or for each.")
+    control_start: float | list[float] | None = Field(None, description="Share of the steps, from 0 to 1.")
+    control_end: float | list[float] | None = Field(None, description="Share of the steps, from 0 to 1.")
+    control_detector: str | list[str] | None = Field(
+        None, description="canny, or canny:LOW,HIGH, makes what is read of a photo; none reads it as it is."
+    )
+    ip_image: str | None = Field(
+        None, description="What the model's IP-Adapter reads, in base64 or as a data: URL."
+    )
+    ip_weight: float | None = None
 
     def asked(self, most_pixels: int, **fields: Any) -> Asked:
         """Returns it as what is drawn; `fields` are others of Request. Raises UsageError."""
@@ -139,8 +152,13 @@ class Generation(BaseModel):
             fields["prompt_syntax"] = self.prompt_syntax
         if self.control:
             several = [self.control] if isinstance(self.control, str) else self.control
-            fields["control"] = [image_of_base64(one, "control picture", most_pixels) for one in several]
-            fields["control_weight"] = self.control_weight
+            pictures = [image_of_base64(one, "control picture", most_pixels) for one in several]
+            fields["control"] = guiding(pictures, self.control_detector)
+            for name in ("control_weight", "control_start", "control_end"):
+                fields[name] = getattr(self, name)
+        if self.ip_image:
+            fields["ip_image"] = image_of_base64(self.ip_image, "ip_image", most_pixels)
+            fields["ip_weight"] = self.ip_weight
         return Asked(
             self.prompt,
             self.model,
@@ -188,7 +206,8 @@ def openai_routes(service: Service) -> APIRouter:
     async def generations(request: HttpRequest, body: Generation) -> Response:
         """Draws pictures of a prompt."""
         most = service.settings.most_pixels
-        asked = await asyncio.to_thread(body.asked, most) if body.control else body.asked(most)
+        has_pictures = body.control or body.ip_image
+        asked = await asyncio.to_thread(body.asked, most) if has_pictures else body.asked(most)
         job = await checked(asked, service.catalog, service.settings)
         return await answer(service, request, body, job, "image_generation")
 
@@ -201,7 +220,8 @@ def openai_routes(service: Service) -> APIRouter:
     @router.post("/v1/images/edits", openapi_extra=form)
     async def edits(request: HttpRequest) -> Response:
         """Draws from a picture: all of it, or where the mask, or the picture itself, is transparent."""
-        async with request.form(max_files=20, max_fields=100, max_part_size=1 << 20) as form:
+        most = service.settings.most_body  # which may be one picture in base64
+        async with request.form(max_files=20, max_fields=100, max_part_size=most) as form:
             body, fields, size = await read_edit(form, service)
         asked = await asyncio.to_thread(body.asked, service.settings.most_pixels, **fields)
         bundle = None
@@ -239,6 +259,11 @@ def facts_of(model: Model, service: Service) -> dict[str, Any]:
         "loras": {lora.source: lora.weight for lora in settings.loras},
         "slots": model.slots,
         "files": [*service.catalog.lora_files()] if model.slots else [],
+        "control": [
+            {"kind": guide.kind, "name": own_name(guide.source), "weight": guide.weight}
+            for guide in model.first.manifest.spec.guides
+        ],
+        "ip_weight": settings.ip_weight,
         "images": "encode-image" in stages,
         "previews": "step" in stages,
     }
@@ -253,7 +278,14 @@ async def read_edit(form: FormData, service: Service) -> tuple[Edit, dict[str, A
     images = [file for name, file in files if name in ("image", "image[]")]
     if len(images) != 1:
         raise UsageError(f"an edit begins at one picture, and {len(images)} were sent", "send it as image")
-    texts = {name: text for name, text in form.multi_items() if isinstance(text, str) and text != ""}
+    texts: dict[str, str | list[str]] = {}
+    for key, value in form.multi_items():
+        name = key.removesuffix("[]")
+        if isinstance(value, UploadFile) and name in ("control", "ip_image"):
+            value = base64.b64encode(await value.read()).decode()
+        if isinstance(value, str) and value != "":
+            before = texts.get(name, []) if name in LISTS else []
+            texts[name] = [*([before] if isinstance(before, str) else before), value] if before else value
     try:
         body = Edit.model_validate(texts)
     except ValidationError as error:

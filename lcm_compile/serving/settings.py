@@ -21,6 +21,7 @@ class ServerSettings:
     most_images: Pictures of one request.
     most_prompt: Characters of a prompt.
     most_body: Bytes of a request.
+    most_bodies: Bytes of all requests together that are read and not answered yet.
     most_pixels: Pixels of a picture that a client sends.
     keep_seconds: How long a picture stays at its URL.
     loras: The folder whose LoRAs clients may put into slots, by name.
@@ -38,6 +39,7 @@ class ServerSettings:
     most_images: int = 10
     most_prompt: int = 32_000
     most_body: int = 64 << 20
+    most_bodies: int = 256 << 20
     most_pixels: int = 1 << 26
     keep_seconds: float = 3600.0
     loras: Path | None = None

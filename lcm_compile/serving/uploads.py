@@ -6,10 +6,13 @@ import base64
 import binascii
 import io
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image, ImageChops
 
-from lcm_compile.errors import UsageError
+from lcm_compile.errors import LcmCompileError, UsageError
+from lcm_compile.pipeline.control_picture import control_pictures
+from lcm_compile.pipeline.source_picture import SourcePicture
 
 # What is opened: formats without scripts, links or other files in them.
 ALLOWED = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -50,6 +53,21 @@ def image_of_base64(text: str, called: str, most_pixels: int) -> Image.Image:
     except (binascii.Error, ValueError) as error:
         raise UsageError(f"the {called} is not base64: {error}") from error
     return image_of(data, called, most_pixels)
+
+
+def guiding(
+    pictures: Sequence[Image.Image], detectors: str | Sequence[str] | None
+) -> tuple[SourcePicture, ...]:
+    """Returns pictures for ControlNets and T2I-Adapters, as detectors make them: see `control_pictures`.
+
+    Raises UsageError also for a detector that can't run here.
+    """
+    try:
+        return control_pictures([*pictures], detectors)
+    except UsageError:
+        raise
+    except LcmCompileError as error:  # no OpenCV
+        raise UsageError(error.message, error.hint) from error
 
 
 def mask_of_alpha(mask: Image.Image) -> Image.Image:

@@ -25,6 +25,8 @@ from lcm_compile.serving.messages import (
     Drawn,
     End,
     Failed,
+    Ping,
+    Pong,
     Preview,
     Progress,
     Ready,
@@ -55,6 +57,7 @@ class Worker:
         self._connection = connection
         self._asked: queue.SimpleQueue[Start | Draw] = queue.SimpleQueue()
         self._cancelled: set[int] = set()
+        self._sending = threading.Lock()
         self._done = 0  # the number of the last drawing that ended
         self._pipelines: dict[Path, Pipeline] = {}
 
@@ -67,7 +70,9 @@ class Worker:
                 os._exit(0)
             if isinstance(message, End):
                 os._exit(0)
-            if isinstance(message, Cancel):
+            if isinstance(message, Ping):
+                self.send(Pong())
+            elif isinstance(message, Cancel):
                 self.cancel(message.number)
             elif isinstance(message, Start | Draw):
                 self._asked.put(message)
@@ -137,9 +142,10 @@ class Worker:
         self.send(Preview(number, step, pictures))
 
     def send(self, message: object) -> None:
-        """Sends a message. If the server is gone, the process ends."""
+        """Sends a message, in either thread. If the server is gone, the process ends."""
         try:
-            self._connection.send(message)
+            with self._sending:
+                self._connection.send(message)
         except OSError:
             os._exit(0)
 

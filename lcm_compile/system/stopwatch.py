@@ -81,15 +81,22 @@ class Sampler:
 
 def tree_memory(process: int) -> int:
     """Returns the anonymous memory of a process and its descendants in bytes; 0 without /proc."""
-    total = 0
-    folder = Path("/proc") / str(process)
+    total = own_memory(process)
     with contextlib.suppress(OSError):  # the process may end while it is read
-        # Pages that processes share after a fork count for each. To tell them apart takes the system so long
-        # (smaps_rollup) that it slowed builds by half.
-        for line in (folder / "status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                total += int(line.split()[1]) * 1024
-        for task in (folder / "task").iterdir():
+        for task in (Path("/proc") / str(process) / "task").iterdir():
             for child in (task / "children").read_text().split():
                 total += tree_memory(int(child))
     return total
+
+
+def own_memory(process: int) -> int:
+    """Returns the anonymous memory of a process in bytes; 0 without /proc, or if there is no such process.
+
+    Pages that processes share after a fork count for each. To tell them apart takes the system so long
+    (smaps_rollup) that it slowed builds by half.
+    """
+    with contextlib.suppress(OSError):
+        for line in (Path("/proc") / str(process) / "status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import socket
+import time
 
 import pytest
 from conftest import Served
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from lcm_compile.serving import guard
 
 KEY = "right-kéy"
+BODY = json.dumps({"prompt": "a star", "steps": 1}).encode()
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +155,63 @@ def test_a_request_has_a_largest_size(guarded):
     assert answer.status_code == 413
 
 
+@contextlib.contextmanager
+def begun(server, size, *, announced=None):
+    """A connection that has sent so many bytes of a request, which is answered when it has sent BODY too."""
+    length = size + len(BODY) if announced is None else announced
+    lines = ["POST /v1/images/generations HTTP/1.1", "Host: localhost", f"Content-Length: {length}"]
+    lines += [f"Authorization: Bearer {KEY}", "Content-Type: application/json", "", ""]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as raw:
+        raw.sendall("\r\n".join(lines).encode() + b" " * size)
+        yield raw
+
+
+def wait_for_room(server, size, status):
+    """Waits until a request of so many bytes gets an answer of this status, and returns it."""
+    end = time.monotonic() + 60
+    headers = {"content-type": "application/json", **bearer(KEY)}
+    while True:
+        answer = server.client.post("/v1/images/generations", content=b" " * size, headers=headers)
+        if answer.status_code == status:
+            return answer
+        assert time.monotonic() < end, answer.status_code
+        time.sleep(0.1)
+
+
+def test_all_requests_together_have_a_largest_size(guarded):
+    """256 MB, of what has come and is not answered: a request that is too much is told to come again."""
+    mib = 1 << 20
+    small, large, no_json = 2 * mib, 16 * mib, 400
+    with contextlib.ExitStack() as stack:
+        for _ in range(10):  # they have announced much, and sent nothing
+            stack.enter_context(begun(guarded, 0, announced=60 * mib))
+        assert wait_for_room(guarded, large, no_json)
+        first, *_ = [stack.enter_context(begun(guarded, 62 * mib)) for _ in range(4)]
+        refused = wait_for_room(guarded, large, 503)
+        assert int(refused.headers["retry-after"]) >= 1 and "later" in refused.json()["error"]["message"]
+
+        def unannounced():
+            for _ in range(16):
+                yield b" " * mib
+
+        headers = {"content-type": "application/json", **bearer(KEY)}
+        answer = guarded.client.post("/v1/images/generations", content=unannounced(), headers=headers)
+        assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
+        url = f"ws://127.0.0.1:{guarded.port}/live"
+        protocols = [f"lcm-compile.key.{KEY.encode().hex()}"]
+        with connect(url, subprotocols=["lcm-compile", *protocols], max_size=None) as live:
+            live.send(b" " * large)
+            with pytest.raises(ConnectionClosed, match="1013"):
+                live.recv()
+        assert wait_for_room(guarded, small, no_json)
+        # Those that were let in are served, and leave their room to others.
+        first.sendall(BODY)
+        assert b" 200 " in first.recv(100)
+        assert wait_for_room(guarded, large, no_json)
+        assert guarded.client.get("/health").status_code == 200
+    assert wait_for_room(guarded, 60 * mib, no_json)
+
+
 def test_the_address_is_local_or_warned_of(small):
     with Served(f"small={small}", "--host", "0.0.0.0") as server:
         code, told = server.stop()
@@ -171,7 +231,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(monkeypatch):
 
     async def read(first):
         messages[:] = [{"type": "http.request", "body": b"{", "more_body": first}]
-        reader = guard.LimitedReader(slow, 10)
+        reader = guard.LimitedReader(slow, 10, guard.Room(10))
         return [(await reader())["type"] for _ in range(2)]
 
     with pytest.raises(guard.BodyTooSlow) as raised:
