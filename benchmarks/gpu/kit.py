@@ -3,7 +3,8 @@
 `python -m lcm_compile.benchmarks.gpu.kit --out gpu-kit.tar --bundle BUNDLE`
 
 That is this package, diffusers and small packages that both want, and bundles without the weights that lie in
-files of their own. The machine has torch and transformers already. There: `sh gpu-kit/run.sh RESULTS`.
+files of their own. The machine has torch, transformers and Pillow already. There:
+`sh gpu-kit/run.sh RESULTS`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import UsageError
 
 MOST_BYTES = 60_000_000
-# What machines with torch and transformers may lack, of what this package and diffusers import.
+# What machines with torch, transformers and Pillow may lack, of what diffusers and the probe need.
 SMALL = (
-    *("importlib_metadata", "zipp", "platformdirs", "httpx", "httpcore", "h11", "anyio", "certifi", "idna"),
-    *("click", "rich", "pygments", "markdown_it_py", "mdurl"),
+    *(
+        "importlib_metadata",
+        "zipp",
+        "lazy_importer",
+        "requests",
+        "urllib3",
+        "charset_normalizer",
+        "platformdirs",
+    ),
+    *("httpx", "httpcore", "h11", "anyio", "certifi", "idna", "click", "rich", "pygments", "markdown_it_py"),
+    *("mdurl",),
 )
 HEADER = ".header"  # the ending of a file that has the header of a file of weights alone
 LEAST_LEFT_OUT = 1 << 20  # bytes of a file of weights that is worth leaving out
@@ -111,7 +121,9 @@ def pack(out: Path, bundles: tuple[Path, ...]) -> None:
         pip = [sys.executable, "-m", "pip"]
         subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", wheels, root], check=True)
         wanted = [f"{name}=={version(name)}" for name in ("diffusers", *SMALL)]
-        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", wheels, *wanted], check=True)
+        # For any machine, and any version of Python that it may have.
+        anywhere = ["--no-deps", "--only-binary", ":all:", "--platform", "any"]
+        subprocess.run([*pip, "download", "-q", *anywhere, "-d", wheels, *wanted], check=True)
         for bundle in bundles:
             strip(bundle, folder / "bundles" / bundle.resolve().name)
         named = " ".join(f'--bundle "$here/bundles/{bundle.resolve().name}"' for bundle in bundles)

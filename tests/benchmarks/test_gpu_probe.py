@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import distribution
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file, save_file
 
 from lcm_compile.benchmarks.gpu import kit, probe, probe_items
@@ -109,6 +112,24 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     originals, copies = (one / "engines" / "step.safetensors" for one in (folder, filled))
     size = len(originals.read_bytes()) - saved
     assert originals.read_bytes()[:size] == copies.read_bytes()[:size]
+
+
+def needed_by(*names):
+    """The packages that these need here, themselves among them, by what they say of themselves."""
+    found, left = set(), list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name not in found:
+            found.add(name)
+            wanted = [Requirement(line) for line in distribution(name).requires or ()]
+            left += [w.name for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_what_diffusers_and_the_probe_need_is_in_the_kit_or_there():
+    there = needed_by("torch", "transformers", "pillow")
+    wanted = needed_by("diffusers", "click", "rich", "platformdirs") - there
+    assert wanted <= {canonicalize_name(name) for name in ("diffusers", *kit.SMALL)}
 
 
 def test_a_kit_that_is_too_large_names_the_largest_file(weighty, tmp_path, monkeypatch):
