@@ -60,14 +60,15 @@ python3 -m lcm_compile.benchmarks.gpu.probe --results "$results" {bundles} "$@"
 
 def strip(folder: Path, copy: Path) -> None:
     """Copies a bundle, with the header alone of each large file of weights (safetensors)."""
-    shutil.copytree(folder, copy)
-    for path in sorted(copy.rglob("*.safetensors")):
-        if path.stat().st_size >= LEAST_LEFT_OUT:
-            with path.open("rb") as file:
-                size = file.read(8)
-                header = size + file.read(int.from_bytes(size, "little"))
-            path.with_name(path.name + HEADER).write_bytes(header)
-            path.unlink()
+    large = [p for p in folder.rglob("*.safetensors") if p.stat().st_size >= LEAST_LEFT_OUT]
+    shutil.copytree(
+        folder, copy, ignore=lambda within, _: [p.name for p in large if p.parent == Path(within)]
+    )
+    for path in large:
+        with path.open("rb") as file:
+            size = file.read(8)
+            header = size + file.read(int.from_bytes(size, "little"))
+        (copy / path.relative_to(folder)).with_name(path.name + HEADER).write_bytes(header)
 
 
 def left_out(folder: Path) -> list[Path]:
