@@ -59,11 +59,19 @@ python3 -m lcm_compile.benchmarks.gpu.probe --results "$results" {bundles} "$@"
 
 
 def strip(folder: Path, copy: Path) -> None:
-    """Copies a bundle, with the header alone of each large file of weights (safetensors)."""
-    large = [p for p in folder.rglob("*.safetensors") if p.stat().st_size >= LEAST_LEFT_OUT]
-    shutil.copytree(
-        folder, copy, ignore=lambda within, _: [p.name for p in large if p.parent == Path(within)]
-    )
+    """Copies a bundle, with the header alone of each large file of weights (safetensors).
+
+    If there is one, the files of the proof's calls are empty: they are those of other weights.
+    """
+    large = [path for path in folder.rglob("*.safetensors") if path.stat().st_size >= LEAST_LEFT_OUT]
+    calls = list(folder.glob("proof/*.npz")) if large else []
+
+    def left_out_of(within: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(within, name) in {*large, *calls}]
+
+    shutil.copytree(folder, copy, ignore=left_out_of)
+    for path in calls:
+        (copy / path.relative_to(folder)).touch()
     for path in large:
         with path.open("rb") as file:
             size = file.read(8)
@@ -151,7 +159,10 @@ def pack(out: Path, bundles: tuple[Path, ...]) -> None:
 )
 def main(out: Path, bundles: tuple[Path, ...]) -> None:
     """Pack the probe for a machine with a GPU."""
-    pack(out, bundles)
+    try:
+        pack(out, bundles)
+    except UsageError as error:
+        raise click.ClickException(f"{error.message}\ntry: {error.hint}") from error
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

@@ -95,8 +95,9 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     travelled = tmp_path / "kit" / "bundle"
     assert not list(travelled.rglob("*.safetensors")) and len(kit.left_out(travelled)) == 1
     saved = sum(array.nbytes for array in weights.values())
+    calls = sum(path.stat().st_size for path in folder.glob("proof/*.npz"))
     sizes = [sum(p.stat().st_size for p in one.rglob("*") if p.is_file()) for one in (folder, travelled)]
-    assert sizes[0] - sizes[1] == saved
+    assert sizes[0] - sizes[1] == saved + calls and calls
     found, note = noted
     probe_items.stages(note, "cpu", tmp_path / "work", travelled)
     assert found["stages"]["step"]["ms"] > 0 and "db" not in found["stages"]["step"]
