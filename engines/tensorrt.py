@@ -20,6 +20,7 @@ from lcm_compile.engines.gpu import LEAST_DRIVERS, cannot_run_on_gpu, gpu_here
 from lcm_compile.engines.runner import Array, Runner
 from lcm_compile.engines.scratch import Scratch
 from lcm_compile.engines.tensorrt_caches import KernelCache, keeping_timings, timings_path
+from lcm_compile.engines.tensorrt_network import allow_decomposed_attention, join_upsampling
 from lcm_compile.engines.tensors import TensorRunner
 from lcm_compile.errors import REBUILD, BackendError
 from lcm_compile.graphs import ExportedGraph, StageContract
@@ -161,6 +162,7 @@ def build_with(
         reasons = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise BackendError(f"{trt.__name__} can't read the {graph.contract.name} graph: {reasons}")
     allow_decomposed_attention(trt, network)
+    added = join_upsampling(trt, network)
     config = builder.create_builder_config()
     config.builder_optimization_level = OPTIMIZATION_LEVEL
     if graph.precision.floats == "fp32":  # otherwise fp32 is there for its range, and TF32 has the same
@@ -168,6 +170,7 @@ def build_with(
     configure(config)
     with keeping_timings(config, timings) if timings else nullcontext():
         engine = builder.build_serialized_network(network, config)
+    del added
     if engine is None:
         raise BackendError(
             f"{trt.__name__} {trt.__version__} can't build the {graph.contract.name} stage: "
@@ -196,18 +199,6 @@ def count_formats(information: Mapping[str, Any]) -> dict[str, int]:
     layers = [layer for layer in information.get("Layers", []) if isinstance(layer, dict)]
     outputs = [output for layer in layers for output in layer.get("Outputs", [])]
     return dict(Counter(output.get("Format/Datatype", "not told") for output in outputs))
-
-
-def allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Lets attention run as plain matrix products if no fused kernel covers it (small heads, fp32).
-
-    Without this such a network may not build. TensorRT still uses a fused kernel if there is one.
-    """
-    for i in range(network.num_layers):
-        layer = network.get_layer(i)
-        if layer.type == trt.LayerType.ATTENTION_INPUT:
-            layer.__class__ = trt.IAttentionInputLayer
-            layer.attention.decomposable = True
 
 
 class TensorRtRunner(TensorRunner):

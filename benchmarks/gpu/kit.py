@@ -3,7 +3,8 @@
 `python -m lcm_compile.benchmarks.gpu.kit --out gpu-kit.tar --bundle BUNDLE`
 
 That is this package, diffusers and small packages that both want, and bundles without the weights that lie in
-files of their own. The machine has torch and transformers already. There: `sh gpu-kit/run.sh RESULTS`.
+files of their own. The machine has torch, transformers and Pillow already. There:
+`sh gpu-kit/run.sh RESULTS`.
 """
 
 from __future__ import annotations
@@ -24,10 +25,19 @@ from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.errors import UsageError
 
 MOST_BYTES = 60_000_000
-# What machines with torch and transformers may lack, of what this package and diffusers import.
+# What machines with torch, transformers and Pillow may lack, of what diffusers and the probe need.
 SMALL = (
-    *("importlib_metadata", "zipp", "platformdirs", "httpx", "httpcore", "h11", "anyio", "certifi", "idna"),
-    *("click", "rich", "pygments", "markdown_it_py", "mdurl"),
+    *(
+        "importlib_metadata",
+        "zipp",
+        "lazy_importer",
+        "requests",
+        "urllib3",
+        "charset_normalizer",
+        "platformdirs",
+    ),
+    *("httpx", "httpcore", "h11", "anyio", "certifi", "idna", "click", "rich", "pygments", "markdown_it_py"),
+    *("mdurl",),
 )
 HEADER = ".header"  # the ending of a file that has the header of a file of weights alone
 LEAST_LEFT_OUT = 1 << 20  # bytes of a file of weights that is worth leaving out
@@ -49,15 +59,24 @@ python3 -m lcm_compile.benchmarks.gpu.probe --results "$results" {bundles} "$@"
 
 
 def strip(folder: Path, copy: Path) -> None:
-    """Copies a bundle, with the header alone of each large file of weights (safetensors)."""
-    shutil.copytree(folder, copy)
-    for path in sorted(copy.rglob("*.safetensors")):
-        if path.stat().st_size >= LEAST_LEFT_OUT:
-            with path.open("rb") as file:
-                size = file.read(8)
-                header = size + file.read(int.from_bytes(size, "little"))
-            path.with_name(path.name + HEADER).write_bytes(header)
-            path.unlink()
+    """Copies a bundle, with the header alone of each large file of weights (safetensors).
+
+    If there is one, the files of the proof's calls are empty: they are those of other weights.
+    """
+    large = [path for path in folder.rglob("*.safetensors") if path.stat().st_size >= LEAST_LEFT_OUT]
+    calls = list(folder.glob("proof/*.npz")) if large else []
+
+    def left_out_of(within: str, names: list[str]) -> list[str]:
+        return [name for name in names if Path(within, name) in {*large, *calls}]
+
+    shutil.copytree(folder, copy, ignore=left_out_of)
+    for path in calls:
+        (copy / path.relative_to(folder)).touch()
+    for path in large:
+        with path.open("rb") as file:
+            size = file.read(8)
+            header = size + file.read(int.from_bytes(size, "little"))
+        (copy / path.relative_to(folder)).with_name(path.name + HEADER).write_bytes(header)
 
 
 def left_out(folder: Path) -> list[Path]:
@@ -111,7 +130,9 @@ def pack(out: Path, bundles: tuple[Path, ...]) -> None:
         pip = [sys.executable, "-m", "pip"]
         subprocess.run([*pip, "wheel", "-q", "--no-deps", "-w", wheels, root], check=True)
         wanted = [f"{name}=={version(name)}" for name in ("diffusers", *SMALL)]
-        subprocess.run([*pip, "download", "-q", "--no-deps", "-d", wheels, *wanted], check=True)
+        # For any machine, and any version of Python that it may have.
+        anywhere = ["--no-deps", "--only-binary", ":all:", "--platform", "any"]
+        subprocess.run([*pip, "download", "-q", *anywhere, "-d", wheels, *wanted], check=True)
         for bundle in bundles:
             strip(bundle, folder / "bundles" / bundle.resolve().name)
         named = " ".join(f'--bundle "$here/bundles/{bundle.resolve().name}"' for bundle in bundles)
@@ -138,7 +159,10 @@ def pack(out: Path, bundles: tuple[Path, ...]) -> None:
 )
 def main(out: Path, bundles: tuple[Path, ...]) -> None:
     """Pack the probe for a machine with a GPU."""
-    pack(out, bundles)
+    try:
+        pack(out, bundles)
+    except UsageError as error:
+        raise click.ClickException(f"{error.message}\ntry: {error.hint}") from error
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

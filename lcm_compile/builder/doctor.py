@@ -26,9 +26,9 @@ class Diagnosis:
     """What one backend can do on this machine.
 
     `version` is that of the backend's package, or None if it is not installed. `builds_for` are the targets
-    that an engine was built for, and `runs` says whether an engine ran and its output was right. `reason`
-    says what was seen. `milliseconds` is the time of one call of the small fp32 network by which
-    `--backend auto` chooses on this CPU, or None if the backend was not timed.
+    that an engine was built for (see diagnose_backend), and `runs` says whether an engine ran and its output
+    was right. `reason` says what was seen. `milliseconds` is the time of one call of the small fp32 network
+    by which `--backend auto` chooses on this CPU, or None if the backend was not timed.
     """
 
     backend: str
@@ -54,30 +54,33 @@ def diagnose(report: Report = silent) -> list[Diagnosis]:
 def diagnose_backend(name: str) -> Diagnosis:
     """Builds an engine for one target of each compute capability, and runs it if this machine can.
 
-    Returns what was found. If the backend fails, its error is part of the result and is not raised.
+    Of GPUs that are not here, and that a backend compiles for all in one way but slowly, the first that works
+    stands for the others that the backend does not refuse. Returns what was found. If the backend fails, its
+    error is part of the result and is not raised.
     """
     backend = find_backend(name)
     version = installed_version(backend.PACKAGES)
     built: list[str] = []
     reasons: list[str] = []
-    runs = False
+    runs = works_without_gpu = False
     for target in {t.compute_capability: t for t in reversed(TARGETS.values())}.values():
         precision = Precision.FP32 if target.is_cpu else Precision.FP16
-        reason = backend.cannot_build(target, precision)
-        if reason is None:
-            try:
-                db = try_backend(backend, target, precision)
-            except LcmCompileError as error:
-                reasons.append(error.message)
-                continue
-            built += [t.name for t in TARGETS.values() if t.compute_capability == target.compute_capability]
-            if db is None:
-                reasons.append(f"can't run: {backend.cannot_run(target)}")
-            else:
-                runs = True
-                reasons.insert(0, f"built and ran a small network, {db:.0f} dB from torch")
-        else:
+        if reason := backend.cannot_build(target, precision):
             reasons.append(reason)
+            continue
+        without_gpu = bool(backend.options(target, precision, (), silent).get("without_gpu"))
+        try:
+            db = None if without_gpu and works_without_gpu else try_backend(backend, target, precision)
+        except LcmCompileError as error:
+            reasons.append(error.message)
+            continue
+        works_without_gpu |= without_gpu
+        built += [t.name for t in TARGETS.values() if t.compute_capability == target.compute_capability]
+        if db is None:
+            reasons.append(f"can't run: {backend.cannot_run(target)}")
+        else:
+            runs = True
+            reasons.insert(0, f"built and ran a small network, {db:.0f} dB from torch")
     order = list(TARGETS)
     return Diagnosis(name, version, tuple(sorted(built, key=order.index)), runs, main_reason(reasons, runs))
 

@@ -69,7 +69,9 @@ class TorchRunner(Runner):
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         import torch
 
-        with torch.inference_mode():
+        from lcm_compile.stages.half_precision import SummedInFp32
+
+        with torch.inference_mode(), SummedInFp32():
             outputs = self.module(*(self.tensor(inputs[spec.name]) for spec in self.contract.inputs))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {s.name: o.cpu().numpy() for s, o in zip(self.contract.outputs, outputs, strict=True)}

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import distribution
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file, save_file
 
 from lcm_compile.benchmarks.gpu import kit, probe, probe_items
@@ -92,8 +95,9 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     travelled = tmp_path / "kit" / "bundle"
     assert not list(travelled.rglob("*.safetensors")) and len(kit.left_out(travelled)) == 1
     saved = sum(array.nbytes for array in weights.values())
+    calls = sum(path.stat().st_size for path in folder.glob("proof/*.npz"))
     sizes = [sum(p.stat().st_size for p in one.rglob("*") if p.is_file()) for one in (folder, travelled)]
-    assert sizes[0] - sizes[1] == saved
+    assert sizes[0] - sizes[1] == saved + calls and calls
     found, note = noted
     probe_items.stages(note, "cpu", tmp_path / "work", travelled)
     assert found["stages"]["step"]["ms"] > 0 and "db" not in found["stages"]["step"]
@@ -109,6 +113,24 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     originals, copies = (one / "engines" / "step.safetensors" for one in (folder, filled))
     size = len(originals.read_bytes()) - saved
     assert originals.read_bytes()[:size] == copies.read_bytes()[:size]
+
+
+def needed_by(*names):
+    """The packages that these need here, themselves among them, by what they say of themselves."""
+    found, left = set(), list(names)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name not in found:
+            found.add(name)
+            wanted = [Requirement(line) for line in distribution(name).requires or ()]
+            left += [w.name for w in wanted if w.marker is None or w.marker.evaluate({"extra": ""})]
+    return found
+
+
+def test_what_diffusers_and_the_probe_need_is_in_the_kit_or_there():
+    there = needed_by("torch", "transformers", "pillow")
+    wanted = needed_by("diffusers", "click", "rich", "platformdirs") - there
+    assert wanted <= {canonicalize_name(name) for name in ("diffusers", *kit.SMALL)}
 
 
 def test_a_kit_that_is_too_large_names_the_largest_file(weighty, tmp_path, monkeypatch):

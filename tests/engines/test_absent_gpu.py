@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from lcm_compile import BuildSpec, build
+from lcm_compile.builder.doctor import diagnose_backend
 from lcm_compile.engines import absent_gpu, aotinductor, gpu
 from lcm_compile.engines.gpu_rewrites import choose_attention, lay_out_convolutions
 from lcm_compile.engines.weights_file import read_weights, write_weights
@@ -28,7 +29,7 @@ from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.stages.stage import Stage
-from lcm_compile.targets import find_target
+from lcm_compile.targets import TARGETS, find_target
 
 CPU, H100 = find_target("cpu"), find_target("h100")
 CANNOT = "there is a GPU here" if gpu.gpu_here() else aotinductor.cannot_build(H100, Precision.FP16)
@@ -326,6 +327,22 @@ def test_an_engine_for_each_compute_capability(small, tmp_path, name):
     # No weight is converted before it is convolved with.
     convolved = re.findall(r"aoti_torch_cuda_convolution\(\w+, (\w+)", package.source)
     assert convolved == ["module_first_weight", "module_second_weight", "module_last_weight"]
+
+
+@pytest.mark.slow
+@cross
+def test_doctor_compiles_for_one_gpu_that_is_not_here_and_tells_of_all(monkeypatch):
+    compiled, compile_for = [], aotinductor.build
+
+    def noting(graph, target, *arguments):
+        compiled.append(target)
+        return compile_for(graph, target, *arguments)
+
+    monkeypatch.setattr(aotinductor, "build", noting)
+    found = diagnose_backend("aotinductor")
+    assert [target.is_cpu for target in compiled] == [False, True] and found.runs
+    known = [name for name, t in TARGETS.items() if t.compute_capability in absent_gpu.CAPABILITIES]
+    assert list(found.builds_for) == ["cpu", *known]
 
 
 @pytest.mark.slow

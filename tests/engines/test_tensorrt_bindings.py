@@ -34,7 +34,7 @@ CLASSES = (
         "Runtime",
         "ICudaEngine",
     ),
-    *("IExecutionContext", "EngineInspector", "IRuntimeConfig", "IRuntimeCache", "ILogger"),
+    *("IExecutionContext", "EngineInspector", "IRuntimeConfig", "IRuntimeCache", "ILogger", "ILayer"),
 )
 TELL = """
 import inspect, json, sys
@@ -117,8 +117,11 @@ EXPECTED = {
         *("create_network", "parse_from_file", "get_error", "build_serialized_network", "clear_flag"),
         *("deserialize_cuda_engine", "create_execution_context", "get_tensor_name", "get_tensor_mode"),
         *("get_tensor_dtype", "get_tensor_shape", "set_device_memory", "create_runtime_config"),
-        *("set_tensor_address", "execute_async_v3", "get_engine_information", "get_layer"),
+        *("set_tensor_address", "execute_async_v3", "get_engine_information"),
         *("set_execution_context_allocation_strategy", "create_engine_inspector"),
+    },
+    "tensorrt_network.py": {
+        *("get_layer", "get_input", "get_output", "set_input", "add_deconvolution_nd"),
     },
     "tensorrt_rtx.py": {"set_compute_capability", "get_engine_validity", "set_flag"},
     "tensorrt_caches.py": {
@@ -162,11 +165,19 @@ def test_attributes_and_what_is_called_by_other_names(bindings):
         "INetworkDefinition": ["num_layers"],
         "IAttentionInputLayer": ["attention"],
         "IAttention": ["decomposable"],
+        "ILayer": ["type", "name", "num_inputs", "num_outputs"],
+        "IConcatenationLayer": ["axis"],
+        "IConvolutionLayer": [
+            *("kernel_size_nd", "stride_nd", "dilation_nd", "pre_padding", "post_padding", "num_groups"),
+            *("num_output_maps", "kernel", "bias"),
+        ],
+        "IShuffleLayer": ["first_transpose", "second_transpose"],
+        "IDeconvolutionLayer": ["stride_nd", "padding_nd"],
         "OnnxParser": ["num_errors"],
         "LayerInformationFormat": ["JSON"],
         "ProfilingVerbosity": ["DETAILED"],
         "TensorIOMode": ["INPUT", "OUTPUT"],
-        "LayerType": ["ATTENTION_INPUT"],
+        "LayerType": ["ATTENTION_INPUT", "CONCATENATION", "CONVOLUTION", "SHUFFLE"],
         "BuilderFlag": ["TF32"],
         "DataType": list(tensorrt.DTYPES),
         "ExecutionContextAllocationStrategy": ["USER_MANAGED"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcm_compile.checkpoint.find import open_checkpoint
-from lcm_compile.engines import tensorrt, tensorrt_rtx
+from lcm_compile.engines import tensorrt, tensorrt_network, tensorrt_rtx
 from lcm_compile.errors import BackendError
 from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
@@ -17,6 +17,7 @@ from lcm_compile.precisions import Precision
 from lcm_compile.spec import REWRITES, Shape
 from lcm_compile.stages.half_precision import to_precision
 from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
+from lcm_compile.stages.rewrites import Upsampling
 from lcm_compile.stages.stage import Stage, make_stages, rewrite_modules
 from lcm_compile.targets import TARGETS, find_target
 
@@ -219,3 +220,104 @@ def test_eight_bit_weights_stay_eight_bits_in_the_engine(log, tmp_path, product)
         sizes[precision.product] = most_bytes(log, "Total Weights")
     assert sizes["fp16"] >= 2 * 2 * width * width
     assert sizes[product] < 0.55 * sizes["fp16"]
+
+
+class Doubling(torch.nn.Module):
+    """A map of 32 channels is doubled, between two convolutions, in the type of these."""
+
+    def __init__(self, doubling):
+        super().__init__()
+        self.first, self.last = (torch.nn.Conv2d(32, 32, 3, padding=1) for _ in range(2))
+        self.doubling = doubling
+
+    def forward(self, x):
+        return self.last(self.doubling(self.first(x.to(self.first.weight.dtype)))).float()
+
+
+def export_doubling(doubling, precision, folder, side=64):
+    """Exports a map's doubling in a precision."""
+    specs = [TensorSpec(n, (1, 32, s, s), "float32", "") for n, s in (("x", side), ("y", 2 * side))]
+    contract = StageContract("small", tuple(specs[:1]), tuple(specs[1:]))
+    module = to_precision(Doubling(doubling).eval().requires_grad_(False), precision)
+    folder.mkdir()
+    return export_stage(Stage(contract, module), tensorrt.GRAPH_FORMAT, Precision(precision), folder)
+
+
+def doublings_of(graph):
+    """The transposed convolutions of a network, once those that can be joined are."""
+    logger, _ = tensorrt.make_logger(trt)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(graph.path))
+    weights = tensorrt_network.join_upsampling(trt, network)
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    found = [layer for layer in layers if layer.type == trt.LayerType.DECONVOLUTION]
+    for layer in found:
+        layer.__class__ = trt.IDeconvolutionLayer
+    keep = logger, builder, network, parser, weights
+    return found, keep
+
+
+def told(layer):
+    """All that says what a transposed convolution computes."""
+    sizes = (layer.kernel_size_nd, layer.stride_nd, layer.pre_padding, layer.post_padding)
+    return [*map(tuple, sizes), layer.num_groups, layer.num_output_maps]
+
+
+def test_a_map_is_doubled_by_one_transposed_convolution(tmp_path):
+    """Which computes what upsampling and a 3×3 convolution do, as NVIDIA's own parser reads it."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 32, 3, padding=1)
+    [mine], keep = doublings_of(export_doubling(Upsampling(conv), "fp32", tmp_path / "a"))
+    transposed = torch.nn.ConvTranspose2d(32, 32, 4, 2, 1)
+    transposed.weight.data = torch.from_numpy(mine.kernel.reshape(32, 32, 4, 4).copy())
+    transposed.bias.data = torch.from_numpy(mine.bias.copy())
+    [read], kept = doublings_of(export_doubling(transposed, "fp32", tmp_path / "b"))
+    assert told(mine) == told(read)
+    assert (mine.kernel == read.kernel).all() and (mine.bias == read.bias).all()
+    x = torch.randn(1, 32, 8, 8, dtype=torch.float64)
+    exact = conv.double()(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+    assert (transposed.double()(x) - exact).abs().max() < 1e-6
+    del keep, kept
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+def test_and_needs_no_memory_for_its_four_parts(log, tmp_path, precision):
+    """On every GPU that it builds for."""
+    sizes = []
+    ways = [Upsampling(torch.nn.Conv2d(32, 32, 3, padding=1)), torch.nn.ConvTranspose2d(32, 32, 4, 2, 1)]
+    for way in ways:
+        graph = export_doubling(way, precision, tmp_path / type(way).__name__)
+        log.clear()
+        tensorrt.build_with(trt, graph, tmp_path, for_all(graph.precision))
+        sizes.append(most_bytes(log, "Max Scratch"))
+    assert sizes[0] <= 1.05 * sizes[1]
+
+
+def test_in_bf16_the_four_stay(tmp_path):
+    """TensorRT for RTX has no transposed convolution in bf16."""
+    conv = torch.nn.Conv2d(32, 32, 3, padding=1)
+    graph = export_doubling(Upsampling(conv), "bf16", tmp_path / "a")
+    found, keep = doublings_of(graph)
+    assert not found and built(graph, find_target("a10"), tmp_path).stat().st_size > 0
+    del keep
+
+
+def test_convolutions_of_several_maps_are_not_joined(tmp_path):
+    class OfTwoMaps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = Upsampling(torch.nn.Conv2d(32, 32, 3, padding=1))
+
+        def forward(self, x):
+            pads = [(1 - i % 2, i % 2, 1 - i // 2, i // 2) for i in range(4)]
+            maps = [x, x, x, x * 2]
+            parts = zip(self.up.corners, maps, pads, strict=True)
+            four = [conv(torch.nn.functional.pad(one, pad)) for conv, one, pad in parts]
+            stacked = torch.stack(four, 2).reshape(1, -1, *x.shape[2:])
+            return torch.nn.functional.pixel_shuffle(stacked, 2)
+
+    found, keep = doublings_of(export_doubling(OfTwoMaps(), "fp16", tmp_path / "a"))
+    assert not found
+    del keep

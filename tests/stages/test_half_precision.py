@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from lcm_compile.builder.export import export
 from lcm_compile.checkpoint.find import open_checkpoint
 from lcm_compile.engines import find_backend
 from lcm_compile.export import export_stage
+from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import STAGE_FLOORS, snr_db
+from lcm_compile.proof.recording import TorchRunner
 from lcm_compile.spec import BuildSpec, Shape
 from lcm_compile.stages.half_precision import FP16_LIMIT, layers_over, record_peaks, to_precision
 from lcm_compile.stages.stage import Stage, make_stages
@@ -214,3 +217,39 @@ def test_the_encoder_of_pictures_is_held_to_the_same(sdxl_checkpoint, tmp_path):
     assert 0 < len(stage.fp32_layers) < 60 and stage.largest_activation > 65504
     assert any(name.startswith("encoder.down_blocks.1.resnets.0.") for name in stage.fp32_layers)
     assert 45 <= manifest.parity["encode-image"].db < 110
+
+
+def test_a_processor_adds_up_fp16_in_fp32_and_in_no_more_time():
+    """What is checked in place of an engine for a GPU that is not here."""
+
+    class Halves(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = torch.nn.Conv2d(320, 320, 3, padding=1), torch.nn.Linear(320, 640)
+
+        def forward(self, x):
+            x = self.conv(x.to(self.conv.weight.dtype))
+            return self.linear(x.flatten(2).transpose(1, 2)).float()
+
+    torch.manual_seed(0)
+    module = Halves().eval().requires_grad_(False)
+    x = torch.randn(1, 320, 16, 16)
+    contract = StageContract(
+        "halves",
+        (TensorSpec("x", (1, 320, 16, 16), "float32", ""),),
+        (TensorSpec("y", (1, 256, 640), "float32", ""),),
+    )
+    seconds = {}
+    for precision in ("fp32", "fp16"):
+        runner = TorchRunner(Stage(contract, to_precision(module, precision)))
+        runner({"x": x.numpy()})
+        start = time.process_time()
+        given = runner({"x": x.numpy()})["y"]
+        seconds[precision] = time.process_time() - start
+    convolved = torch.nn.functional.conv2d(
+        x.half().float(), module.conv.weight.float(), module.conv.bias.float(), padding=1
+    )
+    products = convolved.half().float().flatten(2).transpose(1, 2) @ module.linear.weight.float().T
+    expected = (products + module.linear.bias.float()).half().float()
+    assert snr_db(expected.numpy(), given) > 90  # torch's own are 69 dB from it
+    assert seconds["fp16"] < 20 * seconds["fp32"]
