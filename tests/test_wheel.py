@@ -69,4 +69,4 @@ def weights():
 def test_names_its_command(wheel):
     archive = zipfile.ZipFile(wheel)
     entry = next(name for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert "lcm-compile = lcm_compile.cli:main" in archive.read(entry).decode()
+    assert "lcm-compile = lcm_compile.__main__:main" in archive.read(entry).decode()

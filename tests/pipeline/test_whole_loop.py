@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import dataclass, replace
 
 import factories
@@ -20,6 +22,7 @@ from lcm_compile.builder import plan
 from lcm_compile.builder.export import export
 from lcm_compile.bundles.bundle import EngineBundle
 from lcm_compile.checkpoint import open
+from lcm_compile.engines import find_backend
 from lcm_compile.errors import BundleError, UsageError
 from lcm_compile.export import onnx_graph
 from lcm_compile.graphs import TensorSpec
@@ -153,11 +156,15 @@ def test_verify_inspect_and_run_take_it(sd15, command, tmp_path):
         (("--hires", 2), "draws no second pass"),
     ],
 )
-def test_what_takes_another_graph_is_refused_before_engines_are_loaded(
+def test_what_takes_another_graph_is_refused_without_waiting_for_engines(
     sd15, refused, monkeypatch, words, told
 ):
-    monkeypatch.setattr("lcm_compile.pipeline.load.load", None)
+    done, backend = threading.Event(), find_backend(sd15.bundle.manifest.backend)
+    monkeypatch.setattr(backend, "load", lambda *_: done.wait(60))
+    start = time.monotonic()
     refused(2, [told, "without --whole-loop"], "run", "a star", "--engine", sd15.bundle.folder, *words)
+    assert time.monotonic() - start < 30
+    done.set()
 
 
 def test_python_refuses_it_too(sdxl, sd15):
