@@ -113,7 +113,9 @@ def build(
         model = ov.Core().read_model(graph.path)
         model.set_rt_info(graph.precision.value, LABEL)
         if replace_convolutions(model, options.get("winograd", {}), bf16=graph.precision.floats == "bf16"):
-            kernels = Path(shutil.copyfile(library(), folder / LIBRARY))
+            kernels = folder / LIBRARY
+            if not kernels.exists():  # another stage may have brought it, as a link to another bundle's
+                shutil.copyfile(library(), kernels)
             model.set_rt_info(digest_of(kernels), LIBRARY_LABEL)
         kept = [unsqueeze_to_reshape(node) for node in list(purely_fp32_nodes(model))]
         with decimal_point():  # otherwise it would write numbers that it can't read

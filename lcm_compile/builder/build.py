@@ -169,8 +169,8 @@ def build_missing(
             name = f"{graph.contract.name}{label.format(plan.target.name)}"
             made_of = engine_digest(plan, graph)
             if not force and (same := find_engine(made_of)):
-                with watches[folder].task(f"take {name} from {same[0].name}"), suppress(OSError, BundleError):
-                    return take_engine(*same, folders[folder]), made_of
+                with watches[folder].task(f"take {name} from {same.name}"), suppress(OSError, BundleError):
+                    return take_engine(same, graph.contract.name, folders[folder]), made_of
             task = watches[folder].task(f"build {name}")
             args = graph, plan.target, folders[folder] / "engines", plan.options
             return schedule.call_beside(memory_for_engine(graph), task, plan.backend.build, *args), made_of
@@ -245,8 +245,7 @@ def finish_bundle(
     """Makes a bundle of a folder of engines: adds the tokenizers, the proof and the manifest.
 
     `stages` name the engines, by paths relative to the folder. `label` is added to the names of the tasks of
-    `watch`. Raises ParityError if the engines run on this machine and do not compute what torch
-    computes.
+    `watch`. Raises ParityError if the engines run on this machine and do not compute what torch computes.
     """
     graphs = export.manifest
     for name in ("tokenizers", "proof"):

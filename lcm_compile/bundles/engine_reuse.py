@@ -13,8 +13,8 @@ from lcm_compile.errors import BundleError
 from lcm_compile.system.cache import Digests
 
 
-def find_engine(made_of: str) -> tuple[Path, str] | None:
-    """Returns a bundle used here that has an engine made of this, and the name of its stage, or None.
+def find_engine(made_of: str) -> Path | None:
+    """Returns a bundle used here that has an engine made of this, or None.
 
     `made_of` is the digest that StageFile.made_of has. The engine's files still have the digests of the
     bundle's manifest.
@@ -30,21 +30,31 @@ def find_engine(made_of: str) -> tuple[Path, str] | None:
                         for file in engine_files(manifest, stage.contract.name)
                     ):
                         digests.save()
-                        return folder, stage.contract.name
+                        return folder
     return None
 
 
 def take_engine(bundle: Path, name: str, folder: Path) -> Path:
     """Makes hard links in the folder of a new bundle to the files of another's engine, and returns its path.
 
-    Raises OSError if a file is gone.
+    Raises OSError if a file is gone, or if one that all stages share is there already and is another. Then
+    nothing is taken: a build that wrote over a link would write into the other bundle.
     """
     manifest, _ = read_manifest(bundle)
-    for file in engine_files(manifest, name):
-        path = folder / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            link_or_copy(str(bundle / file), str(path))
+    digests, taken = Digests(), list[Path]()
+    try:
+        for file in engine_files(manifest, name):
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                taken.append(path)
+                link_or_copy(str(bundle / file), str(path))
+            elif digests.sha256(path) != manifest.files[file]:
+                raise FileExistsError(path)
+    except OSError:
+        for path in taken:
+            path.unlink(missing_ok=True)
+        raise
     return folder / next(stage.file for stage in manifest.stages if stage.contract.name == name)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 
@@ -14,6 +16,7 @@ from lcm_compile import BuildSpec, LoraSpec, load
 from lcm_compile.builder.build import build_plans
 from lcm_compile.builder.export import export
 from lcm_compile.builder.plan import make_plan_from
+from lcm_compile.bundles.engine_reuse import take_engine
 from lcm_compile.bundles.export_manifest import open_export
 
 
@@ -91,6 +94,24 @@ def test_a_removed_bundle_leaves_the_engines_that_others_took(built):
     assert picture(second).any()
     _, told = built(0, "third")
     assert told == {"take encode from second", "build context", "build step", "take decode from second"}
+
+
+def test_a_file_that_all_stages_share_is_linked_and_never_written_over(built, tmp_path):
+    first, _ = built(0, "first")
+    shared = first.folder / "engines" / "kernels.so"
+    shared.write_bytes(b"first")
+    data = json.loads((first.folder / "manifest.json").read_text())
+    data["files"]["engines/kernels.so"] = hashlib.sha256(b"first").hexdigest()
+    (first.folder / "manifest.json").write_text(json.dumps(data))
+    new, other = tmp_path / "new", tmp_path / "other"
+    for name in ("encode", "decode"):
+        assert take_engine(first.folder, name, new).samefile(first.folder / "engines" / f"{name}.onnx")
+    assert (new / "engines" / "kernels.so").samefile(shared)
+    (other / "engines").mkdir(parents=True)
+    (other / "engines" / "kernels.so").write_bytes(b"other")
+    with pytest.raises(FileExistsError):
+        take_engine(first.folder, "encode", other)
+    assert [path.name for path in (other / "engines").iterdir()] == ["kernels.so"]
 
 
 def test_another_backend_takes_nothing(built):
