@@ -163,6 +163,19 @@ def test_a_bundle_whose_library_is_another_or_gone_is_refused(fast, tmp_path):
     openvino.load(copy / path.name, stage.contract, CPU).close()
 
 
+def test_a_library_that_a_taken_engine_brought_is_not_written_over(fast, tmp_path, monkeypatch):
+    spec = BuildSpec("demo", backend="openvino", precision="fp32")
+    first = build(spec, tmp_path / "first")
+    kernels = (first.folder / "engines" / "winograd.so").stat()
+    asked = iter((first.folder, first.folder, first.folder, None))  # the decoder is built
+    monkeypatch.setattr("lcm_compile.builder.build.find_engine", lambda made_of: next(asked))
+    tasks = set()
+    second = build(spec, tmp_path / "second", report=lambda task, cost: tasks.add(task))
+    assert {"take encode from first", "take step from first", "build decode"} <= tasks
+    after = (second.folder / "engines" / "winograd.so").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (kernels.st_ino, kernels.st_mtime_ns)
+
+
 def test_a_processor_that_can_not_run_it_is_told_so(fast, tmp_path, monkeypatch):
     bundle = build(BuildSpec("demo", backend="openvino", precision="fp32"), tmp_path / "bundle")
     monkeypatch.setattr(library, "instruction_set", lambda: ["x86_64", "avx"])
