@@ -148,11 +148,11 @@ def export_into(
             recordings.reference[name], peaks[name] = prepared.reference, prepared.peaks
             for trace, calls in zip(recordings.calibration, prepared.calibration, strict=False):
                 trace[name] = calls
-            stages.append(stage_file(prepared, folder))
+            stages.append(stage := stage_file(prepared, folder))
             written(prepared.graph)
             if plan.checked == ENGINE:
                 continue
-            floor = parity.stage_floor(prepared.graph.contract, prepared.graph.precision)
+            floor = parity.stage_floor(stage)
             how = checked_text(plan, prepared.twin != prepared.graph)
             figures[name] = Parity(math.nan, floor, how)
             if plan.checked == GRAPH:
@@ -205,6 +205,7 @@ def stage_file(prepared: Prepared, folder: Path) -> StageFile:
         prepared.fp32_layers,
         max((max(pair) for pair in prepared.peaks.values()), default=None),
         prepared.quantized_layers,
+        prepared.torch_db,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +20,7 @@ from lcm_compile.export import export_stage, export_twin
 from lcm_compile.graphs import DRAW, GUIDES, IP_IMAGE
 from lcm_compile.lora.factors import check_at_run_time, factors_of
 from lcm_compile.lora.merge import check_loras, merge_loras
+from lcm_compile.precisions import Precision
 from lcm_compile.proof import parity
 from lcm_compile.proof.recording import Call, Recordings, Rehearsal, TorchRunner, Trace, joined_call
 from lcm_compile.spec import LoraProvenance
@@ -102,6 +103,7 @@ def prepare_model(
             made.fp32_layers,
             quantized_layers=made.quantized_layers,
             calibration=[t[name] for t in recordings.calibration] if name in ("encode", IP_IMAGE) else (),
+            torch_db=torch_db(made.stage, plan.precisions[name], rehearsal, recordings.reference[name]),
         )
         if plan.checked == MODULE:
             runner = runners[name]
@@ -110,6 +112,25 @@ def prepare_model(
             done = replace(done, cast_db=db, cast=recordings.cast[name])
         prepared.append(done)
     return prepared
+
+
+def torch_db(
+    stage: Stage, precision: Precision, rehearsal: Rehearsal, reference: Sequence[Call]
+) -> float | None:
+    """Returns the signal-to-noise ratio in dB that torch itself reaches in half precision, or None in others.
+
+    `stage` has been cast to that precision. The first call has the most noise, and usually the lowest ratio:
+    if it is well above the floor, the others are not computed.
+    """
+    if precision.product not in parity.LOWEST_FLOORS:
+        return None
+    runner = rehearsal.runner_of(stage)
+    try:
+        first = parity.compare_calls(runner, reference[:1])
+        near = first < parity.STAGE_FLOORS[precision.product] + 2 * parity.TORCH_MARGIN
+        return min(first, parity.compare_calls(runner, reference[1:])) if near else first
+    finally:
+        runner.close()
 
 
 def graphs_in(rehearsal: Rehearsal) -> Path:

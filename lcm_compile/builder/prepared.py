@@ -22,7 +22,8 @@ class Prepared:
     `twin` is the graph for the proof's pictures: it is `graph` itself if these have the bundle's shape.
     `reference` are the stage's calls in fp32. If only the exported module can be checked, `cast` are that
     module's calls and `cast_db` is their signal-to-noise ratio in dB. `calibration` are the text encoder's
-    calls in fp32, one list for each picture that scales an 8-bit step.
+    calls in fp32, one list for each picture that scales an 8-bit step. `torch_db` is what torch itself
+    reaches in the stage's precision, or None if it was not measured.
     """
 
     graph: ExportedGraph
@@ -34,6 +35,7 @@ class Prepared:
     cast: list[Call] | None = None
     quantized_layers: tuple[str, ...] = ()
     calibration: Sequence[list[Call]] = ()
+    torch_db: float | None = None
 
 
 class LoraFiles:

@@ -30,7 +30,8 @@ class StageFile:
 
     `largest_activation` is the largest absolute activation while a picture was drawn in fp32. `fp32_layers`
     stay in fp32 because they would overflow fp16. `quantized_layers` multiply in 8 bits; a stage with any is
-    lossy. `made_of` is the digest of all that an engine depends on: two with the same are equal.
+    lossy. `torch_db` is the signal-to-noise ratio that torch itself reaches in half precision, if it was
+    measured. `made_of` is the digest of all that an engine depends on: two with the same are equal.
     """
 
     contract: StageContract
@@ -39,6 +40,7 @@ class StageFile:
     fp32_layers: tuple[str, ...] = ()
     largest_activation: float | None = None
     quantized_layers: tuple[str, ...] = ()
+    torch_db: float | None = None
     made_of: str | None = None
 
 

@@ -268,6 +268,7 @@ def describe_bundle(folder: Path, manifest: BundleManifest, digest: str) -> dict
                 "fp32_layers": len(stage.fp32_layers),
                 "quantized_layers": len(stage.quantized_layers),
                 "largest_activation": stage.largest_activation,
+                "torch_db": None if stage.torch_db is None else round(stage.torch_db, 2),
             }
             for stage in manifest.stages
         ],

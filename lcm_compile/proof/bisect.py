@@ -199,7 +199,7 @@ def bisect_stage(bundle: EngineBundle, stage: StageFile, reference: Path, is_twi
                 for name, own_name in zip(outputs, expected, strict=True):
                     db = output_db(contract, (inputs, expected), own_name, right[name])
                     graph_db = min(graph_db, db)
-    floor = stage_floor(contract, stage.precision)
+    floor = stage_floor(stage)
     layers = [Layer(nodes[n].name or n, nodes[n].op_type, n, db) for n, db in found.items()]
     first = next((layer for layer in layers if layer.db < floor), None)
     return Bisection(len(layers), floor, first, min(layers, key=lambda layer: layer.db), engine_db, graph_db)

@@ -20,7 +20,7 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
     in any case. Raises ParityError if it is flat, and BundleError if the bundle or its proof is damaged.
     """
     manifest = bundle.manifest
-    precisions = {stage.contract.name: stage.precision for stage in manifest.stages}
+    stages = {stage.contract.name: stage for stage in manifest.stages}
     proof = manifest.proof
     same_shape = proof.shape == manifest.pipeline.shape
     same_batch = proof.shape.batch == manifest.pipeline.shape.batch
@@ -29,7 +29,7 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
         for name, runner in pipeline.runners.items():
             if same_shape or (name == "encode" and same_batch) or name == IP_IMAGE:
                 db = compare_calls(runner, read_calls(bundle.path(f"proof/{name}.npz"), runner.contract))
-                figures[name] = Parity(db, stage_floor(runner.contract, precisions[name]), "engine")
+                figures[name] = Parity(db, stage_floor(stages[name]), "engine")
         pipeline.prompts.loras.proof_factors = True
         request = Request(proof.prompt, proof.seed, steps=proof.steps)
         picture = pipeline.draw(with_sample(request, manifest.pipeline)).pictures[0]
@@ -42,5 +42,6 @@ def verify(bundle: EngineBundle) -> dict[str, Parity]:
             if reference is None or reference.shape != picture.shape:
                 raise BundleError(f"{bundle.folder}/proof/picture.npz is no picture of this bundle", REBUILD)
             db = psnr_db(reference, picture)
-            figures["picture"] = Parity(db, picture_floor(precisions.values()), "engine")
+            floor = picture_floor(stage.precision for stage in manifest.stages)
+            figures["picture"] = Parity(db, floor, "engine")
     return figures
