@@ -70,6 +70,17 @@ def home(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture
+def own_home(home, tmp_path, monkeypatch):
+    """An empty store of a test's own, in which nothing is timed either."""
+    own = tmp_path / "home"
+    own.mkdir()
+    for name in ("cpu.json", "winograd.json"):
+        shutil.copy(home / name, own)
+    monkeypatch.setenv("LCM_COMPILE_HOME", str(own))
+    return own
+
+
 def backend_timings():
     """Milliseconds of every backend that can build for this CPU, as they are remembered once measured.
 

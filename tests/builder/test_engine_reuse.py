@@ -34,13 +34,8 @@ def styles(sdxl_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def built(styles, home, tmp_path, monkeypatch):
+def built(styles, own_home, tmp_path):
     """Builds a bundle of a style in a store of its own, and returns also how it came to each engine."""
-    own = tmp_path / "home"
-    own.mkdir()
-    for name in ("cpu.json", "winograd.json"):
-        shutil.copy(home / name, own)
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(own))
 
     def build(style, name, backend="onnxruntime", force=False):
         plan = make_plan_from(open_export(styles[style]), "cpu", backend, tmp_path / name, force)

@@ -211,14 +211,11 @@ def test_any_place_of_the_manifest_holding_anything(sdxl_bundle, tmp_path):
     assert refusals > 500
 
 
-def test_a_manifest_that_can_not_be_read_hinders_no_other_build(
-    command, sdxl_checkpoint, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path))
+def test_a_manifest_that_can_not_be_read_hinders_no_other_build(command, sdxl_checkpoint, own_home):
     for name, text in (("one", "[" * 100_000), ("two", "{}")):
-        (tmp_path / "bundles" / name).mkdir(parents=True)
-        (tmp_path / "bundles" / name / MANIFEST).write_text(text)
-    (tmp_path / "bundles/three" / MANIFEST).mkdir(parents=True)
+        (own_home / "bundles" / name).mkdir(parents=True)
+        (own_home / "bundles" / name / MANIFEST).write_text(text)
+    (own_home / "bundles/three" / MANIFEST).mkdir(parents=True)
     words = ("build", "--base", sdxl_checkpoint, "--gpu", "cpu", "--no-lcm", "--dry-run")
     code, out, _ = command(*words)
     assert code == 0 and "no bundle yet" in out

@@ -14,6 +14,8 @@ from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.bundles.fetch import fetch_bundle
 from lcm_compile.errors import BundleError
 
+pytestmark = pytest.mark.usefixtures("own_home")
+
 
 @pytest.fixture
 def place(bundle, tmp_path):
@@ -38,12 +40,6 @@ def served(place):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/", place[1], paths
         server.shutdown()
-
-
-@pytest.fixture(autouse=True)
-def own_home(tmp_path, monkeypatch):
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
 
 
 def test_processes_of_a_machine_fetch_it_once(served, own_home):

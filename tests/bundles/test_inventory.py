@@ -21,12 +21,11 @@ from lcm_compile.errors import BundleError
 
 
 @pytest.fixture
-def shelf(tmp_path, monkeypatch):
+def shelf(own_home, tmp_path, monkeypatch):
     """The folder of a store's bundles, empty."""
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "home" / "bundles"
-    folder.mkdir(parents=True)
+    folder = own_home / "bundles"
+    folder.mkdir()
     return folder
 
 

@@ -188,11 +188,10 @@ def test_a_home_that_is_no_folder(refused, build, tmp_path, monkeypatch, home):
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_broken_notes_in_the_store_only_cost_time(command, build, tmp_path, monkeypatch):
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path))
+def test_broken_notes_in_the_store_only_cost_time(command, build, own_home):
     for text in ("", "{", "5", "[5]", '{"a": 5}', "[" * 100_000):
         for name in ("recent.json", "digests.json"):
-            (tmp_path / name).write_text(text)
+            (own_home / name).write_text(text)
         assert command(*build("--dry-run"))[0] == 0
         code, _, err = command("run")
         assert code == 1 and "there is no bundle yet" in err
