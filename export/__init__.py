@@ -18,6 +18,9 @@ EXPORTERS = {
     "torch_export": ("torch", "diffusers", "transformers"),
 }
 
+# The 8-bit products that a graph of each format can hold.
+EIGHT_BIT_PRODUCTS = {"onnx": ("int8", "fp8"), "torchscript": (), "torch_export": ("fp8",)}
+
 
 def export_stage(stage: Stage, graph_format: str, precision: Precision, folder: Path) -> ExportedGraph:
     """Writes a stage's graph to `folder/<stage>.<suffix>`. Raises ValueError for an unknown format."""

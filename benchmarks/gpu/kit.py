@@ -42,8 +42,10 @@ SMALL = (
 HEADER = ".header"  # the ending of a file that has the header of a file of weights alone
 LEAST_LEFT_OUT = 1 << 20  # bytes of a file of weights that is worth leaving out
 # The types of weights that are made random, as safetensors and as torch names them.
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-SCALE = 0.02  # the standard deviation of random weights
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
+SCALE = 0.02  # the standard deviation of random weights, and all scales of products in 8 bits
+# That of weights in fp8: with their scale they are as large as the others.
+SCALE_OF_FP8 = 1.0
 RUN = """#!/bin/sh
 # Installs what is missing here, and runs the probe: sh run.sh RESULTS [OPTIONS]
 set -e
@@ -114,7 +116,12 @@ def write_random(header: Path, path: Path) -> None:
             start, end = entry["data_offsets"]
             dtype, raw = FLOATS.get(entry["dtype"]), bytes(end - start)
             if dtype:
-                weights = torch.empty(entry["shape"], device=device).normal_(0, SCALE, generator=generator)
+                weights = torch.empty(entry["shape"], device=device)
+                if entry["shape"]:
+                    deviation = SCALE_OF_FP8 if entry["dtype"] == "F8_E4M3" else SCALE
+                    weights.normal_(0, deviation, generator=generator)
+                else:
+                    weights.fill_(SCALE)
                 raw = weights.to(getattr(torch, dtype)).cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
             file.write(raw)
 

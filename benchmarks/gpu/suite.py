@@ -90,6 +90,7 @@ SPEED = (
     weights("sdxl", 240),
     *each(SDXL),
     measured(SDXL, "eager", "compile"),
+    *both(Engines("sdxl", FIRST, precision="fp8")),
     *each(Engines("sdxl", "tensorrt")),
     *both(Engines("sdxl", "tensorrt", precision="fp8")),
     *each(Engines("sdxl", "onnxruntime")),

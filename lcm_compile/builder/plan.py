@@ -25,7 +25,7 @@ from lcm_compile.checkpoint.t2i_adapter import adapters_of, check_adapter_sizes
 from lcm_compile.checkpoint.vae import overflows, with_fp16_vae
 from lcm_compile.engines import Backend, cannot_build_from, choose_backend, find_backend, shared_target
 from lcm_compile.errors import BackendError, UsageError, unknown_name
-from lcm_compile.export import EXPORTERS
+from lcm_compile.export import EIGHT_BIT_PRODUCTS, EXPORTERS
 from lcm_compile.graphs import ENCODE_IMAGE, IP_IMAGE, STAGES, LoraInputs
 from lcm_compile.lora.bundled_words import with_bundled_words
 from lcm_compile.lora.few_step import FewStep, licence_of
@@ -228,8 +228,10 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     if graph_format not in EXPORTERS:
         raise unknown_name("graph format", graph_format, EXPORTERS)
     precision = Precision.of(spec.precision if spec.precision != "auto" else "fp16", "fp16")
-    if precision.is_quantized and graph_format != "onnx":
-        raise UsageError(f"there are no 8-bit graphs in the {graph_format} format", "--format onnx")
+    if precision.is_quantized and precision.product not in EIGHT_BIT_PRODUCTS[graph_format]:
+        raise UsageError(
+            f"graphs in the {graph_format} format have no products in {precision.product}", "--format onnx"
+        )
     half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
     if half and not spec.vae and overflows(checkpoint):

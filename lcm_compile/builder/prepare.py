@@ -224,7 +224,11 @@ def cast_stages(
         for each in (runner, *others.values()):
             each.close()
         wanted = {layer: scale for layer, scale in scales.items() if layer not in kept}
-        quantized = quantize_layers(stage.module, wanted, precision) if precision.is_quantized else {}
+        quantized = (
+            quantize_layers(stage.module, wanted, precision, scaled_mm=plan.graph_format == "torch_export")
+            if precision.is_quantized
+            else {}
+        )
         to_precision(stage.module, precision.floats, kept)
         install_layers(stage.module, quantized)
         yield Cast(stage, modules, dict(peaks), tuple(sorted(kept)), tuple(quantized))

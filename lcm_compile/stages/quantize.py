@@ -2,7 +2,8 @@
 
 A value x becomes s · q(x / s), where q rounds to the nearest value of the type, ties to even, and clips.
 As in TensorRT, an input has a single scale s. The layers compute this in torch as well. Exported, they are
-QuantizeLinear and DequantizeLinear of ONNX, which every engine with kernels of the type supports.
+QuantizeLinear and DequantizeLinear of ONNX, which every engine with kernels of the type supports. For torch's
+own compiler Linear layers in fp8 are torch's product of fp8 arrays instead.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ SMALLEST_SCALE = 1e-6
 @torch.library.custom_op("lcm_compile::quantize", mutates_args=())
 def quantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns x / scale as the nearest values of the type, ties to even, clipped to its range."""
+    return to_eight_bits(x, scale, dtype)
+
+
+def to_eight_bits(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Does as `quantize`, by operations of torch itself."""
     scaled = x.float() / scale.float()
     if dtype.is_floating_point:
         return scaled.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
@@ -91,6 +97,7 @@ class Quantized(nn.Module):
     weight: Tensor
     weight_scale: Tensor
     input_scale: Tensor
+    bias: Tensor | None
 
     def __init__(
         self, layer: nn.Linear | nn.Conv2d, scale: float, dtype: torch.dtype, bits: EightBits
@@ -151,7 +158,37 @@ class QuantizedConv2d(Quantized):
         return F.conv2d(x, weight, self.bias, *self.settings)  # type: ignore[arg-type]
 
 
+class ScaledLinear(Quantized):
+    """A Linear layer with an fp8 weight (out, in), as torch multiplies it on a GPU: torch._scaled_mm.
+
+    The product adds up fp8 values and is scaled afterwards, so it equals QuantizedLinear's up to rounding. It
+    needs SCALED_MULTIPLE inputs and outputs, or a multiple of that many. On Hopper the faster sums are asked
+    for, which have fewer bits than fp32 (CUBLASLT_MATMUL_DESC_FAST_ACCUM of cuBLASLt).
+    """
+
+    def __init__(self, layer: nn.Linear, scale: float, dtype: torch.dtype, bits: EightBits) -> None:
+        super().__init__(layer, scale, torch.float32, bits)  # scales in fp32, as the product reads them
+        self.dtype = dtype
+        self.bias = None if self.bias is None else self.bias.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (…, in) → (…, out)
+        small = to_eight_bits(x, self.input_scale, self.bits.dtype)
+        product = torch._scaled_mm(
+            # cuBLAS reads the first matrix by rows, and the second one by columns.
+            small.reshape(-1, x.shape[-1]).contiguous(),
+            self.weight.t(),
+            self.input_scale,
+            self.weight_scale,
+            bias=self.bias,
+            out_dtype=self.dtype,
+            use_fast_accum=True,
+        )
+        return product.reshape(*x.shape[:-1], -1).to(x.dtype)
+
+
 KINDS: dict[type[nn.Module], type[Quantized]] = {nn.Linear: QuantizedLinear, nn.Conv2d: QuantizedConv2d}
+SCALED_MULTIPLE = 16  # https://docs.nvidia.com/cuda/cublas/#tensor-core-usage: 16 bytes for fp8
 
 
 def layers_of(module: nn.Module, bits: EightBits) -> dict[str, nn.Module]:
@@ -275,20 +312,24 @@ def errors_of(
 
 
 def quantize_layers(
-    module: nn.Module, scales: Mapping[str, Scales], precision: Precision
+    module: nn.Module, scales: Mapping[str, Scales], precision: Precision, scaled_mm: bool = False
 ) -> dict[str, Quantized]:
     """Returns the 8-bit layers of a module in fp32, and replaces the originals by identities in place.
 
     `scales` are those of choose_scales. The layers compute in the floats of the precision. For int8+bf16 they
     compute in fp32, because OpenVINO computes QuantizeLinear of bf16 wrongly (2026.4: −5 dB), and casts the
-    operations around the product to bf16 anyway.
+    operations around the product to bf16 anyway. With `scaled_mm`, for fp8, they multiply as torch does, and
+    layers of sizes that it does not multiply are left as they are.
     """
     bits = TYPES[precision.product]
     dtype = torch.float32 if precision is Precision.INT8_BF16 else DTYPES[precision.floats]
     made = {}
     for name, scale in scales.items():
         layer: Any = module.get_submodule(name)
-        made[name] = one = KINDS[type(layer)](layer, scale.input, dtype, bits)
+        if scaled_mm and any(size % SCALED_MULTIPLE for size in layer.weight.shape):
+            continue
+        kind = ScaledLinear if scaled_mm else KINDS[type(layer)]
+        made[name] = one = kind(layer, scale.input, dtype, bits)
         if isinstance(one, QuantizedConv2d):
             one.output_scales = scale.outputs
         module.set_submodule(name, nn.Identity())

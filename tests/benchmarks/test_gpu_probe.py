@@ -11,9 +11,12 @@ from importlib.metadata import distribution
 
 import numpy as np
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from lcm_compile.benchmarks.gpu import kit, probe, probe_items
 from lcm_compile.benchmarks.gpu.items import Missing
@@ -113,6 +116,19 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     originals, copies = (one / "engines" / "step.safetensors" for one in (folder, filled))
     size = len(originals.read_bytes()) - saved
     assert originals.read_bytes()[:size] == copies.read_bytes()[:size]
+
+
+def test_random_weights_of_products_in_fp8_have_scales_that_are_no_noise(tmp_path):
+    """A scale of noise may be next to nothing, which makes every input of the product the largest value."""
+    arrays = {"weight": torch.ones(640, 640).to(torch.float8_e4m3fn), "scale": torch.tensor(3.0)}
+    save_torch(arrays, tmp_path / "plain.safetensors")
+    content = (tmp_path / "plain.safetensors").read_bytes()
+    (tmp_path / "header").write_bytes(content[: 8 + int.from_bytes(content[:8], "little")])
+    kit.write_random(tmp_path / "header", tmp_path / "random.safetensors")
+    made = load_torch(tmp_path / "random.safetensors")
+    assert made["scale"] == pytest.approx(kit.SCALE) and made["weight"].dtype == torch.float8_e4m3fn
+    as_large = made["weight"].float() * made["scale"]
+    assert float(as_large.std()) == pytest.approx(kit.SCALE, rel=0.02)
 
 
 def needed_by(*names):

@@ -28,6 +28,7 @@ from lcm_compile.export import export_stage
 from lcm_compile.graphs import StageContract, TensorSpec
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
+from lcm_compile.stages.quantize import choose_scales, install_layers, quantize_layers
 from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import TARGETS, find_target
 
@@ -327,6 +328,53 @@ def test_an_engine_for_each_compute_capability(small, tmp_path, name):
     # No weight is converted before it is convolved with.
     convolved = re.findall(r"aoti_torch_cuda_convolution\(\w+, (\w+)", package.source)
     assert convolved == ["module_first_weight", "module_second_weight", "module_last_weight"]
+
+
+class Tokens(nn.Module):
+    """A convolution, whose result lies on a GPU with its channels last, and products of its pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.wide = nn.Conv2d(12, 64, 3, padding=1), nn.Linear(64, 128)
+        self.narrow, self.odd = nn.Linear(64, 32, bias=False), nn.Linear(32, 12)
+
+    def forward(self, x):
+        x = self.conv(x.to(self.conv.weight.dtype)).flatten(2).transpose(1, 2)
+        hidden, gate = self.wide(x).chunk(2, -1)
+        x = self.odd(self.narrow(hidden * nn.functional.gelu(gate)))
+        return x.transpose(1, 2).reshape(1, 12, 16, 16).float()
+
+
+@pytest.mark.slow
+@cross
+@pytest.mark.parametrize("name", ["4090", "h100", "b200"])
+def test_products_in_fp8(tmp_path, name):
+    torch.manual_seed(0)
+    module, x = Tokens().eval().requires_grad_(False), torch.randn(1, 12, 16, 16)
+    scales = choose_scales(module, Precision.FP8_FP16, *[lambda: module(x)] * 2)
+    layers = quantize_layers(module, scales, Precision.FP8_FP16, scaled_mm=True)
+    install_layers(module.half(), layers)
+    graph = graph_of(module, tmp_path, Precision.FP8_FP16)
+    (tmp_path / "engines").mkdir()
+    target = find_target(name)
+    path = aotinductor.build(graph, target, tmp_path / "engines", aotinductor.options(target))
+    package, weights, _ = check_engine(path, graph.path, tmp_path, target.compute_capability)
+    assert {n for n, w in weights.items() if w.dtype == torch.float8_e4m3fn} == {
+        "module.wide.weight",
+        "module.narrow.weight",
+    }
+    source = package.source
+    scales = re.findall(r"aoti_torch_cuda__scaled_mm_out\(.*?\)\), (\w+), (\w+), ", source)
+    assert scales == [
+        (f"module_{layer}_input_scale", f"module_{layer}_weight_scale") for layer in ("wide", "narrow")
+    ]
+    inputs = re.findall(r"empty_strided\(2, \w+, (\w+), cached_torch_dtype_float8_e4m3fn", source)
+    for strides in inputs:  # cuBLAS takes the first matrix by rows alone
+        assert re.search(rf"{strides}\[\] = {{64L, 1L}};", source)
+    assert inputs
+    # What comes before a product rounds to fp8 as well: no kernel does so alone, and none scales afterwards.
+    launches = re.findall(r"^ *(call_triton_\w+|aoti_torch_cuda_\w+)\(", source, re.MULTILINE)
+    assert len(launches) < 10, launches
 
 
 @pytest.mark.slow

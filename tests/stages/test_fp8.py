@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -26,7 +29,14 @@ from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.precisions import Precision
 from lcm_compile.proof.parity import snr_db
 from lcm_compile.stages.half_precision import DTYPES
-from lcm_compile.stages.quantize import TYPES, QuantizedLinear, choose_scales, install_layers, quantize_layers
+from lcm_compile.stages.quantize import (
+    TYPES,
+    QuantizedLinear,
+    ScaledLinear,
+    choose_scales,
+    install_layers,
+    quantize_layers,
+)
 from lcm_compile.stages.stage import Stage
 from lcm_compile.targets import find_target
 
@@ -38,16 +48,17 @@ def on_grid(x, scale):
     return np.clip(x / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * scale
 
 
-def test_a_linear_layer_is_the_formula():
+@pytest.mark.parametrize("kind", [QuantizedLinear, ScaledLinear])
+def test_a_linear_layer_is_the_formula(kind):
     torch.manual_seed(0)
-    layer, x = nn.Linear(48, 20), 3 * torch.randn(7, 48)
+    layer, x = nn.Linear(48, 16), 3 * torch.randn(7, 48)
     scale = np.float32(0.02)
     # Clipped; halfway between two values, of which the even one counts; and less than the least of all.
     x[0, :4] = float(scale) * torch.tensor([1000.0, 17.0, 19.0, 0.0009])
     weight = layer.weight.detach().numpy()
     weights = on_grid(weight, np.abs(weight).max() / np.float32(448))
     expected = on_grid(x.numpy(), scale) @ weights.T + layer.bias.detach().numpy()
-    found = QuantizedLinear(layer, float(scale), torch.float32, TYPES["fp8"])(x)
+    found = kind(layer, float(scale), torch.float32, TYPES["fp8"])(x)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,22 +75,29 @@ class Network(nn.Module):
         return self.narrow(nn.functional.silu(self.wide(x))).float()
 
 
-@pytest.mark.parametrize("floats", ["fp32", "fp16", "bf16"])
-def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
+X, Y = (2, 16, 12, 12), (2, 144, 16)
+SMALL = StageContract("small", (TensorSpec("x", X, "float32", ""),), (TensorSpec("y", Y, "float32", ""),))
+
+
+def quantized(precision, scaled_mm=False, network=None):
+    """A network whose Linear layers are in fp8, an input for it, and what it gave for that in fp32."""
     torch.manual_seed(0)
-    network, x = Network().eval(), torch.randn(2, 16, 12, 12)
-    y = (2, 144, 16)
-    contract = StageContract(
-        "small", (TensorSpec("x", tuple(x.shape), "float32", ""),), (TensorSpec("y", y, "float32", ""),)
-    )
-    precision = Precision(f"fp8+{floats}")
+    network, x = (network or Network()).eval(), torch.randn(X)
     with torch.inference_mode():
         plain = network(x).numpy()
         scales = choose_scales(network, precision, *[lambda: network(x)] * 2)
-        layers = quantize_layers(network, scales, precision)
-        install_layers(network.to(DTYPES[floats]), layers)
+        layers = quantize_layers(network, scales, precision, scaled_mm)
+        install_layers(network.to(DTYPES[precision.floats]), layers)
+    return network, x, plain
+
+
+@pytest.mark.parametrize("floats", ["fp32", "fp16", "bf16"])
+def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
+    precision = Precision(f"fp8+{floats}")
+    network, x, plain = quantized(precision)
+    with torch.inference_mode():
         expected = network(x).numpy()
-        graph = export_stage(Stage(contract, network), "onnx", precision, tmp_path)
+        graph = export_stage(Stage(SMALL, network), "onnx", precision, tmp_path)
     assert 20 < snr_db(plain, expected) < 30  # lossy, and not broken
     model = onnx.load(graph.path)
     onnx.checker.check_model(model, full_check=True)
@@ -95,6 +113,56 @@ def test_the_graph_holds_fp8_weights_and_computes_the_same(tmp_path, floats):
     if floats == "fp16":  # the evaluator adds up in fp16 as well; what rounds to another fp8 value is seldom
         session = onnxruntime.InferenceSession(graph.path, providers=["CPUExecutionProvider"])
         assert snr_db(expected, session.run(None, {"x": x.numpy()})[0]) > 35
+
+
+@pytest.mark.parametrize("floats", ["fp16", "bf16"])
+def test_torchs_program_multiplies_the_fp8_arrays_themselves(tmp_path, floats):
+    """It needs nothing of this package to be opened, and its products are ones that cuBLAS computes."""
+    precision = Precision(f"fp8+{floats}")
+    network, x, plain = quantized(precision, scaled_mm=True)
+    with torch.inference_mode():
+        graph = export_stage(Stage(SMALL, network), "torch_export", precision, tmp_path)
+        by_scaling = quantized(Precision.FP8_FP32)[0](x).numpy()
+    code = "import sys, torch; y = torch.export.load(sys.argv[1]).module()(torch.load(sys.argv[2])); "
+    code += "torch.save(y.detach(), sys.argv[3])"
+    torch.save(x, tmp_path / "x.pt")
+    paths = [graph.path, tmp_path / "x.pt", tmp_path / "y.pt"]
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    found = torch.load(tmp_path / "y.pt").numpy()
+    assert snr_db(plain, found) == pytest.approx(snr_db(plain, by_scaling), abs=0.5)
+    assert snr_db(by_scaling, found) > 30  # values that half precision rounds to another one of fp8's
+    exported = torch.export.load(graph.path)
+    products = [node for node in exported.graph.nodes if node.target is torch.ops.aten._scaled_mm.default]
+    assert len(products) == 2
+    for node in products:
+        first, second, *scales = (one.meta["val"] for one in node.args[:4])
+        assert first.dtype == second.dtype == torch.float8_e4m3fn
+        # meta_scaled_mm in torch/_meta_registrations.py asks for these, as cuBLAS does.
+        assert first.is_contiguous() and second.t().is_contiguous()
+        assert all(scale.dtype == torch.float32 and scale.numel() == 1 for scale in scales)
+    stored = {n: w.dtype for n, w in exported.state_dict.items() if n.endswith("weight") and "conv" not in n}
+    assert set(stored.values()) == {torch.float8_e4m3fn} and len(stored) == 2
+
+
+def test_products_that_cublas_can_not_compute_stay_as_they_are():
+    class Odd(Network):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(32, 72), nn.Linear(72, 16, bias=False)
+
+    network = quantized(Precision.FP8_FP16, scaled_mm=True, network=Odd())[0]
+    assert type(network.wide) is nn.Linear and type(network.narrow) is nn.Linear
+    assert type(quantized(Precision.FP8_FP16, network=Odd())[0].wide) is QuantizedLinear
+
+
+def test_the_demos_program_of_torch_is_checked_as_what_was_exported(tmp_path):
+    manifest = export(BuildSpec("demo", precision="fp8"), tmp_path / "graphs", "torch_export")
+    step = next(stage for stage in manifest.stages if stage.contract.name == "step")
+    program = torch.export.load(tmp_path / "graphs" / step.file)
+    products = [n for n in program.graph.nodes if n.target is torch.ops.aten._scaled_mm.default]
+    assert len(products) == len(step.quantized_layers) > 20
+    assert manifest.parity["step"].checked.startswith("torch module")
+    assert manifest.parity["step"].db > 30 and manifest.parity["picture"].db > 35
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +271,7 @@ def test_devices_without_it_are_told_what_they_have(refused, gpu, precision):
     assert find_target(gpu).description in told
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt", "aotinductor"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
 def test_backends_without_it_are_told_what_they_have(refused, backend):
     words = ("--base", "demo", "--gpu", "l4", "--backend", backend, "--precision", "fp8")
     refused(1, [backend, "fp8", "fp16"], "build", *words)
@@ -215,9 +283,10 @@ def test_backends_for_the_cpu_have_none(refused, backend):
     refused(1, [backend, "fp8", "CPU only"], "build", *words)
 
 
-def test_graphs_of_another_format_have_none(refused, tmp_path):
-    words = ("--base", "demo", "--precision", "fp8", "--format", "torchscript")
-    refused(2, "8-bit", "export", *words, "--out", tmp_path / "g")
+@pytest.mark.parametrize(("format", "precision"), [("torchscript", "fp8"), ("torch_export", "int8")])
+def test_graphs_of_other_formats_have_none(refused, tmp_path, format, precision):
+    words = ("--base", "demo", "--precision", precision, "--format", format)
+    refused(2, [format, precision, "--format onnx"], "export", *words, "--out", tmp_path / "g")
 
 
 def test_an_export_in_fp8_is_refused_for_other_gpus(graphs, refused, tmp_path):
