@@ -25,10 +25,12 @@ PARTS = (
     Item("attention", probe_items.attention, least=5, most=60),
     Item("forms", probe_items.forms, least=5, most=90),
 )
+# It decides whether engines that have what follows a product within Triton's are worth their compilation.
+EPILOGUES = Item("epilogues", probe_items.epilogues, least=5, most=120)
 
 
 def parts_of(bundles: tuple[Path, ...]) -> list[Item]:
-    """Returns all parts: those of the machine, and then the engines and the pictures of each bundle."""
+    """Returns all parts: those of the machine, the engines and the pictures of each bundle, and the last."""
     found = [*PARTS]
     names = [folder.resolve().name for folder in bundles]
     for name, folder in zip(names, bundles, strict=True):
@@ -36,7 +38,7 @@ def parts_of(bundles: tuple[Path, ...]) -> list[Item]:
     for name, folder in zip(names, bundles, strict=True):
         item = f"pictures-{name}"
         found.append(Item(item, probe_items.pictures, (item, folder.resolve()), 10, 240))
-    return found
+    return [*found, EPILOGUES]
 
 
 @click.command()

@@ -33,6 +33,8 @@ PRODUCTS = (
     *((1024, 1280, outputs) for outputs in (1280, 3840, 10240)),
     (1024, 5120, 1280),
 )
+# Those that a GEGLU and a residual follow.
+FOLLOWED = ((4096, 640, 5120), (4096, 2560, 640), (1024, 1280, 10240), (1024, 5120, 1280))
 # Attention (heads, queries, keys, width): SDXL's, to the picture and to the text, and that of its VAE.
 ATTENTIONS = ((10, 4096, 4096, 64), (10, 4096, 77, 64), (20, 1024, 1024, 64), (20, 1024, 77, 64))
 WIDE_ATTENTION = (1, 16384, 16384, 512)
@@ -314,6 +316,62 @@ def normalizations(channels: int, device: str, dtype: torch.dtype) -> Iterator[F
     if device == "cuda":  # a processor takes longer to compile than the part may take
         yield "by channel, compiled", torch.compile(by_channel)
         yield "torch, compiled", torch.compile(lambda x: group_norm(x, 32, weight, bias))
+
+
+def epilogues(note: Note, target: str, work: Path) -> None:
+    """Measures what follows a product, as a kernel of its own and within products of Triton's.
+
+    These are compiled with timing of their tiles, which takes some seconds each. The forms compute the same:
+    the largest difference from the first is noted.
+    """
+    import torch
+
+    device = device_of(target)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    found: dict[str, Any] = {}
+    for tokens, inputs, outputs in FOLLOWED:
+        tokens, inputs, outputs = (smaller(target, size) for size in (tokens, inputs, outputs))
+        torch._dynamo.reset()
+        x = torch.randn(tokens, inputs, device=device, dtype=dtype)
+        forms = joined(inputs, outputs, device, dtype)
+        found[f"{tokens}×{inputs}×{outputs}"] = compared(forms, x, device)
+        note(epilogues=found)
+    note(headline=f"{len(found)} shapes")
+
+
+def joined(inputs: int, outputs: int, device: str, dtype: torch.dtype) -> Iterator[Form]:
+    """Yields forms of what a transformer block's layer does: a GEGLU, or what it adds to.
+
+    The layer with more outputs than inputs is followed by the GEGLU. There the gate is a product of its own,
+    because a tile of Triton's product can't read another tile of the same one.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(outputs, inputs, device=device, generator=generator) * inputs**-0.5
+    weight, bias = weight.to(dtype), torch.zeros(outputs, device=device, dtype=dtype)
+    halves = [(w.contiguous(), b) for w, b in zip(weight.chunk(2), bias.chunk(2), strict=True)]
+
+    def geglu(x: torch.Tensor) -> torch.Tensor:
+        hidden, gate = F.linear(x, weight, bias).chunk(2, -1)
+        return hidden * F.gelu(gate)
+
+    def geglu_of_two(x: torch.Tensor) -> torch.Tensor:
+        hidden, gate = (F.linear(x, *half) for half in halves)
+        return hidden * F.gelu(gate)
+
+    def residual(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, weight, bias) + x[:, :outputs]
+
+    one, other = (geglu, geglu_of_two) if outputs > inputs else (residual, residual)
+    if device == "cpu":  # a processor takes longer to compile than the part may take
+        yield "cuBLAS' product, and a kernel", one
+        yield "Triton's product", other
+        return
+    tuned = {"max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON"}
+    yield "cuBLAS' product, and a kernel", torch.compile(one)
+    yield "Triton's product", torch.compile(other, options=tuned)  # type: ignore[arg-type]
 
 
 def stages(note: Note, target: str, work: Path, folder: Path) -> None:

@@ -92,6 +92,14 @@ def test_engines_are_timed_and_held_to_their_proof(noted, sdxl_bundle, tmp_path)
         probe_items.stages(note, "h100", tmp_path, sdxl_bundle)
 
 
+def test_what_follows_a_product_is_the_same_within_it(noted, tmp_path):
+    found, note = noted
+    probe_items.epilogues(note, "cpu", tmp_path)
+    assert len(found["epilogues"]) == 4
+    for forms in found["epilogues"].values():
+        assert len(forms) == 2 and all(form["ms"] > 0 and form["differs"] < 1e-5 for form in forms.values())
+
+
 def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weighty, tmp_path):
     folder, weights = weighty
     kit.strip(folder, tmp_path / "kit" / "bundle")
@@ -165,7 +173,7 @@ def test_parts_are_in_the_order_of_their_worth_each_with_a_limit(tmp_path):
     parts = probe.parts_of((tmp_path / "a", tmp_path / "b"))
     assert [part.name for part in parts] == [
         *("facts", "ceilings", "attention", "forms"),
-        *("stages-a", "stages-b", "pictures-a", "pictures-b"),
+        *("stages-a", "stages-b", "pictures-a", "pictures-b", "epilogues"),
     ]
     assert all(part.most <= 240 for part in parts)
 

@@ -18,8 +18,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
 from lcm_compile import BuildSpec, build
+from lcm_compile.benchmarks.gpu.launches import launches_of
 from lcm_compile.builder.doctor import diagnose_backend
 from lcm_compile.engines import absent_gpu, aotinductor, gpu
 from lcm_compile.engines.gpu_rewrites import choose_attention, lay_out_convolutions
@@ -328,6 +330,15 @@ def test_an_engine_for_each_compute_capability(small, tmp_path, name):
     # No weight is converted before it is convolved with.
     convolved = re.findall(r"aoti_torch_cuda_convolution\(\w+, (\w+)", package.source)
     assert convolved == ["module_first_weight", "module_second_weight", "module_last_weight"]
+    # What is counted in the host code is what torch counts in the program.
+    program = torch.export.load(graph.path)
+    with FlopCounterMode(display=False) as counter:
+        program.module()(torch.zeros(1, 12, 16, 16))
+    counted = launches_of(path, graph.contract)
+    # The kernel of attention takes heads of a multiple of 8: 16 in place of 12.
+    attention = counted.flop["attention"] * 12 / 16
+    assert counted.flop["convolutions"] + attention == counter.get_total_flops()
+    assert counted.counts["convolutions"] == 3 and counted.counts["attention"] == 1
 
 
 class Tokens(nn.Module):
@@ -372,9 +383,12 @@ def test_products_in_fp8(tmp_path, name):
     for strides in inputs:  # cuBLAS takes the first matrix by rows alone
         assert re.search(rf"{strides}\[\] = {{64L, 1L}};", source)
     assert inputs
-    # What comes before a product rounds to fp8 as well: no kernel does so alone, and none scales afterwards.
-    launches = re.findall(r"^ *(call_triton_\w+|aoti_torch_cuda_\w+)\(", source, re.MULTILINE)
-    assert len(launches) < 10, launches
+    # What comes before a product rounds to fp8 as well, which takes no kernel of its own: one casts the
+    # input, one adds the convolution's bias, one is the GEGLU, and one casts the output.
+    counted = launches_of(path, graph.contract)
+    assert counted.counts == {"Triton": 4, "convolutions": 1, "products": 3}
+    rows = 16 * 16
+    assert counted.flop["products"] == 2 * rows * (64 * 128 + 64 * 32 + 32 * 12)
 
 
 @pytest.mark.slow
