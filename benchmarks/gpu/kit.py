@@ -10,6 +10,7 @@ files of their own. The machine has torch, transformers and Pillow already. Ther
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import tempfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -40,12 +42,13 @@ SMALL = (
     *("mdurl",),
 )
 HEADER = ".header"  # the ending of a file that has the header of a file of weights alone
+SMALL_ARRAYS = ".small"  # the ending of a file that has its small arrays
 LEAST_LEFT_OUT = 1 << 20  # bytes of a file of weights that is worth leaving out
+# The most bytes of a small array, which travels: those are norms' weights, scales, and constants of a graph.
+MOST_SMALL = 8 << 10
 # The types of weights that are made random, as safetensors and as torch names them.
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F8_E4M3": "float8_e4m3fn"}
-SCALE = 0.02  # the standard deviation of random weights, and all scales of products in 8 bits
-# That of weights in fp8: with their scale they are as large as the others.
-SCALE_OF_FP8 = 1.0
+SCALE = 0.02  # the standard deviation of random vectors
 RUN = """#!/bin/sh
 # Installs what is missing here, and runs the probe: sh run.sh RESULTS [OPTIONS]
 set -e
@@ -61,7 +64,7 @@ python3 -m lcm_compile.benchmarks.gpu.probe --results "$results" {bundles} "$@"
 
 
 def strip(folder: Path, copy: Path) -> None:
-    """Copies a bundle, with the header alone of each large file of weights (safetensors).
+    """Copies a bundle; of each large file of weights (safetensors) only the header and the small arrays.
 
     If there is one, the files of the proof's calls are empty: they are those of other weights.
     """
@@ -75,10 +78,24 @@ def strip(folder: Path, copy: Path) -> None:
     for path in calls:
         (copy / path.relative_to(folder)).touch()
     for path in large:
-        with path.open("rb") as file:
-            size = file.read(8)
-            header = size + file.read(int.from_bytes(size, "little"))
-        (copy / path.relative_to(folder)).with_name(path.name + HEADER).write_bytes(header)
+        there = copy / path.relative_to(folder)
+        header, entries = read_header(path)
+        there.with_name(path.name + HEADER).write_bytes(header)
+        with path.open("rb") as file, there.with_name(path.name + SMALL_ARRAYS).open("wb") as small:
+            for start, end in (entry["data_offsets"] for entry in entries):
+                if end - start <= MOST_SMALL:
+                    file.seek(len(header) + start)
+                    small.write(file.read(end - start))
+
+
+def read_header(path: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """Returns the header of a safetensors file, and what it says of each array, in the file's order."""
+    with path.open("rb") as file:
+        size = file.read(8)
+        header = size + file.read(int.from_bytes(size, "little"))
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    return header, sorted(entries.values(), key=lambda entry: entry["data_offsets"][0])
 
 
 def left_out(folder: Path) -> list[Path]:
@@ -94,36 +111,45 @@ def fill(folder: Path, copy: Path) -> None:
     from lcm_compile.bundles.bundle import list_files
 
     shutil.copytree(folder, copy)
-    for path in left_out(copy):
-        write_random(path, path.with_name(path.name.removesuffix(HEADER)))
-        path.unlink()
+    for header in left_out(copy):
+        path = header.with_name(header.name.removesuffix(HEADER))
+        small = path.with_name(path.name + SMALL_ARRAYS)
+        write_random(header, small, path)
+        header.unlink()
+        small.unlink()
     manifest, _ = read_manifest(copy)
     replace(manifest, files=list_files(copy)).write(copy)
 
 
-def write_random(header: Path, path: Path) -> None:
-    """Writes a file of weights with this header, whose numbers are random. What is not in FLOATS is zero."""
+def write_random(header: Path, small: Path, path: Path) -> None:
+    """Writes a file of weights with this header and these small arrays, and random numbers for the others.
+
+    Matrices and kernels have the variance 1 / fan-in, so that activations stay in range; in fp8 they spread
+    over its range, as their scale expects. What is not in FLOATS is zero.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    content = header.read_bytes()
-    entries = json.loads(content[8:])
-    entries.pop("__metadata__", None)
-    with path.open("wb") as file:
+    content, entries = read_header(header)
+    with path.open("wb") as file, small.open("rb") as kept:
         file.write(content)
-        for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"][0]):
-            start, end = entry["data_offsets"]
-            dtype, raw = FLOATS.get(entry["dtype"]), bytes(end - start)
-            if dtype:
-                weights = torch.empty(entry["shape"], device=device)
-                if entry["shape"]:
-                    deviation = SCALE_OF_FP8 if entry["dtype"] == "F8_E4M3" else SCALE
-                    weights.normal_(0, deviation, generator=generator)
+        for entry in entries:
+            (start, end), shape = entry["data_offsets"], entry["shape"]
+            if end - start <= MOST_SMALL:
+                file.write(kept.read(end - start))
+            elif dtype := FLOATS.get(entry["dtype"]):
+                weights, to = torch.empty(shape, device=device), getattr(torch, dtype)
+                if entry["dtype"] == "F8_E4M3":
+                    largest = torch.finfo(to).max
+                    weights.uniform_(-largest, largest, generator=generator)
                 else:
-                    weights.fill_(SCALE)
-                raw = weights.to(getattr(torch, dtype)).cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
-            file.write(raw)
+                    deviation = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else SCALE
+                    weights.normal_(0, deviation, generator=generator)
+                raw = weights.to(to).cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+                file.write(raw)
+            else:
+                file.write(bytes(end - start))
 
 
 def pack(out: Path, bundles: tuple[Path, ...]) -> None:

@@ -5,8 +5,9 @@
 It imports only torch, diffusers and this package. The parts come in the order of their worth, each a process
 with its own limit, and the report in DIR is written after each of them: what the machine has for compiling,
 copies and products, forms of attention, of upsampling and of group normalization, the engines of each
-bundle, and whole pictures of it with CUDA graphs and without, in turn with diffusers. Bundles may come
-without their weights, as `make gpu-kit` packs them.
+bundle, their time and how close they are to torch, whole pictures with CUDA graphs and without, in turn with
+diffusers and with torch.compile, and what follows a product. Bundles may come without their weights, as
+`make gpu-kit` packs them.
 """
 
 from __future__ import annotations
@@ -35,9 +36,11 @@ def parts_of(bundles: tuple[Path, ...]) -> list[Item]:
     names = [folder.resolve().name for folder in bundles]
     for name, folder in zip(names, bundles, strict=True):
         found.append(Item(f"stages-{name}", probe_items.stages, (folder.resolve(),), 10, 120))
-    for name, folder in zip(names, bundles, strict=True):
-        item = f"pictures-{name}"
-        found.append(Item(item, probe_items.pictures, (item, folder.resolve()), 10, 240))
+        found.append(Item(f"parity-{name}", probe_items.parity, (folder.resolve(),), 10, 120))
+    for part, measure in (("pictures", probe_items.pictures), ("compiled", probe_items.against_compiled)):
+        for name, folder in zip(names, bundles, strict=True):
+            item = f"{part}-{name}"
+            found.append(Item(item, measure, (item, folder.resolve()), 10, 240))
     return [*found, EPILOGUES]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -377,8 +377,8 @@ def joined(inputs: int, outputs: int, device: str, dtype: torch.dtype) -> Iterat
 def stages(note: Note, target: str, work: Path, folder: Path) -> None:
     """Measures each engine of a bundle, plain and as a CUDA graph, and compares it with its proof.
 
-    The proof is what torch computed in fp32. Where the weights were left out, they are random, and there is
-    nothing to compare with.
+    The proof is what torch computed in fp32. Where the weights were left out, they are random: `parity`
+    compares the engines with torch.
     """
     from lcm_compile.engines.scratch import Scratch
     from lcm_compile.pipeline.load import check_backend
@@ -414,6 +414,45 @@ def stages(note: Note, target: str, work: Path, folder: Path) -> None:
     note(headline=headline)
 
 
+def parity(note: Note, target: str, work: Path, folder: Path) -> None:
+    """Compares each engine with torch in fp32, with the engine's weights and random inputs.
+
+    That is for bundles whose weights were left out. The engines of others are compared with their proof.
+    """
+    import torch
+
+    from lcm_compile.benchmarks.gpu.eager import eager_stages
+    from lcm_compile.engines.tensors import without_tf32
+    from lcm_compile.pipeline.load import check_backend
+    from lcm_compile.proof.parity import output_db
+
+    bundle, is_random = opened(folder, target, work)
+    if not is_random:
+        raise Missing(f"{folder} has its weights, and so its proof")
+    manifest, device = bundle.manifest, device_of(target)
+    files = {stage.contract.name: stage for stage in manifest.stages}
+    found: dict[str, float] = {}
+    for stage in eager_stages(bundle, device):
+        file = files[stage.name]
+        with check_backend(bundle).load(
+            bundle.path(file.file), stage.contract, manifest.target, file.precision
+        ) as runner:
+            inputs = random_inputs(runner)
+            outputs = {name: runner.to_host(array) for name, array in runner(inputs).items()}
+            given = {name: runner.to_host(array) for name, array in inputs.items()}
+        with torch.inference_mode(), without_tf32():
+            tensors = (torch.from_numpy(given[spec.name]).to(device) for spec in stage.contract.inputs)
+            expected = stage.module(*tensors)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        names = [spec.name for spec in stage.contract.outputs]
+        call = given, {name: one.cpu().numpy() for name, one in zip(names, expected, strict=True)}
+        found[stage.name] = min(
+            round(output_db(stage.contract, call, name, outputs[name]), 2) for name in names
+        )
+        note(db=found)
+    note(headline=", ".join(f"{name} {db:.0f} dB" for name, db in found.items()))
+
+
 def random_inputs(runner: Runner) -> Mapping[str, Array]:
     """Returns inputs of a stage on its device: small token ids, and normal numbers otherwise."""
     random = np.random.default_rng(0)
@@ -439,40 +478,65 @@ def captured_milliseconds(runner: Runner, inputs: Mapping[str, Array], device: s
 def pictures(note: Note, target: str, work: Path, name: str, folder: Path) -> None:
     """Measures whole pictures of a bundle with CUDA graphs and without, and in turn with diffusers.
 
-    A bundle whose weights were left out draws noise, and diffusers has no weights to draw with.
+    A bundle whose weights were left out draws noise, as does diffusers with random weights in its turn.
     """
     from lcm_compile.benchmarks.measure.bench import bench
     from lcm_compile.benchmarks.measure.summary import summarise
+
+    bundle, is_random = opened(folder, target, work)
+    take_turns(note, bundle, device_of(target), ["eager"] if is_random else [])
+    if not is_random:
+        report = bench(bundle, ("eager",), PICTURES, SECONDS, cold_starts=0)
+        report.save(report_path(work, name))
+        note(summary=summarise(report))
+
+
+def against_compiled(note: Note, target: str, work: Path, name: str, folder: Path) -> None:
+    """Does as `pictures`, in turn with what torch.compile makes of diffusers."""
+    from lcm_compile.benchmarks.measure.bench import bench
+    from lcm_compile.benchmarks.measure.summary import summarise
+
+    if device_of(target) == "cpu":
+        raise Missing("a processor takes longer to compile than the part may take")
+    bundle, is_random = opened(folder, target, work)
+    if is_random:
+        take_turns(note, bundle, device_of(target), ["eager", "compile"])
+        return
+    report = bench(bundle, ("eager", "compile"), PICTURES, SECONDS, cold_starts=0)
+    report.save(report_path(work, name))
+    note(summary=summarise(report))
+
+
+def take_turns(note: Note, bundle: EngineBundle, device: str, rivals: Sequence[str]) -> None:
+    """Draws with a bundle with CUDA graphs and without, and with diffusers' pipelines of random weights."""
+    from lcm_compile.benchmarks.gpu.eager import eager_drawers
     from lcm_compile.pipeline.load import load
     from lcm_compile.pipeline.request import Request
 
-    bundle, is_random = opened(folder, target, work)
     prompt, batch = bundle.manifest.pipeline.sample_prompt, bundle.manifest.pipeline.shape.batch
-    ms: dict[str, list[float]] = {"with": [], "without": []}
     with load(bundle, prompt_cache=0) as pipeline:
-        for i in range(WARM_UP):
-            pipeline.draw(Request(prompt, i, num_images=batch))
+
+        def draw(with_graphs: bool, seed: int) -> None:
+            pipeline.cuda_graph = with_graphs
+            drawn = pipeline.draw(Request(prompt, seed, num_images=batch))
+            if with_graphs:
+                note(cuda_graph=drawn.cuda_graph)
+
+        ways: dict[str, Callable[[int], object]] = dict(eager_drawers(bundle, device, rivals))
+        ways |= {"with graphs": partial(draw, True), "without graphs": partial(draw, False)}
+        for _, way in product(range(WARM_UP), ways):
+            ways[way](0)
+        ms: dict[str, list[float]] = {way: [] for way in ways}
         start = time.perf_counter()
         for i in range(PICTURES):
             if i >= LEAST and time.perf_counter() - start > SECONDS:
                 break
-            for way in sorted(ms, reverse=bool(i % 2)):
-                pipeline.cuda_graph = way == "with"
-                drawn = pipeline.draw(Request(prompt, i, num_images=batch))
-                ms[way].append(drawn.ms["total"])
-                if way == "with":
-                    note(cuda_graph=drawn.cuda_graph)
+            for way in sorted(ways, reverse=bool(i % 2)):
+                begun = time.perf_counter()
+                ways[way](i)
+                ms[way].append((time.perf_counter() - begun) * 1000)
             note(ms=ms)
-    medians = {way: median(values) for way, values in ms.items()}
-    note(headline=", ".join(f"{way} graphs {value:.1f} ms" for way, value in medians.items()))
-    if is_random:
-        return
-    # A processor takes longer to compile than the part may take.
-    rivals = (("eager",),) if device_of(target) == "cpu" else (("eager",), ("eager", "compile"))
-    for against in rivals:
-        report = bench(bundle, against, PICTURES, SECONDS, cold_starts=0)
-        report.save(report_path(work, name))
-        note(summary=summarise(report))
+    note(headline=", ".join(f"{way} {median(values):.1f} ms" for way, values in ms.items()))
 
 
 def opened(folder: Path, target: str, work: Path) -> tuple[EngineBundle, bool]:

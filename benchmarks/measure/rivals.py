@@ -230,19 +230,22 @@ def draw_eagerly_in_bf16(folder: Path, setup: Setup) -> Draw:
 
 
 def draw_compiled(folder: Path, setup: Setup, mode: str = "default") -> Draw:
-    """Draws with torch.compile of UNet, ControlNets and the VAE's decoding, in the bundle's precision.
+    """Draws with what `compiled` returns, in the bundle's precision."""
+    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[setup.precision]
+    return draw_with_diffusers(
+        compiled(channels_last(open_diffusers(folder, dtype, setup)), setup, mode), setup
+    )
 
-    `mode` is torch.compile's.
-    """
+
+def compiled(pipe: Any, setup: Setup, mode: str = "default") -> Any:
+    """Returns a pipeline with torch.compile of UNet, ControlNets and the VAE's decoding, in a mode of it."""
     import torch
 
-    dtype = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[setup.precision]
-    pipe: Any = channels_last(open_diffusers(folder, dtype, setup))
     pipe.unet = torch.compile(pipe.unet, mode=mode)
     if setup.controlnets:
         pipe.controlnet.forward = torch.compile(pipe.controlnet.forward, mode=mode)
     pipe.vae.decode = torch.compile(pipe.vae.decode, mode=mode)
-    return draw_with_diffusers(pipe, setup)
+    return pipe
 
 
 def draw_with_openvino(folder: Path, setup: Setup) -> Draw:
