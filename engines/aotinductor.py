@@ -53,11 +53,11 @@ SETTINGS = {
     # Weights are not in the package, which torch unpacks whenever it is loaded; the compiler returns them.
     "aot_inductor.package_constants_in_so": False,
     "aot_inductor.package_constants_on_disk_format": "pickle_weights",
+    # Nor are small ones, which would be written into the code, so that the file beside it has them all.
+    "always_keep_tensor_constants": True,
 }
 # More settings for a GPU that is not here.
 WITHOUT_GPU = {
-    # Small weights would be written into the code, and here only their shapes are known.
-    "always_keep_tensor_constants": True,
     # What is constant in a graph would be computed on the GPU.
     "joint_graph_constant_folding": False,
     # Kernels are compiled before the code that launches them is written, and by this process.

@@ -86,7 +86,12 @@ def give_weights(stage: Stage, file: StageFile, path: Path, device: str) -> None
         layers = quantize_layers(stage.module, scales, Precision.of(product, "fp32"))
         install_layers(stage.module, layers)
         stage.module.to(device)
-    own = {**dict(stage.module.named_parameters()), **dict(stage.module.named_buffers())}
+    # A weight that several layers share has several names, and the engine's is any of them.
+    own: dict[str, torch.Tensor] = dict(stage.module.named_parameters(remove_duplicate=False))
+    own |= dict(stage.module.named_buffers(remove_duplicate=False))
+    for place, inner in stage.module.named_modules():
+        plain = {name: value for name, value in vars(inner).items() if isinstance(value, torch.Tensor)}
+        own |= {f"{place}.{name}" if place else name: value for name, value in plain.items()}
     transposed = {f"{name}.weight" for name in file.quantized_layers}  # see ScaledLinear and QuantizedLinear
     with torch.no_grad():
         for name, weight in read_weights(path, device).items():

@@ -103,27 +103,26 @@ def prepare_model(
             made.fp32_layers,
             quantized_layers=made.quantized_layers,
             calibration=[t[name] for t in recordings.calibration] if name in ("encode", IP_IMAGE) else (),
-            torch_db=torch_db(made.stage, plan.precisions[name], rehearsal, recordings.reference[name]),
         )
+        is_half = plan.precisions[name].product in parity.LOWEST_FLOORS
         if plan.checked == MODULE:
             runner = runners[name]
             recordings.cast[name] = rehearsal.record(runner, recordings.cast, beside=beside(name, runners))
             db = parity.compare_calls(runner, recordings.reference[name])
-            done = replace(done, cast_db=db, cast=recordings.cast[name])
+            done = replace(done, cast_db=db, cast=recordings.cast[name], torch_db=db if is_half else None)
+        elif is_half:
+            db = torch_db(made.stage, plan.precisions[name], rehearsal, recordings.reference[name])
+            done = replace(done, torch_db=db)
         prepared.append(done)
     return prepared
 
 
-def torch_db(
-    stage: Stage, precision: Precision, rehearsal: Rehearsal, reference: Sequence[Call]
-) -> float | None:
-    """Returns the signal-to-noise ratio in dB that torch itself reaches in half precision, or None in others.
+def torch_db(stage: Stage, precision: Precision, rehearsal: Rehearsal, reference: Sequence[Call]) -> float:
+    """Returns the signal-to-noise ratio in dB that torch itself reaches in half precision.
 
     `stage` has been cast to that precision. The first call has the most noise, and usually the lowest ratio:
     if it is well above the floor, the others are not computed.
     """
-    if precision.product not in parity.LOWEST_FLOORS:
-        return None
     runner = rehearsal.runner_of(stage)
     try:
         first = parity.compare_calls(runner, reference[:1])

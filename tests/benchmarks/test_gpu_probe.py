@@ -229,7 +229,7 @@ def test_parts_are_in_the_order_of_their_worth_each_with_a_limit(tmp_path):
 
 
 def probed(folder, tmp_path):
-    """The report of the command for a bundle, which it writes where it is asked to, and each part's outcome."""
+    """The report of the command for a bundle, written where it is asked for, and the outcome of each part."""
     words = ["--device", "cpu", "--results", tmp_path / "results", "--bundle", folder, "--budget", "400"]
     command = [sys.executable, "-m", "lcm_compile.benchmarks.gpu.probe", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
