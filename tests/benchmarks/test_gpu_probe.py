@@ -210,12 +210,12 @@ def test_a_kit_that_is_too_large_names_the_largest_file(weighty, tmp_path, monke
     """Without what it downloads."""
     folder, _ = weighty
     monkeypatch.setattr(kit.subprocess, "run", lambda *_, **__: None)
-    kit.pack(tmp_path / "kit.tar", (folder,))
-    assert (tmp_path / "kit.tar").stat().st_size < 60e6
+    kit.pack(tmp_path / "kit.tar.gz", (folder,))
+    assert (tmp_path / "kit.tar.gz").stat().st_size < 60e6
     monkeypatch.setattr(kit, "MOST_BYTES", 1000)
     with pytest.raises(UsageError) as caught:
-        kit.pack(tmp_path / "large.tar", (folder,))
-    assert "bundles/bundle/engines/" in (caught.value.hint or "") and not (tmp_path / "large.tar").exists()
+        kit.pack(tmp_path / "large.tar.gz", (folder,))
+    assert "bundles/bundle/engines/" in (caught.value.hint or "") and not (tmp_path / "large.tar.gz").exists()
 
 
 def test_parts_are_in_the_order_of_their_worth_each_with_a_limit(tmp_path):
