@@ -1,7 +1,8 @@
 """Runs a random sample of the tests in ways in which no test may fail: `python tests/check_independence.py`.
 
-Each test of the sample runs alone, in a process of its own. All tests of its files run, in random order,
-in one process. Both have an empty home folder and an environment with settings that a user may have.
+Each test of the sample runs alone, in a process of its own. All tests of its files run in random order, those
+of each half of the files in one process. Both have an empty home folder and an environment with settings that
+a user may have.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def run(environment: dict[str, str], *words: str) -> subprocess.CompletedProcess
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10, help="tests in the sample")
+    parser.add_argument("--count", type=int, default=6, help="tests in the sample")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="chooses the sample")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
@@ -39,10 +40,13 @@ def main() -> int:
             return 1
         sample = random.Random(options.seed).sample(tests, min(options.count, len(tests)))
         files = sorted({test.partition("::")[0] for test in sample})
-        shuffled = ("--random-order", f"--random-order-seed={options.seed}", *files)
+        halves = [half for half in (files[::2], files[1::2]) if half]
+        order = ("--random-order", f"--random-order-seed={options.seed}")
+        runs = [*((*order, *half) for half in halves), *((test,) for test in sample)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = list(pool.map(lambda words: run(environment, *words), [shuffled, *([t] for t in sample)]))
-    for name, result in zip(["in random order: " + " ".join(files), *sample], done, strict=True):
+            done = list(pool.map(lambda words: run(environment, *words), runs))
+    names = [*("in random order: " + " ".join(half) for half in halves), *sample]
+    for name, result in zip(names, done, strict=True):
         print("failed" if result.returncode else "passed", name)
         if result.returncode:
             print(result.stdout + result.stderr)

@@ -70,13 +70,23 @@ def home(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(scope="session")
+def new_store(home):
+    """Makes an empty store at a path, in which nothing is timed either, and returns the path."""
+
+    def make(path):
+        path.mkdir(parents=True)
+        for name in ("cpu.json", "winograd.json"):
+            shutil.copy(home / name, path)
+        return path
+
+    return make
+
+
 @pytest.fixture
-def own_home(home, tmp_path, monkeypatch):
-    """An empty store of a test's own, in which nothing is timed either."""
-    own = tmp_path / "home"
-    own.mkdir()
-    for name in ("cpu.json", "winograd.json"):
-        shutil.copy(home / name, own)
+def own_home(new_store, tmp_path, monkeypatch):
+    """An empty store of a test's own."""
+    own = new_store(tmp_path / "home")
     monkeypatch.setenv("LCM_COMPILE_HOME", str(own))
     return own
 

@@ -24,6 +24,7 @@ from lcm_compile.checkpoint.open import open_base
 from lcm_compile.engines.weights_file import read_weights
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.precisions import Precision
+from lcm_compile.proof.cuda_rehearsal import move
 from lcm_compile.stages.contracts import MODEL_STAGES, models_in
 from lcm_compile.stages.half_precision import DTYPES
 from lcm_compile.stages.quantize import Scales, install_layers, quantize_layers
@@ -85,7 +86,7 @@ def give_weights(stage: Stage, file: StageFile, path: Path, device: str) -> None
         scales = {name: Scales(1.0) for name in file.quantized_layers}
         layers = quantize_layers(stage.module, scales, Precision.of(product, "fp32"))
         install_layers(stage.module, layers)
-        stage.module.to(device)
+    move(stage.module, device)
     # A weight that several layers share has several names, and the engine's is any of them.
     own: dict[str, torch.Tensor] = dict(stage.module.named_parameters(remove_duplicate=False))
     own |= dict(stage.module.named_buffers(remove_duplicate=False))
@@ -114,6 +115,8 @@ def eager_pipeline(bundle: EngineBundle, device: str, dtype: torch.dtype) -> Dif
     checkpoint, settings = base_of(bundle), bundle.manifest.pipeline
     names = ("unet", "vae", *checkpoint.text_encoders)
     parts: dict[str, Any] = {name: module_on(checkpoint, name, device).to(dtype) for name in names}
+    if parts["vae"].config.get("force_upcast"):  # diffusers would decode in fp32, and engines do not
+        parts["vae"].register_to_config(force_upcast=False)
     for name, tokenizer in zip(checkpoint.tokenizers, settings.tokenizers, strict=True):
         made = PreTrainedTokenizerFast(
             tokenizer_file=str(bundle.path(tokenizer.file)), model_max_length=tokenizer.max_length

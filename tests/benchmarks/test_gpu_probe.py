@@ -122,6 +122,8 @@ def test_a_bundle_travels_without_its_weights_and_gets_random_ones(noted, weight
     found, note = noted
     probe_items.stages(note, "cpu", tmp_path / "work", travelled)
     assert found["stages"]["step"]["ms"] > 0 and "db" not in found["stages"]["step"]
+    pipe = eager.eager_pipeline(open_bundle(folder), "cpu", torch.bfloat16)
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16 and not pipe.vae.config.force_upcast
     probe_items.pictures(note, "cpu", tmp_path / "work", "pictures", travelled)
     assert found["ms"].keys() == {"with graphs", "without graphs", "eager"}
     assert all(len(samples) >= 3 and min(samples) > 0 for samples in found["ms"].values())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from factories import load_modules
+from suite_items import builds_apart, crashes, ends, hangs, is_known, lacks, raises, reads
 
 from lcm_compile.benchmarks.gpu import gpu_items, smoke, suite
 from lcm_compile.benchmarks.gpu.gpu_items import Engines
@@ -25,58 +24,23 @@ from lcm_compile.benchmarks.measure.report import read_report
 from lcm_compile.bundles.bundle import open_bundle
 from lcm_compile.bundles.manifest import read_manifest
 from lcm_compile.checkpoint.find import open_checkpoint
-from lcm_compile.errors import BackendError, ParityError
+from lcm_compile.errors import ParityError
 from lcm_compile.pipeline.pipeline import LcmPipeline
 from lcm_compile.proof.cuda_rehearsal import move
 from lcm_compile.spec import REWRITES, BuildSpec, Shape
 from lcm_compile.stages.stage import make_stages, rewrite_modules
-from lcm_compile.system.child_process import call_in_child
 
 # The items of which the engines of a large model are made.
 PARTS = ("-export", "-encode", "-context", "-step", "-decode")
 
 
-def ends(note, target, work):
-    note(figure=1, target=target, at=time.time_ns())
+KNOWN = Item("machine", is_known)
 
 
-def raises(note, target, work):
-    note(figure=2)
-    raise ValueError("the first line\nand the second")
-
-
-def crashes(note, target, work):
-    note(figure=3)
-    os.write(2, b"the library's last words")
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def hangs(note, target, work):
-    note(figure=4, parts={"export step": {"seconds": 1}, "build step": None})
-    note(below=subprocess.Popen(["sleep", "600"]).pid)
-    time.sleep(600)
-
-
-def lacks(note, target, work):
-    import a_backend_that_is_nowhere  # noqa: F401
-
-
-def reads(note, target, work, path):
-    note(read=json.loads(Path(path).read_text()))
-
-
-def compiles(graph):
-    raise BackendError("can't compile") from ValueError("line 2 of what the compiler said")
-
-
-def builds_apart(note, target, work):
-    call_in_child(compiles, None)
-
-
-def run(items, budget, results, device="cpu", work=None, again=()):
+def run(items, budget, results, device="cpu", work=None, again=(), machine=KNOWN):
     """Without `work`, in a folder of its own, as the command does."""
     with tempfile.TemporaryDirectory() as scratch:
-        return run_items(MACHINE, items, device, budget, results, work or Path(scratch), again)
+        return run_items(machine, items, device, budget, results, work or Path(scratch), again)
 
 
 def is_running(process):
@@ -96,7 +60,7 @@ def test_no_item_ends_the_others(tmp_path):
         Item("reads", reads, (str(report),)),
         Item("ends", ends),
     ]
-    path, found = run(items, 100, tmp_path)
+    path, found = run(items, 100, tmp_path, machine=MACHINE)
     assert path == report
     written = json.loads(path.read_text())
     assert written["machine"]["versions"]["torch"] and written["machine"]["cores"]
@@ -163,7 +127,7 @@ def test_a_report_keeps_what_other_runs_found_on_the_same_machine(tmp_path):
 def test_a_machine_whose_gpu_torch_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     items = [item for item in ITEMS if item.name in ("demo-weights", "sdxl-weights", "sdxl-aotinductor")]
-    path, found = run(items, 60, tmp_path, "cuda")
+    path, found = run(items, 60, tmp_path, "cuda", machine=MACHINE)
     assert path.name == "gpu_suite-none.json"
     assert found["machine"]["outcome"] == "missing" and found["machine"]["error"]
     assert found["machine"]["error"] in found["demo-weights"]["error"]
@@ -208,11 +172,11 @@ def compare_graphs(work, told):
 
 
 @pytest.fixture(scope="module")
-def noted(sdxl_checkpoint, tmp_path_factory):
+def noted(sdxl_checkpoint, new_store, tmp_path_factory):
     """All that the items of one model find, called one after the other, and the folder that they share."""
     work, told = tmp_path_factory.mktemp("work"), {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LCM_COMPILE_HOME", str(work / "home"))
+        patch.setenv("LCM_COMPILE_HOME", str(new_store(work / "home")))
         patch.setitem(gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm"))
         patch.setattr(gpu_items, "RUNS", 3)
         gpu_items.write_weights(lambda **found: told.update(found), "cpu", work, "tiny")
@@ -377,9 +341,8 @@ def test_a_named_item_comes_with_all_that_it_needs():
     }
 
 
-def test_a_model_is_built_a_stage_each(sdxl_checkpoint, tmp_path, monkeypatch):
+def test_a_model_is_built_a_stage_each(sdxl_checkpoint, own_home, tmp_path, monkeypatch):
     """As it is built in one go: what one stage takes, no other item loses."""
-    monkeypatch.setenv("LCM_COMPILE_HOME", str(tmp_path / "home"))
     monkeypatch.setitem(
         gpu_items.MODELS, "tiny", BuildSpec(str(sdxl_checkpoint), no_lcm=True, few_step="lcm")
     )

@@ -28,7 +28,7 @@ from lcm_compile.system import cache
 
 
 @pytest.fixture(scope="module")
-def made(sdxl_checkpoint, tmp_path_factory):
+def made(sdxl_checkpoint, new_store, tmp_path_factory):
     """A base, a LoRA and a store of their own, and the bundle in it; the files have settled."""
     folder = tmp_path_factory.mktemp("keys")
     base = shutil.copytree(sdxl_checkpoint, folder / "base")
@@ -38,7 +38,7 @@ def made(sdxl_checkpoint, tmp_path_factory):
         base=str(base), lcm_lora=LoraSpec(str(lora)), loras=(LoraSpec(str(lora), 0.5),), backend="torchscript"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LCM_COMPILE_HOME", str(folder / "home"))
+        patch.setenv("LCM_COMPILE_HOME", str(new_store(folder / "home")))
         build(spec)
     time.sleep(cache.SETTLED_NS / 1e9 + 0.1)
     return folder, spec
