@@ -156,7 +156,7 @@ def draw_with_diffusers(
     if timesteps and len(timesteps) == how["steps"] and drawing is None:
         options["timesteps"] = list(timesteps)
     if count := len(setup.controlnets):
-        pictures, weights = [sample_picture(setup.shape).pixels] * count, [*setup.pipeline.control_weights]
+        pictures, weights = [sample_picture(setup.shape).image] * count, [*setup.pipeline.control_weights]
         options["image"] = pictures if count > 1 else pictures[0]
         options["controlnet_conditioning_scale"] = weights if count > 1 else weights[0]
 

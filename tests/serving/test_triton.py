@@ -208,13 +208,19 @@ def texts(*words):
     return np.array([[word.encode()] for word in words], object)
 
 
+def assert_same(theirs, own):
+    """NumPy 1, in Triton's process, has another last bit of the logarithm for a few seeds' noise."""
+    differences = np.abs(theirs.astype(int) - np.asarray(own))
+    assert differences.max() <= 1 and (differences > 0).mean() < 1e-3
+
+
 @pytest.mark.slow
-def test_a_real_triton_draws_the_pipelines_pictures_to_the_bit(drawing):
+def test_a_real_triton_draws_the_pipelines_pictures(drawing):
     ask, pipeline = drawing
     prompts = ["a large red star", "two blue rings"]
     answer = ask(PROMPT=texts(*prompts), SEED=np.array([[7], [8]], np.uint64))
     own = pipeline(prompts, seed=[7, 8])
-    np.testing.assert_array_equal(answer.as_numpy("IMAGE"), np.stack(own))
+    assert_same(answer.as_numpy("IMAGE"), np.stack(own))
     assert answer.as_numpy("SEED").tolist() == [[7], [8]]
 
     one = {"PROMPT": texts("a small star"), "SEED": np.array([[2**63]], np.uint64)}
@@ -223,7 +229,7 @@ def test_a_real_triton_draws_the_pipelines_pictures_to_the_bit(drawing):
     answer = ask(**one, **more)
     settings = {"negative_prompt": "red", "steps": 6, "sampler": "tcd", "guidance_scale": 1.3, "eta": 0.3}
     own = pipeline("a small star", seed=2**63, prompt_syntax="webui", **settings)
-    np.testing.assert_array_equal(answer.as_numpy("IMAGE")[0], np.asarray(own[0]))
+    assert_same(answer.as_numpy("IMAGE")[0], own[0])
 
     from PIL import Image
 
@@ -233,7 +239,7 @@ def test_a_real_triton_draws_the_pipelines_pictures_to_the_bit(drawing):
     answer = ask(**one, INIT_IMAGE=pixels[None], MASK=mask[None], STRENGTH=np.array([[0.7]]))
     images = {"image": Image.fromarray(pixels), "mask": Image.fromarray(mask), "strength": 0.7}
     own = pipeline("a small star", seed=2**63, **images)
-    np.testing.assert_array_equal(answer.as_numpy("IMAGE")[0], np.asarray(own[0]))
+    assert_same(answer.as_numpy("IMAGE")[0], own[0])
 
 
 @pytest.mark.slow
@@ -248,8 +254,7 @@ def test_a_real_triton_draws_for_many_clients_and_tells_what_it_cannot_draw(draw
 
     with ThreadPoolExecutor(8) as threads:
         for theirs, own in threads.map(one, range(24)):
-            # The logarithm of NumPy 1, in Triton's process, differs in the last bit for a few seeds' noise.
-            assert np.abs(theirs.astype(int) - own).max() <= 1
+            assert_same(theirs, own)
     for wrong, told in (
         ({"PROMPT": texts("a star"), "SAMPLER": texts("none")}, "unknown sampler"),
         ({"PROMPT": texts("a star"), "STEPS": np.array([[0]], np.int32)}, "steps"),
