@@ -48,7 +48,7 @@ AGAIN = re.compile(r"_new_tensor_handle\((\w+), &(\w+)\)")
 MADE = re.compile(r"_empty_strided\(\d+, (\w+), \w+, cached_torch_dtype_(\w+),.*&(\w+)_handle\)")
 RESIZED = re.compile(rf"auto (\w+) = {WRAPPED}(\w+), \d+, (\w+), ")
 KERNEL = re.compile(r"\s*call_(triton_\w+)\((.*)\);")
-LIBRARY = re.compile(rf"aoti_torch_cuda_({'|'.join(KINDS)})\((.*)\)\);")
+LIBRARY = re.compile(r"aoti_torch_cuda_(\w+)\((.*)\)\);")
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,12 @@ def launches_of(path: Path, contract: StageContract) -> Launches:
 
 
 def read_launches(source: str, inputs: Sequence[Array]) -> Launches:
-    """Returns what the host code of an engine launches, which has arrays of these sizes as its inputs."""
+    """Returns what the host code of an engine launches, which has arrays of these sizes as its inputs.
+
+    Raises UsageError for a call of a library that is not among KINDS.
+    """
     found, arrays, lists = Launches(), constants_of(source), dict[str, tuple[int, ...]]()
-    written = written_twice(source)
+    in_place = read_and_written(source)
     body = source.partition("AOTInductorModel::run_impl(")[2]
     for line in body.splitlines():
         if match := LIST.search(line):
@@ -105,11 +108,13 @@ def read_launches(source: str, inputs: Sequence[Array]) -> Launches:
         elif match := RESIZED.search(line):
             arrays[match[1]] = Array(lists[match[3]], arrays[match[2]].itemsize)
         elif match := KERNEL.match(line):
-            given, twice = arguments(match[2], arrays, lists), written[match[1]]
+            given, twice = arguments(match[2], arrays, lists), in_place[match[1]]
             moved = sum(array.nbytes * (2 if i in twice else 1) for i, array in given.items())
             found.counts["Triton"] += 1
             found.kernels[match[1]] += moved
         elif match := LIBRARY.search(line):
+            if match[1] not in KINDS:
+                raise UsageError(f"a call of {match[1]} can't be counted", "add it to KINDS in this module")
             kind, given = KINDS[match[1]], arguments(match[2], arrays, lists)
             made, flop = RESULTS[kind](match[2], [given[i] for i in sorted(given)])
             found.counts[kind] += 1
@@ -137,7 +142,7 @@ def constants_of(source: str) -> dict[str, Array]:
     }
 
 
-def written_twice(source: str) -> Mapping[str, set[int]]:
+def read_and_written(source: str) -> Mapping[str, set[int]]:
     """Returns for each of Triton's kernels which of its arguments it both reads and writes."""
     heads = re.findall(r"static inline void call_(triton_\w+)\((.*?)\n\)", source, re.DOTALL)
     return {

@@ -75,6 +75,12 @@ def test_what_is_launched_moved_and_multiplied():
     }
 
 
+def test_a_call_that_is_not_known_is_told():
+    """It would be missing from all figures."""
+    with pytest.raises(UsageError, match="sort_out"):
+        read_launches(SOURCE + "    CHECK(aoti_torch_cuda_sort_out(buf1, buf2));", [Array((1, 4, 8, 8), 2)])
+
+
 def test_an_engine_for_a_processor_launches_nothing(tmp_path):
     with zipfile.ZipFile(tmp_path / "step.pt2", "w") as package:
         package.writestr("data/aotinductor/model/a.wrapper.cpp", "aoti_torch_cpu_convolution(")
