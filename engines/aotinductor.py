@@ -71,7 +71,7 @@ WITHOUT_GPU = {
 def cannot_build(target: GpuTarget, precision: Precision) -> str | None:
     """Returns why this machine can't build an engine for the target in that precision, or None."""
     if precision.product == "int8":
-        return f"it compiles no products in int8; use {precision.floats}, or fp8 where the GPU has it"
+        return f"it compiles no 8-bit products in int8; use {precision.floats}, or fp8 where the GPU has it"
     if reason := cannot_run(target):
         if target.is_cpu or importlib.util.find_spec("torch") is None:
             return reason

@@ -230,7 +230,8 @@ def plan_graphs(spec: BuildSpec, graph_format: str) -> ExportPlan:
     precision = Precision.of(spec.precision if spec.precision != "auto" else "fp16", "fp16")
     if precision.is_quantized and precision.product not in EIGHT_BIT_PRODUCTS[graph_format]:
         raise UsageError(
-            f"graphs in the {graph_format} format have no products in {precision.product}", "--format onnx"
+            f"graphs in the {graph_format} format have no 8-bit products in {precision.product}",
+            "--format onnx",
         )
     half = precision.floats == "fp16"
     checkpoint = open_base(spec, half)
