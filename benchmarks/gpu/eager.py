@@ -24,7 +24,7 @@ from lcm_compile.checkpoint.open import open_base
 from lcm_compile.engines.weights_file import read_weights
 from lcm_compile.errors import LcmCompileError
 from lcm_compile.precisions import Precision
-from lcm_compile.proof.cuda_rehearsal import move
+from lcm_compile.proof.cuda_rehearsal import move, plain_tensors
 from lcm_compile.stages.contracts import MODEL_STAGES, models_in
 from lcm_compile.stages.half_precision import DTYPES
 from lcm_compile.stages.quantize import Scales, install_layers, quantize_layers
@@ -89,10 +89,7 @@ def give_weights(stage: Stage, file: StageFile, path: Path, device: str) -> None
     move(stage.module, device)
     # A weight that several layers share has several names, and the engine's is any of them.
     own: dict[str, torch.Tensor] = dict(stage.module.named_parameters(remove_duplicate=False))
-    own |= dict(stage.module.named_buffers(remove_duplicate=False))
-    for place, inner in stage.module.named_modules():
-        plain = {name: value for name, value in vars(inner).items() if isinstance(value, torch.Tensor)}
-        own |= {f"{place}.{name}" if place else name: value for name, value in plain.items()}
+    own |= dict(stage.module.named_buffers(remove_duplicate=False)) | plain_tensors(stage.module)
     transposed = {f"{name}.weight" for name in file.quantized_layers}  # see ScaledLinear and QuantizedLinear
     with torch.no_grad():
         for name, weight in read_weights(path, device).items():

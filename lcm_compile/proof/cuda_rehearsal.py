@@ -47,7 +47,16 @@ class CudaRunner(TorchRunner):
 def move(module: nn.Module, device: str) -> None:
     """Moves a stage's module in place, with its plain tensors, which `Module.to` does not move."""
     module.to(device)
-    for inner in module.modules():
-        for name, value in list(vars(inner).items()):
-            if isinstance(value, Tensor):
-                setattr(inner, name, value.to(device))
+    for path, tensor in plain_tensors(module).items():
+        place, _, name = path.rpartition(".")
+        setattr(module.get_submodule(place), name, tensor.to(device))
+
+
+def plain_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors within a module that are neither parameters nor buffers, by their paths."""
+    return {
+        f"{place}.{name}" if place else name: value
+        for place, inner in module.named_modules()
+        for name, value in vars(inner).items()
+        if isinstance(value, Tensor)
+    }
